@@ -1,0 +1,1 @@
+"""Small shared parts with one job each: errors, flags, seeds, devices, files, optimisers, logs."""

@@ -1,0 +1,159 @@
+"""The one place that reads and writes tensor files: atomic writes, loading without code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import nn
+
+from utils.errors import UserError
+
+# Old `res_*.pt` files keep accuracies as NumPy float64 scalars; these rebuild a number, run nothing.
+_SAFE_GLOBALS = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    np._core.multiarray.scalar,
+    np.dtype,
+    type(np.dtype(np.float64)),
+]
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the final name only if the block succeeds.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full; `path` is then untouched.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file through `write(file)`, whole or not at all. Raises UserError like atomic_path."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        try:
+            write(file)
+        except RuntimeError as error:  # torch reports a full disk this way
+            raise OSError(str(error).splitlines()[0]) from error
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def save(obj: Any, path: Path | str) -> None:
+    """`torch.save` to `path`, whole or not at all."""
+    write_atomic(path, lambda file: torch.save(obj, file))
+
+
+def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
+    """Read a file written by `torch.save` onto the CPU without executing code from it.
+
+    Args:
+        path: the file.
+        what: what the file should be, for the error message ("target checkpoint", ...).
+        mmap: map the storage instead of reading it (large tensors).
+
+    Raises:
+        UserError: missing, truncated, not a torch file, or it names a global that is not allowed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{what} {path} does not exist")
+    if path.is_dir():
+        raise UserError(f"{what} {path} is a folder; expected a file")
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            mapped = mmap and zipfile.is_zipfile(path)  # the older torch format cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
+            raise UserError(
+                f"{what} {path} is refused: loading it would run {refused.group(1)}; "
+                "expected tensors and plain containers only"
+            ) from None
+        raise UserError(f"{what} {path} is not a torch file") from None
+    except PermissionError:
+        raise UserError(f"{what} {path} cannot be read: permission denied") from None
+    except Exception as error:  # the readers below torch.load raise a dozen types on a torn file
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise UserError(f"{what} {path} is truncated or not a torch file ({reason})") from None
+
+
+def load_tensor(path: Path | str, *, what: str = "tensor file", mmap: bool = False) -> torch.Tensor:
+    """Like `load`, and the content must be one dense tensor."""
+    value = load(path, what=what, mmap=mmap)
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        raise UserError(f"{what} {path} holds a {type(value).__name__}; expected one dense tensor")
+    return value
+
+
+def load_state(path: Path | str, *, what: str = "checkpoint") -> dict[str, torch.Tensor]:
+    """Read a plain state dict (name -> tensor).
+
+    Raises:
+        UserError: unreadable, or not a mapping of names to tensors.
+    """
+    state = load(path, what=what)
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    ):
+        raise UserError(f"{what} {path} is not a state dict; expected names mapped to tensors")
+    return dict(state)
+
+
+def apply_state(
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    *,
+    origin: Path | str,
+    skip: tuple[str, ...] = (),
+) -> None:
+    """Load `state` into `model`; keys under the prefixes in `skip` (the head) are left alone.
+
+    Raises:
+        UserError: any other missing, unexpected or differently shaped key, each one named.
+    """
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(skip)}
+    given = {k: v for k, v in state.items() if not k.startswith(skip)}
+    problems = [f"missing {k}" for k in own.keys() - given.keys()]
+    problems += [f"unexpected {k}" for k in given.keys() - own.keys()]
+    problems += [
+        f"{k} is {tuple(given[k].shape)}, expected {tuple(own[k].shape)}"
+        for k in own.keys() & given.keys()
+        if own[k].shape != given[k].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:8])
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(f"{origin} does not fit the network {type(model).__name__}: {shown}{more}")
+    model.load_state_dict(given, strict=False)  # only keys under `skip` can be missing now

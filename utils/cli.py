@@ -1,0 +1,119 @@
+"""Flags as frozen dataclasses: one field per flag, with its help text, range and choices."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+C = TypeVar("C")
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """Declare one flag of a config dataclass.
+
+    Args:
+        default: value when the flag is absent; None means "resolved later" (preset, autodetect).
+        help: one line with unit and meaning, shown by --help.
+        choices: the finite set of allowed strings.
+        minimum: smallest allowed number (inclusive).
+        above: exclusive lower bound.
+        maximum: largest allowed number (inclusive).
+    """
+    metadata = dict(help=help, choices=choices, minimum=minimum, above=above, maximum=maximum)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose error is one line; --help has the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _base_type(annotation: Any) -> type:
+    """`int | None` -> int; `tuple[str, ...]` stays a tuple."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return next(a for a in typing.get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def _number(kind: type, metadata: Any) -> Any:
+    low, above, high = metadata["minimum"], metadata["above"], metadata["maximum"]
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            if kind is int:  # published command lines write counts as 1e3 or 256.0
+                try:
+                    as_float = float(text)
+                except ValueError:
+                    as_float = 0.5
+                if as_float.is_integer():
+                    return convert(str(int(as_float)))
+            raise argparse.ArgumentTypeError(f"expected {kind.__name__}, got {text!r}") from None
+        if value != value or value in (float("inf"), float("-inf")):
+            raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+        if low is not None and value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
+        if above is not None and value <= above:
+            raise argparse.ArgumentTypeError(f"must be greater than {above}, got {text}")
+        if high is not None and value > high:
+            raise argparse.ArgumentTypeError(f"must be at most {high}, got {text}")
+        return value
+
+    return convert
+
+
+def build_parser(config_class: type, *, prog: str, description: str) -> argparse.ArgumentParser:
+    """Make the parser of a config dataclass; every field is one `--flag`."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind = _base_type(hints[field.name])
+        shown = "" if field.default is None else f" [{field.default}]"
+        help_text = (field.metadata["help"] + shown).replace("%", "%%")
+        if kind is bool:
+            parser.add_argument(
+                f"--{field.name}", action="store_true", default=field.default, help=help_text
+            )
+            continue
+        convert = _number(kind, field.metadata) if kind in (int, float) else kind
+        parser.add_argument(
+            f"--{field.name}",
+            type=convert,
+            default=field.default,
+            choices=field.metadata["choices"],
+            metavar=None if field.metadata["choices"] else kind.__name__.upper(),
+            help=help_text,
+        )
+    return parser
+
+
+def parse(config_class: type[C], argv: list[str] | None, *, prog: str, description: str) -> C:
+    """Parse `argv` (default: the process's) into one frozen `config_class`.
+
+    Raises:
+        SystemExit: code 2 after one line for a bad flag, code 0 after --help.
+    """
+    parser = build_parser(config_class, prog=prog, description=description)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values (paths become strings)."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}

@@ -1,0 +1,42 @@
+"""Errors a user can mend, and the one place that turns them into an exit code."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Bad input: the message is one line that names the file or flag and what was expected."""
+
+
+def pick(table: Mapping[str, T], name: str, what: str) -> T:
+    """Look `name` up in a dispatch table.
+
+    Raises:
+        UserError: unknown name; the message lists the valid ones.
+    """
+    if name not in table:
+        raise UserError(f"unknown {what} {name!r}; valid: {', '.join(sorted(table))}")
+    return table[name]
+
+
+def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except UserError as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return wrapped

@@ -1,0 +1,47 @@
+"""Randomness from explicit generators: every stream is derived from one seed and a name."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+from collections.abc import Iterator
+
+import torch
+
+
+def resolve_seed(seed: int | None) -> int:
+    """Return `seed`, or draw one from the operating system when it is None (it is then printed)."""
+    if seed is None:
+        seed = secrets.randbelow(2**31)
+        print(f"seed {seed} (drawn; pass --seed {seed} to repeat this run)")
+    return seed
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """A 63-bit seed for one named stream: independent of the order streams are created in."""
+    text = "/".join(str(part) for part in (seed, *names))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def make_generator(seed: int, *names: object) -> torch.Generator:
+    """A CPU generator for the stream `names` under `seed`."""
+    return torch.Generator().manual_seed(derive_seed(seed, *names))
+
+
+def draw_seed(generator: torch.Generator) -> int:
+    """Draw a 31-bit seed from a generator (advances it)."""
+    return int(torch.randint(2**31 - 1, (1,), generator=generator))
+
+
+@contextlib.contextmanager
+def local_seed(seed: int) -> Iterator[None]:
+    """Run code that only knows the global CPU random state (weight init, dropout, kornia).
+
+    The global state is seeded inside and put back after, so nothing outside notices.
+    Build networks on the CPU inside it and move them afterwards.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # default_generator, not torch.manual_seed: the latter would also re-seed every GPU.
+        torch.default_generator.manual_seed(seed)
+        yield
