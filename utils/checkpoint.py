@@ -18,7 +18,7 @@ from torch import nn
 
 from utils.errors import UserError
 
-# Old `res_*.pt` files keep accuracies as NumPy float64 scalars; these rebuild a number, run nothing.
+# Old `res_*.pt` files keep accuracies as NumPy float64 scalars; these only rebuild a number.
 _SAFE_GLOBALS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     np._core.multiarray.scalar,
@@ -56,7 +56,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def write_atomic(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file through `write(file)`, whole or not at all. Raises UserError like atomic_path."""
+    """Write a file through `write(file)`, whole or not at all; raises like `atomic_path`."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         try:
             write(file)

@@ -1,0 +1,89 @@
+"""`meta.json` beside the prepared tensors: where they came from, and each size's own facts.
+
+{"source": ..., "class_names": [...], "sizes": {"32": {"mean": [...], "std": [...], ...}}}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.specs import Stats
+from utils import checkpoint
+from utils.errors import UserError
+
+
+def read_meta(folder: Path | str) -> dict[str, Any]:
+    """The description of a prepared set; only an empty "sizes" if there is none.
+
+    Raises:
+        UserError: the file is there but damaged.
+    """
+    path = Path(folder) / "meta.json"
+    try:
+        meta = json.loads(path.read_text()) if path.exists() else {}
+    except (ValueError, OSError):
+        raise UserError(f"{path} is not readable JSON; expected what data.prepare writes") from None
+    if not isinstance(meta, dict) or not isinstance(meta.setdefault("sizes", {}), dict):
+        raise UserError(f"{path} does not hold a JSON object as data.prepare writes it")
+    return meta
+
+
+def update_meta(folder: Path | str, size: int, entry: dict[str, Any], **common: Any) -> None:
+    """Merge `entry` into the facts of one size and `common` into the top level."""
+    meta = read_meta(folder)
+    meta.update(common)
+    meta["sizes"].setdefault(str(size), {}).update(entry)
+    checkpoint.write_text(Path(folder) / "meta.json", json.dumps(meta, indent=2) + "\n")
+
+
+def measure_statistics(images: Tensor) -> Stats:
+    """Mean and std per channel over all pixels.
+
+    Args:
+        images: N×C×H×W, uint8 in [0, 255] or float in [0, 1]; read in chunks, summed in float64.
+
+    Returns:
+        Values in [0, 1]; the std is at least 1e-3, so that constant images stay finite.
+    """
+    scale = 255.0 if images.dtype == torch.uint8 else 1.0
+    total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
+    for chunk in images.split(1024):
+        chunk = chunk.double().div_(scale)
+        total = total + chunk.sum((0, 2, 3))
+        squares = squares + chunk.square().sum((0, 2, 3))
+    count = images.numel() / images.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1e-3)
+    return Stats(tuple(mean.tolist()), tuple(std.tolist()))
+
+
+def own_statistics(folder: Path | str, size: int, images: Tensor) -> Stats:
+    """Statistics of a set or size that is not in the tables: from meta.json, else measured.
+
+    Measured values are stored beside the tensors for the next run; where the folder cannot be
+    written, a line says so and they are measured again next time.
+
+    Raises:
+        UserError: meta.json holds values that do not fit.
+    """
+    path = Path(folder) / "meta.json"
+    entry = read_meta(folder)["sizes"].get(str(size), {})
+    if "mean" in entry and "std" in entry:
+        try:
+            stats = Stats(tuple(map(float, entry["mean"])), tuple(map(float, entry["std"])))
+        except (TypeError, ValueError):
+            raise UserError(f"{path}: mean and std must be lists of numbers") from None
+        if not len(stats.mean) == len(stats.std) == images.shape[1] or min(stats.std) <= 0:
+            raise UserError(f"{path}: mean and std do not fit images of {images.shape[1]} channels")
+        return stats
+    stats = measure_statistics(images)
+    try:
+        update_meta(folder, size, {"mean": list(stats.mean), "std": list(stats.std)})
+    except UserError as error:
+        print(f"statistics measured but not stored ({error})")
+    return stats
