@@ -1,0 +1,96 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from utils.finite import FiniteGuard
+
+# (model, inputs, targets) -> scalar
+LossFn = Callable[[nn.Module, Any, Any], Tensor]
+
+
+def supervised(criterion: Callable[[Tensor, Tensor], Tensor]) -> LossFn:
+    """Lift `criterion(outputs, targets)` to the form `fit` takes."""
+    return lambda model, x, y: criterion(model(x), y)
+
+
+def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the batch of ½·Σ(f(x) - y)² (the loss of KIP and FRePo); both (B, K)."""
+    return 0.5 * (outputs - targets).square().sum(1).mean()
+
+
+def train_step(model: nn.Module, x: Any, y: Any, loss_fn: LossFn, optimizer: Optimizer) -> Tensor:
+    """One gradient step on one batch; returns the detached loss before the step."""
+    loss = loss_fn(model, x, y)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def fit(
+    model: nn.Module,
+    batches: Iterable[tuple[Any, Any]],
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    schedule: LRScheduler | None = None,
+    *,
+    steps: int,
+    start: int = 0,
+    what: str = "training",
+    on_step: Callable[[int, Tensor, float], None] | None = None,
+    progress: bool = False,
+) -> nn.Module:
+    """Train `model` in place, in train mode, for steps `start + 1` to `steps`.
+
+    Args:
+        model: the network; left in eval mode.
+        batches: yields (inputs, targets) on the model's device, for as long as it is asked.
+        loss_fn: (model, inputs, targets) -> scalar.
+        optimizer: over whatever is to be trained.
+        schedule: stepped once after each step.
+        steps: number of the last step.
+        start: steps already taken (a resumed run).
+        what: the name of this training, for progress and messages.
+        on_step: called after each step with (step, detached loss, learning rate of that step).
+        progress: show a progress bar.
+
+    Returns:
+        `model`.
+
+    Raises:
+        UserError: a loss is not finite; names the step.
+    """
+    guard = FiniteGuard(what)
+    model.train()
+    iterator = iter(batches)
+    for step in tqdm(range(start + 1, steps + 1), desc=what, disable=not progress, leave=False):
+        x, y = next(iterator)
+        rate = optimizer.param_groups[0]["lr"]
+        loss = train_step(model, x, y, loss_fn, optimizer)
+        guard.check(loss, step)
+        if schedule is not None:
+            schedule.step()
+        if on_step is not None:
+            on_step(step, loss, rate)
+    guard.flush()
+    return model.eval()
+
+
+@torch.no_grad()
+def predict(function: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Any]]) -> Tensor:
+    """Outputs of `function` (a network in eval mode, or its `embed`) over one pass, joined: (N, D)."""
+    return torch.cat([function(x) for x, _ in batches])
+
+
+def accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Share of rows whose largest score is at the label, in %; scores (N, K), labels (N,)."""
+    return 100.0 * float((scores.argmax(1) == labels.to(scores.device)).double().mean())

@@ -1,0 +1,135 @@
+"""Optimisers and learning-rate schedules by name, with the field's defaults in one place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from utils.errors import pick
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled per tensor by ‖w‖ / ‖gradient + decay·w‖.
+
+    Vectors (biases, normalisation) get neither decay nor scaling, as is usual for Barlow Twins.
+
+    Args:
+        params: parameters.
+        lr: learning rate.
+        momentum: in [0, 1).
+        weight_decay: L2 coefficient on matrices.
+        trust: trust coefficient.
+
+    Source: You et al., "Large Batch Training of Convolutional Networks", arXiv 1708.03888, alg. 1.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust: float = 1e-3,
+    ) -> None:
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust)
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim > 1:
+                    update = update.add(p, alpha=group["weight_decay"])
+                    weight, size = p.norm(), update.norm()
+                    ratio = group["trust"] * weight / size.clamp_min(1e-12)
+                    update = update * torch.where((weight > 0) & (size > 0), ratio, 1.0)
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                p.sub_(buffer, alpha=group["lr"])
+        return loss
+
+
+def _adam(params: Any, lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=lr, weight_decay=wd)
+
+
+def _sgd(params: Any, lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=wd)
+
+
+def _lars(params: Any, lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
+    return LARS(params, lr=lr, momentum=momentum, weight_decay=wd)
+
+
+OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "lars": _lars}
+
+
+def make_optimizer(
+    name: str, params: Iterable[Tensor], *, lr: float, momentum: float = 0.9, wd: float = 0.0
+) -> torch.optim.Optimizer:
+    """Make an optimiser; `adam` means AdamW, as in the published flags.
+
+    Args:
+        name: sgd, adam, adamw or lars.
+        params: what to optimise.
+        lr: learning rate.
+        momentum: for sgd and lars.
+        wd: weight decay (decoupled for adam).
+    """
+    return pick(OPTIMIZERS, name, "optimiser")(list(params), lr, momentum, wd)
+
+
+def _constant(step: int, steps: int, warmup: int) -> float:
+    return 1.0
+
+
+def _linear_to_1e_3(step: int, steps: int, warmup: int) -> float:
+    return 1.0 + (1e-3 - 1.0) * min(step / steps, 1.0)
+
+
+def _cosine(step: int, steps: int, warmup: int) -> float:
+    if step < warmup:
+        return step / max(1, warmup)
+    return 0.5 * (1.0 + math.cos(math.pi * min((step - warmup) / max(1, steps - warmup), 1.0)))
+
+
+def _tenth_at_half(step: int, steps: int, warmup: int) -> float:
+    return 1.0 if step < steps // 2 else 0.1
+
+
+SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
+    "constant": _constant,
+    "linear": _linear_to_1e_3,
+    "cosine": _cosine,
+    "tenth_at_half": _tenth_at_half,
+}
+
+
+def make_schedule(
+    name: str, optimizer: torch.optim.Optimizer, steps: int, warmup: int = 0
+) -> LambdaLR:
+    """Learning-rate schedule over `steps` optimiser steps, stepped once after each.
+
+    Args:
+        name: constant; linear (1 to 1e-3); cosine (to 0, linear warm-up first); tenth_at_half.
+        optimizer: whose rates to scale.
+        steps: length of the run.
+        warmup: warm-up steps (cosine only).
+    """
+    factor = pick(SCHEDULES, name, "schedule")
+    return LambdaLR(optimizer, lambda step: factor(step, steps, warmup))
