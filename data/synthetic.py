@@ -1,0 +1,183 @@
+"""Synthetic sets: the single currency between distillation and evaluation, and its files.
+
+    python -m data.synthetic inspect PATH [--out grid.png]
+    python -m data.synthetic convert SRC DST --form pair|res|safetensors|png
+
+KRR-ST writes float target vectors, the DC family class indices; every protocol reads either.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.specs import Stats
+from data.synthetic_forms import FORMS, detect_form
+from utils.errors import UserError, pick
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticSet:
+    """Distilled images with their targets.
+
+    The tensors are detached but share storage with what was given: clone first if that goes on
+    being optimised.
+
+    Attributes:
+        images: m×C×H×W float32 in normalised space, m >= 1.
+        targets: (m,) int64 class indices, or (m, D) float32 target vectors.
+        stats: mean and std that undo the normalisation; None if unknown.
+        data_name: the set it was distilled from; None if unknown.
+        info: JSON-able facts (method, accuracies, ...).
+
+    Raises:
+        UserError: wrong type, shape, dtype or length, or non-finite values.
+    """
+
+    images: Tensor
+    targets: Tensor
+    stats: Stats | None = None
+    data_name: str | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        images = _checked_images(self.images)
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "targets", _checked_targets(self.targets, len(images)))
+        if self.stats is not None:
+            mean, std = self.stats.mean, self.stats.std
+            if not len(mean) == len(std) == images.shape[1] or not min(std) > 0:
+                raise UserError(
+                    f"mean {mean} and std {std} do not fit images of {images.shape[1]} channels"
+                )
+        try:
+            json.dumps(self.info)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"info must hold plain JSON values only ({error})") from None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def soft(self) -> bool:
+        """True for float target vectors, False for class indices."""
+        return self.targets.is_floating_point()
+
+    def unclamped_pixels(self) -> Tensor:
+        """The images de-normalised: m×C×H×W float32, 1 is white, values may leave [0, 1].
+
+        Raises:
+            UserError: the statistics are unknown.
+        """
+        if self.stats is None:
+            raise UserError("the mean and std of this synthetic set are unknown; give its data set")
+        std, mean = (
+            self.images.new_tensor(v)[:, None, None] for v in (self.stats.std, self.stats.mean)
+        )
+        return self.images * std + mean
+
+    def to_pixels(self) -> Tensor:
+        """The images de-normalised and clamped to [0, 1]; raises like `unclamped_pixels`."""
+        return self.unclamped_pixels().clamp(0, 1)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        form: str | None = None,
+        stats: Stats | None = None,
+        data_name: str | None = None,
+        experiment: int = 0,
+    ) -> SyntheticSet:
+        """Read any form without executing code from it.
+
+        Args:
+            path: folder or file, see `data.synthetic_forms`.
+            form: one of FORMS; detected when None.
+            stats: take the place of stored statistics (a PNG folder is normalised with them).
+            data_name: takes the place of the stored name.
+            experiment: which experiment of a `res_*.pt` file; other forms hold one.
+
+        Raises:
+            UserError: missing, damaged, unsafe or inconsistent files; the message names the path.
+        """
+        path = Path(path)
+        name = form or detect_form(path)
+        if experiment and name != "res":
+            raise UserError(f"{path} holds one experiment; only res files hold several")
+        content = pick(FORMS, name, "form of a synthetic set").read(path, stats, experiment)
+        if stats is not None:
+            content["stats"] = stats
+        if data_name is not None:
+            content["data_name"] = data_name
+        try:
+            return cls(**content)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def save(self, path: Path | str, form: str = "pair") -> None:
+        """Write one form; each file appears whole or not at all.
+
+        Args:
+            path: a folder for "pair" and "png", a file for "res" and "safetensors".
+            form: one of FORMS.
+
+        Raises:
+            UserError: unknown form, a set the form cannot hold, or `path` cannot be written.
+        """
+        plain = replace(self, images=_plain(self.images), targets=_plain(self.targets))
+        pick(FORMS, form, "form of a synthetic set").write(plain, Path(path))
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A contiguous CPU copy: saving a view would write the whole storage behind it."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _checked_images(images: Tensor) -> Tensor:
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise UserError(f"images are {kind}, expected a float tensor in normalised space")
+    if images.dim() != 4 or 0 in images.shape:
+        raise UserError(
+            f"images have shape {tuple(images.shape)}, expected (m, C, H, W) with m at least 1"
+        )
+    images = images.detach().float()
+    _check_finite(images, "images")
+    return images
+
+
+def _checked_targets(targets: Tensor, count: int) -> Tensor:
+    wanted = f"({count},) class indices or ({count}, D) float vectors"
+    if not isinstance(targets, Tensor):
+        raise UserError(f"targets are {type(targets).__name__}, expected {wanted}")
+    described = f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}"
+    shape_fits = (
+        targets.dim() == (2 if targets.is_floating_point() else 1) and 0 not in targets.shape
+    )
+    if not shape_fits or targets.is_complex() or targets.dtype == torch.bool:
+        raise UserError(f"{described}, expected {wanted}")
+    if len(targets) != count:
+        raise UserError(f"{described}, but there are {count} images")
+    if targets.is_floating_point():
+        targets = targets.detach().float()
+        _check_finite(targets, "targets")
+        return targets
+    if int(targets.min()) < 0:
+        raise UserError(f"targets hold class index {int(targets.min())}, expected 0 or more")
+    return targets.long()
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    bad = ~torch.isfinite(values)
+    if bad.any():
+        first = int(bad.flatten(1).any(1).nonzero()[0])
+        raise UserError(
+            f"{what} hold {int(bad.sum())} non-finite values (NaN or infinite), first in row {first}"
+        )
