@@ -87,7 +87,7 @@ def fit(
 
 @torch.no_grad()
 def predict(function: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Any]]) -> Tensor:
-    """Outputs of `function` (a network in eval mode, or its `embed`) over one pass, joined: (N, D)."""
+    """Outputs of `function` (a network or its `embed`) over one pass, joined: (N, D)."""
     return torch.cat([function(x) for x, _ in batches])
 
 

@@ -1,0 +1,1 @@
+"""KRR-ST: self-supervised dataset distillation for transfer learning (arXiv 2310.06511)."""

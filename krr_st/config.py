@@ -1,0 +1,153 @@
+"""Flags of the KRR-ST commands and the presets that fill in what is not given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.load import default_size
+from utils.cli import flag
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Published setting of a source: image side, number of synthetic images, network."""
+
+    size: int
+    num_images: int
+    network: str
+
+
+# Table of the paper's sources; the rest are ours.
+PRESETS: dict[str, Preset] = {
+    "cifar100": Preset(32, 1000, "convnet_128_256_512_bn"),
+    "tinyimagenet": Preset(64, 2000, "convnet_64_128_256_512_bn"),
+    "imagenet": Preset(64, 1000, "convnet_64_128_256_512_bn"),
+    "imagenette": Preset(224, 10, "convnet_32_64_128_256_512_bn"),
+    "cifar10": Preset(32, 1000, "convnet_128_256_512_bn"),
+    "digits": Preset(16, 20, "convnet_32_64_128_bn"),
+}
+
+# Any other source: by the smallest row that is not below its size.
+PRESETS_BY_SIZE: dict[int, Preset] = {
+    16: Preset(16, 100, "convnet_64_128_256_bn"),
+    48: Preset(32, 1000, "convnet_128_256_512_bn"),
+    96: Preset(64, 1000, "convnet_64_128_256_512_bn"),
+    512: Preset(224, 100, "convnet_32_64_128_256_512_bn"),
+}
+
+
+def resolve_preset(data_name: str, data_dir: Path, img_size: int | None) -> Preset:
+    """The preset of a source, at `img_size` if given.
+
+    Raises:
+        UserError: unknown data set, or a size no preset covers.
+    """
+    known = PRESETS.get(data_name)
+    size = img_size or (known.size if known else default_size(data_name, data_dir))
+    if known is not None and size == known.size:
+        return known
+    for limit, row in PRESETS_BY_SIZE.items():
+        if size <= limit:
+            return Preset(size, known.num_images if known else row.num_images, row.network)
+    raise UserError(f"--img_size {size} is larger than {max(PRESETS_BY_SIZE)}; name --train_model")
+
+
+@dataclass(frozen=True)
+class CommonFlags:
+    """Flags of every KRR-ST command."""
+
+    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
+    gpu_id: int = flag(0, "which GPU, where CUDA is present", minimum=0)
+    device: str | None = flag(None, "cpu, cuda, cuda:N or mps; default: the best there is")
+
+
+@dataclass(frozen=True)
+class TrainFlags(CommonFlags):
+    """Flags of train.py."""
+
+    seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
+    target_model: str = flag("resnet18", "architecture of the target model (zoo A)")
+    target_ckpt: Path | None = flag(
+        None, "target checkpoint; default: teacher_ckpt/barlow_twins_{target_model}_{data_name}.pt"
+    )
+    data_name: str = flag("cifar100", "source data set: a listed name or a prepared set of yours")
+    save_dir: Path = flag(Path("./results"), "folder of the run folders")
+    exp_name: str | None = flag(None, "name of the run folder; default: {data_name}")
+    overwrite: bool = flag(False, "start again in a folder that holds another run")
+    dry_run: bool = flag(False, "print the resolved configuration and stop")
+    img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
+    num_images: int | None = flag(None, "synthetic images m; default: preset", minimum=1)
+    train_model: str | None = flag(None, "network of the pool (zoo A); default: preset")
+    test_model: str | None = flag(None, "network of the evaluation; default: train_model")
+    syn_init: str = flag(
+        "normalized",
+        "start from normalised pixels, or from raw ones as the released code does",
+        choices=("normalized", "raw"),
+    )
+    ridge: float = flag(1e-6, "ridge λ relative to the trace of the kernel", above=0)
+
+    num_models: int = flag(10, "networks in the pool", minimum=1)
+    pool_reset: str = flag(
+        "paper",
+        "age of a replaced pool network: 0 as in the paper, or kept as in the released code",
+        choices=("paper", "released"),
+    )
+    online_opt: str = flag("sgd", "optimiser of the pool networks", choices=("sgd", "adam"))
+    online_iteration: int = flag(
+        1000, "T: steps a pool network takes before it is replaced", minimum=1
+    )
+    online_lr: float = flag(0.1, "learning rate of the pool networks", above=0)
+    online_wd: float = flag(1e-3, "weight decay of the pool networks", minimum=0)
+
+    outer_opt: str = flag(
+        "adam", "optimiser of X_s and Y_s: AdamW, or SGD with momentum 0.5", choices=("adam", "sgd")
+    )
+    outer_iteration: int = flag(160000, "outer steps", minimum=1)
+    outer_batch_size: int = flag(1024, "real images an outer step", minimum=1)
+    outer_lr: float = flag(
+        1e-3, "learning rate of X_s and Y_s, decays linearly to 1e-3 of it", above=0
+    )
+    outer_wd: float = flag(0.0, "weight decay of X_s and Y_s", minimum=0)
+    outer_grad_norm: float = flag(0.0, "clip the gradient norm of each tensor; 0: off", minimum=0)
+
+    print_every: int = flag(100, "steps between log lines", minimum=1)
+    eval_every: int = flag(16000, "steps between linear evaluations", minimum=1)
+    save_every: int = flag(2000, "steps between saves", minimum=1)
+
+    pre_opt: str = flag("sgd", "optimiser of pre-training in evaluations", choices=("sgd", "adam"))
+    pre_epoch: int = flag(1000, "epochs of pre-training on the synthetic set", minimum=1)
+    pre_batch_size: int = flag(256, "batch of pre-training", minimum=1)
+    pre_lr: float = flag(0.1, "learning rate of pre-training", above=0)
+    pre_wd: float = flag(1e-3, "weight decay of pre-training", minimum=0)
+    test_opt: str = flag("sgd", "optimiser of the linear classifier", choices=("sgd", "adam"))
+    test_iteration: int = flag(5000, "steps of the linear classifier", minimum=1)
+    test_batch_size: int = flag(512, "batch of the linear classifier", minimum=1)
+    test_lr: float = flag(0.2, "learning rate of the linear classifier", above=0)
+    test_wd: float = flag(0.0, "weight decay of the linear classifier", minimum=0)
+
+
+@dataclass(frozen=True)
+class TargetFlags(CommonFlags):
+    """Flags of krr_st.target."""
+
+    seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
+    data_name: str = flag("cifar100", "data set to learn from; its labels are never used")
+    img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
+    target_model: str = flag("resnet18", "architecture (zoo A)")
+    save_dir: Path = flag(Path("./teacher_ckpt"), "folder of the checkpoint")
+    overwrite: bool = flag(False, "train again over a checkpoint of another configuration")
+    epochs: int = flag(200, "passes over the data", minimum=1)
+    batch_size: int = flag(256, "images a step", minimum=2)
+    opt: str = flag("adamw", "optimiser", choices=("adamw", "lars", "sgd"))
+    lr: float = flag(1e-3, "peak learning rate (for lars try 0.3)", above=0)
+    wd: float = flag(1e-4, "weight decay", minimum=0)
+    warmup_epochs: float = flag(2, "linear warm-up before the cosine decay", minimum=0)
+    off_diagonal: float = flag(5e-3, "weight of the off-diagonal term", minimum=0)
+    projector_dim: int = flag(2048, "width of the projector", minimum=1)
+    projector_layers: int = flag(3, "linear layers of the projector", minimum=1)
+    min_crop: float = flag(0.2, "smallest crop as a share of the image area", above=0, maximum=1)
+    jitter: float = flag(0.5, "strength of the colour jitter; 0: off", minimum=0, maximum=1.25)
+    eval_every: int = flag(50, "epochs between k-NN evaluations (labelled sets only)", minimum=1)
+    save_every: int = flag(10, "epochs between saves of the run state", minimum=1)

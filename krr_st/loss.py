@@ -1,0 +1,104 @@
+"""The kernel ridge regression loss of KRR-ST: what the outer loop minimises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _SpdSolve(torch.autograd.Function):
+    """A = K⁻¹Y for symmetric positive definite K, with one Cholesky factor for both directions.
+
+    dL/dY = K⁻¹ dL/dA and dL/dK = -dL/dY Aᵀ: half the work of differentiating the factorisation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, y: Tensor) -> Tensor:
+        factor, _ = torch.linalg.cholesky_ex(k)  # _ex: no error check, so no host synchronisation
+        solution = torch.cholesky_solve(y, factor)
+        ctx.save_for_backward(factor, solution)
+        return solution
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        factor, solution = ctx.saved_tensors
+        grad_y = torch.cholesky_solve(grad, factor)
+        return -grad_y @ solution.mT, grad_y
+
+
+def _solve_dtype(x: Tensor) -> torch.dtype:
+    """float64 where the device has it: then K + λI is positive definite in arithmetic, too.
+
+    λ is 1e-6 of the trace, so the condition number is at most about 1e6: more than float32 can
+    factorise safely, far less than float64 can. Only the m×m solve pays for it.
+    """
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def krr_predict(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-6) -> Tensor:
+    """Targets that kernel ridge regression on the synthetic set predicts for the real images.
+
+        K_rs (K_ss + λI)⁻¹ Y_s,  λ = ridge · trace(K_ss) without gradient,
+
+    with a linear kernel on features that each have a constant 1 appended (here, inside).
+
+    Args:
+        f_real: (b, d) features of the real images.
+        f_syn: (m, d) features of the synthetic images.
+        y_syn: (m, D) target representations.
+        ridge: λ relative to the trace of K_ss; above 0.
+
+    Returns:
+        (b, D), float32 or the wider dtype of the inputs.
+
+    Source: Lee et al., arXiv 2310.06511, eq. 4-5 and alg. 1; kernel with bias as in FRePo.
+    """
+    dtype = torch.promote_types(f_syn.dtype, torch.float32)
+    f_real, f_syn, y_syn = (t.to(dtype) for t in (f_real, f_syn, y_syn))
+    with torch.autocast(f_syn.device.type, enabled=False):
+        # <(f, 1), (g, 1)> = <f, g> + 1: the constant column without copying the features.
+        k_rs = f_real @ f_syn.mT + 1.0  # (b, m)
+        k_ss = f_syn @ f_syn.mT + 1.0  # (m, m)
+        lam = ridge * k_ss.detach().diagonal().sum()
+        exact = _solve_dtype(f_syn)
+        eye = torch.eye(len(f_syn), dtype=exact, device=f_syn.device)
+        weights = _SpdSolve.apply(k_ss.to(exact) + lam.to(exact) * eye, y_syn.to(exact))  # (m, D)
+        return k_rs @ weights.to(dtype)
+
+
+def krr_loss(
+    f_real: Tensor, y_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-6
+) -> Tensor:
+    """Mean squared error of `krr_predict` against the target model's representations.
+
+    Gradients flow into f_syn and y_syn (and into f_real unless it is detached).
+
+    Args:
+        f_real: (b, d) features of real images.
+        y_real: (b, D) their target representations.
+        f_syn: (m, d) features of synthetic images.
+        y_syn: (m, D) synthetic target representations.
+        ridge: relative ridge, above 0.
+
+    Returns:
+        Scalar: the mean over all b·D entries.
+
+    Raises:
+        ValueError: shapes do not fit together, or ridge is not positive.
+    """
+    if f_real.dim() != 2 or f_syn.dim() != 2 or f_real.shape[1] != f_syn.shape[1]:
+        raise ValueError(
+            f"features must be (b, d) and (m, d), got {tuple(f_real.shape)}, {tuple(f_syn.shape)}"
+        )
+    wanted = [(len(f_real), y_syn.shape[-1]), (len(f_syn), y_syn.shape[-1])]
+    if [tuple(y_real.shape), tuple(y_syn.shape)] != wanted:
+        raise ValueError(
+            f"targets must be {wanted[0]} and {wanted[1]}, "
+            f"got {tuple(y_real.shape)} and {tuple(y_syn.shape)}"
+        )
+    if not ridge > 0:
+        raise ValueError(f"ridge must be positive, got {ridge}")
+    predicted = krr_predict(f_real, f_syn, y_syn, ridge)
+    return torch.nn.functional.mse_loss(predicted, y_real.to(predicted.dtype))

@@ -1,0 +1,126 @@
+"""The model pool: networks of all ages that the outer loop draws its features from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from evaluation.fit import supervised, train_step
+from utils.errors import pick
+from utils.seed import draw_seed
+
+# What a slot's counter is set to when its network is replaced. The released code forgets to set it
+# back, so that such a slot is replaced again at every draw and never ages.
+RESET_AGE: dict[str, Callable[[int], int]] = {"paper": lambda age: 0, "released": lambda age: age}
+_LOSS = supervised(F.mse_loss)
+
+
+@dataclass
+class Slot:
+    """One member: a network, its optimiser, and the SGD steps it has taken."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    age: int = 0
+
+
+class ModelPool:
+    """`size` networks trained on the current synthetic set, each at its own age below `max_steps`.
+
+    Invariant (reset "paper"): 0 <= age <= max_steps, and `age` equals the number of steps the
+    slot's present network has taken.
+
+    Args:
+        make_model: builds a fresh network on its device from an integer seed.
+        make_optimizer: builds the optimiser of a fresh network.
+        size: number of networks.
+        max_steps: T; a network that has taken T steps is replaced at its next update.
+        generator: CPU generator for draws, ages and the networks' seeds.
+        reset: "paper" or "released", see RESET_AGE.
+
+    Raises:
+        UserError: unknown reset policy.
+
+    Source: Lee et al., arXiv 2310.06511, alg. 1; the pool is FRePo's.
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[int], nn.Module],
+        make_optimizer: Callable[[nn.Module], Optimizer],
+        *,
+        size: int,
+        max_steps: int,
+        generator: torch.Generator,
+        reset: str = "paper",
+    ) -> None:
+        self._make_model, self._make_optimizer = make_model, make_optimizer
+        self.max_steps, self.generator = max_steps, generator
+        self._age_after_reset = pick(RESET_AGE, reset, "pool_reset")
+        self.slots = [self._fresh() for _ in range(size)]
+
+    def _fresh(self, age: int = 0) -> Slot:
+        model = self._make_model(draw_seed(self.generator))
+        return Slot(model, self._make_optimizer(model), age)
+
+    def warm_up(self, x_syn: Tensor, y_syn: Tensor, progress: bool = False) -> None:
+        """Train each network t steps on (x_syn, y_syn), t uniform in [1, T) (1 when T is 1)."""
+        for slot in tqdm(self.slots, desc="model pool", disable=not progress, leave=False):
+            steps = int(torch.randint(1, max(2, self.max_steps), (1,), generator=self.generator))
+            for _ in range(steps):
+                self._train(slot, x_syn, y_syn)
+
+    def draw(self) -> Slot:
+        """A uniformly drawn slot; its network is in eval mode with frozen parameters."""
+        slot = self.slots[int(torch.randint(len(self.slots), (1,), generator=self.generator))]
+        slot.model.eval().requires_grad_(False)
+        return slot
+
+    def update(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
+        """One SGD step on MSE(f(x_syn), y_syn), or a fresh network in place of one that took T.
+
+        Args:
+            slot: what `draw` returned.
+            x_syn: (m, C, H, W) synthetic images, no gradient.
+            y_syn: (m, D) their targets, no gradient.
+        """
+        if slot.age < self.max_steps:
+            self._train(slot, x_syn, y_syn)
+            return
+        fresh = self._fresh(self._age_after_reset(slot.age))
+        slot.model, slot.optimizer, slot.age = fresh.model, fresh.optimizer, fresh.age
+
+    @staticmethod
+    def _train(slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
+        slot.model.train().requires_grad_(True)
+        train_step(slot.model, x_syn, y_syn, _LOSS, slot.optimizer)
+        slot.age += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs: weights, optimisers, ages, generator."""
+        return {
+            "generator": self.generator.get_state(),
+            "slots": [
+                {
+                    "model": slot.model.state_dict(),
+                    "optimizer": slot.optimizer.state_dict(),
+                    "age": slot.age,
+                }
+                for slot in self.slots
+            ],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        for slot, saved in zip(self.slots, state["slots"], strict=True):
+            slot.model.load_state_dict(saved["model"])
+            slot.optimizer.load_state_dict(saved["optimizer"])
+            slot.age = saved["age"]
+        self.generator.set_state(state["generator"])

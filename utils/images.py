@@ -1,0 +1,37 @@
+"""Pictures for people: image grids."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from utils.checkpoint import atomic_path
+from utils.errors import UserError
+
+
+def save_grid(
+    images01: Tensor, path: Path | str, columns: int | None = None, scale: int | None = None
+) -> None:
+    """Write images as one PNG grid.
+
+    Args:
+        images01: n×C×H×W float, C 1 or 3, pixels in [0, 1]; values outside are clamped.
+        path: the PNG to write, whole or not at all.
+        columns: images a row; None makes the grid about square.
+        scale: integer magnification without smoothing; None brings small images to 64 pixels.
+
+    Raises:
+        UserError: a shape that cannot be drawn, or `path` cannot be written.
+    """
+    if images01.dim() != 4 or images01.shape[1] not in (1, 3) or 0 in images01.shape:
+        raise UserError(f"cannot draw images of shape {tuple(images01.shape)} into {path}")
+    columns = columns or math.ceil(math.sqrt(len(images01)))
+    scale = scale or math.ceil(64 / max(images01.shape[2:]))
+    big = F.interpolate(images01.detach().float().cpu(), scale_factor=scale, mode="nearest")
+    grid = make_grid(big.clamp(0, 1), nrow=columns, padding=2)
+    with atomic_path(path) as temporary:
+        save_image(grid, temporary, format="PNG")
