@@ -8,6 +8,7 @@ KRR-ST writes float target vectors, the DC family class indices; every protocol 
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.specs import Stats
-from data.synthetic_forms import FORMS, detect_form
-from utils.errors import UserError, pick
+from data import synthetic_forms as forms
+from data import synthetic_png as png
+from data.specs import DC_SPECS, KRR_SPECS, Stats
+from data.synthetic_forms import Form, save_experiments
+from data.synthetic_report import draw, share_outside, summarize
+from utils import cli
+from utils.errors import UserError, entry_point, pick
+
+__all__ = ["FORMS", "SyntheticSet", "save_experiments"]
+
+FORMS = {
+    "pair": Form(forms.read_pair, forms.write_pair),
+    "res": Form(forms.read_res, forms.write_res),
+    "safetensors": Form(forms.read_safetensors, forms.write_safetensors),
+    "png": Form(png.read_png, png.write_png),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +122,7 @@ class SyntheticSet:
             UserError: missing, damaged, unsafe or inconsistent files; the message names the path.
         """
         path = Path(path)
-        name = form or detect_form(path)
+        name = form or forms.detect_form(path)
         if experiment and name != "res":
             raise UserError(f"{path} holds one experiment; only res files hold several")
         content = pick(FORMS, name, "form of a synthetic set").read(path, stats, experiment)
@@ -179,5 +193,67 @@ def _check_finite(values: Tensor, what: str) -> None:
     if bad.any():
         first = int(bad.flatten(1).any(1).nonzero()[0])
         raise UserError(
-            f"{what} hold {int(bad.sum())} non-finite values (NaN or infinite), first in row {first}"
+            f"{what} hold {int(bad.sum())} non-finite values (NaN or inf), first in row {first}"
         )
+
+
+def _load_flagged(args: argparse.Namespace, path: Path) -> SyntheticSet:
+    synthetic = SyntheticSet.load(path, data_name=args.data_name, experiment=args.experiment)
+    if args.data_name is None:
+        return synthetic
+    specs = {"krr": KRR_SPECS, "dc": DC_SPECS}[args.family]
+    stats, size = pick(specs, args.data_name, "data set").stats, synthetic.images.shape[-1]
+    if size not in stats:
+        raise UserError(f"{args.data_name} has no published mean and std at size {size}")
+    # Loading again lets a PNG folder be normalised with these values.
+    return SyntheticSet.load(
+        path, stats=stats[size], data_name=args.data_name, experiment=args.experiment
+    )
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    synthetic = _load_flagged(args, args.path)
+    print(f"{args.path}: {forms.detect_form(args.path)} form")
+    print("\n".join(summarize(synthetic)))
+    if args.out is not None:
+        print(draw(synthetic, args.out))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    synthetic = _load_flagged(args, args.src)
+    synthetic.save(args.dst, args.form)
+    again = SyntheticSet.load(args.dst, form=args.form)
+    worst = float((again.images - synthetic.images).abs().max())
+    same = "equal" if torch.equal(again.targets, synthetic.targets) else "NOT equal"
+    print(f"{args.dst}: {len(again)} images in {args.form} form")
+    if args.form == "png":
+        print(
+            f"lost     {share_outside(synthetic):.2%} of pixels clamped to [0, 1], rest at 8 bits"
+        )
+    print(f"checked  read back: images differ by at most {worst:.3g}, targets {same}")
+    if forms.detect_form(args.src) == "res" and synthetic.info["num_experiments"] > 1:
+        print(f"lost     only experiment {args.experiment} of {args.src} was converted")
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    """Inspect or convert a synthetic set."""
+    parser = cli._Parser(prog="python -m data.synthetic", description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="print what a set holds")
+    inspect.add_argument("path", type=Path, help="folder or file of any form")
+    inspect.add_argument("--out", type=Path, help="draw a grid of at most 100 images into this PNG")
+    convert = commands.add_parser("convert", help="write a set in another form")
+    convert.add_argument("src", type=Path, help="folder or file of any form")
+    convert.add_argument("dst", type=Path, help="folder (pair, png) or file (res, safetensors)")
+    convert.add_argument("--form", required=True, choices=tuple(FORMS), help="form to write")
+    for command in (inspect, convert):
+        command.add_argument("--data_name", help="use the published mean and std of this data set")
+        command.add_argument("--family", choices=("krr", "dc"), default="krr", help="whose [krr]")
+        command.add_argument("--experiment", type=int, default=0, help="of a res file [0]")
+    args = parser.parse_args(argv)
+    {"inspect": _inspect, "convert": _convert}[args.command](args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

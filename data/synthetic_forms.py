@@ -1,9 +1,11 @@
 """The file forms of a synthetic set: how each is recognised, read and written.
 
+The table of all forms is FORMS in `data.synthetic`.
+
 pair         folder with `x_syn.pt` and `y_syn.pt`, two plain tensors (KRR-ST's published form)
 res          `res_*.pt`: {"data": [[images, labels], ...], "accs_all_exps": {...}} (DC family)
 safetensors  one file: `images`, `targets`, and JSON in the metadata
-png          folder of 8-bit `00000.png`, ... with `labels.csv` and `meta.json`, for people
+png          folder of 8-bit `00000.png`, ... and `labels.csv`, see `data.synthetic_png`
 
 Readers return the keyword arguments of `data.synthetic.SyntheticSet`, which checks the tensors.
 The two published forms hold no statistics: a small JSON file of the same name lies beside them.
@@ -12,10 +14,13 @@ The two published forms hold no statistics: a small JSON file of the same name l
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
 
 from data.specs import Stats
 from utils import checkpoint
@@ -103,7 +108,8 @@ def write_description(synthetic: SyntheticSet, path: Path) -> None:
     checkpoint.write_text(path, json.dumps(describe(synthetic), indent=2) + "\n")
 
 
-def _read_pair(path: Path, stats: Stats | None, experiment: int) -> dict[str, Any]:
+def read_pair(path: Path, stats: Stats | None, experiment: int) -> dict[str, Any]:
+    """Read a pair; its JSON file goes before the config.json of a run folder."""
     folder = path if path.is_dir() else path.parent
     content = {
         "images": checkpoint.load_tensor(folder / "x_syn.pt", what="synthetic images"),
@@ -114,12 +120,98 @@ def _read_pair(path: Path, stats: Stats | None, experiment: int) -> dict[str, An
     return content | run | read_description(folder / "x_syn.json")
 
 
-def _write_pair(synthetic: SyntheticSet, path: Path) -> None:
-    checkpoint.save(synthetic.images, path / "x_syn.pt")
-    checkpoint.save(synthetic.targets, path / "y_syn.pt")
-    write_description(synthetic, path / "x_syn.json")
+def write_pair(synthetic: SyntheticSet, path: Path) -> None:
+    """Write a pair; each file is whole or not at all, the three together are not."""
+    folder = path.parent if path.name == "x_syn.pt" else path
+    checkpoint.save(synthetic.images, folder / "x_syn.pt")
+    checkpoint.save(synthetic.targets, folder / "y_syn.pt")
+    write_description(synthetic, folder / "x_syn.json")
 
 
-FORMS = {
-    "pair": Form(_read_pair, _write_pair),
-}
+def read_res(path: Path, stats: Stats | None, experiment: int) -> dict[str, Any]:
+    """Read one experiment of a `res_*.pt`; its accuracies become info."""
+    raw = checkpoint.load(path, what="synthetic file")
+    runs = raw.get("data") if isinstance(raw, dict) else None
+    if not isinstance(runs, list | tuple) or not runs:
+        held = sorted(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
+        raise UserError(
+            f"{path} holds {held}, expected a dict whose 'data' lists [images, labels]; a pair is "
+            "read from the folder that holds x_syn.pt and y_syn.pt"
+        )
+    if not 0 <= experiment < len(runs):
+        raise UserError(f"{path} holds experiments 0 to {len(runs) - 1}, not {experiment}")
+    run = runs[experiment]
+    if not isinstance(run, list | tuple) or len(run) != 2:
+        raise UserError(f"{path}: experiment {experiment} is not a pair [images, labels]")
+    try:
+        accuracies = {
+            str(name): [float(a) for a in values]
+            for name, values in (raw.get("accs_all_exps") or {}).items()
+        }
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: accs_all_exps must map names to lists of numbers") from None
+    content = {"images": run[0], "targets": run[1]} | read_description(path.with_suffix(".json"))
+    facts = {"accs_all_exps": accuracies, "experiment": experiment, "num_experiments": len(runs)}
+    return content | {"info": content.get("info", {}) | facts}
+
+
+def save_experiments(
+    path: Path | str,
+    sets: Sequence[SyntheticSet],
+    accuracies: dict[str, list[float]],
+) -> None:
+    """Write several experiments into one `res_*.pt`; the first one's facts go beside it as JSON.
+
+    Args:
+        path: the file, published as `res_{method}_{dataset}_{model}_{ipc}ipc.pt`.
+        sets: one set of class indices an experiment.
+        accuracies: evaluation network -> test accuracies in [0, 1]; stored as Python floats.
+
+    Raises:
+        UserError: float targets, no set at all, or `path` cannot be written.
+    """
+    path = Path(path)
+    if not sets:
+        raise UserError(f"cannot write {path}: no experiment is given")
+    if path.suffix != ".pt" or path.name in ("x_syn.pt", "y_syn.pt"):
+        raise UserError(f"cannot write {path}: a res file is named like res_DC_CIFAR10_10ipc.pt")
+    if any(s.soft for s in sets):
+        raise UserError(
+            f"cannot write {path}: the res form holds class indices, these targets are float "
+            "vectors; use --form pair or safetensors"
+        )
+    # Clones, because torch.save writes the whole storage behind a view.
+    data = [[s.images.cpu().clone(), s.targets.cpu().clone()] for s in sets]
+    scores = {name: [float(a) for a in values] for name, values in accuracies.items()}
+    checkpoint.save({"data": data, "accs_all_exps": scores}, path)
+    write_description(sets[0], path.with_suffix(".json"))
+
+
+def write_res(synthetic: SyntheticSet, path: Path) -> None:
+    """Write one experiment with the accuracies in info; see `save_experiments`."""
+    save_experiments(path, [synthetic], synthetic.info.get("accs_all_exps", {}))
+
+
+def read_safetensors(path: Path, stats: Stats | None, experiment: int) -> dict[str, Any]:
+    """Read `images`, `targets` and the description in the metadata."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = set(file.keys())
+            content = {key: file.get_tensor(key) for key in names & {"images", "targets"}}
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is truncated or not a safetensors file ({reason})") from None
+    if len(content) != 2:
+        raise UserError(f"{path} holds {sorted(names)}, expected images and targets")
+    return content | parse_description(metadata.get("synthetic_set", "{}"), path)
+
+
+def write_safetensors(synthetic: SyntheticSet, path: Path) -> None:
+    """Write one safetensors file; metadata values must be strings, hence the JSON."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"cannot write {path}: expected a name ending in .safetensors")
+    tensors = {"images": synthetic.images, "targets": synthetic.targets}
+    metadata = {"format": "pt", "synthetic_set": json.dumps(describe(synthetic))}
+    payload = safetensors.torch.save(tensors, metadata)
+    checkpoint.write_atomic(path, lambda file: file.write(payload))
