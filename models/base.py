@@ -1,0 +1,106 @@
+"""What every network of both zoos offers, and the check of the image size."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.errors import UserError
+
+
+class Classifier(nn.Module):
+    """Shared contract: `forward(x) == head(dropout(embed(x)))`.
+
+    A subclass builds its layers, implements `forward_features` and calls `set_head` last.
+
+    Attributes:
+        head_name: name of the last linear layer, the one replaced for another task.
+        global_pool: `embed` averages the feature map over space instead of flattening it.
+        num_features: width of `embed(x)`.
+        num_pooled: width of `pooled(x)`.
+        drop_rate: dropout probability before the head, in training mode.
+    """
+
+    head_name: str = "fc"
+    global_pool: bool = False
+    num_features: int
+    num_pooled: int
+    drop_rate: float = 0.0
+
+    def set_head(
+        self,
+        num_classes: int,
+        num_pooled: int,
+        map_size: tuple[int, int] = (1, 1),
+        *,
+        head_name: str = "fc",
+        dropout: float = 0.0,
+    ) -> None:
+        """Add the head for a feature map of shape (num_pooled, *map_size).
+
+        Raises:
+            UserError: `dropout` is outside [0, 1) or `num_classes` is not positive.
+        """
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout is {dropout}; expected a probability in [0, 1)")
+        if num_classes < 1:
+            raise UserError(f"num_classes is {num_classes}; expected 1 or more")
+        self.num_pooled = num_pooled
+        self.num_features = num_pooled * (1 if self.global_pool else map_size[0] * map_size[1])
+        self.head_name = head_name
+        self.drop_rate = dropout
+        setattr(self, head_name, nn.Linear(self.num_features, num_classes))
+
+    @property
+    def head(self) -> nn.Module:
+        """The last linear layer."""
+        return getattr(self, self.head_name)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> the last feature map (B, num_pooled, h, w).
+
+        MLP and LeNet have linear layers in between and return (B, num_pooled).
+        """
+        raise NotImplementedError
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> features averaged over space (B, num_pooled)."""
+        features = self.forward_features(x)
+        return features.mean((2, 3)) if features.dim() == 4 else features
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> features before the head (B, num_features)."""
+        return self.pooled(x) if self.global_pool else self.forward_features(x).flatten(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> logits (B, num_classes)."""
+        # A functional dropout has no place in the state dict: the keys are the same at any rate.
+        return self.head(F.dropout(self.embed(x), self.drop_rate, self.training))
+
+
+def map_size(
+    name: str, im_size: tuple[int, int], side: Callable[[int], int], least: int = 1
+) -> tuple[int, int]:
+    """Feature map size for images of `im_size` = (height, width).
+
+    Args:
+        name: the network, for the error message.
+        im_size: height and width of the images.
+        side: side of the images -> side of the feature map; 0 or less where nothing is left.
+        least: the smallest feature map that makes sense.
+
+    Raises:
+        UserError: the images are too small; the message names the smallest that work.
+    """
+    height, width = (side(s) if s >= 1 else 0 for s in im_size)
+    if min(height, width) < least:
+        smallest = next(s for s in itertools.count(1) if side(s) >= least)
+        raise UserError(
+            f"{name} cannot take images of {im_size[0]}x{im_size[1]}: its last feature map would "
+            f"be too small; the smallest that work are {smallest}x{smallest}"
+        )
+    return height, width

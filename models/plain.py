@@ -1,0 +1,223 @@
+"""Plain convolutional networks of both zoos: ConvNet, AlexNet and VGG-11.
+
+Each is a table of rows (convolution, norm, activation, pooling). The zoos differ in norms, in the
+padding of single-channel images and in the names of the layers, which are arguments here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from models.base import Classifier, map_size
+from utils.errors import pick
+
+# (channels, (height, width)) -> the norm that follows a convolution.
+NORMS: dict[str, Callable[[int, tuple[int, int]], nn.Module | None]] = {
+    "none": lambda c, size: None,
+    "batch": lambda c, size: nn.BatchNorm2d(c),
+    "layer": lambda c, size: nn.LayerNorm((c, *size)),
+    "instance": lambda c, size: nn.GroupNorm(c, c),  # the DC zoo's spelling of instance norm
+    "instance2d": lambda c, size: nn.InstanceNorm2d(c, affine=True),
+    "group": lambda c, size: nn.GroupNorm(4, c),
+}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "leakyrelu": lambda: nn.LeakyReLU(0.01),
+    "sigmoid": nn.Sigmoid,
+    "swish": nn.SiLU,
+}
+POOLINGS: dict[str, Callable[[], nn.Module | None]] = {
+    "none": lambda: None,
+    "max": lambda: nn.MaxPool2d(2),
+    "avg": lambda: nn.AvgPool2d(2),
+}
+
+
+class Row(NamedTuple):
+    """One convolution of stride 1 with what follows it."""
+
+    width: int
+    kernel: int = 3
+    padding: int = 1
+    pool: str = "none"
+
+    def conv_side(self, side: int) -> int:
+        """Side of the map after the convolution."""
+        return side + 2 * self.padding - self.kernel + 1
+
+    def side(self, side: int) -> int:
+        """Side of the map after convolution and pooling."""
+        return self.conv_side(side) // (1 if self.pool == "none" else 2)
+
+
+def pad_single_channel(rows: Sequence[Row], channel: int) -> list[Row]:
+    """The DC zoo pads single-channel images by 2 more on each side: 28x28 becomes 32x32."""
+    rows = list(rows)
+    if channel == 1:
+        rows[0] = rows[0]._replace(padding=rows[0].padding + 2)
+    return rows
+
+
+def rows_side(rows: Sequence[Row], side: int) -> int:
+    """Side of the feature map for images of `side`; 0 or less when they are too small."""
+    for row in rows:
+        side = row.side(side)
+        if side < 1:
+            return 0
+    return side
+
+
+def conv_blocks(
+    channel: int, rows: Sequence[Row], im_size: tuple[int, int], norm: str, act: str = "relu"
+) -> list[list[nn.Module]]:
+    """Modules of each row in the published order: conv, norm, activation, pooling.
+
+    What is "none" is left out, not replaced by an identity, so later modules move up in the
+    numbering of the state dict.
+    """
+    blocks, size = [], im_size
+    make_norm, make_act = pick(NORMS, norm, "norm"), pick(ACTIVATIONS, act, "activation")
+    for row in rows:
+        conv = nn.Conv2d(channel, row.width, row.kernel, padding=row.padding)
+        conv_size = (row.conv_side(size[0]), row.conv_side(size[1]))
+        pool = pick(POOLINGS, row.pool, "pooling")()
+        modules = [conv, make_norm(row.width, conv_size), make_act(), pool]
+        blocks.append([module for module in modules if module is not None])
+        channel, size = row.width, (row.side(size[0]), row.side(size[1]))
+    return blocks
+
+
+class PlainNet(Classifier):
+    """Rows of convolutions and a linear head on the flattened feature map."""
+
+    def __init__(
+        self,
+        channel: int,
+        num_classes: int,
+        im_size: tuple[int, int],
+        rows: Sequence[Row],
+        *,
+        name: str,
+        norm: str,
+        act: str = "relu",
+        head_name: str = "fc",
+        dropout: float = 0.0,
+        dc_padding: bool = False,
+        nested: bool = False,
+    ) -> None:
+        """Build the network.
+
+        Args:
+            channel: channels of the images.
+            num_classes: outputs of the head.
+            im_size: height and width of the images.
+            rows: the convolutions.
+            name: the published name, for error messages.
+            norm: key of NORMS.
+            act: key of ACTIVATIONS.
+            head_name: name of the head in the state dict.
+            dropout: probability before the head.
+            dc_padding: pad single-channel images as the DC zoo does.
+            nested: state-dict names `layers.{row}.block.{n}` instead of a flat `features.{n}`.
+
+        Raises:
+            UserError: the images are too small for the rows.
+        """
+        super().__init__()
+        if dc_padding:
+            rows = pad_single_channel(rows, channel)
+        # Over a single pixel instance norm returns its bias, whatever the image shows.
+        alone = norm.startswith("instance") and all(row.pool == "none" for row in rows)
+        size = map_size(name, im_size, lambda s: rows_side(rows, s), least=2 if alone else 1)
+        blocks = conv_blocks(channel, rows, im_size, norm, act)
+        if nested:
+            self.layers = nn.Sequential(
+                *(nn.Sequential(OrderedDict(block=nn.Sequential(*block))) for block in blocks)
+            )
+        else:
+            self.features = nn.Sequential(*(module for block in blocks for module in block))
+        self.trunk_name = "layers" if nested else "features"
+        self.set_head(num_classes, rows[-1].width, size, head_name=head_name, dropout=dropout)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> the last feature map (B, num_pooled, h, w)."""
+        return getattr(self, self.trunk_name)(x)
+
+
+class ConvNet(PlainNet):
+    """Blocks of conv 3x3, norm, activation, pooling.
+
+    Source: Gidaris & Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting", 2018, as
+    used by Zhao et al., "Dataset Condensation with Gradient Matching", 2021 (DC zoo) and by
+    Lee et al., "Self-Supervised Dataset Distillation for Transfer Learning", 2024 (KRR-ST zoo).
+    """
+
+    def __init__(
+        self,
+        channel: int,
+        num_classes: int,
+        im_size: tuple[int, int],
+        *,
+        widths: Sequence[int] = (128, 128, 128),
+        norm: str = "instance",
+        pool: str = "avg",
+        **kwargs,
+    ) -> None:
+        """Build the network from the widths of its blocks; `kwargs` as in PlainNet."""
+        rows = [Row(width, pool=pool) for width in widths]
+        super().__init__(channel, num_classes, im_size, rows, norm=norm, **kwargs)
+
+
+class AlexNet(PlainNet):
+    """AlexNet for 32x32 images.
+
+    Source: Krizhevsky et al., "ImageNet Classification with Deep Convolutional Neural Networks",
+    2012, as reduced by Zhao et al., "Dataset Condensation with Gradient Matching", 2021.
+    """
+
+    ROWS = (
+        Row(128, 5, 2, "max"),
+        Row(192, 5, 2, "max"),
+        Row(256),
+        Row(192),
+        Row(192, pool="max"),
+    )
+
+    def __init__(
+        self, channel: int, num_classes: int, im_size: tuple[int, int], *, norm: str, **kwargs
+    ) -> None:
+        """Build the network; `kwargs` as in PlainNet."""
+        super().__init__(channel, num_classes, im_size, self.ROWS, norm=norm, **kwargs)
+
+
+class VGG11(PlainNet):
+    """VGG-11 with one linear layer.
+
+    The AvgPool(1) that the DC zoo puts behind it changes nothing and has no entry in the state
+    dict, so it is left out.
+
+    Source: Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
+    Recognition", 2015.
+    """
+
+    ROWS = (
+        Row(64, pool="max"),
+        Row(128, pool="max"),
+        Row(256),
+        Row(256, pool="max"),
+        Row(512),
+        Row(512, pool="max"),
+        Row(512),
+        Row(512, pool="max"),
+    )
+
+    def __init__(
+        self, channel: int, num_classes: int, im_size: tuple[int, int], *, norm: str, **kwargs
+    ) -> None:
+        """Build the network; `kwargs` as in PlainNet."""
+        super().__init__(channel, num_classes, im_size, self.ROWS, norm=norm, **kwargs)

@@ -1,0 +1,150 @@
+"""Published names -> networks, for both zoos, and the evaluation pools of the DC zoo."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+from models.base import Classifier
+from models.mobilenet import MobileNetV2
+from models.plain import VGG11, AlexNet, ConvNet
+from models.resnet import CifarResNet18, SmallStemResNet
+from models.small import MLP, LeNet
+from utils.errors import UserError, pick
+
+CONVNET_PATTERN = "convnet_{widths}_{bn|in|none}"
+_CONVNET_NAME = re.compile(r"convnet((?:_[1-9][0-9]*)+)_(bn|in|none)")
+_CONVNET_NORMS = {"bn": "batch", "in": "instance2d", "none": "none"}
+
+
+def _named_convnet(
+    channel: int, num_classes: int, im_size: tuple[int, int], *, name: str, dropout: float
+) -> ConvNet:
+    """KRR-ST zoo's ConvNet: the widths and the norm are part of the name."""
+    match = _CONVNET_NAME.fullmatch(name)
+    if match is None:
+        raise UserError(f"{name} is a pattern; write a name like convnet_128_256_512_bn")
+    return ConvNet(
+        channel,
+        num_classes,
+        im_size,
+        widths=[int(width) for width in match[1].split("_")[1:]],
+        norm=_CONVNET_NORMS[match[2]],
+        nested=True,
+        name=name,
+        dropout=dropout,
+    )
+
+
+MODELS: dict[str, Callable[..., Classifier]] = {
+    CONVNET_PATTERN: _named_convnet,
+    "alexnet": partial(AlexNet, norm="batch"),
+    "vgg": partial(VGG11, norm="batch"),
+    "resnet10": partial(SmallStemResNet, blocks=(1, 1, 1, 1)),
+    "resnet18": partial(SmallStemResNet, blocks=(2, 2, 2, 2)),
+    "mobilenet": MobileNetV2,
+}
+
+# Each row says what differs from the default: three blocks of 128, instance norm, ReLU, average.
+_CONVNETS: dict[str, dict] = {
+    "ConvNet": {},
+    **{f"ConvNetD{depth}": dict(widths=(128,) * depth) for depth in range(1, 6)},
+    **{f"ConvNetW{width}": dict(widths=(width,) * 3) for width in (32, 64, 128, 256)},
+    "ConvNetAS": dict(act="sigmoid"),
+    "ConvNetAR": dict(act="relu"),
+    "ConvNetAL": dict(act="leakyrelu"),
+    "ConvNetASwish": dict(act="swish"),
+    "ConvNetASwishBN": dict(act="swish", norm="batch"),
+    "ConvNetNN": dict(norm="none"),
+    "ConvNetBN": dict(norm="batch"),
+    "ConvNetLN": dict(norm="layer"),
+    "ConvNetIN": dict(norm="instance"),
+    "ConvNetGN": dict(norm="group"),
+    "ConvNetNP": dict(pool="none"),
+    "ConvNetMP": dict(pool="max"),
+    "ConvNetAP": dict(pool="avg"),
+}
+NETWORKS: dict[str, Callable[..., Classifier]] = {
+    **{
+        name: partial(ConvNet, head_name="classifier", dc_padding=True, **row)
+        for name, row in _CONVNETS.items()
+    },
+    "MLP": MLP,
+    "LeNet": LeNet,
+    "AlexNet": partial(AlexNet, norm="none", dc_padding=True),
+    "AlexNetBN": partial(AlexNet, norm="batch", dc_padding=True),
+    "VGG11": partial(VGG11, norm="instance", head_name="classifier", dc_padding=True),
+    "VGG11BN": partial(VGG11, norm="batch", head_name="classifier", dc_padding=True),
+    "ResNet18": partial(CifarResNet18, norm="instance"),
+    "ResNet18BN": partial(CifarResNet18, norm="batch"),
+    "ResNet18BN_AP": partial(CifarResNet18, norm="batch", pool_down=True),
+}
+
+_EVAL_POOLS: dict[str, Callable[[str], list[str]]] = {
+    "M": lambda model: ["MLP", "ConvNet", "LeNet", "AlexNet", "VGG11", "ResNet18"],
+    "B": lambda model: ["ConvNetBN", "ConvNetASwishBN", "AlexNetBN", "VGG11BN", "ResNet18BN"],
+    "W": lambda model: ["ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"],
+    "D": lambda model: ["ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"],
+    "A": lambda model: ["ConvNetAS", "ConvNetAR", "ConvNetAL", "ConvNetASwish"],
+    "P": lambda model: ["ConvNetNP", "ConvNetMP", "ConvNetAP"],
+    "N": lambda model: ["ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"],
+    # Cut at "BN" as published, so ResNet18BN_AP is evaluated on ResNet18.
+    "S": lambda model: [model.partition("BN")[0]],
+    "SS": lambda model: [model],
+}
+EVAL_MODES = tuple(_EVAL_POOLS)
+
+
+def get_model(
+    name: str,
+    img_shape: tuple[int, int, int] = (3, 32, 32),
+    num_classes: int = 10,
+    dropout: float = 0.0,
+) -> Classifier:
+    """A freshly initialised network of the KRR-ST zoo; its last layer is `fc`.
+
+    Args:
+        name: key of MODELS, or a ConvNet such as convnet_128_256_512_bn.
+        img_shape: (channels, height, width) of the images.
+        num_classes: outputs of `fc`.
+        dropout: probability in [0, 1) of the Dropout before `fc`.
+
+    Raises:
+        UserError: unknown name, or images too small for the network.
+    """
+    channel, *im_size = img_shape
+    key = CONVNET_PATTERN if _CONVNET_NAME.fullmatch(name) else name
+    build = pick(MODELS, key, "model")
+    return build(channel, num_classes, tuple(im_size), name=name, dropout=dropout)
+
+
+def get_network(
+    name: str, channel: int, num_classes: int, im_size: tuple[int, int] = (32, 32)
+) -> Classifier:
+    """A freshly initialised network of the DC zoo.
+
+    Args:
+        name: key of NETWORKS.
+        channel: channels of the images.
+        num_classes: outputs of the head.
+        im_size: (height, width) of the images.
+
+    Raises:
+        UserError: unknown name, or images too small for the network.
+    """
+    return pick(NETWORKS, name, "network")(channel, num_classes, tuple(im_size), name=name)
+
+
+def eval_pool(mode: str, model_name: str) -> list[str]:
+    """Networks on which a synthetic set is evaluated.
+
+    Args:
+        mode: key of EVAL_MODES, the published `--eval_mode`.
+        model_name: the network the set was distilled with (matters for S and SS).
+
+    Raises:
+        UserError: unknown mode or network.
+    """
+    pick(NETWORKS, model_name, "network")
+    return pick(_EVAL_POOLS, mode, "eval_mode")(model_name)

@@ -1,0 +1,257 @@
+"""Zoo A (KRR-ST): published keys, outputs recomputed by hand, sizes, errors."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+
+from models import MODELS, get_model
+from utils.errors import UserError
+from utils.seed import local_seed
+
+ZOO_A = ["convnet_8_16_bn", "convnet_8_16_in", "convnet_8_16_none", "convnet_128_256_512_bn"]
+ZOO_A += ["alexnet", "vgg", "resnet10", "resnet18", "mobilenet"]
+FEATURES_A = dict(alexnet=192 * 16, vgg=512, resnet10=512, resnet18=512, mobilenet=1280)
+FEATURES_A |= {f"convnet_8_16_{norm}": 16 * 64 for norm in ("bn", "in", "none")}
+FEATURES_A["convnet_128_256_512_bn"] = 512 * 16
+POOLED_A = FEATURES_A | dict(alexnet=192) | dict.fromkeys(ZOO_A[:3], 16)
+POOLED_A["convnet_128_256_512_bn"] = 512
+
+
+def build(name, channel=3, size=(32, 32)):
+    with local_seed(0):
+        return get_model(name, (channel, *size), 10)
+
+
+def on_paper(*args, **kwargs):
+    """A network without memory, where only names and shapes matter."""
+    with torch.device("meta"):
+        return build(*args, **kwargs)
+
+
+def images(channel=3, size=(32, 32), n=2, seed=0):
+    return torch.randn(n, channel, *size, generator=torch.Generator().manual_seed(seed))
+
+
+def shapes(model):
+    return {k: tuple(v.shape) for k, v in model.state_dict().items()}
+
+
+def bn_shapes(prefix, c):
+    names = ("weight", "bias", "running_mean", "running_var")
+    return {f"{prefix}.{n}": (c,) for n in names} | {f"{prefix}.num_batches_tracked": ()}
+
+
+@pytest.mark.parametrize("name", ZOO_A)
+def test_zoo_a_feature_widths(name):
+    model = on_paper(name)
+    assert (model.num_features, model.num_pooled) == (FEATURES_A[name], POOLED_A[name])
+    assert model.head_name == "fc" and model.fc.out_features == 10
+
+
+@pytest.mark.parametrize("norm", ["bn", "in", "none"])
+def test_convnet_keys(norm):
+    expected = {}
+    for i, (c_in, c) in enumerate([(3, 8), (8, 16), (16, 4)]):
+        conv = f"layers.{i}.block.0"
+        expected |= {f"{conv}.weight": (c, c_in, 3, 3), f"{conv}.bias": (c,)}
+        if norm == "bn":
+            expected |= bn_shapes(f"layers.{i}.block.1", c)
+        elif norm == "in":
+            expected |= {f"layers.{i}.block.1.{n}": (c,) for n in ("weight", "bias")}
+    expected |= {"fc.weight": (7, 4 * 16), "fc.bias": (7,)}
+    assert shapes(get_model(f"convnet_8_16_4_{norm}", num_classes=7)) == expected
+
+
+def test_convnet_output_by_hand():
+    model, x = build("convnet_8_16_in").eval(), images()
+    state = model.state_dict()
+    for i in range(2):
+        block = f"layers.{i}.block"
+        x = F.conv2d(x, state[f"{block}.0.weight"], state[f"{block}.0.bias"], padding=1)
+        x = F.instance_norm(x, weight=state[f"{block}.1.weight"], bias=state[f"{block}.1.bias"])
+        x = F.avg_pool2d(x.relu(), 2)
+    expected = x.flatten(1) @ state["fc.weight"].T + state["fc.bias"]
+    torch.testing.assert_close(model(images()), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "convs", "width"),
+    [
+        ("alexnet", {0: (128, 3, 5), 4: (192, 128, 5), 8: (256, 192, 3), 11: (192, 256, 3),
+                     14: (192, 192, 3)}, 192 * 16),
+        ("vgg", {0: (64, 3, 3), 4: (128, 64, 3), 8: (256, 128, 3), 11: (256, 256, 3),
+                 15: (512, 256, 3), 18: (512, 512, 3), 22: (512, 512, 3), 25: (512, 512, 3)}, 512),
+    ],
+)  # fmt: skip
+def test_alexnet_and_vgg_keys(name, convs, width):
+    expected = {"fc.weight": (10, width), "fc.bias": (10,)}
+    for i, (c, c_in, k) in convs.items():
+        expected |= {f"features.{i}.weight": (c, c_in, k, k), f"features.{i}.bias": (c,)}
+        expected |= bn_shapes(f"features.{i + 1}", c)
+    assert shapes(on_paper(name)) == expected
+
+
+def patched_torchvision(blocks):
+    """The published recipe: torchvision's network with another stem, by hand."""
+    model = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, blocks, num_classes=10)
+    model.conv1 = torch.nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2, bias=False)
+    model.maxpool = torch.nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet10", [1] * 4), ("resnet18", [2] * 4)])
+def test_resnet_is_torchvisions(name, blocks):
+    with local_seed(1):
+        reference = patched_torchvision(blocks)
+        for module in reference.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.uniform_(module.running_mean, -0.2, 0.2)
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    model = get_model(name)
+    assert list(model.state_dict()) == list(reference.state_dict())
+    model.load_state_dict(reference.state_dict(), strict=True)
+    model.eval(), reference.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), reference(images()))
+        assert model.forward_features(images()).shape == (2, 512, 5, 5)  # 32 -> 34 -> 17 -> 9 -> 5
+
+
+def test_resnet_initialisation():
+    model = build("resnet18")
+    last = [m.bn2.weight for m in model.modules() if hasattr(m, "bn2")]
+    assert len(last) == 8 and not any(weight.any() for weight in last)
+    for conv, fan_out in ((model.conv1, 64 * 9), (model.layer3[1].conv1, 256 * 9)):
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+
+
+def mobilenet_blocks():
+    """(index, in, inner, out, stride) written out from the table of the zoo."""
+    rows = [(1, 16, 1, 1), (2, 24, 2, 1), (2, 32, 3, 2), (2, 64, 4, 2), (2, 96, 3, 1)]
+    rows += [(2, 160, 3, 2), (1, 320, 1, 1)]
+    index, c_in = 0, 32
+    for expansion, c, n, stride in rows:
+        for i in range(n):
+            yield index, c_in, expansion * c_in, c, stride if i == 0 else 1
+            index, c_in = index + 1, c
+
+
+def test_mobilenet_keys():
+    expected = {"conv1.weight": (32, 3, 3, 3), "conv2.weight": (1280, 320, 1, 1)}
+    expected |= bn_shapes("bn1", 32) | bn_shapes("bn2", 1280)
+    expected |= {"fc.weight": (10, 1280), "fc.bias": (10,)}
+    for i, c_in, inner, c, stride in mobilenet_blocks():
+        at = f"layers.{i}"
+        expected[f"{at}.conv1.weight"] = (inner, c_in, 1, 1)
+        expected[f"{at}.conv2.weight"] = (inner, 1, 3, 3)
+        expected[f"{at}.conv3.weight"] = (c, inner, 1, 1)
+        expected |= bn_shapes(f"{at}.bn1", inner) | bn_shapes(f"{at}.bn2", inner)
+        expected |= bn_shapes(f"{at}.bn3", c)
+        if stride == 1 and c_in != c:
+            expected[f"{at}.shortcut.0.weight"] = (c, c_in, 1, 1)
+            expected |= bn_shapes(f"{at}.shortcut.1", c)
+    assert shapes(on_paper("mobilenet")) == expected
+
+
+def test_mobilenet_output_by_hand():
+    model = build("mobilenet").eval()
+    state = model.state_dict()
+
+    def conv_bn(x, conv, bn, **kwargs):
+        x = F.conv2d(x, state[f"{conv}.weight"], **kwargs)
+        stats = [state[f"{bn}.{n}"] for n in ("running_mean", "running_var", "weight", "bias")]
+        return F.batch_norm(x, *stats)
+
+    with torch.no_grad():
+        x = conv_bn(images(), "conv1", "bn1", padding=1).relu()
+        for i, c_in, inner, c, stride in mobilenet_blocks():
+            at, out = f"layers.{i}", x
+            out = conv_bn(out, f"{at}.conv1", f"{at}.bn1").relu()
+            depthwise = dict(stride=stride, padding=1, groups=inner)
+            out = conv_bn(out, f"{at}.conv2", f"{at}.bn2", **depthwise).relu()
+            out = conv_bn(out, f"{at}.conv3", f"{at}.bn3")
+            if stride == 1:
+                out = out + (x if c_in == c else conv_bn(x, f"{at}.shortcut.0", f"{at}.shortcut.1"))
+            x = out
+        assert x.shape == (2, 320, 4, 4)
+        x = conv_bn(x, "conv2", "bn2").relu().mean((2, 3))
+        torch.testing.assert_close(model.embed(images()), x)
+
+
+def count(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_parameter_counts():
+    convnet, c_in = 0, 3
+    for c in (128, 256, 512):
+        convnet, c_in = convnet + 9 * c_in * c + c + 2 * c, c
+    assert count(on_paper("convnet_128_256_512_bn")) == convnet + 512 * 16 * 10 + 10
+    # torchvision documents 11 689 512 for resnet18: other stem (7x7 -> 3x3), other head.
+    stem, head = 3 * 64 * (9 - 49), 512 * 10 + 10 - (512 * 1000 + 1000)
+    assert count(on_paper("resnet18")) == 11_689_512 + stem + head
+    # torchvision documents 9 220 480 for the convolutions of VGG-11, 2 * 2752 for its norms.
+    assert count(on_paper("vgg")) == 9_220_480 + 2 * 2752 + 512 * 10 + 10
+
+
+@pytest.mark.parametrize(
+    "name", ["convnet_8_16_bn", "convnet_8_16_none", "alexnet", "resnet10", "mobilenet"]
+)
+def test_dropout_changes_no_key_and_only_training(name):
+    plain, dropping = get_model(name, dropout=0.0), get_model(name, dropout=0.5)
+    assert list(plain.state_dict()) == list(dropping.state_dict())
+    dropping.load_state_dict(plain.state_dict(), strict=True)
+    plain.eval(), dropping.eval()
+    with torch.no_grad():
+        assert torch.equal(plain(images()), dropping(images()))
+        if name.startswith("convnet_8"):
+            dropping.drop_rate = 0.999999
+            dropping.train()
+            torch.testing.assert_close(dropping(images())[0], dropping.fc.bias)
+
+
+@pytest.mark.parametrize("name", ZOO_A)
+@pytest.mark.parametrize(("channel", "size"), [(3, (64, 64)), (1, (40, 32))])
+def test_zoo_a_other_sizes(name, channel, size):
+    model = on_paper(name, channel, size).eval()
+    h, w = size
+    per_pixel = dict(alexnet=192 * (h // 8) * (w // 8), vgg=512 * (h // 32) * (w // 32))
+    expected = per_pixel.get(name, FEATURES_A[name])
+    if name.startswith("convnet"):
+        blocks = name.count("_") - 1
+        expected = POOLED_A[name] * (h >> blocks) * (w >> blocks)
+    embedded = model.embed(images(channel, size).to("meta"))
+    assert embedded.shape == (2, expected) and model.fc(embedded).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "smallest"),
+    [("vgg", 16, 32), ("alexnet", 7, 8), ("convnet_4_4_4_4_bn", 15, 16), ("resnet18", 0, 1)],
+)
+def test_zoo_a_too_small(name, size, smallest):
+    with pytest.raises(UserError, match=rf"^{name} .*{size}x{size}.*{smallest}x{smallest}$"):
+        get_model(name, (3, size, size))
+    assert on_paper(name, size=(smallest, smallest)).num_features > 0
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet50", "", "convnet", "convnet_bn", "convnet_128_gn", "convnet_0_bn", "ConvNet"]
+)
+def test_zoo_a_unknown_name_lists_the_valid_ones(name):
+    with pytest.raises(UserError) as caught:
+        get_model(name)
+    for valid in MODELS:
+        assert valid in str(caught.value)
+    assert "convnet_{widths}_{bn|in|none}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_zoo_a_bad_arguments():
+    with pytest.raises(UserError, match=re.escape("convnet_128_256_512_bn")):
+        get_model("convnet_{widths}_{bn|in|none}")
+    with pytest.raises(UserError, match="dropout is 1"):
+        get_model("convnet_4_bn", dropout=1.0)
+    with pytest.raises(UserError, match="num_classes is 0"):
+        get_model("convnet_4_bn", num_classes=0)
