@@ -33,11 +33,21 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
     return meta
 
 
-def update_meta(folder: Path | str, size: int, entry: dict[str, Any], **common: Any) -> None:
-    """Merge `entry` into the facts of one size and `common` into the top level."""
+def merge_meta(
+    folder: Path | str, size: int, entry: dict[str, Any], *, replace: bool = False, **common: Any
+) -> dict[str, Any]:
+    """The description as `update_meta` would write it; `replace` drops this size's old facts."""
     meta = read_meta(folder)
     meta.update(common)
-    meta["sizes"].setdefault(str(size), {}).update(entry)
+    old = {} if replace else meta["sizes"].get(str(size), {})
+    if old or entry:
+        meta["sizes"][str(size)] = {**old, **entry}
+    return meta
+
+
+def update_meta(folder: Path | str, size: int, entry: dict[str, Any], **common: Any) -> None:
+    """Merge `entry` into the facts of one size and `common` into the top level."""
+    meta = merge_meta(folder, size, entry, **common)
     checkpoint.write_text(Path(folder) / "meta.json", json.dumps(meta, indent=2) + "\n")
 
 
