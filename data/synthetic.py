@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data import synthetic_forms as forms
 from data import synthetic_png as png
+from data.augment import denormalize
 from data.specs import DC_SPECS, KRR_SPECS, Stats
 from data.synthetic_forms import Form, save_experiments
 from data.synthetic_report import draw, share_outside, summarize
@@ -90,10 +91,7 @@ class SyntheticSet:
         """
         if self.stats is None:
             raise UserError("the mean and std of this synthetic set are unknown; give its data set")
-        std, mean = (
-            self.images.new_tensor(v)[:, None, None] for v in (self.stats.std, self.stats.mean)
-        )
-        return self.images * std + mean
+        return denormalize(self.images, self.stats)
 
     def to_pixels(self) -> Tensor:
         """The images de-normalised and clamped to [0, 1]; raises like `unclamped_pixels`."""

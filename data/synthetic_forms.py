@@ -93,9 +93,13 @@ def parse_description(text: str, path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if raw.get("mean") is not None and raw.get("std") is not None:
         try:
-            found["stats"] = Stats(*(tuple(float(v) for v in raw[k]) for k in ("mean", "std")))
+            mean, std = (tuple(float(v) for v in raw[key]) for key in ("mean", "std"))
+            usable = len(mean) == len(std) and min(std) > 0
         except (TypeError, ValueError):
-            raise UserError(f"{path}: mean and std must be lists of numbers") from None
+            usable = False
+        if not usable:
+            raise UserError(f"{path}: mean and std must be equally long lists, std above 0")
+        found["stats"] = Stats(mean, std)
     if isinstance(raw.get("data_name"), str):
         found["data_name"] = raw["data_name"]
     if isinstance(raw.get("info"), dict):

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.augment import normalize
 from data.specs import Stats
 from data.synthetic_forms import read_description, write_description
 from utils.errors import UserError
@@ -52,9 +53,8 @@ def read_png(path: Path, stats: Stats | None, experiment: int) -> dict[str, Any]
     images = torch.stack(pixels).float() / 255
     if not len(stats.mean) == len(stats.std) == images.shape[1]:
         raise UserError(f"{path}: mean and std do not fit images of {images.shape[1]} channels")
-    mean, std = (images.new_tensor(v)[:, None, None] for v in (stats.mean, stats.std))
     return content | {
-        "images": (images - mean) / std,
+        "images": normalize(images, stats),
         "targets": torch.tensor([y for _, y in rows]),
     }
 

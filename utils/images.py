@@ -1,8 +1,9 @@
-"""Pictures for people: image grids."""
+"""Pictures for people: image grids and curves."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -35,3 +36,36 @@ def save_grid(
     grid = make_grid(big.clamp(0, 1), nrow=columns, padding=2)
     with atomic_path(path) as temporary:
         save_image(grid, temporary, format="PNG")
+
+
+def save_curve(
+    steps: Sequence[float],
+    values: Sequence[float],
+    path: Path | str,
+    *,
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+) -> None:
+    """Draw one curve as a PNG.
+
+    Args:
+        steps: abscissae.
+        values: ordinates, as many.
+        path: the PNG to write, whole or not at all.
+        x_label: name and unit of the abscissa.
+        y_label: name and unit of the ordinate.
+        log_y: logarithmic ordinate.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
+
+    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, values, linewidth=1.2)
+    axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
+    axes.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
