@@ -72,7 +72,9 @@ def fit(
     guard = FiniteGuard(what)
     model.train()
     iterator = iter(batches)
-    for step in tqdm(range(start + 1, steps + 1), desc=what, disable=not progress, leave=False):
+    for step in tqdm(
+        range(start + 1, steps + 1), desc=what, disable=None if progress else True, leave=False
+    ):
         x, y = next(iterator)
         rate = optimizer.param_groups[0]["lr"]
         loss = train_step(model, x, y, loss_fn, optimizer)

@@ -151,3 +151,96 @@ class TargetFlags(CommonFlags):
     jitter: float = flag(0.5, "strength of the colour jitter; 0: off", minimum=0, maximum=1.25)
     eval_every: int = flag(50, "epochs between k-NN evaluations (labelled sets only)", minimum=1)
     save_every: int = flag(10, "epochs between saves of the run state", minimum=1)
+
+
+@dataclass(frozen=True)
+class BaselineFlags(CommonFlags):
+    """Flags of krr_st.baselines."""
+
+    seed: int | None = flag(0, "seed of the draw", minimum=0)
+    method: str = flag("random", "random, random_features, kmeans, kmeans_features or gaussian")
+    data_name: str = flag("cifar100", "source data set")
+    img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
+    num_images: int | None = flag(None, "images in the set; default: preset", minimum=1)
+    kmeans_space: str = flag(
+        "feature", "where distances are measured for k-means", choices=("pixel", "feature")
+    )
+    target_model: str = flag("resnet18", "architecture of the target model (zoo A)")
+    target_ckpt: Path | None = flag(
+        None, "target checkpoint; default: teacher_ckpt/barlow_twins_{target_model}_{data_name}.pt"
+    )
+    synthetic_data_dir: Path = flag(Path("./synthetic_data"), "where the set is written")
+
+
+# `--target_data_name full` for each source of the paper, in the order of its tables.
+_FINE_GRAINED = ("aircraft", "cars", "cub2011", "dogs", "flowers")
+FULL_TARGETS: dict[str, tuple[str, ...]] = {
+    "cifar100": ("cifar100", "cifar10", *_FINE_GRAINED),
+    "tinyimagenet": ("tinyimagenet", "cifar10", *_FINE_GRAINED),
+    "imagenet": ("cifar10", "cifar100", *_FINE_GRAINED),
+    "imagenette": ("imagenette", *_FINE_GRAINED),
+}
+
+
+def resolve_targets(source: str, joined: str) -> tuple[str, ...]:
+    """`full` or names joined by `_` -> target names; sources the paper lacks test on themselves."""
+    if joined == "full":
+        return FULL_TARGETS.get(source, (source,))
+    return tuple(joined.split("_"))
+
+
+@dataclass(frozen=True)
+class ScratchFlags(CommonFlags):
+    """Flags of test_scratch.py, and what test.py shares with it."""
+
+    seed: int | None = flag(0, "seed of the first repetition; the next ones add 1", minimum=0)
+    source_data_name: str = flag("cifar100", "source: sets the image size and the base network")
+    target_data_name: str = flag("full", "full, or target names joined by _")
+    test_model: str = flag("base", "base (the source's network) or a name of zoo A")
+    num_test: int = flag(3, "repetitions with different seeds", minimum=1)
+    log_dir: Path = flag(Path("./test_log"), "where results are written")
+    dropout: float = flag(0.0, "dropout before the last layer", minimum=0, maximum=0.99)
+    img_size: int | None = flag(None, "side in pixels; default: the source's preset", minimum=4)
+    protocol: str = flag(
+        "finetune",
+        "finetune: train everything; linear: L-BFGS logistic regression on frozen features; knn: "
+        "20 nearest neighbours in frozen features",
+        choices=("finetune", "linear", "knn"),
+    )
+    shots: str = flag("all", "labelled target images a class, or all; several joined by _ (10_all)")
+    label_fraction: float | None = flag(
+        None, "share of each class's target labels to use, instead of --shots", above=0, maximum=1
+    )
+    steps_scale: float = flag(
+        1.0, "factor on all training lengths, for quick looks; marked in the results", above=0
+    )
+    finetune_iteration: int | None = flag(None, "fine-tuning steps; default: table", minimum=1)
+    finetune_lr: float | None = flag(None, "fine-tuning learning rate; default: table", above=0)
+    finetune_wd: float | None = flag(None, "fine-tuning weight decay; default: table", minimum=0)
+    finetune_batch_size: int | None = flag(None, "fine-tuning batch; default: table", minimum=1)
+
+
+@dataclass(frozen=True)
+class TestFlags(ScratchFlags):
+    """Flags of test.py."""
+
+    __test__ = False  # not a pytest class
+
+    method: str = flag(
+        "krr_st",
+        "whose synthetic set: random, kmeans, dsa, dm, mtt, kip, frepo, krr_st, random_features, "
+        "kmeans_features; it decides the pre-training recipe",
+    )
+    synthetic_data_dir: Path = flag(
+        Path("./synthetic_data"), "reads {synthetic_data_dir}/{source}/{method}/"
+    )
+    synthetic_path: Path | None = flag(
+        None, "a synthetic set anywhere, in any form (e.g. results/EXP), instead"
+    )
+    pre_epoch: int | None = flag(None, "pre-training epochs; default: table", minimum=1)
+    pre_iteration: int | None = flag(None, "pre-training steps; default: table", minimum=1)
+    pre_opt: str | None = flag(None, "pre-training optimiser", choices=("sgd", "adam"))
+    pre_lr: float | None = flag(None, "pre-training learning rate; default: table", above=0)
+    pre_wd: float | None = flag(None, "pre-training weight decay; default: table", minimum=0)
+    pre_batch_size: int | None = flag(None, "pre-training batch; default: table", minimum=1)
+    pre_dsa: str | None = flag(None, "pre-training DSA strategy or none; default: table")

@@ -72,7 +72,9 @@ class ModelPool:
 
     def warm_up(self, x_syn: Tensor, y_syn: Tensor, progress: bool = False) -> None:
         """Train each network t steps on (x_syn, y_syn), t uniform in [1, T) (1 when T is 1)."""
-        for slot in tqdm(self.slots, desc="model pool", disable=not progress, leave=False):
+        for slot in tqdm(
+            self.slots, desc="model pool", disable=None if progress else True, leave=False
+        ):
             steps = int(torch.randint(1, max(2, self.max_steps), (1,), generator=self.generator))
             for _ in range(steps):
                 self._train(slot, x_syn, y_syn)

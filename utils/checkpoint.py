@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import pickle
 import re
@@ -157,3 +158,13 @@ def apply_state(
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise UserError(f"{origin} does not fit the network {type(model).__name__}: {shown}{more}")
     model.load_state_dict(given, strict=False)  # only keys under `skip` can be missing now
+
+
+def fingerprint(*tensors: torch.Tensor) -> str:
+    """A short SHA-256 digest of values, shapes and dtypes: which data a result belongs to."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{tuple(plain.shape)} {plain.dtype} ".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

@@ -14,6 +14,7 @@ import torch
 
 from utils import checkpoint
 from utils.errors import UserError
+from utils.seed import resolve_seed
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -55,54 +56,78 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+# Flags that may differ between two starts of the same run.
+_NOT_IDENTITY = ("device", "gpu_id", "overwrite", "dry_run")
+
+
 class RunFolder:
-    """`config.json`, `log.jsonl` and artefacts of one run.
+    """`config.json`, `log.jsonl`, `results.json` and artefacts of one run.
+
+    The same flags again mean the same run: it goes on from its last save, with its seed. Other
+    flags in the same folder are refused unless `overwrite` is set, which starts from nothing.
 
     Args:
         path: the folder.
-        config: resolved flags as plain JSON values; the run's identity.
-        environment: recorded beside them, not part of the identity.
-        extra: more facts recorded in config.json (statistics, seed).
-        overwrite: start again in a folder that holds another configuration.
+        flags: resolved flags as plain JSON values.
+        seed: None means the earlier start's seed, or else a drawn one.
+        device: recorded with the versions.
+        extra: more facts for config.json (data name, statistics).
+        overwrite: start again whatever is there.
+
+    Attributes:
+        seed: the seed to use.
+        resumed: an earlier start of this run is there.
+        finished: ... and it wrote its results.
 
     Raises:
-        UserError: the folder holds a run with another configuration and `overwrite` is not set.
+        UserError: the folder holds a run with other flags, or cannot be written.
     """
 
     def __init__(
         self,
         path: Path | str,
-        config: dict[str, Any],
+        flags: dict[str, Any],
         *,
-        environment: dict[str, Any],
+        seed: int | None,
+        device: torch.device,
         extra: dict[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
         self.path = Path(path)
-        config = _plain(config)
-        old = self._read_config()
-        if old is not None and old.get("flags") != config and not overwrite:
-            before = old.get("flags", {})
-            changed = [k for k in config if before.get(k) != config[k]]
-            shown = ", ".join(f"{k} {before.get(k)} -> {config[k]}" for k in changed[:5])
+        identity = _plain({k: v for k, v in flags.items() if k not in _NOT_IDENTITY})
+        old = None if overwrite else self._read_config()
+        if old is not None and old.get("flags") != identity:
+            before = old.get("flags") or {}
+            changed = [k for k in identity if before.get(k) != identity[k]]
+            shown = ", ".join(f"{k} {before.get(k)} -> {identity[k]}" for k in changed[:5])
             raise UserError(
-                f"{self.path} holds a run with another configuration ({shown}); "
-                "choose another --exp_name or pass --overwrite"
+                f"{self.path} holds a run with other flags ({shown}); "
+                "choose another name or pass --overwrite"
             )
-        self.resumable = old is not None and not overwrite
-        record = {**(extra or {}), "flags": config, "environment": environment}
-        write_json(self.path / "config.json", record)
-        if not self.resumable:
+        self.resumed = old is not None
+        self.finished = self.resumed and (self.path / "results.json").exists()
+        if seed is None and old is not None:
+            seed = old.get("seed")
+        self.seed = resolve_seed(seed)
+        if not self.resumed:
+            for stale in ("results.json", "state.pt", "log.jsonl"):
+                (self.path / stale).unlink(missing_ok=True)
+            record = {"seed": self.seed, **(extra or {}), "flags": identity}
+            write_json(self.path / "config.json", {**record, "environment": environment(device)})
             checkpoint.write_text(self.path / "log.jsonl", "")
 
     def _read_config(self) -> dict[str, Any] | None:
         path = self.path / "config.json"
-        if not path.exists():
-            return None
         try:
-            return json.loads(path.read_text())
+            old = json.loads(path.read_text()) if path.exists() else None
         except ValueError:
-            return {}
+            old = {}
+        return old if old is None or isinstance(old, dict) else {}
+
+    @property
+    def state_path(self) -> Path:
+        """Where the run's state is saved."""
+        return self.path / "state.pt"
 
     def truncate_log(self, step: int) -> None:
         """Drop log entries after `step`: what a resumed run is about to write again."""
@@ -130,6 +155,11 @@ class RunFolder:
             except ValueError:
                 continue
         return entries
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write results.json, which marks the run as finished, and drop its state."""
+        write_json(self.path / "results.json", results)
+        self.state_path.unlink(missing_ok=True)
 
 
 class LossWindow:

@@ -1,0 +1,190 @@
+"""`python -m krr_st.baselines`: comparison sets that need no optimisation of images.
+
+    python -m krr_st.baselines --method random_features --data_name digits --num_images 20
+
+random: real images with class labels, class-balanced. random_features: real images with the target
+model's features, what every KRR-ST result has to beat. kmeans, kmeans_features: the real image
+nearest to each k-means centre, with labels or features. gaussian: N(0, 1) noise with features.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+from data.augment import normalize, to_float
+from data.load import ImageSet
+from data.synthetic import SyntheticSet
+from evaluation.protocols import outputs
+from krr_st.config import BaselineFlags, resolve_preset
+from krr_st.target_model import Representation, default_checkpoint, load_target
+from utils import cli
+from utils.device import resolve_device
+from utils.errors import UserError, entry_point, pick
+from utils.seed import derive_seed, make_generator, resolve_seed
+
+
+def random_indices(image_set: ImageSet, count: int, generator: torch.Generator) -> Tensor:
+    """`count` images drawn uniformly without replacement, labels unseen."""
+    return torch.randperm(len(image_set.train), generator=generator)[:count]
+
+
+def balanced_indices(image_set: ImageSet, count: int, generator: torch.Generator) -> Tensor:
+    """`count` images in class order, class counts as equal as `count` and the classes allow."""
+    labels = image_set.train.labels
+    order = torch.randperm(len(labels), generator=generator)
+    by_class = order[labels[order].argsort(stable=True)]
+    sizes = labels.bincount(minlength=image_set.num_classes)
+    # Rank of each image within its class; the lowest ranks of all classes are taken first.
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.arange(len(labels)) - starts[labels[by_class]]
+    chosen = by_class[rank.argsort(stable=True)[:count]]
+    return chosen[labels[chosen].argsort(stable=True)]
+
+
+def kmeans_indices(points: Tensor, count: int, seed: int) -> Tensor:
+    """The image nearest to each of `count` k-means centres, no image twice.
+
+    Args:
+        points: (N, d) pixels or features.
+        count: centres.
+        seed: of k-means++.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    points = points.flatten(1).float().cpu()
+    model = MiniBatchKMeans(count, random_state=seed % 2**32, n_init=3, batch_size=4096)
+    centres = torch.from_numpy(model.fit(points.numpy()).cluster_centers_).float()
+    chosen: list[int] = []
+    taken = torch.zeros(len(points), dtype=torch.bool)
+    for centre in centres:
+        distance = (points - centre).square().sum(1).masked_fill(taken, torch.inf)
+        chosen.append(int(distance.argmin()))
+        taken[chosen[-1]] = True
+    return torch.tensor(chosen)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a baseline is made from."""
+
+    image_set: ImageSet
+    count: int
+    space: str
+    seed: int
+    device: torch.device
+    target: Callable[[], Representation]  # loaded only where it is needed
+
+    def normalized(self, index: Tensor) -> Tensor:
+        """Normalised float images at `index`, on the device."""
+        pixels = to_float(self.image_set.train.images[index].to(self.device))
+        return normalize(pixels, self.image_set.stats)
+
+    def labels(self, index: Tensor) -> Tensor:
+        """Class labels at `index`."""
+        if self.image_set.train.labels is None:
+            raise UserError(
+                f"{self.image_set.train.path.parent} has no labels; use a method with features: "
+                "random_features or kmeans_features"
+            )
+        return self.image_set.train.labels[index]
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """The target model's features of normalised images."""
+        return torch.cat([self.target()(chunk) for chunk in x.split(256)])
+
+    def centres(self) -> Tensor:
+        """Indices by k-means, in pixel space or in the target model's feature space."""
+        if self.space == "pixel":
+            points = to_float(self.image_set.train.images)
+        else:
+            points = outputs(
+                self.target(), self.image_set.train.images, self.image_set, self.device
+            )
+        return kmeans_indices(points, self.count, derive_seed(self.seed, "kmeans"))
+
+
+def _random(request: Request) -> tuple[Tensor, Tensor]:
+    generator = make_generator(request.seed, "random")
+    request.labels(torch.zeros(1, dtype=torch.long))
+    index = balanced_indices(request.image_set, request.count, generator)
+    return request.normalized(index), request.labels(index)
+
+
+def _random_features(request: Request) -> tuple[Tensor, Tensor]:
+    generator = make_generator(request.seed, "random")
+    x = request.normalized(random_indices(request.image_set, request.count, generator))
+    return x, request.features(x)
+
+
+def _kmeans(request: Request) -> tuple[Tensor, Tensor]:
+    request.labels(torch.zeros(1, dtype=torch.long))
+    index = request.centres()
+    order = request.labels(index).argsort(stable=True)
+    return request.normalized(index[order]), request.labels(index[order])
+
+
+def _kmeans_features(request: Request) -> tuple[Tensor, Tensor]:
+    x = request.normalized(request.centres())
+    return x, request.features(x)
+
+
+def _gaussian(request: Request) -> tuple[Tensor, Tensor]:
+    generator = make_generator(request.seed, "gaussian")
+    shape = (request.count, *request.image_set.img_shape)
+    x = torch.randn(shape, generator=generator).to(request.device)
+    return x, request.features(x)
+
+
+BASELINES: dict[str, Callable[[Request], tuple[Tensor, Tensor]]] = {
+    "random": _random,
+    "random_features": _random_features,
+    "kmeans": _kmeans,
+    "kmeans_features": _kmeans_features,
+    "gaussian": _gaussian,
+}
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> int:
+    """Make one baseline set and write {synthetic_data_dir}/{data_name}/{method}/."""
+    flags = cli.parse(
+        BaselineFlags, argv, prog="python -m krr_st.baselines", description=main.__doc__
+    )
+    make = pick(BASELINES, flags.method, "method")
+    seed = resolve_seed(flags.seed)
+    device = resolve_device(flags.device, flags.gpu_id)
+    preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
+    image_set = data.load(flags.data_name, preset.size, flags.data_dir, splits=("train",))
+    count = flags.num_images or preset.num_images
+    if count > len(image_set.train):
+        raise UserError(
+            f"--num_images {count} is more than the {len(image_set.train)} images "
+            f"in {image_set.train.path}"
+        )
+    path = flags.target_ckpt or default_checkpoint(flags.target_model, flags.data_name)
+    hint = (
+        f"python -m krr_st.target --data_name {flags.data_name} --img_size {preset.size} "
+        f"--target_model {flags.target_model} --data_dir {flags.data_dir}"
+    )
+    request = Request(
+        image_set, count, flags.kmeans_space, seed, device,
+        lambda: load_target(flags.target_model, Path(path), image_set.img_shape, device, hint),
+    )  # fmt: skip
+    x, y = make(request)
+    folder = Path(flags.synthetic_data_dir) / flags.data_name / flags.method
+    info = {"method": flags.method, "seed": seed}
+    SyntheticSet(x, y, image_set.stats, flags.data_name, info).save(folder)
+    print(f"{flags.method} of {flags.data_name}: {count} images in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

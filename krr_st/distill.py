@@ -1,0 +1,266 @@
+"""KRR-ST distillation: the outer loop over X_s and Y_s, its saves and its pictures."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data.augment import default_padding, denormalize, normalize, to_float
+from data.load import ImageSet
+from data.loader import ImagePipeline, TensorLoader
+from data.specs import Stats
+from evaluation.recipes import Recipe
+from krr_st.linear_eval import linear_evaluation
+from krr_st.loss import krr_loss
+from krr_st.pool import ModelPool
+from utils import checkpoint
+from utils.finite import FiniteGuard
+from utils.images import save_curve, save_grid
+from utils.optim import make_optimizer, make_schedule
+from utils.resume import load_run, save_run
+from utils.runlog import LossWindow, RunFolder
+
+
+class Distiller:
+    """X_s, Y_s and all that moves with them; one call of `step` is one outer step.
+
+    Args:
+        x_syn: (m, C, H, W) float32 initial images on the device.
+        y_syn: (m, D) float32 initial targets.
+        target: the frozen target model, (b, C, H, W) -> (b, D).
+        pool: the networks features come from.
+        loader: endless normalised real batches.
+        ridge: relative ridge of the kernel regression.
+        optimizer: adam (AdamW) or sgd (momentum 0.5).
+        lr: learning rate of both tensors; falls linearly to 1e-3 of it.
+        wd: weight decay.
+        grad_norm: bound on the gradient norm of each tensor on its own; 0: none.
+        steps: length of the run.
+
+    Source: Lee et al., arXiv 2310.06511, alg. 1.
+    """
+
+    def __init__(
+        self,
+        x_syn: Tensor,
+        y_syn: Tensor,
+        *,
+        target: nn.Module,
+        pool: ModelPool,
+        loader: TensorLoader,
+        ridge: float,
+        optimizer: str,
+        lr: float,
+        wd: float,
+        grad_norm: float,
+        steps: int,
+    ) -> None:
+        self.x_syn = x_syn.clone().requires_grad_()
+        self.y_syn = y_syn.clone().requires_grad_()
+        self.target, self.pool, self.loader = target, pool, loader
+        self.ridge, self.grad_norm = ridge, grad_norm
+        variables = [self.x_syn, self.y_syn]
+        self.optimizer = make_optimizer(optimizer, variables, lr=lr, wd=wd, momentum=0.5)
+        self.schedule = make_schedule("linear", self.optimizer, steps)
+        self._batches = loader.forever()
+
+    def step(self) -> Tensor:
+        """One outer step; returns the loss before it (detached, on the device)."""
+        slot = self.pool.draw()
+        x_real, _ = next(self._batches)
+        with torch.no_grad():
+            y_real = self.target(x_real)  # (b, D)
+            f_real = slot.model.embed(x_real)  # (b, d)
+        f_syn = slot.model.embed(self.x_syn)  # (m, d)
+        loss = krr_loss(f_real, y_real, f_syn, self.y_syn, self.ridge)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.grad_norm > 0:
+            for variable in (self.x_syn, self.y_syn):
+                nn.utils.clip_grad_norm_(variable, self.grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.pool.update(slot, self.x_syn.detach(), self.y_syn.detach())
+        return loss.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        return {
+            "x_syn": self.x_syn.detach(),
+            "y_syn": self.y_syn.detach(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "pool": self.pool.state_dict(),
+            "loader": self.loader.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        with torch.no_grad():
+            self.x_syn.copy_(state["x_syn"])
+            self.y_syn.copy_(state["y_syn"])
+        for name in ("optimizer", "schedule", "pool", "loader"):
+            getattr(self, name).load_state_dict(state[name])
+
+
+@torch.no_grad()
+def initial_set(
+    image_set: ImageSet,
+    count: int,
+    target: nn.Module,
+    *,
+    init: str,
+    device: torch.device,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """X_s = `count` random real images, Y_s = the target model's features of those images.
+
+    Args:
+        image_set: the source.
+        count: m.
+        target: the frozen target model.
+        init: "normalized", or "raw": X_s in pixel space [0, 1] while Y_s belongs to the
+            normalised images, as in the released code.
+        device: where to compute.
+        generator: which images.
+
+    Returns:
+        (m, C, H, W) and (m, D), float32.
+    """
+    index = torch.randperm(len(image_set.train), generator=generator)[:count]
+    pixels = to_float(image_set.train.images[index].to(device))
+    x = normalize(pixels, image_set.stats)
+    y = torch.cat([target(chunk) for chunk in x.split(256)])
+    return (pixels if init == "raw" else x), y
+
+
+def real_loader(
+    image_set: ImageSet, batch_size: int, device: torch.device, generator: torch.Generator
+) -> TensorLoader:
+    """Endless full batches of the training images: crop, flip, normalise; labels left out."""
+    pipeline = ImagePipeline(
+        image_set.stats, pad=default_padding(image_set.size), hflip=image_set.hflip
+    )
+    return TensorLoader(
+        image_set.train.images, None, batch_size=batch_size, device=device,
+        generator=generator, transform=pipeline, drop_last=True,
+    )  # fmt: skip
+
+
+def distill(
+    distiller: Distiller,
+    image_set: ImageSet,
+    run: RunFolder,
+    *,
+    steps: int,
+    print_every: int,
+    save_every: int,
+    eval_every: int,
+    test_model: str,
+    pretraining: Recipe,
+    classifier: Recipe,
+    stats: Stats,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Run the outer loop from where `run` stopped to the end; write the artefacts.
+
+    Args:
+        distiller: at its initial state; restored from the run's state if there is one.
+        image_set: the source, for evaluation and for its statistics.
+        run: folder of log, state and results.
+        steps: outer steps in all.
+        print_every: steps between log lines.
+        save_every: steps between saves of the set and of the run state.
+        eval_every: steps between linear evaluations (labelled sources only); one more at the end.
+        test_model: zoo-A network of the evaluations.
+        pretraining: how it is trained on the synthetic set.
+        classifier: how the linear classifier is trained.
+        stats: what undoes the normalisation of X_s, for its picture.
+        device: where to compute.
+
+    Returns:
+        What goes into results.json.
+
+    Raises:
+        UserError: a non-finite loss, naming the step; the last save is kept.
+    """
+    start = 0
+    if run.state_path.exists():
+        start, _ = load_run(run.state_path, {"distiller": distiller})
+        run.truncate_log(start)
+        print(f"going on after step {start} of {steps}")
+    else:
+        distiller.pool.warm_up(distiller.x_syn.detach(), distiller.y_syn.detach(), progress=True)
+    guard, window = FiniteGuard("distillation"), LossWindow(print_every)
+    evaluations = [e for e in run.read_log() if "linear_accuracy" in e]
+    began = mark = time.perf_counter()
+    bar = tqdm(
+        range(start + 1, steps + 1), desc="distilling", initial=start, total=steps,
+        disable=None, dynamic_ncols=True,  # None: no bar where nobody watches, lines instead
+    )  # fmt: skip
+    for step in bar:
+        loss = distiller.step()
+        guard.check(loss, step)
+        window.add(loss)
+        if step % print_every == 0 or step == steps:
+            guard.flush()
+            now = time.perf_counter()
+            speed = min(print_every, step - start) / max(now - mark, 1e-9)
+            mean, rate = window.mean(), distiller.schedule.get_last_lr()[0]
+            run.log(step=step, loss=mean, lr=rate, steps_per_second=speed)
+            bar.set_postfix(loss=f"{mean:.4g}")
+            if bar.disable:
+                left = (steps - step) / speed
+                print(
+                    f"step {step}/{steps}: loss {mean:.4g}, {speed:.1f} steps/s, {left:.0f} s left",
+                    flush=True,
+                )
+            mark = time.perf_counter()
+        if step % eval_every == 0 or step == steps:
+            guard.flush()
+            accuracy = linear_evaluation(
+                distiller.x_syn.detach(), distiller.y_syn.detach(), image_set, arch=test_model,
+                pretraining=pretraining, classifier=classifier, device=device,
+                seed=run.seed, step=step,
+            )  # fmt: skip
+            if accuracy is not None:
+                evaluations.append({"step": step, "linear_accuracy": accuracy})
+                run.log(**evaluations[-1])
+                bar.write(f"step {step}: linear accuracy {accuracy:.2f} %")
+                mark = time.perf_counter()
+        if step % save_every == 0 or step == steps:
+            guard.flush()
+            save_set(distiller, run)
+            save_run(run.state_path, step, {"distiller": distiller})
+    results = {
+        "steps": steps,
+        "loss": window.mean(),
+        "linear_evaluations": evaluations,
+        "seconds": time.perf_counter() - began,
+        "steps_in_this_start": steps - start,
+    }
+    if device.type == "cuda":
+        results["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    draw_artefacts(distiller, stats, run)
+    return results
+
+
+def save_set(distiller: Distiller, run: RunFolder) -> None:
+    """Write x_syn.pt and y_syn.pt, the published result files: two plain CPU tensors."""
+    checkpoint.save(distiller.x_syn.detach().cpu(), run.path / "x_syn.pt")
+    checkpoint.save(distiller.y_syn.detach().cpu(), run.path / "y_syn.pt")
+
+
+def draw_artefacts(distiller: Distiller, stats: Stats, run: RunFolder) -> None:
+    """Draw x_syn.png (de-normalised, at most 400 images) and loss.png."""
+    pixels = denormalize(distiller.x_syn.detach()[:400], stats)
+    save_grid(pixels.clamp(0, 1), run.path / "x_syn.png")
+    log = [e for e in run.read_log() if "loss" in e]
+    save_curve(
+        [e["step"] for e in log], [e["loss"] for e in log], run.path / "loss.png",
+        x_label="outer step", y_label="KRR loss", log_y=True,
+    )  # fmt: skip

@@ -1,0 +1,309 @@
+"""Transfer learning (Tables 1-3, Figure 3): the driver behind test.py and test_scratch.py."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import data
+from data.load import ImageSet, ImageSplit
+from data.synthetic import SyntheticSet
+from evaluation.probe import few_shot_indices, label_fraction_indices
+from evaluation.protocols import finetune, frozen_accuracy, outputs, pretrain
+from evaluation.recipes import Recipe, finetune_recipe, pretrain_recipe
+from krr_st.config import ScratchFlags, TestFlags, resolve_preset, resolve_targets
+from models import get_model
+from utils import cli
+from utils.cells import CellStore
+from utils.checkpoint import apply_state, fingerprint
+from utils.device import resolve_device
+from utils.errors import UserError
+from utils.runlog import environment, write_json
+from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
+from utils.table import format_mean_std, markdown, mean_std
+
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A synthetic set and how it trains a network; None in its place means: from scratch."""
+
+    synthetic: SyntheticSet
+    recipe: Recipe
+    outputs: int
+    scale: float
+
+
+def build_backbone(
+    arch: str,
+    img_shape: tuple[int, int, int],
+    pretraining: Pretraining | None,
+    *,
+    dropout: float,
+    seed: int,
+    device: torch.device,
+) -> nn.Module:
+    """A network initialised from `seed`, pre-trained unless `pretraining` is None; eval mode."""
+    outputs_wanted = pretraining.outputs if pretraining else 1
+    with local_seed(derive_seed(seed, "network")):
+        model = get_model(arch, img_shape, outputs_wanted, dropout).to(device)
+        if pretraining is not None:
+            pretrain(
+                model, pretraining.synthetic, pretraining.recipe, device=device,
+                generator=make_generator(seed, "pre-training"), scale=pretraining.scale,
+            )  # fmt: skip
+    return model.eval()
+
+
+def labelled_indices(labels: Tensor, shots: str, fraction: float | None, seed: int) -> Tensor:
+    """Which labelled images a cell may use: a draw from `seed` alone, so the same for all methods.
+
+    Args:
+        labels: (N,) of the target's training split.
+        shots: images a class, or "all".
+        fraction: share of each class instead, or None.
+        seed: of the repetition.
+    """
+    generator = make_generator(seed, "labelled subset", shots, fraction)
+    if fraction is not None:
+        return label_fraction_indices(labels, fraction, generator)
+    if shots == "all":
+        return torch.arange(len(labels))
+    return few_shot_indices(labels, int(shots), generator)
+
+
+class TargetTask:
+    """One target set met by one pre-trained network: features are extracted at most once."""
+
+    def __init__(self, backbone: nn.Module, arch: str, target: ImageSet, device: torch.device):
+        self.backbone, self.arch, self.target, self.device = backbone, arch, target, device
+        self._features: tuple[Tensor, Tensor] | None = None
+
+    def frozen(self, protocol: str, index: Tensor) -> float:
+        """Test accuracy in % of a classifier on frozen features of the images at `index`."""
+        train, test = self.target.train, self.target.test
+        if self._features is None:
+            self._features = tuple(
+                outputs(self.backbone.embed, split.images, self.target, self.device)
+                for split in (train, test)
+            )
+        train_features, test_features = self._features
+        return frozen_accuracy(
+            protocol, train_features[index.to(self.device)], train.labels[index],
+            test_features, test.labels, self.target.num_classes,
+        )  # fmt: skip
+
+    def finetuned(
+        self, index: Tensor, recipe: Recipe, *, dropout: float, scale: float, seed: int
+    ) -> float:
+        """Test accuracy in % after fine-tuning a copy on the images at `index`."""
+        target, train = self.target, self.target.train
+        if len(index) < len(train):
+            train = ImageSplit(train.images[index], train.labels[index], train.path)
+        with local_seed(derive_seed(seed, "head", target.name)):
+            model = get_model(self.arch, target.img_shape, target.num_classes, dropout)
+            apply_state(
+                model, self.backbone.state_dict(), origin="the pre-trained network", skip=("fc.",)
+            )
+            return finetune(
+                model.to(self.device), target, train, recipe, device=self.device,
+                generator=make_generator(seed, "fine-tuning", target.name), scale=scale,
+            )  # fmt: skip
+
+
+def load_pretraining(flags: TestFlags, size: int, arch: str) -> Pretraining:
+    """The synthetic set of a method and the recipe that belongs to it, with the flags put in.
+
+    Raises:
+        UserError: unknown method, missing or damaged set, one of another image size.
+    """
+    recipe = pretrain_recipe(flags.method, flags.source_data_name, arch).override(
+        epochs=flags.pre_epoch, steps=flags.pre_iteration, optimizer=flags.pre_opt,
+        lr=flags.pre_lr, wd=flags.pre_wd, batch_size=flags.pre_batch_size, dsa=flags.pre_dsa,
+    )  # fmt: skip
+    path = flags.synthetic_path
+    if path is None:
+        path = flags.synthetic_data_dir / flags.source_data_name / flags.method
+    synthetic = SyntheticSet.load(path)
+    if synthetic.images.shape[2:] != (size, size):
+        raise UserError(
+            f"{path} holds images of {tuple(synthetic.images.shape[2:])} pixels, "
+            f"expected {size} x {size}; see --img_size"
+        )
+    wanted = "class indices" if recipe.loss == "cross_entropy" else "float vectors"
+    if synthetic.soft == (recipe.loss == "cross_entropy"):
+        raise UserError(f"{path}: method {flags.method} is pre-trained on {wanted}, found others")
+    width = synthetic.targets.shape[1] if synthetic.soft else int(synthetic.targets.max()) + 1
+    return Pretraining(synthetic, recipe, width, flags.steps_scale)
+
+
+def load_targets(names: tuple[str, ...], size: int, data_dir: Path) -> list[ImageSet]:
+    """Read every target once.
+
+    Raises:
+        UserError: a set that is missing, or has no labels or no test split.
+    """
+    targets = []
+    for name in names:
+        target = data.load(name, size, data_dir)
+        if target.num_classes is None or target.test is None:
+            what = "labels" if target.num_classes is None else "test split"
+            raise UserError(f"{target.train.path.parent} has no {what}; a target needs both")
+        targets.append(target)
+    return targets
+
+
+def parse_shots(joined: str) -> tuple[str, ...]:
+    """`10_all` -> ("10", "all").
+
+    Raises:
+        UserError: an entry that is neither a positive number nor all.
+    """
+    parts = tuple(joined.split("_"))
+    for part in parts:
+        if part != "all" and not (part.isdecimal() and int(part) > 0):
+            raise UserError(f"--shots {joined}: {part!r} is neither a positive number nor 'all'")
+    return parts
+
+
+def run_transfer(flags: ScratchFlags) -> int:
+    """Measure every (target, labels, seed) cell, print the table, write results.json.
+
+    Args:
+        flags: of test_scratch.py, or TestFlags with a method.
+
+    Raises:
+        UserError: bad flags, data or synthetic set; finished cells stay in results.jsonl.
+    """
+    shots = ("all",) if flags.label_fraction is not None else parse_shots(flags.shots)
+    preset = resolve_preset(flags.source_data_name, flags.data_dir, flags.img_size)
+    arch = preset.network if flags.test_model == "base" else flags.test_model
+    method = flags.method if isinstance(flags, TestFlags) else SCRATCH
+    device = resolve_device(flags.device, flags.gpu_id)
+    seed = resolve_seed(flags.seed)
+    pretraining = None
+    if isinstance(flags, TestFlags):
+        pretraining = load_pretraining(flags, preset.size, arch)
+    names = resolve_targets(flags.source_data_name, flags.target_data_name)
+    targets = load_targets(names, preset.size, flags.data_dir)
+    store = CellStore(flags.log_dir / "results.jsonl")
+    settings = cell_settings(flags, method, arch, preset.size, pretraining)
+    cells = []
+    for repetition in range(flags.num_test):
+        cells += run_repetition(
+            seed + repetition, targets, shots, flags, arch, pretraining, settings, store, device
+        )
+    folder = flags.log_dir / flags.source_data_name / method / arch / flags.protocol
+    write_json(folder / "results.json", {
+        "flags": cli.as_json(flags), "environment": environment(device),
+        "summary": summarize(cells), "cells": cells,
+    })  # fmt: skip
+    print(table(cells, flags))
+    print(f"results: {folder / 'results.json'}")
+    return 0
+
+
+def cell_settings(
+    flags: ScratchFlags, method: str, arch: str, size: int, pretraining: Pretraining | None
+) -> dict[str, Any]:
+    """Everything but target, labels and seed that a cell's value depends on."""
+    settings: dict[str, Any] = {
+        "source": flags.source_data_name, "method": method, "model": arch, "size": size,
+        "protocol": flags.protocol, "label_fraction": flags.label_fraction,
+        "dropout": flags.dropout, "steps_scale": flags.steps_scale,
+    }  # fmt: skip
+    if pretraining is not None:
+        synthetic = pretraining.synthetic
+        settings["pretraining"] = asdict(pretraining.recipe)
+        settings["synthetic_set"] = fingerprint(synthetic.images, synthetic.targets)
+    return settings
+
+
+def run_repetition(
+    seed: int,
+    targets: list[ImageSet],
+    shots: tuple[str, ...],
+    flags: ScratchFlags,
+    arch: str,
+    pretraining: Pretraining | None,
+    settings: dict[str, Any],
+    store: CellStore,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """All cells of one seed: one pre-trained network serves every target."""
+    cells, backbone = [], None
+    for target in targets:
+        task = None
+        recipe = finetune_recipe(target.name, arch, target.size).override(
+            steps=flags.finetune_iteration, lr=flags.finetune_lr, wd=flags.finetune_wd,
+            batch_size=flags.finetune_batch_size,
+        )  # fmt: skip
+        for count in shots:
+            key = {**settings, "target": target.name, "shots": count, "seed": seed}
+            if flags.protocol == "finetune":
+                key["finetuning"] = asdict(recipe)
+            cell = store.get(key)
+            if cell is not None:
+                print(f"{target.name}, seed {seed}, {count} shots: {cell['accuracy']:.2f} % (kept)")
+                cells.append(cell)
+                continue
+            began = time.perf_counter()
+            index = labelled_indices(target.train.labels, count, flags.label_fraction, seed)
+            if backbone is None:
+                backbone = build_backbone(
+                    arch, target.img_shape, pretraining, dropout=flags.dropout,
+                    seed=seed, device=device,
+                )  # fmt: skip
+            task = task or TargetTask(backbone, arch, target, device)
+            if flags.protocol == "finetune":
+                value = task.finetuned(
+                    index, recipe, dropout=flags.dropout, scale=flags.steps_scale, seed=seed
+                )
+            else:
+                value = task.frozen(flags.protocol, index)
+            seconds = time.perf_counter() - began
+            cells.append(store.add(key, accuracy=value, labelled=len(index), seconds=seconds))
+            print(f"{target.name}, seed {seed}, {count} shots: {value:.2f} %", flush=True)
+    return cells
+
+
+def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and population std over seeds for each (target, shots)."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for cell in cells:
+        groups.setdefault((cell["target"], cell["shots"]), []).append(cell["accuracy"])
+    return [
+        {"target": target, "shots": count, "n": len(values),
+         **dict(zip(("mean", "std"), mean_std(values), strict=True))}
+        for (target, count), values in groups.items()
+    ]  # fmt: skip
+
+
+def table(cells: list[dict[str, Any]], flags: ScratchFlags) -> str:
+    """Targets as rows, label budgets as columns, test accuracy in %."""
+    budgets = list(dict.fromkeys(cell["shots"] for cell in cells))
+    names = list(dict.fromkeys(cell["target"] for cell in cells))
+
+    def heading(budget: str) -> str:
+        if flags.label_fraction is not None:
+            return f"{100 * flags.label_fraction:g} % of labels"
+        return "all labels" if budget == "all" else f"{budget} labels a class"
+
+    rows = []
+    for name in names:
+        row = [name]
+        for budget in budgets:
+            values = [c["accuracy"] for c in cells if (c["target"], c["shots"]) == (name, budget)]
+            row.append(format_mean_std(values))
+        rows.append(row)
+    text = markdown(["target", *map(heading, budgets)], rows)
+    note = f"test accuracy in %, {flags.protocol}, mean ± std over {flags.num_test} seeds"
+    if flags.steps_scale != 1:
+        note += f"; lengths scaled by {flags.steps_scale}, not the table's"
+    return f"{text}\n{note}"

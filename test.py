@@ -1,0 +1,24 @@
+"""Pre-train on a synthetic set and transfer to target data sets.
+
+python test.py --source_data_name cifar100 --target_data_name full --method krr_st --test_model base
+"""
+
+from __future__ import annotations
+
+import sys
+
+from krr_st.config import TestFlags
+from krr_st.transfer import run_transfer
+from utils import cli
+from utils.errors import entry_point
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags and measure."""
+    flags = cli.parse(TestFlags, argv, prog="python test.py", description=__doc__)
+    return run_transfer(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
