@@ -62,7 +62,8 @@ def measure_statistics(images: Tensor) -> Stats:
     """
     scale = 255.0 if images.dtype == torch.uint8 else 1.0
     total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
-    for chunk in images.split(1024):
+    pixels = images.numel() // max(1, len(images))
+    for chunk in images.split(max(1, (1 << 22) // max(1, pixels))):
         chunk = chunk.double().div_(scale)
         total = total + chunk.sum((0, 2, 3))
         squares = squares + chunk.square().sum((0, 2, 3))

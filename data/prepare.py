@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.check import check_prepared
 from data.convert import default_workers
 from data.load import tensor_path
 from data.raw import Source
@@ -47,8 +48,12 @@ class PrepareConfig:
     check: str | None = flag(None, "verify this prepared set (all sizes, or --size) and stop")
 
 
-def _spec(name: str) -> DatasetSpec | None:
-    return KRR_SPECS.get(name) or DC_SPECS.get(name)
+def find_row(name: str | None) -> DatasetSpec | None:
+    """The table row of a data set name: either family's spelling, or the prepared folder's."""
+    for table in (KRR_SPECS, DC_SPECS):
+        if name in table:
+            return table[name]
+    return next((row for row in DC_SPECS.values() if row.folder == name), None)
 
 
 def _validate(config: PrepareConfig) -> None:
@@ -60,21 +65,24 @@ def _validate(config: PrepareConfig) -> None:
     if config.from_folder is None:
         if config.data_name is None:
             raise UserError("--data_name NAME, --from_folder PATH or --check NAME is needed")
-        pick(KRR_SPECS | DC_SPECS, config.data_name, "data set (own pictures: --from_folder PATH)")
+        if find_row(config.data_name) is None:
+            raise UserError(
+                f"unknown data set {config.data_name!r}; valid: "
+                f"{', '.join(sorted(KRR_SPECS | DC_SPECS))}; own pictures: --from_folder PATH"
+            )
         for name in ("val_fraction", "unlabelled"):
             if getattr(config, name):
                 raise UserError(f"--{name} is for --from_folder; {config.data_name} has its own")
         return
     if config.raw is not None or config.download:
         raise UserError("--raw and --download are for listed sets, not for --from_folder")
-    if config.size is None and (config.data_name is None or _spec(config.data_name) is None):
+    if config.size is None and find_row(config.data_name) is None:
         raise UserError("--size is needed with --from_folder")
 
 
-def _target_folder(config: PrepareConfig) -> str:
-    """Name of the folder that receives the tensors."""
-    name = config.data_name or config.from_folder.resolve().name
-    spec = _spec(name)
+def _prepared_folder(name: str) -> str:
+    """Name of the folder that holds the tensors of a set."""
+    spec = find_row(name)
     if spec is not None:
         return spec.folder
     if not re.fullmatch(r"\w[\w.-]*", name):
@@ -101,6 +109,29 @@ def _read_source(config: PrepareConfig, folder: str, spec: DatasetSpec | None) -
     return source
 
 
+def _exists(config: PrepareConfig, folder: str, spec: DatasetSpec | None, size: int) -> bool:
+    """Whether the listed set is there, whole.
+
+    Raises:
+        UserError: an own set is there, or a listed one in part; neither is replaced unasked.
+    """
+    splits = ("train", "test") if spec is None or spec.has_test else ("train",)
+    wanted = [tensor_path(config.data_dir, folder, kind, s, size) for s in splits for kind in "XY"]
+    missing = [path.name for path in wanted if not path.exists()]
+    if len(missing) == len(wanted):
+        return False
+    if config.from_folder is not None:
+        raise UserError(
+            f"{config.data_dir / folder} is prepared at size {size}; replace it with --overwrite"
+        )
+    if missing:
+        raise UserError(
+            f"{config.data_dir / folder} lacks {', '.join(missing)}; replace the rest of it, too, "
+            "with --overwrite"
+        )
+    return True
+
+
 def prepare(config: PrepareConfig) -> None:
     """Prepare one set at one size.
 
@@ -108,14 +139,11 @@ def prepare(config: PrepareConfig) -> None:
         UserError: bad flags, raw data missing or damaged, or an own set that exists already.
     """
     _validate(config)
-    folder = _target_folder(config)
-    spec = _spec(config.data_name) if config.data_name else None
+    name = config.data_name or config.from_folder.resolve().name
+    folder, spec = _prepared_folder(name), find_row(name)
     size = config.size or spec.sizes[0]
-    existing = tensor_path(config.data_dir, folder, "X", "train", size)
-    if existing.exists() and not config.overwrite:
-        if config.from_folder is not None:
-            raise UserError(f"{existing} exists; replace it with --overwrite")
-        print(f"{folder} at size {size} is prepared already in {existing.parent}")
+    if not config.overwrite and _exists(config, folder, spec, size):
+        print(f"{folder} at size {size} is prepared already in {config.data_dir / folder}")
         return
     started = time.perf_counter()
     source = _read_source(config, folder, spec)
@@ -133,7 +161,7 @@ def prepare(config: PrepareConfig) -> None:
     counts = ", ".join(f"{count} {split}" for split, count in entry["counts"].items())
     classes = f"{len(source.class_names)} classes" if source.class_names else "no labels"
     seconds = time.perf_counter() - started
-    print(f"{existing.parent}: size {size}, {counts}, {classes}, {seconds:.1f} s")
+    print(f"{config.data_dir / folder}: size {size}, {counts}, {classes}, {seconds:.1f} s")
 
 
 @entry_point
@@ -141,7 +169,12 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
     description = "Make prepared tensors from a raw data set or from any folder of images."
-    prepare(parse(PrepareConfig, argv, prog="python -m data.prepare", description=description))
+    config = parse(PrepareConfig, argv, prog="python -m data.prepare", description=description)
+    if config.check is not None:
+        folder = _prepared_folder(config.check)
+        check_prepared(config.data_dir, folder, find_row(config.check), config.size)
+        return
+    prepare(config)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from utils.errors import UserError
 PICTURE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
 )  # fmt: skip
-_ARCHIVE_SUFFIXES = (".tgz", ".tar", ".gz", ".zip", ".mat", ".npz", ".bz2", ".xz")
+_DATA_SUFFIXES = (".tgz", ".tar", ".gz", ".zip", ".mat", ".npz", "-ubyte")
+_PACKED_SUFFIXES = (".tgz", ".tar", ".gz", ".zip")
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,10 @@ def locate(raw: Path, *marks: str, what: str, help: str) -> Path:
         if all((folder / mark).exists() for mark in marks):
             return folder
     hint = ""
-    for path in _archives(raw):
+    for path in _data_files(raw):
         check_not_html(path)
-        hint = f" (unpack {path.name} there first)"
+        if path.name.endswith(_PACKED_SUFFIXES):
+            hint = f" (unpack {path.name} there first)"
     best = max(folders, key=lambda f: sum((f / mark).exists() for mark in marks), default=raw)
     missing = [mark for mark in marks if not (best / mark).exists()]
     raise UserError(
@@ -132,11 +134,11 @@ def locate(raw: Path, *marks: str, what: str, help: str) -> Path:
     )
 
 
-def _archives(raw: Path) -> Iterator[Path]:
-    """Archive files directly in `raw` or one folder below."""
+def _data_files(raw: Path) -> Iterator[Path]:
+    """Archives and array files in `raw` and two levels below."""
     if raw.is_dir():
-        for path in sorted([*raw.glob("*"), *raw.glob("*/*")]):
-            if path.is_file() and path.name.lower().endswith(_ARCHIVE_SUFFIXES):
+        for path in sorted([*raw.glob("*"), *raw.glob("*/*"), *raw.glob("*/*/*")]):
+            if path.name.lower().endswith(_DATA_SUFFIXES) and path.is_file():
                 yield path
 
 
@@ -157,7 +159,7 @@ def check_not_html(path: Path) -> None:
 
 def check_no_html_archive(raw: Path) -> None:
     """Refuse web pages among the archives in `raw`; raises like `check_not_html`."""
-    for path in _archives(raw):
+    for path in _data_files(raw):
         check_not_html(path)
 
 

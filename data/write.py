@@ -179,6 +179,7 @@ def _convert_split(
                     f"{split} split: {len(part.labels)} labels for {len(part.images)} pictures"
                 )
             keep = np.ones(len(part.images), dtype=bool)
+            bar.total = total or done.rows + len(part.images)
             for span, broken, counts in convert_all(job, workers):
                 done.counts += counts
                 bar.update(len(span))
