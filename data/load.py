@@ -155,7 +155,7 @@ def load(
     stats = spec.stats.get(size) if spec else None
     if stats is None:
         stats = own_statistics(Path(data_dir) / folder, size, train.images)
-    hflip = spec.hflip if spec else True
+    hflip = spec.hflip if spec else bool(read_meta(Path(data_dir) / folder).get("hflip", True))
     return ImageSet(name, size, train, test, num_classes, stats, hflip)
 
 
