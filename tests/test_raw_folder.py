@@ -1,0 +1,87 @@
+"""Any folder of images as a data set."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from raw_drawing import content, draw
+
+from data.raw_folder import read_folder
+from utils.errors import UserError
+
+
+def test_folder_of_class_folders(tmp_path):
+    draw(tmp_path / "bee" / "deep" / "2.PNG")
+    draw(tmp_path / "bee" / "1.jpg")
+    draw(tmp_path / "ant" / "3.bmp")
+    (tmp_path / "ant" / "notes.txt").write_text("no picture")
+    (tmp_path / ".cache").mkdir()
+    source = read_folder(tmp_path)
+    assert source.class_names == ("ant", "bee")
+    assert content(source, "train") == [("3.bmp", 0), ("1.jpg", 1), ("2.PNG", 1)]
+
+
+def test_folder_without_classes_is_unlabelled(tmp_path):
+    draw(tmp_path / "1.png")
+    (part,) = read_folder(tmp_path).splits["train"]()
+    assert part.labels is None and [p.name for p in part.images] == ["1.png"]
+    draw(tmp_path / "sub" / "2.png")
+    with pytest.raises(UserError, match=r"loose pictures .*--unlabelled"):
+        read_folder(tmp_path)
+    source = read_folder(tmp_path, unlabelled=True)
+    assert source.class_names is None and source.counts == {"train": 2}
+
+
+def test_val_fraction_is_stratified_and_repeatable(tmp_path):
+    for name, count in (("a", 10), ("b", 4), ("c", 1)):
+        for i in range(count):
+            draw(tmp_path / name / f"{i:02d}.png")
+    source = read_folder(tmp_path, val_fraction=0.2)
+    train, test = content(source, "train"), content(source, "test")
+    assert np.bincount([y for _, y in test], minlength=3).tolist() == [2, 1, 0]
+    assert len(set(train) | set(test)) == 15 == len(train) + len(test)
+    assert content(read_folder(tmp_path, val_fraction=0.2), "test") == test
+
+
+@pytest.mark.parametrize("held_out", ["val", "test"])
+def test_folder_that_is_split_already(tmp_path, held_out):
+    for split in ("train", held_out):
+        for name in ("x", "y"):
+            draw(tmp_path / split / name / f"{split}.png")
+    source = read_folder(tmp_path)
+    assert content(source, "train") == [("train.png", 0), ("train.png", 1)]
+    assert content(source, "test") == [(f"{held_out}.png", 0), (f"{held_out}.png", 1)]
+    with pytest.raises(UserError, match="val_fraction"):
+        read_folder(tmp_path, val_fraction=0.1)
+    draw(tmp_path / held_out / "z" / "1.png")
+    with pytest.raises(UserError, match=r"differ in 1 class folders \(z\)"):
+        read_folder(tmp_path)
+
+
+def test_a_class_called_train_is_no_split(tmp_path):
+    draw(tmp_path / "train" / "1.png")
+    draw(tmp_path / "car" / "2.png")
+    assert read_folder(tmp_path).class_names == ("car", "train")
+
+
+def test_split_folders_of_unlike_layout(tmp_path):
+    draw(tmp_path / "train" / "x" / "1.png")
+    draw(tmp_path / "val" / "1.png")
+    with pytest.raises(UserError, match="train/ has class folders and val/ has none"):
+        read_folder(tmp_path)
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(UserError, match="is not a folder"):
+        read_folder(tmp_path / "absent")
+    with pytest.raises(UserError, match="no pictures"):
+        read_folder(tmp_path)
+    draw(tmp_path / "Cat" / "1.png")
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(UserError, match=r"class folder .*dog holds no pictures"):
+        read_folder(tmp_path)
+    draw(tmp_path / "dog" / "1.png")
+    draw(tmp_path / "cat" / "1.png")
+    if len({p.name for p in tmp_path.iterdir()}) == 3:  # not on a case-blind file system
+        with pytest.raises(UserError, match="'Cat' and 'cat'"):
+            read_folder(tmp_path)
