@@ -167,7 +167,6 @@ def prepare(config: PrepareConfig) -> None:
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
     description = "Make prepared tensors from a raw data set or from any folder of images."
     config = parse(PrepareConfig, argv, prog="python -m data.prepare", description=description)
     if config.check is not None:
@@ -178,4 +177,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that temporary files go
     sys.exit(main())
