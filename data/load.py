@@ -77,8 +77,8 @@ def tensor_path(data_dir: Path | str, folder: str, kind: str, split: str, size: 
 
 
 def prepared_names(data_dir: Path | str) -> list[str]:
-    """Folders below `data_dir` that hold at least one prepared training tensor."""
-    return sorted({p.parent.name for p in Path(data_dir).glob("*/X_tr_*.pth")})
+    """Folders below `data_dir` that hold at least one prepared tensor."""
+    return sorted({p.parent.name for p in Path(data_dir).glob("*/[XY]_t[re]_*.pth")})
 
 
 def find_spec(name: str, data_dir: Path | str, family: str = "krr") -> DatasetSpec | None:
@@ -109,9 +109,10 @@ def default_size(name: str, data_dir: Path | str, family: str = "krr") -> int:
     spec = find_spec(name, data_dir, family)
     if spec is not None:
         return spec.sizes[0]
-    sizes = sorted(int(p.stem.split("_")[-1]) for p in (Path(data_dir) / name).glob("X_tr_*.pth"))
-    if len(sizes) > 1:
-        raise UserError(f"{Path(data_dir) / name} is prepared at sizes {sizes}; choose with a flag")
+    files = (Path(data_dir) / name).glob("[XY]_t[re]_*.pth")
+    sizes = sorted({int(n) for n in (p.stem.split("_")[-1] for p in files) if n.isdecimal()})
+    if len(sizes) != 1:
+        raise UserError(f"{Path(data_dir) / name} is prepared at sizes {sizes}; choose --img_size")
     return sizes[0]
 
 

@@ -1,0 +1,303 @@
+"""The commands as a user types them: one clear line and exit code 2 for every bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_set
+
+import test as test_command
+import test_scratch
+import train
+from krr_st import baselines, target
+from krr_st.target_model import Representation
+from utils import checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+NET = "convnet_4_8_bn"
+TRAIN = [
+    "--data_name", "tiny", "--img_size", "8", "--device", "cpu", "--seed", "0",
+    "--target_model", NET, "--train_model", NET, "--num_images", "6", "--num_models", "2",
+    "--online_iteration", "3", "--outer_iteration", "4", "--outer_batch_size", "16",
+    "--print_every", "2", "--pre_epoch", "2", "--test_iteration", "3",
+]  # fmt: skip
+TEST = ["--source_data_name", "tiny", "--img_size", "8", "--test_model", NET, "--device", "cpu",
+        "--num_test", "1"]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(workspace):
+    write_set("datasets", "tiny")
+    torch.manual_seed(0)
+    state = Representation(NET, (3, 8, 8)).backbone.state_dict()
+    checkpoint.save(state, f"teacher_ckpt/barlow_twins_{NET}_tiny.pt")
+    return workspace
+
+
+def fails(capsys, command, argv, *words):
+    """Run in-process; one line on stderr that holds all `words`, code 2, no traceback."""
+    try:
+        code = command.main(argv)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert code == 2, error
+    assert len(lines) == 1 and lines[0].startswith("error:"), error
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+def listing(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def test_train_then_test_then_scratch(tiny, capsys):
+    assert train.main([*TRAIN, "--exp_name", "a"]) == 0
+    run = tiny / "results" / "a"
+    x, y = torch.load(run / "x_syn.pt"), torch.load(run / "y_syn.pt")
+    assert x.shape == (6, 3, 8, 8) and x.dtype == torch.float32
+    assert y.shape == (6, 8)
+    for name in ("config.json", "log.jsonl", "results.json", "x_syn.png", "loss.png"):
+        assert (run / name).stat().st_size > 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["seed"] == 0 and config["flags"]["outer_iteration"] == 4
+    assert config["environment"]["torch"] == torch.__version__
+
+    argv = [*TEST, "--method", "krr_st", "--synthetic_path", "results/a", "--pre_epoch", "2"]
+    assert test_command.main([*argv, "--protocol", "linear", "--shots", "2_all"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 labels a class" in printed and "all labels" in printed
+    cells = (tiny / "test_log" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(c)["shots"] for c in cells] == ["2", "all"]
+
+    assert test_command.main([*argv, "--protocol", "linear", "--shots", "2_all"]) == 0
+    assert capsys.readouterr().out.count("(kept)") == 2
+    assert (tiny / "test_log" / "results.jsonl").read_text().splitlines() == cells
+
+    assert test_scratch.main([*TEST, "--finetune_iteration", "3", "--num_test", "2"]) == 0
+    path = tiny / "test_log" / "tiny" / "scratch" / NET / "finetune" / "results.json"
+    result = json.loads(path.read_text())
+    values = [c["accuracy"] for c in result["cells"]]
+    assert len(values) == 2 and result["summary"][0]["n"] == 2
+    assert result["summary"][0]["mean"] == pytest.approx(sum(values) / 2)
+    assert result["summary"][0]["std"] == pytest.approx(abs(values[0] - values[1]) / 2)
+
+
+def test_finetune_cells_do_not_depend_on_what_ran_before(tiny):
+    argv = [*TEST, "--finetune_iteration", "5"]
+    assert test_scratch.main([*argv, "--num_test", "2", "--log_dir", "both"]) == 0
+    assert test_scratch.main([*argv, "--seed", "1", "--log_dir", "second"]) == 0
+    both = [json.loads(c) for c in Path("both/results.jsonl").read_text().splitlines()]
+    second = json.loads(Path("second/results.jsonl").read_text())
+    assert both[1]["seed"] == second["seed"] == 1
+    assert both[1]["accuracy"] == second["accuracy"]
+
+
+def test_baselines(tiny):
+    common = ["--data_name", "tiny", "--img_size", "8", "--target_model", NET, "--device", "cpu"]
+    for method, shape in {
+        "random": (6,), "random_features": (6, 8), "kmeans": (6,), "kmeans_features": (6, 8),
+        "gaussian": (6, 8),
+    }.items():  # fmt: skip
+        argv = [*common, "--method", method, "--num_images", "6"]
+        assert baselines.main(argv) == 0
+        folder = tiny / "synthetic_data" / "tiny" / method
+        x, y = torch.load(folder / "x_syn.pt"), torch.load(folder / "y_syn.pt")
+        assert x.shape == (6, 3, 8, 8) and y.shape == shape
+        assert baselines.main(argv) == 0
+        assert torch.equal(torch.load(folder / "x_syn.pt"), x)  # the default seed repeats
+    labels = torch.load(tiny / "synthetic_data" / "tiny" / "random" / "y_syn.pt")
+    assert sorted(labels.bincount(minlength=4).tolist()) == [1, 1, 2, 2]  # balanced
+
+
+def test_random_features_are_the_targets_features(tiny):
+    common = ["--data_name", "tiny", "--img_size", "8", "--target_model", NET, "--device", "cpu"]
+    assert baselines.main([*common, "--method", "random_features", "--num_images", "6"]) == 0
+    folder = tiny / "synthetic_data" / "tiny" / "random_features"
+    x, y = torch.load(folder / "x_syn.pt"), torch.load(folder / "y_syn.pt")
+    model = Representation(NET, (3, 8, 8))
+    model.backbone.load_state_dict(torch.load(f"teacher_ckpt/barlow_twins_{NET}_tiny.pt"))
+    assert torch.allclose(model.eval()(x), y, atol=1e-6)
+
+
+def test_unknown_names_list_the_valid_ones(tiny, capsys):
+    fails(capsys, train, ["--data_name", "nothing"], "nothing", "cifar100", "tiny")
+    fails(capsys, train, [*TRAIN, "--train_model", "vit"], "vit", "resnet18", "convnet_")
+    fails(capsys, train, [*TRAIN, "--test_model", "vit"], "vit", "resnet18")
+    fails(capsys, train, [*TRAIN, "--target_model", "vit"], "vit")
+    fails(capsys, train, [*TRAIN, "--pool_reset", "never"], "--pool_reset", "paper", "released")
+    fails(capsys, test_command, [*TEST, "--method", "magic"], "magic", "krr_st", "frepo")
+    fails(capsys, test_command, [*TEST, "--protocol", "guess"], "--protocol", "linear")
+    fails(capsys, test_scratch, [*TEST, "--target_data_name", "tiny_mars"], "mars")
+    fails(capsys, baselines, ["--method", "magic"], "magic", "random_features")
+    fails(capsys, target, ["--data_name", "tiny", "--target_model", "vit"], "vit", "resnet18")
+    assert not (tiny / "results").exists()
+
+
+def test_bad_flags(tiny, capsys):
+    fails(capsys, train, [*TRAIN, "--outer_lr", "fast"], "--outer_lr", "float", "fast")
+    fails(capsys, train, [*TRAIN, "--outer_lr", "-1"], "--outer_lr", "greater than 0")
+    fails(capsys, train, [*TRAIN, "--outer_lr", "nan"], "--outer_lr")
+    fails(capsys, train, [*TRAIN, "--num_models", "0"], "--num_models", "at least 1")
+    fails(capsys, train, [*TRAIN, "--outer_iteration", "2.5"], "--outer_iteration", "int")
+    fails(capsys, train, [*TRAIN, "--learning_rate", "1"], "--learning_rate")
+    fails(capsys, train, [*TRAIN, "--device", "tpu9"], "--device", "cpu")
+    fails(capsys, train, [*TRAIN, "--num_images", "49"], "--num_images 49", "48", "X_tr_8.pth")
+    fails(capsys, test_scratch, [*TEST, "--shots", "ten"], "--shots", "ten")
+    fails(capsys, test_scratch, [*TEST, "--shots", "13"], "--shots 13", "12")
+    assert not (tiny / "results").exists()
+
+
+def test_missing_target_prints_the_command_that_makes_it(tiny, capsys):
+    Path(f"teacher_ckpt/barlow_twins_{NET}_tiny.pt").unlink()
+    with pytest.raises(AssertionError):
+        fails(capsys, target, ["--help"])  # --help leaves with 0: the helper can fail
+    capsys.readouterr()
+    assert train.main(TRAIN) == 2
+    line = capsys.readouterr().err
+    command = line.split("python -m krr_st.target ", 1)[1].split()
+    assert target.main([*command, "--epochs", "1", "--projector_dim", "8", "--seed", "0"]) == 0
+    assert train.main(TRAIN) == 0
+
+
+def _corrupt(path, value):
+    checkpoint.save(value, path)
+
+
+X, Y = Path("datasets/tiny/X_tr_8.pth"), Path("datasets/tiny/Y_tr_8.pth")
+IMAGES = torch.zeros(48, 3, 8, 8)
+LABELS = torch.arange(48) % 4
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        (X, IMAGES.double(), ("float64", "uint8 or float32")),
+        (X, IMAGES[:, :2], ("shape (48, 2, 8, 8)", "N x 1/3 x 8 x 8")),
+        (X, IMAGES[:, :, :4], ("shape",)),
+        (X, IMAGES[0], ("shape",)),
+        (X, IMAGES[:0], ("empty",)),
+        (X, IMAGES + torch.nan, ("non-finite",)),
+        (X, IMAGES + torch.inf, ("non-finite",)),
+        (X, IMAGES + 17, ("17", "[0, 1]")),
+        (X, [1, 2, 3], ("list", "tensor")),
+        (Y, LABELS[:-1], ("(47,)", "(48,)")),
+        (Y, LABELS[:, None], ("(48, 1)",)),
+        (Y, LABELS.float(), ("float32", "int64")),
+        (Y, LABELS - 1, ("-1",)),
+        (X, IMAGES[:40].to(torch.uint8), ("(48,)", "(40,)")),
+    ],
+)
+def test_bad_tensors(tiny, capsys, path, value, words):
+    _corrupt(path, value)
+    named = Y if path is Y or words[0] == "(48,)" else path
+    fails(capsys, train, TRAIN, named, *words)
+    assert not (tiny / "results").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 500])
+@pytest.mark.parametrize("path", [X, Y])
+def test_truncated_tensors(tiny, capsys, path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+    fails(capsys, train, TRAIN, path, "truncated" if keep != 10 else "")
+    assert not (tiny / "results").exists()
+
+
+def test_labels_beyond_the_published_count(workspace, capsys):
+    write_set("datasets", "cifar10", size=32, classes=11, train=44, test=22)
+    fails(capsys, train, ["--data_name", "cifar10"], "Y_tr_32.pth", "10", "0 to 9")
+
+
+def test_half_a_pair(tiny, capsys):
+    X.unlink()
+    fails(capsys, train, TRAIN, "datasets/tiny/X_tr_8.pth")
+
+
+def test_target_checkpoint_that_does_not_fit(tiny, capsys):
+    path = Path(f"teacher_ckpt/barlow_twins_{NET}_tiny.pt")
+    state = checkpoint.load(path)
+    checkpoint.save({k: v for k, v in state.items() if k != "layers.0.block.0.bias"}, path)
+    fails(capsys, train, TRAIN, path, "missing layers.0.block.0.bias")
+    checkpoint.save({"model": state}, path)
+    fails(capsys, train, TRAIN, path, "state dict")
+    path.write_text("<html>not found</html>")
+    fails(capsys, train, TRAIN, path)
+    assert not (tiny / "results").exists()
+
+
+def test_synthetic_sets_that_do_not_fit(tiny, capsys):
+    folder = Path("synthetic_data/tiny/krr_st")
+    argv = [*TEST, "--method", "krr_st"]
+    fails(capsys, test_command, argv, folder)
+    checkpoint.save(torch.zeros(5, 3, 8, 8), folder / "x_syn.pt")
+    fails(capsys, test_command, argv, "y_syn.pt")
+    checkpoint.save(torch.zeros(4, 8), folder / "y_syn.pt")
+    fails(capsys, test_command, argv, folder, "4", "5")
+    checkpoint.save(torch.zeros(5, 8), folder / "y_syn.pt")
+    fails(capsys, test_command, [*argv, "--img_size", "16"], folder, "(8, 8)", "16 x 16")
+    checkpoint.save(torch.zeros(5, 3, 4, 4), folder / "x_syn.pt")
+    fails(capsys, test_command, argv, folder, "(4, 4)", "8")
+    checkpoint.save(torch.zeros(5, 3, 8, 8), folder / "x_syn.pt")
+    checkpoint.save(torch.arange(5), folder / "y_syn.pt")
+    fails(capsys, test_command, argv, folder, "float vectors")
+    checkpoint.save(torch.full((5, 8), torch.nan), folder / "y_syn.pt")
+    fails(capsys, test_command, argv, folder, "non-finite")
+
+
+def test_unlabelled_target_is_refused(tiny, capsys):
+    write_set("datasets", "bare", labelled=False)
+    fails(capsys, test_scratch, [*TEST, "--target_data_name", "bare"], "datasets/bare", "labels")
+
+
+def test_other_flags_in_the_same_folder(tiny, capsys):
+    assert train.main([*TRAIN, "--exp_name", "a"]) == 0
+    before = listing(tiny), (tiny / "results/a/x_syn.pt").read_bytes()
+    capsys.readouterr()
+    other = [*TRAIN, "--exp_name", "a", "--outer_lr", "0.5"]
+    fails(capsys, train, other, "results/a", "outer_lr 0.001 -> 0.5", "--overwrite")
+    assert (listing(tiny), (tiny / "results/a/x_syn.pt").read_bytes()) == before
+    assert train.main([*other, "--overwrite"]) == 0
+    assert (tiny / "results/a/x_syn.pt").read_bytes() != before[1]
+
+
+def test_dry_run_writes_nothing(tiny, capsys):
+    before = listing(tiny)
+    assert train.main([*TRAIN, "--dry_run"]) == 0
+    assert '"num_images": 6' in capsys.readouterr().out
+    assert listing(tiny) == before
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["train.py"], ["test.py"], ["test_scratch.py"], ["-m", "krr_st.target"],
+     ["-m", "krr_st.baselines"], ["-m", "krr_st.demo"]],
+)  # fmt: skip
+def test_help_and_errors_as_a_process(argv, tmp_path):
+    script = argv if argv[0] == "-m" else [str(ROOT / argv[0])]
+    run = [sys.executable, *script]
+    cwd = ROOT if argv[0] == "-m" else tmp_path
+    shown = subprocess.run([*run, "--help"], cwd=cwd, capture_output=True, text=True)
+    assert shown.returncode == 0 and "--" in shown.stdout
+    wrong = subprocess.run([*run, "--no_such_flag"], cwd=cwd, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "--no_such_flag" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_demo_at_tiny_size(tmp_path):
+    argv = ["--folder", str(tmp_path), "--num_images", "5", "--epochs", "1",
+            "--outer_iteration", "3", "--online_iteration", "2", "--pre_epoch", "2",
+            "--num_test", "1"]  # fmt: skip
+    command = [sys.executable, "-m", "krr_st.demo", *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=160)
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")][-3:]
+    assert [row.split("|")[1].strip() for row in table] == [
+        "no pre-training", "random real images + target features", "KRR-ST",
+    ]  # fmt: skip
+    for name in ("x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png", "results.json"):
+        assert (tmp_path / "results" / "demo" / name).stat().st_size > 0
+    assert torch.load(tmp_path / "results/demo/x_syn.pt").shape == (5, 3, 16, 16)
