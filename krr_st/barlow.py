@@ -24,7 +24,7 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, off_diagonal: float = 5e-3) -> Ten
         off_diagonal: weight λ of the redundancy-reduction term.
 
     Returns:
-        Scalar.
+        Scalar, float32 or the wider dtype of the inputs.
 
     Raises:
         ValueError: shapes differ or n < 2.
@@ -35,9 +35,8 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, off_diagonal: float = 5e-3) -> Ten
         raise ValueError(
             f"expected two (n, p) matrices with n >= 2, got {tuple(z1.shape)}, {tuple(z2.shape)}"
         )
-    z1, z2 = (
-        (z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z1.float(), z2.float())
-    )
+    z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
+    z1, z2 = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z1, z2))
     c = z1.mT @ z2 / len(z1)  # (p, p)
     diagonal = c.diagonal()
     on = (1 - diagonal).square().sum()
