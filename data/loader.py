@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.augment import apply_crop_flip, draw_crop_flip, normalize, to_float
 from data.specs import Stats
+from utils.seed import draw_seed
+
+Transform = Callable[[Tensor, torch.Generator], Any]
 
 
 class ImagePipeline:
@@ -32,18 +35,26 @@ class ImagePipeline:
         return normalize(to_float(x), self.stats)
 
 
+class _Slice(NamedTuple):
+    """Rows of one batch, and the stream's state once it has been handed out."""
+
+    index: Tensor
+    order_state: Tensor
+    end: int
+
+
 class TensorLoader:
     """Shuffled batches of (images, targets), drawn by one explicit generator.
 
-    The split is kept as it is stored (uint8 where it can be) on the device if it fits into
-    `max_device_bytes`, else in pinned host memory, from where the next batch is copied while the
-    current one is used.
+    The split is kept as it is stored (uint8 where it can be) on the device if it fits; else it
+    stays in host memory and the next batch is gathered into pinned memory and copied while the
+    current one is in use.
 
     `epoch()` yields every sample once; `forever()` goes on without end. The state of the endless
     stream can be saved between any two batches and restored: the following batches are the same.
 
     Args:
-        images: (N, C, H, W).
+        images: (N, C, H, W), or any tensor of N rows.
         targets: (N, ...) or None; then batches carry None.
         batch_size: images a batch.
         device: where batches are wanted.
@@ -52,7 +63,11 @@ class TensorLoader:
         shuffle: a new order each pass.
         drop_last: in the endless stream, leave out the incomplete last batch of each pass (a split
             smaller than a batch is one batch).
-        max_device_bytes: how much of the device the images may take; None: half of what is free.
+        max_device_bytes: how much of the device the images may take; None: half of what is free on
+            CUDA, no bound elsewhere.
+
+    Raises:
+        ValueError: images and targets differ in length, or the batch size is below 1.
     """
 
     def __init__(
@@ -63,7 +78,7 @@ class TensorLoader:
         batch_size: int,
         device: torch.device,
         generator: torch.Generator,
-        transform: Any = None,
+        transform: Transform | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
         max_device_bytes: int | None = None,
@@ -78,24 +93,22 @@ class TensorLoader:
         self.targets = None if targets is None else targets.to(self.device)
         self.resident = self._fits(images, max_device_bytes)
         self.images = images.to(self.device) if self.resident else images
-        if not self.resident and self.device.type == "cuda" and not images.is_pinned():
-            self.images = images.pin_memory()
-        self._order = torch.arange(len(images))
-        self._position = len(images)  # of the endless stream; past the end: a new pass starts
-        self._order_state = generator.get_state()
+        # Orders have a stream of their own: looking a batch ahead cannot disturb augmentation.
+        self._order_generator = torch.Generator().manual_seed(draw_seed(generator))
+        self._order_state = self._order_generator.get_state()  # before the order in use was drawn
+        self._position = -1  # in the endless stream's pass; -1: no pass has begun
 
     def __len__(self) -> int:
         """Batches of one epoch, the incomplete last one included."""
         return -(-len(self.images) // self.batch_size)
 
-    def epoch(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def epoch(self) -> Iterator[tuple[Any, Tensor | None]]:
         """One pass over all samples; the last batch may be smaller."""
-        order = self._new_order()
-        yield from self._fetch(order.split(self.batch_size))
+        return self._batches(self._one_pass())
 
-    def forever(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+    def forever(self) -> Iterator[tuple[Any, Tensor | None]]:
         """Batches without end; continues where `load_state_dict` or the last call left off."""
-        return self._fetch(self._endless())
+        return self._batches(self._endless())
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the endless stream: enough to go on with exactly the next batch."""
@@ -106,16 +119,11 @@ class TensorLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
-        self.generator.set_state(state["order_state"])
-        self._order = self._new_order()
-        self._order_state = state["order_state"]
-        self._position = state["position"]
+        """Put back what `state_dict` gave; takes effect at the next call of `forever`."""
+        self._order_state, self._position = state["order_state"], state["position"]
         self.generator.set_state(state["generator"])
 
     def _fits(self, images: Tensor, limit: int | None) -> bool:
-        if self.device.type == "cpu":
-            return True
         if limit is None:
             if self.device.type != "cuda":
                 return True
@@ -125,26 +133,85 @@ class TensorLoader:
     def _new_order(self) -> Tensor:
         count = len(self.images)
         if self.shuffle:
-            order = torch.randperm(count, generator=self.generator)
+            order = torch.randperm(count, generator=self._order_generator)
         else:
             order = torch.arange(count)
         return order.to(self.device) if self.resident else order  # once a pass, not once a batch
 
-    def _endless(self) -> Iterator[Tensor]:
+    def _endless(self) -> Iterator[_Slice]:
+        position, order_state = self._position, self._order_state
+        self._order_generator.set_state(order_state)
+        order = self._new_order() if position >= 0 else None
+        needed = self.batch_size if self.drop_last else 1
         while True:
-            needed = self.batch_size if self.drop_last else 1
-            if self._position + needed > len(self._order):
-                self._order_state = self.generator.get_state()
-                self._order = self._new_order()
-                self._position = 0
-            start = self._position
-            self._position = min(start + self.batch_size, len(self._order))
-            yield self._order[start : self._position]
+            if order is None or position + needed > len(order):
+                order_state = self._order_generator.get_state()
+                order, position = self._new_order(), 0
+            end = min(position + self.batch_size, len(order))
+            yield _Slice(order[position:end], order_state, end)
+            position = end
 
-    def _fetch(self, indices: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
-        for index in indices:
-            x = self.images[index].to(self.device, non_blocking=True)
+    def _one_pass(self) -> Iterator[_Slice]:
+        for index in self._new_order().split(self.batch_size):
+            yield _Slice(index, self._order_state, self._position)
+
+    def _batches(self, slices: Iterator[_Slice]) -> Iterator[tuple[Any, Tensor | None]]:
+        for part, x in self._gather(slices):
+            self._order_state, self._position = part.order_state, part.end
             if self.transform is not None:
                 x = self.transform(x, self.generator)
-            y = None if self.targets is None else self.targets[index.to(self.device)]
-            yield x, y
+            yield x, None if self.targets is None else self.targets[part.index.to(self.device)]
+
+    def _gather(self, slices: Iterator[_Slice]) -> Iterator[tuple[_Slice, Tensor]]:
+        if self.resident:
+            for part in slices:
+                yield part, self.images[part.index]
+            return
+        copier = _PinnedCopier(self.images, self.batch_size, self.device)
+        ahead = None
+        for part in slices:
+            following = (part, copier.start(part.index))
+            if ahead is not None:
+                yield ahead[0], copier.finish(ahead[1])
+            ahead = following
+        if ahead is not None:
+            yield ahead[0], copier.finish(ahead[1])
+
+
+class _PinnedCopier:
+    """Gathers rows into two pinned buffers in turn and copies them on a stream of its own.
+
+    Without CUDA it gathers and moves at once.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, device: torch.device) -> None:
+        self.images, self.device = images, device
+        self.cuda = device.type == "cuda"
+        if self.cuda:
+            shape = (batch_size, *images.shape[1:])
+            self._stream = torch.cuda.Stream(device)
+            self._buffers = [torch.empty(shape, dtype=images.dtype).pin_memory() for _ in range(2)]
+            self._copied = [torch.cuda.Event() for _ in range(2)]
+            self._turn = 0
+
+    def start(self, index: Tensor) -> tuple[Tensor, int]:
+        """Begin to bring the rows at `index`; returns what `finish` takes."""
+        if not self.cuda:
+            return self.images[index].to(self.device), 0
+        turn, self._turn = self._turn, 1 - self._turn
+        self._copied[turn].synchronize()  # the copy before last has left this buffer
+        buffer = self._buffers[turn][: len(index)]
+        torch.index_select(self.images, 0, index, out=buffer)
+        with torch.cuda.stream(self._stream):
+            x = buffer.to(self.device, non_blocking=True)
+            self._copied[turn].record(self._stream)
+        return x, turn
+
+    def finish(self, started: tuple[Tensor, int]) -> Tensor:
+        """Rows on the device, ordered before whatever is queued there next."""
+        x, turn = started
+        if self.cuda:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(self._copied[turn])
+            x.record_stream(current)
+        return x
