@@ -6,6 +6,7 @@ flip give (2·pad+1)²·2 distinct views of an image (162 at the published paddi
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -46,16 +47,23 @@ def apply_crop_flip(x: Tensor, views: CropFlip, pad: int) -> Tensor:
     Returns:
         A new tensor of x's shape and dtype; differentiable in x where x is floating point.
     """
-    batch, channels, height, width = x.shape
-    top, left, flip = (v.to(x.device, non_blocking=True) for v in views)
-    rows = top[:, None] + torch.arange(height, device=x.device)
-    columns = torch.arange(width, device=x.device).expand(batch, width)
-    columns = left[:, None] + torch.where(flip[:, None], width - 1 - columns, columns)
-    padded = F.pad(x, (pad, pad, pad, pad))
-    padded_width = width + 2 * pad
-    index = rows[:, :, None] * padded_width + columns[:, None, :]  # (B, H, W)
-    index = index.view(batch, 1, height * width).expand(batch, channels, height * width)
-    return padded.flatten(2).gather(2, index).view_as(x)
+    channels, height, width = x.shape[1:]
+    offsets = 2 * pad + 1
+    view = ((views.flip.long() * offsets + views.top) * offsets + views.left).to(x.device)
+    index = _view_table(height, width, pad, x.device).index_select(0, view)  # (B, H·W)
+    padded = F.pad(x, (pad, pad, pad, pad)).flatten(2)
+    return padded.gather(2, index[:, None].expand(-1, channels, -1)).view_as(x)
+
+
+@functools.lru_cache(maxsize=8)
+def _view_table(height: int, width: int, pad: int, device: torch.device) -> Tensor:
+    """For each view, where its pixels lie in the flattened padded image: (2·(2·pad+1)², H·W)."""
+    offset = torch.arange(2 * pad + 1)
+    rows = offset[:, None] + torch.arange(height)  # (offsets, H)
+    columns = offset[:, None] + torch.arange(width)  # (offsets, W)
+    columns = torch.stack([columns, columns.flip(1)])  # (2, offsets, W)
+    index = rows[None, :, None, :, None] * (width + 2 * pad) + columns[:, None, :, None, :]
+    return index.reshape(-1, height * width).to(device)
 
 
 def to_float(x: Tensor) -> Tensor:
@@ -64,20 +72,37 @@ def to_float(x: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, stats: Stats) -> Tensor:
-    """(x - mean) / std per channel, x float in [0, 1] of shape (B, C, H, W)."""
+    """(x - mean) / std per channel.
+
+    Args:
+        x: (B, C, H, W), float in [0, 1], or uint8 in [0, 255], which is scaled on the way.
+        stats: mean and std in [0, 1].
+
+    Returns:
+        A new float tensor.
+    """
     mean, std = _channel_rows(x, stats)
+    if x.dtype == torch.uint8:  # two passes in place instead of four with copies
+        return x.float().mul_(1 / (255 * std)).sub_(mean / std)
     return (x - mean) / std
 
 
 def denormalize(x: Tensor, stats: Stats) -> Tensor:
-    """Inverse of `normalize`; not clamped."""
+    """Inverse of `normalize`, to [0, 1]; not clamped."""
     mean, std = _channel_rows(x, stats)
     return x * std + mean
 
 
 def _channel_rows(x: Tensor, stats: Stats) -> tuple[Tensor, Tensor]:
+    """Mean and std as (1, C, 1, 1) in x's floating dtype, or float32."""
+    return _cached_rows(stats, x.dtype if x.is_floating_point() else torch.float32, x.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_rows(stats: Stats, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept: building them anew would copy from the host, and wait for it, on every batch.
     mean, std = (
-        torch.tensor(v, dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
+        torch.tensor(v, dtype=dtype, device=device).view(1, -1, 1, 1)
         for v in (stats.mean, stats.std)
     )
     return mean, std

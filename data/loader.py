@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.augment import apply_crop_flip, draw_crop_flip, normalize, to_float
+from data.augment import apply_crop_flip, draw_crop_flip, normalize
 from data.specs import Stats
 from utils.seed import draw_seed
 
@@ -32,7 +32,7 @@ class ImagePipeline:
         if self.pad is not None:
             views = draw_crop_flip(len(x), self.pad, self.hflip, generator)
             x = apply_crop_flip(x, views, self.pad)
-        return normalize(to_float(x), self.stats)
+        return normalize(x, self.stats)
 
 
 class _Slice(NamedTuple):
@@ -165,7 +165,7 @@ class TensorLoader:
     def _gather(self, slices: Iterator[_Slice]) -> Iterator[tuple[_Slice, Tensor]]:
         if self.resident:
             for part in slices:
-                yield part, self.images[part.index]
+                yield part, self.images.index_select(0, part.index)
             return
         copier = _PinnedCopier(self.images, self.batch_size, self.device)
         ahead = None

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import data
+from data.dsa import without_flip
 from data.load import ImageSet, ImageSplit
+from data.specs import KRR_SPECS
 from data.synthetic import SyntheticSet
 from evaluation.probe import few_shot_indices, label_fraction_indices
 from evaluation.protocols import finetune, frozen_accuracy, outputs, pretrain
@@ -127,6 +129,9 @@ def load_pretraining(flags: TestFlags, size: int, arch: str) -> Pretraining:
         epochs=flags.pre_epoch, steps=flags.pre_iteration, optimizer=flags.pre_opt,
         lr=flags.pre_lr, wd=flags.pre_wd, batch_size=flags.pre_batch_size, dsa=flags.pre_dsa,
     )  # fmt: skip
+    spec = KRR_SPECS.get(flags.source_data_name)
+    if spec is not None and not spec.hflip and flags.pre_dsa is None:
+        recipe = recipe.override(dsa=without_flip(recipe.dsa))
     path = flags.synthetic_path
     if path is None:
         path = flags.synthetic_data_dir / flags.source_data_name / flags.method
