@@ -54,7 +54,7 @@ def default_workers() -> int:
 
 
 def convert_all(job: Job, workers: int) -> Iterator[_Result]:
-    """Convert all pictures of `job`; yields (span, unreadable ones, histogram) per task.
+    """Convert all pictures of `job`; yields (span, unreadable ones, moments) per task.
 
     Forked workers share a raw array with this process; they touch NumPy and PIL only. Where
     forking is unsafe (macOS, Windows) they are spawned and get a copy.
@@ -99,7 +99,7 @@ def _convert(job: Job, span: range) -> _Result:
         rows = pictures.rows_from_array(chosen, job.size, job.channels)
     else:
         rows, good, broken = pictures.rows_from_files(chosen, job.size, job.channels)
-    counts = pictures.histogram(rows)
+    totals = pictures.moments(rows)
     if broken:
         gapped = np.zeros((len(span), *rows.shape[1:]), np.uint8)
         gapped[good] = rows
@@ -109,4 +109,4 @@ def _convert(job: Job, span: range) -> _Result:
         rest = memoryview(rows.reshape(-1))
         while rest:
             rest = rest[file.write(rest) :]
-    return span, [(span.start + position, reason) for position, reason in broken], counts
+    return span, [(span.start + position, reason) for position, reason in broken], totals

@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import pictures
-from data.convert import Job, convert_all
+from data.convert import Job, convert_all, default_workers
 from data.load import SPLITS, tensor_path
 from data.meta import merge_meta, read_meta
 from data.raw import Part, Source
@@ -41,7 +42,7 @@ class _Rows:
     """One converted split: its rows in the file `scratch`, and what was learnt on the way."""
 
     scratch: Path
-    counts: np.ndarray
+    totals: np.ndarray
     rows: int = 0
     labels: list[np.ndarray] = field(default_factory=list)
     broken: list[dict[str, str]] = field(default_factory=list)
@@ -147,7 +148,7 @@ def _convert_and_save(
         del images, tensors
         rows.scratch.unlink()
         if split == "train":
-            entry["mean"], entry["std"] = pictures.statistics(rows.counts)
+            entry["mean"], entry["std"] = pictures.statistics(rows.totals, rows.rows * size * size)
     if broken and not skip_broken:
         raise UserError(_describe_broken(broken))
     entry["skipped"] = broken
@@ -169,7 +170,7 @@ def _convert_split(
     total: int | None,
 ) -> _Rows:
     """Convert the parts of one split one after another into the file `scratch`."""
-    done = _Rows(scratch, np.zeros((channels, 256), np.int64))
+    done = _Rows(scratch, np.zeros((channels, 2)))
     scratch.touch()
     with _Bar(total=total, desc=f"{split} {size}px", unit="img", disable=None) as bar:
         for part in parts:
@@ -180,8 +181,8 @@ def _convert_split(
                 )
             keep = np.ones(len(part.images), dtype=bool)
             bar.total = total or done.rows + len(part.images)
-            for span, broken, counts in convert_all(job, workers):
-                done.counts += counts
+            for span, broken, totals in convert_all(job, workers):
+                done.totals += totals
                 bar.update(len(span))
                 for position, reason in broken:
                     keep[position] = False
@@ -222,11 +223,12 @@ def _checked_labels(rows: _Rows, split: str, class_names: tuple[str, ...]) -> Te
 
 
 def checksum(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, independent of the file format around them."""
-    digest = hashlib.sha256()
-    for chunk in tensor.contiguous().view(-1).split(1 << 24):
-        digest.update(memoryview(chunk.numpy()))
-    return digest.hexdigest()
+    """SHA-256 over the SHA-256 digests of a tensor's bytes in blocks of 16 MiB, on all cores."""
+    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    blocks = [content[start : start + (1 << 24)] for start in range(0, len(content), 1 << 24)]
+    with ThreadPoolExecutor(min(len(blocks), default_workers()) or 1) as pool:
+        digests = pool.map(lambda block: hashlib.sha256(block).digest(), blocks)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _save(tensor: Tensor, path: Path) -> None:
