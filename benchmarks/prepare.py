@@ -80,7 +80,7 @@ print(json.dumps([time.perf_counter() - started, cpu() - used, peak() - before])
 
 
 def prepare_once(pictures: Path, out: Path, size: int) -> tuple[float, float, float]:
-    """Wall seconds, CPU seconds and extra peak bytes of one `--from_folder` run in a process of its own."""
+    """Wall seconds, CPU seconds and extra peak bytes of a run in a process of its own."""
     flags = ["--from_folder", pictures, "--data_name", "b", "--size", size, "--data_dir", out]
     command = [sys.executable, "-c", _CHILD, *map(str, flags), "--overwrite"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
