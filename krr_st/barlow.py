@@ -70,14 +70,25 @@ class TwoViews:
         hflip: whether mirroring keeps the meaning.
         min_crop: smallest area of the crop as a share of the image.
         jitter: strength of the colour jitter; 0 leaves colours alone.
+        degrees: largest rotation; 0 leaves the images upright.
     """
 
     def __init__(
-        self, size: int, channels: int, stats: Stats, *, hflip: bool, min_crop: float, jitter: float
+        self,
+        size: int,
+        channels: int,
+        stats: Stats,
+        *,
+        hflip: bool,
+        min_crop: float,
+        jitter: float,
+        degrees: float = 0.0,
     ) -> None:
         self.stats = stats
         crop = K.RandomResizedCrop((size, size), scale=(min_crop, 1.0), cropping_mode="resample")
         steps: list[nn.Module] = [crop]
+        if degrees > 0:
+            steps.append(K.RandomRotation(degrees, p=1.0))
         if hflip:
             steps.append(K.RandomHorizontalFlip())
         if jitter > 0 and channels == 3:

@@ -149,6 +149,7 @@ class TargetFlags(CommonFlags):
     projector_layers: int = flag(3, "linear layers of the projector", minimum=1)
     min_crop: float = flag(0.2, "smallest crop as a share of the image area", above=0, maximum=1)
     jitter: float = flag(0.5, "strength of the colour jitter; 0: off", minimum=0, maximum=1.25)
+    degrees: float = flag(0.0, "largest rotation of a view; 0: off", minimum=0, maximum=180)
     eval_every: int = flag(50, "epochs between k-NN evaluations (labelled sets only)", minimum=1)
     save_every: int = flag(10, "epochs between saves of the run state", minimum=1)
 

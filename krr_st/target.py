@@ -58,6 +58,7 @@ def train_target(
     projector_layers: int,
     min_crop: float,
     jitter: float,
+    degrees: float,
     eval_every: int,
     save_every: int,
     run: RunFolder,
@@ -79,6 +80,7 @@ def train_target(
         projector_layers: its linear layers.
         min_crop: smallest crop as a share of the area.
         jitter: strength of the colour jitter.
+        degrees: largest rotation of a view.
         eval_every: epochs between k-NN accuracies.
         save_every: epochs between saves of the run state.
         run: folder of the log and the state; its seed is used.
@@ -93,7 +95,7 @@ def train_target(
     network = nn.Sequential(model, head).to(device)
     views = TwoViews(
         image_set.size, image_set.channels, image_set.stats,
-        hflip=image_set.hflip, min_crop=min_crop, jitter=jitter,
+        hflip=image_set.hflip, min_crop=min_crop, jitter=jitter, degrees=degrees,
     )  # fmt: skip
     loader = TensorLoader(
         image_set.train.images, None, batch_size=batch_size, device=device,
@@ -107,8 +109,8 @@ def train_target(
     start = 0
     if run.state_path.exists():
         start, _ = load_run(run.state_path, parts)
-        run.truncate_log(start)
         print(f"going on after epoch {start // per_epoch} of {epochs}")
+    run.truncate_log(start)
     window, began = LossWindow(per_epoch), time.perf_counter()
 
     def on_step(step: int, loss: Tensor, rate: float) -> None:
@@ -168,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         opt=flags.opt, lr=flags.lr, wd=flags.wd, warmup_epochs=flags.warmup_epochs,
         off_diagonal=flags.off_diagonal, projector_dim=flags.projector_dim,
         projector_layers=flags.projector_layers, min_crop=flags.min_crop, jitter=flags.jitter,
-        eval_every=flags.eval_every, save_every=flags.save_every, run=run, device=device,
+        degrees=flags.degrees, eval_every=flags.eval_every, save_every=flags.save_every, run=run, device=device,
     )  # fmt: skip
     checkpoint.save({k: v.cpu() for k, v in model.backbone.state_dict().items()}, path)
     last = run.read_log()[-1]
