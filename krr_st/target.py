@@ -170,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         opt=flags.opt, lr=flags.lr, wd=flags.wd, warmup_epochs=flags.warmup_epochs,
         off_diagonal=flags.off_diagonal, projector_dim=flags.projector_dim,
         projector_layers=flags.projector_layers, min_crop=flags.min_crop, jitter=flags.jitter,
-        degrees=flags.degrees, eval_every=flags.eval_every, save_every=flags.save_every, run=run, device=device,
+        degrees=flags.degrees, eval_every=flags.eval_every, save_every=flags.save_every,
+        run=run, device=device,
     )  # fmt: skip
     checkpoint.save({k: v.cpu() for k, v in model.backbone.state_dict().items()}, path)
     last = run.read_log()[-1]
