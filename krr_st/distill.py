@@ -188,14 +188,14 @@ def distill(
     Raises:
         UserError: a non-finite loss, naming the step; the last save is kept.
     """
-    start = 0
+    guard, window = FiniteGuard("distillation"), LossWindow(print_every)
+    parts, start = {"distiller": distiller, "losses": window}, 0
     if run.state_path.exists():
-        start, _ = load_run(run.state_path, {"distiller": distiller})
-        run.truncate_log(start)
+        start, _ = load_run(run.state_path, parts)
         print(f"going on after step {start} of {steps}")
     else:
         distiller.pool.warm_up(distiller.x_syn.detach(), distiller.y_syn.detach(), progress=True)
-    guard, window = FiniteGuard("distillation"), LossWindow(print_every)
+    run.truncate_log(start)
     evaluations = [e for e in run.read_log() if "linear_accuracy" in e]
     began = mark = time.perf_counter()
     bar = tqdm(
@@ -235,7 +235,7 @@ def distill(
         if step % save_every == 0 or step == steps:
             guard.flush()
             save_set(distiller, run)
-            save_run(run.state_path, step, {"distiller": distiller})
+            save_run(run.state_path, step, parts)
     results = {
         "steps": steps,
         "loss": window.mean(),

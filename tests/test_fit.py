@@ -172,7 +172,7 @@ def test_train_step_is_one_gradient_step():
     model.weight.grad = torch.full_like(model.weight, 100.0)  # an old gradient must not count
     loss = train_step(model, torch.tensor([[2.0]]), torch.tensor([[1.0]]), MSE, optimizer)
     assert float(loss) == pytest.approx((3 * 2 - 1) ** 2) and not loss.requires_grad
-    assert float(model.weight) == pytest.approx(3 - 0.1 * 2 * (3 * 2 - 1) * 2)
+    assert model.weight.item() == pytest.approx(3 - 0.1 * 2 * (3 * 2 - 1) * 2)
 
 
 def test_half_squared_error_is_numpys():

@@ -58,6 +58,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 # Flags that may differ between two starts of the same run.
 _NOT_IDENTITY = ("device", "gpu_id", "overwrite", "dry_run")
+_STALE = ("results.json", "state.pt", "log.jsonl")
+# Dropped by --overwrite: no set may lie beside the configuration of another run.
+_ARTEFACTS = ("x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png")
 
 
 class RunFolder:
@@ -110,7 +113,7 @@ class RunFolder:
             seed = old.get("seed")
         self.seed = resolve_seed(seed)
         if not self.resumed:
-            for stale in ("results.json", "state.pt", "log.jsonl"):
+            for stale in _STALE + (_ARTEFACTS if overwrite else ()):
                 (self.path / stale).unlink(missing_ok=True)
             record = {"seed": self.seed, **(extra or {}), "flags": identity}
             write_json(self.path / "config.json", {**record, "environment": environment(device)})
@@ -148,8 +151,8 @@ class RunFolder:
 
     def read_log(self) -> list[dict[str, Any]]:
         """All whole entries so far (a torn last line is left out)."""
-        entries = []
-        for line in (self.path / "log.jsonl").read_text().splitlines():
+        entries, path = [], self.path / "log.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else ():
             try:
                 entries.append(json.loads(line))
             except ValueError:
@@ -176,6 +179,18 @@ class LossWindow:
         """Take a step's loss (detached scalar); no host synchronisation."""
         self._losses.append(loss.detach())
 
+    def state_dict(self) -> dict[str, Any]:
+        """The losses in the window, for a resumed run."""
+        return {"losses": torch.stack(list(self._losses)).tolist() if self._losses else []}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self._losses.clear()
+        self._losses.extend(torch.tensor(loss) for loss in state["losses"])
+
     def mean(self) -> float:
         """Mean over the window as a Python float; NaN while it is empty."""
-        return float(torch.stack(list(self._losses)).mean()) if self._losses else math.nan
+        if not self._losses:
+            return math.nan
+        device = self._losses[-1].device  # losses of an earlier start came back to the CPU
+        return float(torch.stack([loss.to(device) for loss in self._losses]).mean())

@@ -1,0 +1,212 @@
+"""Files: read without running code, written whole or not at all, refused with what is wrong."""
+
+import os
+import pickle
+import stat
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from utils import checkpoint
+from utils.errors import UserError
+from utils.images import save_curve, save_grid
+from utils.resume import load_run, save_run
+
+
+class Payload:
+    """What an attacker would put into a file."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(("function", "name"), [(os.mkdir, "mkdir"), (exec, "exec")])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, function, name, legacy):
+    path, trace = tmp_path / "evil.pt", tmp_path / "trace"
+    argument = str(trace) if name == "mkdir" else f"import os; os.mkdir({str(trace)!r})"
+    content = {"weight": torch.zeros(2), "x": Payload(function, argument)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match=rf"target checkpoint .*evil\.pt is refused.*{name}"):
+        checkpoint.load(path, what="target checkpoint")
+    assert not trace.exists()
+    torch.load(path, weights_only=False)  # the file does what it says
+    assert trace.exists()
+
+
+def test_code_in_a_bare_pickle_is_not_run(tmp_path):
+    path, trace = tmp_path / "evil.pt", tmp_path / "trace"
+    path.write_bytes(pickle.dumps(Payload(os.mkdir, str(trace)), protocol=2))
+    with pytest.raises(UserError, match=r"evil\.pt"):
+        checkpoint.load(path)
+    assert not trace.exists()
+
+
+def test_other_classes_are_named(tmp_path):
+    torch.save({"a": stat, "model": nn.Linear(1, 1)}["model"], tmp_path / "m.pt")
+    with pytest.raises(UserError, match=r"torch\.nn\.modules\.linear\.Linear"):
+        checkpoint.load(tmp_path / "m.pt")
+
+
+def test_damaged_files_are_named(tmp_path):
+    good = tmp_path / "good.pt"
+    checkpoint.save({"w": torch.randn(500)}, good)
+    raw = good.read_bytes()
+    for number, content in enumerate(
+        [b"", b"\x00" * 100, b"<html><body>404 not found</body></html>", b"hello", raw[:100],
+         raw[: len(raw) // 2], raw[:-30]]
+    ):  # fmt: skip
+        path = tmp_path / f"bad{number}.pt"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"image tensor .*bad{number}\.pt") as caught:
+            checkpoint.load(path, what="image tensor")
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(UserError, match="is a folder"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        checkpoint.load(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_plain_content_comes_back(tmp_path, mmap, legacy):
+    content = {"w": torch.arange(6.0).view(2, 3), "n": [1, 2.5, "x", None, True], "t": (1, 2)}
+    torch.save(content, tmp_path / "c.pt", _use_new_zipfile_serialization=not legacy)
+    loaded = checkpoint.load(tmp_path / "c.pt", mmap=mmap)
+    assert torch.equal(loaded["w"], content["w"])
+    assert loaded["n"] == content["n"] and loaded["t"] == content["t"]
+
+
+def test_numpy_scalars_of_old_result_files_load(tmp_path):
+    torch.save({"accuracy": np.float64(12.25), "data": torch.ones(2)}, tmp_path / "res.pt")
+    assert checkpoint.load(tmp_path / "res.pt")["accuracy"] == 12.25
+
+
+def test_load_tensor_and_state_check_the_kind(tmp_path):
+    path = tmp_path / "x.pt"
+    for content in ([torch.ones(2)], {"a": 1}, 3.0, torch.eye(2).to_sparse()):
+        checkpoint.save(content, path)
+        with pytest.raises(UserError, match=r"x\.pt"):
+            checkpoint.load_tensor(path)
+    for content in ({"a": 1}, {1: torch.ones(1)}, {"model": {"w": torch.ones(1)}}, torch.ones(2)):
+        checkpoint.save(content, path)
+        with pytest.raises(UserError, match="not a state dict"):
+            checkpoint.load_state(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(RuntimeError("disk full"), UserError), (OSError(28, "No space left"), UserError),
+     (ValueError("other"), ValueError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)  # fmt: skip
+def test_a_failing_writer_leaves_the_old_file(tmp_path, error, raised):
+    path = tmp_path / "f.bin"
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"half of the new")
+        raise error
+
+    with pytest.raises(raised):
+        checkpoint.write_atomic(path, write)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f.bin"]  # no temporary file is left
+
+
+def test_written_files_are_whole_and_readable_by_others(tmp_path):
+    path = tmp_path / "new" / "folder" / "t.txt"
+    checkpoint.write_text(path, "größer")
+    assert path.read_bytes() == "größer".encode()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    checkpoint.write_text(path, "short")
+    assert path.read_text() == "short"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write .*file/x\.pt"):
+        checkpoint.save(1, tmp_path / "file" / "x.pt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot write"):
+        checkpoint.save(1, tmp_path / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def net(classes=2):
+    return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, classes))
+
+
+def test_apply_state_copies_everything_but_the_head():
+    source, model = net(5), net(2)
+    head = model[1].weight.detach().clone()
+    checkpoint.apply_state(model, source.state_dict(), origin="x", skip=("1.",))
+    assert torch.equal(model[0].weight, source[0].weight)
+    assert torch.equal(model[1].weight, head)
+    with pytest.raises(UserError, match=r"x does not fit .*1\.weight is \(5, 4\), expected \(2, 4"):
+        checkpoint.apply_state(model, source.state_dict(), origin="x")
+
+
+def test_apply_state_names_every_mismatch_and_changes_nothing():
+    model = net()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {k: v + 1 for k, v in model.state_dict().items()}
+    state["extra"] = state.pop("0.bias")
+    state["1.bias"] = torch.zeros(1)
+    with pytest.raises(UserError) as caught:
+        checkpoint.apply_state(model, state, origin="file.pt")
+    for part in ("missing 0.bias", "unexpected extra", "1.bias is (1,), expected (2,)"):
+        assert part in str(caught.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    with pytest.raises(UserError, match="and 12 more"):
+        checkpoint.apply_state(model, {f"k{i}": torch.ones(1) for i in range(16)}, origin="f")
+
+
+def test_fingerprint_sees_values_shapes_and_types():
+    x = torch.arange(6.0)
+    prints = [
+        checkpoint.fingerprint(*t)
+        for t in ((x,), (x.view(2, 3),), (x.double(),), (x + 1,), (x, x), (x[:3], x[3:]), (-x,))
+    ]
+    assert len(set(prints)) == len(prints)
+    assert checkpoint.fingerprint(x.view(2, 3).T.contiguous().T) == prints[1]
+
+
+def test_save_run_and_load_run(tmp_path):
+    model, path = nn.Linear(2, 2), tmp_path / "state.pt"
+    save_run(path, 7, {"model": model}, noise=torch.ones(3))
+    other = nn.Linear(2, 2)
+    step, tensors = load_run(path, {"model": other})
+    assert step == 7 and torch.equal(tensors["noise"], torch.ones(3))
+    assert torch.equal(model.weight, other.weight)
+
+
+@pytest.mark.parametrize(
+    "content", [{}, [], 3, {"parts": {}, "step": 1}, {"parts": {"model": {}}, "step": 1}]
+)
+def test_foreign_run_states_are_refused(tmp_path, content):
+    path = tmp_path / "state.pt"
+    checkpoint.save(content, path)
+    with pytest.raises(UserError, match=r"state\.pt does not fit this run .*--overwrite"):
+        load_run(path, {"model": nn.Linear(2, 2)})
+
+
+def test_pictures(tmp_path):
+    from PIL import Image
+
+    images = torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
+    save_grid(images, tmp_path / "grid.png", columns=3, scale=2)
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert picture.shape == (8 + 4, 3 * 8 + 4 * 2, 3)
+    assert [int(picture[6, 6 + 10 * i, 0]) for i in range(3)] == [0, 128, 255]
+    save_curve([1, 2], [1.0, 0.1], tmp_path / "c.png", x_label="x", y_label="y", log_y=True)
+    assert Image.open(tmp_path / "c.png").size[0] > 100
+    with pytest.raises(UserError, match=r"cannot draw images of shape \(0, 3, 4, 4\)"):
+        save_grid(torch.zeros(0, 3, 4, 4), tmp_path / "no.png")
+    assert not (tmp_path / "no.png").exists()

@@ -1,0 +1,396 @@
+"""Distillation: the outer step by hand, interrupted runs, what a run folder holds."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_set
+
+import data
+import train
+from data.loader import ImagePipeline, TensorLoader
+from data.synthetic import SyntheticSet
+from krr_st import distill as distill_module
+from krr_st.distill import Distiller, initial_set
+from krr_st.loss import krr_loss
+from krr_st.pool import ModelPool
+from krr_st.target_model import Representation
+from models import get_model
+from utils import checkpoint
+from utils.optim import make_optimizer
+from utils.seed import local_seed
+
+CPU = torch.device("cpu")
+NET = "convnet_4_bn"
+SHAPE = (3, 8, 8)
+
+
+def make_net(seed, outputs=4):
+    with local_seed(seed):
+        return get_model(NET, SHAPE, outputs)
+
+
+def make_target():
+    with local_seed(77):
+        return Representation(NET, SHAPE).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def tiny(workspace):
+    write_set("datasets", "tiny", train=30, test=8)
+    checkpoint.save(make_target().backbone.state_dict(), f"teacher_ckpt/barlow_twins_{NET}_tiny.pt")
+    return workspace
+
+
+def make_distiller(root, *, size=2, max_steps=5, loader=None, **changes):
+    image_set = data.load("tiny", 8, root / "datasets")
+    target = make_target()
+    x, y = initial_set(
+        image_set, 6, target, init="normalized", device=CPU,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    pool = ModelPool(
+        make_net, lambda model: make_optimizer("sgd", model.parameters(), lr=0.05),
+        size=size, max_steps=max_steps, generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    loader = loader or TensorLoader(
+        image_set.train.images, None, batch_size=16, device=CPU,
+        generator=torch.Generator().manual_seed(2),
+        transform=ImagePipeline(image_set.stats, pad=1, hflip=True), drop_last=True,
+    )  # fmt: skip
+    settings = dict(ridge=1e-6, optimizer="adam", lr=1e-2, wd=0.0, grad_norm=0.0, steps=40)
+    return Distiller(x, y, target=target, pool=pool, loader=loader, **{**settings, **changes})
+
+
+class OneBatch:
+    """A loader that always gives the same real images."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def forever(self):
+        while True:
+            yield self.x, None
+
+
+def test_steps_lower_the_loss(tiny):
+    real = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(5))
+    distiller = make_distiller(tiny, loader=OneBatch(real), size=1, max_steps=1)
+    distiller.pool.update = lambda *args: None  # the same network all along
+    losses = [float(distiller.step()) for _ in range(30)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def by_hand(distiller, real, optimizer):
+    """One outer step written out: loss, gradients, update; then the network's step."""
+    slot = copy.deepcopy(distiller.pool.slots[0])
+    net = slot.model.eval()
+    x, y = (t.detach().clone().requires_grad_() for t in (distiller.x_syn, distiller.y_syn))
+    update = optimizer([x, y])
+    loss = krr_loss(net.embed(real).detach(), distiller.target(real), net.embed(x), y)
+    gradients = torch.autograd.grad(loss, (x, y))
+    x.grad, y.grad = gradients
+    update.step()
+    net.train()
+    inner = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    inner.zero_grad()
+    (net(x.detach()) - y.detach()).pow(2).mean().backward()
+    inner.step()
+    return loss.detach(), gradients, x.detach(), y.detach(), net
+
+
+@pytest.mark.parametrize(
+    ("name", "wd", "optimizer"),
+    [
+        ("adam", 0.0, lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0)),
+        ("adam", 0.3, lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.3)),
+        ("sgd", 0.0, lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.5)),
+    ],
+)
+def test_one_step_by_hand(tiny, name, wd, optimizer):
+    real = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(5))
+    distiller = make_distiller(tiny, loader=OneBatch(real), size=1, optimizer=name, wd=wd)
+    loss, gradients, x, y, net = by_hand(distiller, real, optimizer)
+    torch.testing.assert_close(distiller.step(), loss)
+    torch.testing.assert_close((distiller.x_syn.grad, distiller.y_syn.grad), gradients)
+    torch.testing.assert_close((distiller.x_syn.detach(), distiller.y_syn.detach()), (x, y))
+    # The network was trained on the set after its update, in train mode, all of it at once.
+    ours = distiller.pool.slots[0].model.state_dict()
+    torch.testing.assert_close(ours, net.state_dict())
+    assert distiller.pool.slots[0].age == 1
+
+
+def test_the_gradient_stops_at_the_synthetic_set(tiny):
+    distiller = make_distiller(tiny, size=1)
+    before = copy.deepcopy(distiller.pool.slots[0].model.state_dict())
+    seen = []
+    distiller.pool.update = lambda slot, x, y: seen.append((slot, x, y))
+    distiller.step()
+    slot, x, y = seen[0]
+    assert all(p.grad is None for p in slot.model.parameters())
+    assert all(p.grad is None for p in distiller.target.parameters())
+    after = slot.model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)  # running statistics included
+    assert not x.requires_grad and not y.requires_grad
+    assert distiller.x_syn.grad.norm() > 0 and distiller.y_syn.grad.norm() > 0
+
+
+def test_each_tensor_is_clipped_on_its_own(tiny):
+    free, clipped = make_distiller(tiny), make_distiller(tiny, grad_norm=1e-4)
+    free.step()
+    clipped.step()
+    for name in ("x_syn", "y_syn"):
+        whole, cut = getattr(free, name).grad, getattr(clipped, name).grad
+        assert whole.norm() > 2e-4
+        torch.testing.assert_close(cut, whole * (1e-4 / whole.norm()), rtol=1e-2, atol=0)
+
+
+def test_rate_falls_linearly_to_a_thousandth(tiny):
+    distiller = make_distiller(tiny, steps=10)
+    rates = []
+    for _ in range(10):
+        rates.append(distiller.optimizer.param_groups[0]["lr"])
+        distiller.step()
+    assert rates == pytest.approx([1e-2 * (1 - 0.999 * k / 10) for k in range(10)])
+    assert distiller.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5)
+
+
+def test_initial_set_in_both_spaces(tiny):
+    image_set, target = data.load("tiny", 8, "datasets"), make_target()
+
+    def make(init, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return initial_set(image_set, 30, target, init=init, device=CPU, generator=generator)
+
+    (raw, y_raw), (x, y) = make("raw"), make("normalized")
+    pixels = image_set.train.images.double() / 255
+    order = [int(((pixels - r.double()).abs().amax((1, 2, 3))).argmin()) for r in raw]
+    assert sorted(order) == list(range(30)) != order  # real images, drawn without replacement
+    torch.testing.assert_close(raw.double(), pixels[order], rtol=0, atol=1e-6)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in
+                 (image_set.stats.mean, image_set.stats.std))  # fmt: skip
+    torch.testing.assert_close(x, (raw - mean) / std)
+    assert torch.equal(y, y_raw)  # the targets belong to the normalised images in both
+    torch.testing.assert_close(y, target(x))
+    assert not torch.equal(make("raw", 1)[0], raw)
+
+
+# ------------------------------------------------------------------ whole runs
+
+FLAGS = (
+    f"--data_name tiny --img_size 8 --device cpu --seed 4 --target_model {NET} --train_model {NET} "
+    "--num_images 6 --num_models 2 --online_iteration 3 --outer_iteration 9 --outer_lr 1e-2 "
+    "--outer_batch_size 16 --print_every 2 --save_every 4 --eval_every 3 --pre_epoch 2 "
+    "--test_iteration 3"
+).split()
+
+
+def run(name, *more):
+    return train.main([*FLAGS, "--exp_name", name, *more])
+
+
+def tensors(name):
+    folder = Path("results") / name
+    return [torch.load(folder / f"{t}_syn.pt", weights_only=True) for t in "xy"]
+
+
+def same(first, second):
+    return all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes most of a tiny run; one test looks at the pictures."""
+    monkeypatch.setattr(distill_module, "draw_artefacts", lambda *args: None)
+
+
+def log(name):
+    lines = (Path("results") / name / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(s).items() if k != "steps_per_second"} for s in lines]
+
+
+def stop_at(monkeypatch, step, error=KeyboardInterrupt):
+    """Make the given call of Distiller.step in this process fail."""
+    real, calls = Distiller.step, []
+
+    def killed(self):
+        calls.append(1)
+        if len(calls) == step:
+            raise error
+        return real(self)
+
+    monkeypatch.setattr(Distiller, "step", killed)
+
+
+def test_run_folder(tiny):
+    assert run("a") == 0
+    folder = Path("results/a")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json", "log.jsonl", "loss.png", "results.json", "x_syn.png", "x_syn.pt", "y_syn.pt",
+    ]  # fmt: skip
+    config = json.loads((folder / "config.json").read_text())
+    assert config["seed"] == 4 and config["data_name"] == "tiny"
+    assert config["flags"]["test_model"] == NET  # what was resolved, not only what was given
+    assert {"git_commit", "torch", "python", "device"} <= config["environment"].keys()
+    results = json.loads((folder / "results.json").read_text())
+    assert results["steps"] == results["steps_in_this_start"] == 9 and results["seconds"] > 0
+    evaluations = results["linear_evaluations"]
+    assert [e["step"] for e in evaluations] == [3, 6, 9]
+    assert all(0 <= e["linear_accuracy"] <= 100 for e in evaluations)
+    losses = [e for e in log("a") if "loss" in e]
+    assert [e["step"] for e in losses] == [2, 4, 6, 8, 9]
+    assert losses[-1]["loss"] == results["loss"] and losses[-1]["lr"] == pytest.approx(1e-5)
+    x, y = tensors("a")
+    assert x.shape == (6, *SHAPE) and y.shape == (6, 4) and x.dtype == y.dtype == torch.float32
+    assert not x.requires_grad and not y.requires_grad
+    stats = SyntheticSet.load(folder).stats
+    assert list(stats.mean) == config["mean"] == list(data.load("tiny", 8, "datasets").stats.mean)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_seed_decides_everything(tiny):
+    assert run("a") == run("again") == 0 == run("other", "--seed", "5")
+    assert same("a", "again") and log("a") == log("again")
+    assert not same("a", "other")
+    assert run("rare", "--eval_every", "9", "--save_every", "9", "--print_every", "9") == 0
+    assert same("a", "rare")  # looking at a run does not change it
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize(  # saved after step 4 and 8
+    ("step", "reset"), [(3, "paper"), (5, "released"), (7, "paper"), (9, "released")]
+)
+def test_interrupted_and_resumed_is_uninterrupted(tiny, monkeypatch, capsys, step, reset):
+    flags = ["--pool_reset", reset, "--outer_opt", "adam" if reset == "paper" else "sgd"]
+    assert run("whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        assert run("stopped", *flags) == 130
+    assert Path("results/stopped/state.pt").exists() == (step > 4)
+    capsys.readouterr()
+    assert run("stopped", *flags) == 0
+    saved = 4 * ((step - 1) // 4)
+    assert (f"going on after step {saved} of 9" in capsys.readouterr().out) == (saved > 0)
+    assert same("whole", "stopped")
+    assert log("whole") == log("stopped")
+    first, second = (
+        json.loads(Path(f"results/{n}/results.json").read_text()) for n in ("whole", "stopped")
+    )
+    assert first["linear_evaluations"] == second["linear_evaluations"]
+    assert second["loss"] == first["loss"] and second["steps_in_this_start"] == 9 - saved
+
+
+def test_killed_between_the_last_save_and_the_results(tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(distill_module, "draw_artefacts", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("a")
+    assert run("a") == run("whole") == 0
+    first, second = (
+        json.loads(Path(f"results/{n}/results.json").read_text()) for n in ("a", "whole")
+    )
+    assert same("a", "whole") and first["loss"] == second["loss"] is not None
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_finished_run_is_left_alone(tiny, capsys):
+    assert run("a") == 0
+    stamp = Path("results/a/x_syn.pt").stat().st_mtime_ns
+    assert run("a") == 0
+    assert "finished run" in capsys.readouterr().out
+    assert Path("results/a/x_syn.pt").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_drawn_seed_is_kept_on_resuming(tiny, monkeypatch, capsys):
+    at = FLAGS.index("--seed")
+    flags = FLAGS[:at] + FLAGS[at + 2 :]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        assert train.main([*flags, "--exp_name", "drawn"]) == 130
+    assert "pass --seed" in capsys.readouterr().out
+    assert train.main([*flags, "--exp_name", "drawn"]) == 0
+    seed = json.loads(Path("results/drawn/config.json").read_text())["seed"]
+    assert run("given", "--seed", str(seed)) == 0
+    assert same("drawn", "given")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_loss_that_is_not_finite_keeps_the_last_save(tiny, monkeypatch, capsys):
+    real, calls = distill_module.krr_loss, []
+
+    def poisoned(*args):
+        calls.append(1)
+        return real(*args) * (float("nan") if len(calls) == 6 else 1.0)
+
+    monkeypatch.setattr(distill_module, "krr_loss", poisoned)
+    assert run("a") == 2
+    error = capsys.readouterr().err.strip()
+    assert "loss is nan at step 6" in error.splitlines()[-1]
+    assert all(torch.isfinite(t).all() for t in tensors("a"))
+    assert not Path("results/a/results.json").exists()
+    state = checkpoint.load("results/a/state.pt")
+    assert state["step"] == 4
+    monkeypatch.setattr(distill_module, "krr_loss", real)
+    assert run("a") == run("whole") == 0  # the fault gone, the run ends as if it had never been
+    assert same("a", "whole")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_unlabelled_set(tiny, capsys):
+    write_set("datasets", "bare", train=30, test=0, labelled=False)
+    checkpoint.save(make_target().backbone.state_dict(), "bare.pt")
+    flags = ["--data_name", "bare", "--target_ckpt", "bare.pt"]
+    assert run("bare", *flags) == 0
+    assert "bare has no labels: linear evaluation is skipped" in capsys.readouterr().out
+    assert json.loads(Path("results/bare/results.json").read_text())["linear_evaluations"] == []
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_labels_change_nothing_but_the_evaluation(tiny):
+    assert run("labelled") == 0
+    for path in Path("datasets/tiny").glob("Y_*"):
+        path.unlink()
+    assert run("unlabelled") == 0
+    assert same("labelled", "unlabelled")
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_without_test_split_the_training_images_stand_in(tiny, capsys):
+    for path in Path("datasets/tiny").glob("*_te_*"):
+        path.unlink()
+    assert run("a") == 0
+    assert "tiny has no test split: evaluations use the training images" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_raw_start_is_recorded(tiny):
+    assert run("raw", "--syn_init", "raw") == 0 == run("normalized")
+    assert not same("raw", "normalized")
+    config = json.loads(Path("results/raw/config.json").read_text())
+    assert config["mean"] == [0.0] * 3 and config["std"] == [1.0] * 3  # its pixels need no undoing
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(tiny, monkeypatch):
+    assert run("a") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert run("a", "--outer_lr", "0.5", "--overwrite") == 130
+    names = {p.name for p in Path("results/a").iterdir()}
+    assert names == {"config.json", "log.jsonl"}  # no file of other flags beside this config
+    assert run("a", "--outer_lr", "0.5") == 0
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_resumed_from_a_foreign_state(tiny, capsys):
+    assert run("a") == 0
+    Path("results/a/results.json").unlink()
+    for content in ({"step": 4}, {"step": 4, "parts": {"distiller": {}}}, [1, 2]):
+        checkpoint.save(content, "results/a/state.pt")
+        assert run("a") == 2
+        assert "does not fit this run" in capsys.readouterr().err.splitlines()[-1]
+    Path("results/a/state.pt").write_bytes(b"torn")
+    assert run("a") == 2
+    assert "results/a/state.pt" in capsys.readouterr().err.splitlines()[-1]
