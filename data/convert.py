@@ -15,7 +15,7 @@ import numpy as np
 
 from data import pictures
 
-_BLOCK = 4 << 20  # bytes of rows in one task
+_BLOCK = 1 << 20  # bytes of rows in one task: small enough for the cache
 _MOST_PICTURES = 64  # in one task, so that all workers finish together
 
 _Result = tuple[range, list[tuple[int, str]], np.ndarray]
