@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -67,5 +67,38 @@ def save_curve(
     axes.plot(steps, values, linewidth=1.2)
     axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
     axes.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def save_bars(
+    panels: Mapping[str, Mapping[str, tuple[float | None, float | None]]],
+    path: Path | str,
+    *,
+    y_label: str,
+) -> None:
+    """Draw one panel of named bars for each entry of `panels` as a PNG.
+
+    Args:
+        panels: title -> bar name -> (height, error); a height of None leaves the bar out.
+        path: the PNG to write, whole or not at all.
+        y_label: name and unit of the heights.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    most = max(len(bars) for bars in panels.values())
+    size = (2.4 * len(panels) + 1, 1.5 + 0.22 * most)
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, bars) in zip(all_axes, panels.items(), strict=True):
+        for row, (value, error) in enumerate(bars.values()):
+            if value is not None:
+                axes.barh(row, value, xerr=error, height=0.7)
+        axes.set(title=title, xlabel=y_label, yticks=range(len(bars)), yticklabels=list(bars))
+        axes.grid(axis="x", alpha=0.3)
+    all_axes[0].invert_yaxis()  # shared: the first bar on top
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")

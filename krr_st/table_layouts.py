@@ -1,0 +1,156 @@
+"""What each table of the paper looks like, and which finished cells belong where."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from krr_st.config import FULL_TARGETS, PRESETS
+from krr_st.transfer import SCRATCH
+from utils.errors import UserError
+
+_TABLE_1 = ("random", "kmeans", "dsa", "dm", "mtt", "kip", "frepo", "krr_st")
+_TABLE_2 = tuple(m for m in _TABLE_1 if m != "kip")
+_FIVE = ("base", "vgg", "alexnet", "mobilenet", "resnet10")
+_FINE_GRAINED = ("aircraft", "cars", "cub2011", "dogs", "flowers")
+_PROBE_TARGETS = (
+    "cifar10", "cifar100", "tinyimagenet", "aircraft", "cub2011", "dogs", "flowers",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One table: its rows are methods (times models), its columns targets (or models).
+
+    Attributes:
+        source: source data set.
+        methods: rows.
+        models: networks; with one model they are not shown.
+        targets: columns (a single one in table 4, whose columns are the models).
+        protocol: finetune, kd or linear.
+        fraction: label fraction of the probe tables.
+        pre_epoch: length of pre-training where the table sets one.
+    """
+
+    source: str
+    methods: tuple[str, ...]
+    models: tuple[str, ...]
+    targets: tuple[str, ...]
+    protocol: str = "finetune"
+    fraction: float | None = None
+    pre_epoch: int | None = None
+
+
+# Every table has two rows more than the published ones: without them no gain can be read.
+_EXTRA = (SCRATCH, "random_features")
+
+
+def _probe(source: str, percent: int) -> Layout:
+    methods = (*_EXTRA, "krr_st")
+    return Layout(source, methods, ("base",), _PROBE_TARGETS, "linear", percent / 100, 20)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "1": Layout("cifar100", (*_EXTRA, *_TABLE_1), ("base",), FULL_TARGETS["cifar100"]),
+    "2": Layout("tinyimagenet", (*_EXTRA, *_TABLE_2), ("base",), FULL_TARGETS["tinyimagenet"]),
+    "3": Layout(
+        "imagenet", (*_EXTRA, "random", "frepo", "krr_st"), ("base",), FULL_TARGETS["imagenet"]
+    ),
+    "4": Layout("tinyimagenet", ("gaussian", *_TABLE_2), _FIVE, ("cifar10",), "kd"),
+    "fig3": Layout("tinyimagenet", (*_EXTRA, *_TABLE_2), _FIVE[1:], _FINE_GRAINED),
+    "probe_cifar10_1": _probe("cifar10", 1),
+    "probe_cifar10_5": _probe("cifar10", 5),
+    "probe_cifar100_1": _probe("cifar100", 1),
+    "probe_cifar100_5": _probe("cifar100", 5),
+    "probe_tinyimagenet_5": _probe("tinyimagenet", 5),
+}
+
+
+Cell = dict[str, Any]
+Key = tuple[str, str, str]  # method, model, target
+
+
+def read_cells(log_dir: Path) -> list[Cell]:
+    """All finished cells of a log folder; a torn last line is left out.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = log_dir / "results.jsonl"
+    if not path.exists():
+        return []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    cells = []
+    for line in lines:
+        try:
+            cells.append(json.loads(line))
+        except ValueError:
+            continue
+    return cells
+
+
+def network(layout: Layout, model: str) -> str:
+    """`base` is the source's own network."""
+    return PRESETS[layout.source].network if model == "base" else model
+
+
+def collect(layout: Layout, cells: list[Cell]) -> dict[Key, list[Cell]]:
+    """The cells that belong to each place of the table, one a seed (the latest).
+
+    A place is matched by source, method, network, target, protocol and label budget.
+    """
+    found: dict[Key, dict[int, Cell]] = {}
+    for cell in cells:
+        for model in layout.models:
+            matches = (
+                cell.get("source") == layout.source
+                and cell.get("model") == network(layout, model)
+                and cell.get("target") in layout.targets
+                and cell.get("protocol") == layout.protocol
+                and cell.get("label_fraction") == layout.fraction
+                and cell.get("shots", "all") == "all"
+                and _fits_pretraining(layout, cell)
+            )
+            if matches:
+                found.setdefault((cell["method"], model, cell["target"]), {})[cell["seed"]] = cell
+    return {key: [by_seed[s] for s in sorted(by_seed)] for key, by_seed in found.items()}
+
+
+def _fits_pretraining(layout: Layout, cell: Cell) -> bool:
+    recipe = cell.get("pretraining")
+    return layout.pre_epoch is None or not recipe or recipe["epochs"] == layout.pre_epoch
+
+
+@dataclass(frozen=True)
+class Place:
+    """One cell of the printed table."""
+
+    row: str
+    column: str
+    method: str
+    model: str
+    target: str
+
+    @property
+    def key(self) -> Key:
+        """What `collect` files its cells under."""
+        return self.method, self.model, self.target
+
+
+def places(layout: Layout) -> list[Place]:
+    """All cells in reading order. A single target: the columns are the networks."""
+    if len(layout.targets) == 1:
+        (target,) = layout.targets
+        return [Place(m, n, m, n, target) for m in layout.methods for n in layout.models]
+    several = len(layout.models) > 1
+    return [
+        Place(f"{m} ({n})" if several else m, t, m, n, t)
+        for n in layout.models
+        for m in layout.methods
+        for t in layout.targets
+    ]

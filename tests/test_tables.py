@@ -1,0 +1,225 @@
+"""The paper's tables from cells: what belongs where, what is missing, what --run does."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from evaluation.recipes import pretrain_recipe
+from krr_st import tables
+from krr_st.config import FULL_TARGETS, TablesFlags
+from krr_st.published import load_published
+from krr_st.table_layouts import LAYOUTS, Layout, collect, places
+from krr_st.table_runs import Job, forward_flops, missing_jobs, run_missing
+from utils.cells import CellStore
+from utils.errors import UserError
+
+BASE = "convnet_128_256_512_bn"
+
+
+def cell(method, target, seed, accuracy, **changes):
+    base = dict(
+        source="cifar100", method=method, model=BASE, target=target, protocol="finetune",
+        label_fraction=None, shots="all", seed=seed, steps_scale=1.0,
+    )  # fmt: skip
+    return {**base, "accuracy": accuracy, **changes}
+
+
+@pytest.fixture
+def log(tmp_path):
+    store = CellStore(tmp_path / "results.jsonl")
+
+    def add(*cells):
+        for one in cells:
+            store.add({k: v for k, v in one.items() if k != "accuracy"}, accuracy=one["accuracy"])
+        return tmp_path
+
+    return add
+
+
+def test_layouts_are_the_papers():
+    one, two, three = LAYOUTS["1"], LAYOUTS["2"], LAYOUTS["3"]
+    assert one.targets == (
+        "cifar100", "cifar10", "aircraft", "cars", "cub2011", "dogs", "flowers",
+    )  # fmt: skip
+    assert set(one.methods) - {"scratch", "random_features"} == {
+        "random", "kmeans", "dsa", "dm", "mtt", "kip", "frepo", "krr_st",
+    }  # fmt: skip
+    assert set(one.methods) - set(two.methods) == {"kip"}
+    assert two.targets[0] == "tinyimagenet"
+    assert set(three.methods) == {"scratch", "random_features", "random", "frepo", "krr_st"}
+    assert "imagenet" not in three.targets
+    assert LAYOUTS["fig3"].models == ("vgg", "alexnet", "mobilenet", "resnet10")
+    assert LAYOUTS["4"].methods[0] == "gaussian" and LAYOUTS["4"].targets == ("cifar10",)
+    for layout in LAYOUTS.values():
+        assert "krr_st" in layout.methods
+
+
+def test_cells_find_their_place_and_others_do_not():
+    layout = LAYOUTS["1"]
+    wrong = [
+        cell("krr_st", "cifar10", 5, 1.0, source="tinyimagenet"),
+        cell("krr_st", "cifar10", 5, 1.0, model="vgg"),
+        cell("krr_st", "cifar10", 5, 1.0, protocol="linear"),
+        cell("krr_st", "cifar10", 5, 1.0, shots="10"),
+        cell("krr_st", "cifar10", 5, 1.0, label_fraction=0.01),
+        cell("krr_st", "svhn", 5, 1.0),
+    ]
+    right = [cell("krr_st", "cifar10", s, 60.0 + s) for s in (2, 0, 1)]
+    later = cell("krr_st", "cifar10", 1, 70.0)  # measured again: the last one counts
+    found = collect(layout, [*wrong, *right, later])
+    assert list(found) == [("krr_st", "base", "cifar10")]
+    assert [c["accuracy"] for c in found["krr_st", "base", "cifar10"]] == [60.0, 70.0, 62.0]
+
+
+def test_probe_tables_need_their_own_pretraining_length():
+    layout = LAYOUTS["probe_cifar10_1"]
+    recipe = {"epochs": 20}
+    base = dict(source="cifar10", protocol="linear", label_fraction=0.01)
+    short = cell("krr_st", "cifar10", 0, 42.0, pretraining=recipe, **base)
+    long = cell("krr_st", "cifar10", 0, 50.0, pretraining={"epochs": 1000}, **base)
+    untrained = cell("scratch", "cifar10", 0, 34.0, **base)
+    found = collect(layout, [short, long, untrained])
+    assert {k: v[0]["accuracy"] for k, v in found.items()} == {
+        ("krr_st", "base", "cifar10"): 42.0,
+        ("scratch", "base", "cifar10"): 34.0,
+    }
+
+
+def test_published_numbers_of_the_probe():
+    published = load_published()
+    assert published["probe_cifar10_1", "random_features", "cifar10"] == (38.25, 0.69)
+    assert published["probe_cifar100_5", "krr_st", "flowers"] == (4.85, 0.75)
+    assert published["probe_tinyimagenet_5", "mkdt", "tinyimagenet"] == (13.47, 0.35)
+    assert len(published) == 5 * 3 * 7
+
+
+def test_published_file_of_the_user(tmp_path):
+    path = tmp_path / "published.json"
+    path.write_text(json.dumps({"1": {"krr_st": {"cifar10": [80.5, 0.2], "dogs": 12.0}}}))
+    published = load_published(path)
+    assert published["1", "krr_st", "cifar10"] == (80.5, 0.2)
+    assert published["1", "krr_st", "dogs"] == (12.0, 0.0)
+    for bad in ("{", "[1]", '{"1": {"krr_st": {"cifar10": "high"}}}'):
+        path.write_text(bad)
+        with pytest.raises(UserError, match="--published"):
+            load_published(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_published(tmp_path / "no.json")
+
+
+def test_table_files(log, capsys, tmp_path):
+    folder = log(
+        *(cell("krr_st", "cifar10", s, a) for s, a in enumerate((80.0, 81.0, 82.0))),
+        cell("scratch", "dogs", 0, 5.0, steps_scale=0.01),
+    )
+    own = tmp_path / "published.json"
+    own.write_text(json.dumps({"1": {"krr_st": {"cifar10": [80.5, 0.2]}}}))
+    argv = ["--table", "1", "--log_dir", str(folder), "--published", str(own)]
+    assert tables.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "81.00 ± 0.82 [80.50 ± 0.20, +0.50]" in printed  # population std of 80, 81, 82
+    assert "5.00†" in printed
+    records = list(csv.DictReader((folder / "table_1.csv").open()))
+    assert len(records) == len(LAYOUTS["1"].methods) * 7
+    filled = {(r["row"], r["column"]): r for r in records if r["n"] != "0"}
+    assert set(filled) == {("krr_st", "cifar10"), ("scratch", "dogs")}
+    assert float(filled["krr_st", "cifar10"]["difference"]) == pytest.approx(0.5)
+    latex = (folder / "table_1.tex").read_text()
+    assert latex.count("\\\\") == 1 + len(LAYOUTS["1"].methods)
+    assert "krr\\_st" in latex and "$\\pm$" in latex and "–" not in latex
+    assert (folder / "table_1.md").read_text().count("–") > 50
+
+
+def test_figure_3_is_a_picture(log):
+    folder = log(
+        *(
+            cell(m, "dogs", 0, a, source="tinyimagenet", model=n)
+            for n in ("vgg", "resnet10") for m, a in (("scratch", 20.0), ("krr_st", 25.0))
+        )
+    )  # fmt: skip
+    assert tables.main(["--table", "fig3", "--log_dir", str(folder)]) == 0
+    from PIL import Image
+
+    with Image.open(folder / "table_fig3.png") as picture:
+        assert picture.width > 600
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_unknown_table(capsys):
+    assert tables.main(["--table", "7"]) == 2
+    assert "fig3" in capsys.readouterr().err
+
+
+def test_flops_against_a_count_by_hand():
+    # conv 3->4 and 4->8 (3x3) on 8x8 and 4x4 maps, then 8·2·2 -> 10; two operations each.
+    by_hand = 2 * (8 * 8 * 4 * 27 + 4 * 4 * 8 * 36 + 32 * 10)
+    assert forward_flops("convnet_4_8_none", 8) == by_hand
+
+
+LAYOUT = Layout("cifar100", ("scratch", "krr_st"), ("base", "vgg"), ("cifar10", "dogs"))
+
+
+def test_missing_jobs_are_cheapest_first_and_skip_what_is_done(log):
+    folder = log(*(cell("scratch", "cifar10", s, 1.0) for s in range(3)))
+    jobs = missing_jobs(LAYOUT, TablesFlags(log_dir=folder, num_test=3))
+    assert [j.flops for j in jobs] == sorted(j.flops for j in jobs)
+    targets = {(j.method, j.model): j.targets for j in jobs}
+    assert targets["scratch", "base"] == ("dogs",)
+    assert targets["krr_st", "vgg"] == ("cifar10", "dogs")
+    flops = {(j.method, j.model): j.flops for j in jobs}
+    # By hand: 3 seeds x 3 passes x 5000 steps of 256 images on dogs.
+    assert flops["scratch", "base"] == 3 * 3 * 5000 * 256 * forward_flops(BASE, 32)
+    pretraining = 3 * 3 * 4 * 1000 * 256 * forward_flops("vgg", 32)
+    assert flops["krr_st", "vgg"] - flops["scratch", "vgg"] == pytest.approx(pretraining)
+
+
+def test_interrupted_run_goes_on_without_repeating_or_losing(log, capsys):
+    folder = log()
+    flags = TablesFlags(log_dir=folder, num_test=1)
+    ran = []
+
+    def run_job(layout, job, flags, stop_after=None):
+        if len(ran) == stop_after:
+            raise KeyboardInterrupt
+        ran.append((job.method, job.model))
+        for target in job.targets:
+            arch = BASE if job.model == "base" else job.model
+            log(cell(job.method, target, 0, 50.0, model=arch))
+
+    with pytest.raises(KeyboardInterrupt):
+        run_missing(LAYOUT, flags, lambda *a: run_job(*a, stop_after=2))
+    run_missing(LAYOUT, flags, run_job)
+    assert len(ran) == len(set(ran)) == 4
+    assert "min left" in capsys.readouterr().out
+    found = collect(LAYOUT, [json.loads(x) for x in (folder / "results.jsonl").open()])
+    assert set(found) == {p.key for p in places(LAYOUT)}
+    assert missing_jobs(LAYOUT, flags) == []
+
+
+def test_a_job_that_cannot_run_does_not_stop_the_others(log):
+    flags = TablesFlags(log_dir=log(), num_test=1)
+    ran = []
+
+    def run_job(layout, job: Job, flags):
+        ran.append(job)
+        if job.method == "krr_st":
+            raise UserError("no synthetic set")
+
+    skipped = run_missing(LAYOUT, flags, run_job)
+    assert len(ran) == 4 and len(skipped) == 2 and "no synthetic set" in skipped[0]
+
+
+def test_every_method_of_every_table_has_a_recipe():
+    for layout in LAYOUTS.values():
+        for method in layout.methods:
+            if method not in ("scratch", "gaussian"):
+                assert pretrain_recipe(method, layout.source, "base").lr > 0
+
+
+def test_full_targets_are_known_sets():
+    from data.specs import KRR_SPECS
+
+    assert {t for row in FULL_TARGETS.values() for t in row} <= set(KRR_SPECS)
+    assert torch.get_num_threads() == 1  # see conftest
