@@ -227,22 +227,23 @@ def test_target_never_sees_labels(tmp_path):
     assert json.loads(results.read_text())["knn_accuracy"] is None
 
 
-def test_target_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("save_every", "saved"), [(1, 2), (3, 0)])
+def test_target_interrupted_and_resumed(tmp_path, monkeypatch, capsys, save_every, saved):
     write_data(tmp_path)
     assert train_target(tmp_path) == 0
     loss, calls = target_module.barlow_twins_loss, []
 
     def killed(*args):
         calls.append(1)
-        if len(calls) == 6:  # two steps an epoch: in the third epoch, after two saves
+        if len(calls) == 6:  # two steps an epoch: in the third epoch
             raise KeyboardInterrupt
         return loss(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(target_module, "barlow_twins_loss", killed)
-        assert train_target(tmp_path, name="stopped") == 130
-    assert train_target(tmp_path, name="stopped") == 0
-    assert "going on after epoch 2 of 4" in capsys.readouterr().out
+        assert train_target(tmp_path, "--save_every", str(save_every), name="stopped") == 130
+    assert train_target(tmp_path, "--save_every", str(save_every), name="stopped") == 0
+    assert (f"going on after epoch {saved} of 4" in capsys.readouterr().out) == (saved > 0)
     assert equal_states(result(tmp_path), result(tmp_path, "stopped"))
 
     def log(name):

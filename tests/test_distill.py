@@ -120,6 +120,8 @@ def test_one_step_by_hand(tiny, name, wd, optimizer):
     ours = distiller.pool.slots[0].model.state_dict()
     torch.testing.assert_close(ours, net.state_dict())
     assert distiller.pool.slots[0].age == 1
+    # Shows from the second step on only:
+    assert distiller.optimizer.param_groups[0].get("momentum", 0.5) == 0.5
 
 
 def test_the_gradient_stops_at_the_synthetic_set(tiny):
