@@ -31,9 +31,13 @@ def train_by_recipe(
     what: str,
     on_step: StepHook | None = None,
 ) -> nn.Module:
-    """Run `fit` with the loss, optimiser and schedule of `recipe` for `steps` steps."""
+    """Run `fit` with the loss, optimiser and schedule of `recipe` for `steps` steps.
+
+    A run shorter than the recipe's has a warm-up shortened alike.
+    """
     optimizer = make_optimizer(recipe.optimizer, model.parameters(), lr=recipe.lr, wd=recipe.wd)
-    schedule = make_schedule(recipe.schedule, optimizer, steps, recipe.warmup)
+    warmup = min(recipe.warmup, round(recipe.warmup * steps / max(1, recipe.steps or steps)))
+    schedule = make_schedule(recipe.schedule, optimizer, steps, warmup)
     loss_fn = supervised(pick(LOSSES, recipe.loss, "loss"))
     return fit(
         model, batches, loss_fn, optimizer, schedule, steps=steps, what=what, on_step=on_step

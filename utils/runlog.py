@@ -56,8 +56,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-# Flags that may differ between two starts of the same run.
-_NOT_IDENTITY = ("device", "gpu_id", "overwrite", "dry_run")
+# Flags that may differ between two starts of the same run; the seed is compared on its own, since
+# one that was drawn may be given at the next start.
+_NOT_IDENTITY = ("seed", "device", "gpu_id", "overwrite", "dry_run")
 _STALE = ("results.json", "state.pt", "log.jsonl")
 # Dropped by --overwrite: no set may lie beside the configuration of another run.
 _ARTEFACTS = ("x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png")
@@ -99,14 +100,16 @@ class RunFolder:
         self.path = Path(path)
         identity = _plain({k: v for k, v in flags.items() if k not in _NOT_IDENTITY})
         old = None if overwrite else self._read_config()
-        if old is not None and old.get("flags") != identity:
-            before = old.get("flags") or {}
-            changed = [k for k in identity if before.get(k) != identity[k]]
-            shown = ", ".join(f"{k} {before.get(k)} -> {identity[k]}" for k in changed[:5])
-            raise UserError(
-                f"{self.path} holds a run with other flags ({shown}); "
-                "choose another name or pass --overwrite"
-            )
+        if old is not None:
+            before = {**(old.get("flags") or {}), "seed": old.get("seed")}
+            wanted = {**identity, "seed": before["seed"] if seed is None else seed}
+            changed = [k for k in {**before, **wanted} if before.get(k) != wanted.get(k)]
+            if changed:
+                shown = ", ".join(f"{k} {before.get(k)} -> {wanted.get(k)}" for k in changed[:5])
+                raise UserError(
+                    f"{self.path} holds a run with other flags ({shown}); "
+                    "choose another name or pass --overwrite"
+                )
         self.resumed = old is not None
         self.finished = self.resumed and (self.path / "results.json").exists()
         if seed is None and old is not None:
