@@ -44,11 +44,13 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _base_type(annotation: Any) -> type:
-    """`int | None` -> int; `tuple[str, ...]` stays a tuple."""
+def _base_type(annotation: Any) -> tuple[type, bool]:
+    """`int | None` -> (int, False); `tuple[int, ...]` -> (int, True): one or more values."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return next(a for a in typing.get_args(annotation) if a is not type(None))
-    return annotation
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
 
 
 def _number(kind: type, metadata: Any) -> Any:
@@ -84,8 +86,9 @@ def build_parser(config_class: type, *, prog: str, description: str) -> argparse
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        kind = _base_type(hints[field.name])
-        shown = "" if field.default is None else f" [{field.default}]"
+        kind, several = _base_type(hints[field.name])
+        default = " ".join(map(str, field.default or ())) if several else field.default
+        shown = "" if field.default is None else f" [{default}]"
         help_text = (field.metadata["help"] + shown).replace("%", "%%")
         if kind is bool:
             parser.add_argument(
@@ -97,6 +100,7 @@ def build_parser(config_class: type, *, prog: str, description: str) -> argparse
             f"--{field.name}",
             type=convert,
             default=field.default,
+            nargs="+" if several else None,
             choices=field.metadata["choices"],
             metavar=None if field.metadata["choices"] else kind.__name__.upper(),
             help=help_text,
@@ -111,7 +115,8 @@ def parse(config_class: type[C], argv: list[str] | None, *, prog: str, descripti
         SystemExit: code 2 after one line for a bad flag, code 0 after --help.
     """
     parser = build_parser(config_class, prog=prog, description=description)
-    return config_class(**vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
 def as_json(config: Any) -> dict[str, Any]:

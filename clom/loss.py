@@ -1,0 +1,204 @@
+"""CLoM: a contrastive loss by which pre-trained models guide synthetic images.
+
+For a real batch (x_i, y_i), synthetic images (x_j, y_j), distances D and the same-label mask
+M[i, j] = [y_i = y_j]:
+
+    CLoM = Σ(D·M) / Σ(D)
+
+The functions are pure. The class `CLoM` is the plug-in for any training loop over images:
+
+    clom = CLoM(model, distance="cos", alpha=100.0, real=(x_real, y_real))
+    ...
+    loss = loss + clom(x_syn, y_syn)
+
+Source: Lu et al., "Dataset Distillation with Pre-trained Models: A Contrastive Approach",
+arXiv 2310.03295.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clom.real import FeatureCache, RealImages
+from clom.teachers import Family, TeacherPool
+from utils.errors import UserError, pick
+
+# Only reached where all distances vanish; the ratio is then 0.
+SMALLEST_SUM = 1e-6
+
+
+def clom_cosine(f_real: Tensor, y_real: Tensor, f_syn: Tensor, y_syn: Tensor) -> Tensor:
+    """CLoM with D[i, j] = 1 - cos(f_real[i], f_syn[j]).
+
+    Args:
+        f_real: (n, D) features of real images.
+        y_real: (n,) int64 labels.
+        f_syn: (m, D) features of the synthetic images.
+        y_syn: (m,) int64 labels.
+
+    Returns:
+        A scalar in [0, 1], differentiable in the features; 0 where no labels agree.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: arXiv 2310.03295, cosine distance (out-of-distribution models).
+    """
+    if f_real.dim() != 2 or f_syn.dim() != 2 or f_real.shape[1] != f_syn.shape[1]:
+        raise ValueError(f"features {tuple(f_real.shape)}, {tuple(f_syn.shape)}: expected (., D)")
+    _check_labels(y_real, len(f_real), "y_real")
+    _check_labels(y_syn, len(f_syn), "y_syn")
+    cosine = F.normalize(f_real, dim=1) @ F.normalize(f_syn, dim=1).T  # (n, m)
+    distance = (1 - cosine).clamp_min(0)  # rounding goes below 0 for equal directions
+    same = y_real[:, None] == y_syn[None, :]
+    return (distance * same).sum() / distance.sum().clamp_min(SMALLEST_SUM)
+
+
+def clom_ce(logits_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Tensor:
+    """CLoM with D[i, j] = -log p(y_i | x_j): the definition, for a model of the same label space.
+
+    D depends on i through the label only, so the sums run over classes, not over real images.
+
+    Args:
+        logits_syn: (m, K) logits of the synthetic images.
+        y_syn: (m,) int64 labels in [0, K).
+        y_real: (n,) int64 labels of a real batch in [0, K).
+
+    Returns:
+        A scalar in [0, 1], differentiable in the logits; 0 where no labels agree.
+
+    Raises:
+        ValueError: shapes or labels that do not fit.
+
+    Source: arXiv 2310.03295, cross-entropy distance (in-distribution models).
+    """
+    _check_logits(logits_syn, y_syn)
+    _check_labels(y_real, len(y_real), "y_real", logits_syn.shape[1])
+    surprise = -F.log_softmax(logits_syn, dim=1)  # (m, K): D of a real image of each class
+    count = torch.bincount(y_real, minlength=logits_syn.shape[1]).to(surprise.dtype)
+    same = (surprise.gather(1, y_syn[:, None])[:, 0] * count[y_syn]).sum()
+    return same / (surprise @ count).sum().clamp_min(SMALLEST_SUM)
+
+
+def clom_ce_mean(logits_syn: Tensor, y_syn: Tensor) -> Tensor:
+    """What the released code computes for `ce`: mean cross-entropy of the synthetic images.
+
+    Args:
+        logits_syn: (m, K) logits of the synthetic images.
+        y_syn: (m,) int64 labels in [0, K).
+
+    Returns:
+        A scalar >= 0, differentiable in the logits.
+
+    Raises:
+        ValueError: shapes or labels that do not fit.
+    """
+    _check_logits(logits_syn, y_syn)
+    return F.cross_entropy(logits_syn, y_syn)
+
+
+def _check_logits(logits: Tensor, y_syn: Tensor) -> None:
+    if logits.dim() != 2:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}, expected (m, K)")
+    _check_labels(y_syn, len(logits), "y_syn", logits.shape[1])
+
+
+def _check_labels(y: Tensor, count: int, name: str, classes: int | None = None) -> None:
+    if y.shape != (count,) or y.is_floating_point():
+        raise ValueError(f"{name} is {tuple(y.shape)} {y.dtype}, expected ({count},) int64")
+    # Reading the largest label would make the host wait for a GPU: gather reports it there.
+    if classes is not None and y.device.type == "cpu" and count and int(y.max()) >= classes:
+        raise ValueError(f"{name} holds label {int(y.max())}, but there are {classes} classes")
+
+
+DISTANCES = ("ce", "cos")
+CE_FORMS = ("contrastive", "classification")
+
+
+class CLoM:
+    """alpha · CLoM of all synthetic images under a model drawn from a pool, as one call.
+
+    Each call draws an architecture uniformly, then one of its models, and a real batch with
+    replacement. Models are used in eval mode and frozen; only `x_syn` gets gradients.
+
+    Args:
+        models: a TeacherPool, or one module, or several of equal rank; with "cos" their `embed`
+            is used where there is one, else their output; with "ce" their output is logits.
+        distance: "ce" or "cos".
+        alpha: weight, where `models` is not a TeacherPool (which has its own weights).
+        real: RealImages, or (images, labels) in the space of the synthetic images. Needed by
+            "cos"; for the contrastive form of "ce" only the labels are used.
+        ce_form: "contrastive" (the definition) or "classification" (the released code).
+        batch_size: real images a call.
+        generator: CPU generator of all draws; None: a new one seeded 0.
+        cache: keep the features of all real images, which never change, if memory allows.
+
+    Raises:
+        UserError: unknown names, real data missing, or a model whose labels do not fit.
+    """
+
+    def __init__(
+        self,
+        models: TeacherPool | nn.Module | Sequence[nn.Module],
+        *,
+        distance: str = "cos",
+        alpha: float = 1.0,
+        real: RealImages | tuple[Tensor, Tensor] | None = None,
+        ce_form: str = "contrastive",
+        batch_size: int = 8196,
+        generator: torch.Generator | None = None,
+        cache: bool = True,
+    ) -> None:
+        self._loss = pick({"ce": self._ce, "cos": self._cosine}, distance, "CLoM_distance")
+        self._classify = pick(dict.fromkeys(CE_FORMS), ce_form, "CLoM_ce_form") or (
+            ce_form == "classification"
+        )
+        if isinstance(models, nn.Module):
+            models = [models]
+        if not isinstance(models, TeacherPool):
+            models = TeacherPool([Family("given", alpha, tuple(models))])
+        if isinstance(real, tuple):
+            real = RealImages(*real)
+        if real is None and not (distance == "ce" and self._classify):
+            raise UserError(f"CLoM with distance {distance} needs real data; pass real=")
+        self.pool, self.real, self.batch_size = models, real, batch_size
+        self.generator = generator or torch.Generator().manual_seed(0)
+        self.cache = FeatureCache(real, enabled=cache) if distance == "cos" else None
+
+    def __call__(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:
+        """Synthetic images (m, C, H, W) and labels (m,) -> alpha · CLoM, a scalar."""
+        model, alpha = self.pool.draw(self.generator)
+        return alpha * self._loss(model, x_syn, y_syn)
+
+    def _draw(self) -> Tensor:
+        return torch.randint(len(self.real), (self.batch_size,), generator=self.generator)
+
+    def _ce(self, model: nn.Module, x_syn: Tensor, y_syn: Tensor) -> Tensor:
+        logits = model(x_syn)
+        if self._classify:
+            return clom_ce_mean(logits, y_syn)
+        if logits.shape[1] < self.real.num_classes:
+            raise UserError(
+                f"CLoM with distance ce: the model knows {logits.shape[1]} classes, the data have "
+                f"{self.real.num_classes}; their label spaces must be the same (cos needs no labels)"
+            )
+        return clom_ce(logits, y_syn, self.real.labels_at(self._draw()).to(y_syn.device))
+
+    def _cosine(self, model: nn.Module, x_syn: Tensor, y_syn: Tensor) -> Tensor:
+        index = self._draw()
+        f_real = self.cache.features(model, index).to(x_syn.device)
+        f_syn = getattr(model, "embed", model)(x_syn).flatten(1)
+        return clom_cosine(f_real, self.real.labels_at(index).to(y_syn.device), f_syn, y_syn)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the draws, for a resumed run."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self.generator.set_state(state["generator"])

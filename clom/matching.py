@@ -1,0 +1,115 @@
+"""What the distillers match: gradients (DC, DSA) and mean features (DM). Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from utils.errors import pick
+
+# Keeps the cosine of a vanishing gradient finite.
+EPSILON = 1e-6
+
+
+def gradient_distance(
+    grads_syn: Sequence[Tensor], grads_real: Sequence[Tensor], metric: str = "ours"
+) -> Tensor:
+    """Distance between two gradients of one network, given parameter by parameter.
+
+    Args:
+        grads_syn: gradients on the synthetic images, one tensor per parameter.
+        grads_real: gradients on the real images, the same shapes.
+        metric: "ours": per layer, Σ over output rows of 1 - cosine, summed over layers;
+            "mse": squared difference of everything concatenated, summed;
+            "cos": 1 - cosine of everything concatenated.
+
+    Returns:
+        A scalar >= 0 (up to rounding), differentiable in both.
+
+    Raises:
+        UserError: unknown metric.
+        ValueError: the lists do not fit each other.
+
+    Source: Zhao et al., arXiv 2006.05929, eq. 10 ("ours").
+    """
+    shapes_syn, shapes_real = ([tuple(g.shape) for g in grads] for grads in (grads_syn, grads_real))
+    if shapes_syn != shapes_real or not shapes_syn:
+        raise ValueError(f"gradients of shapes {shapes_syn} and {shapes_real} cannot be compared")
+    return pick(METRICS, metric, "dis_metric")(grads_syn, grads_real)
+
+
+def _rows(gradient: Tensor) -> Tensor | None:
+    """One row per output of a layer; None for biases and affine norms, which do not count."""
+    if gradient.dim() < 2:
+        return None
+    return gradient.flatten(1)  # conv (out, in·h·w), linear (out, in), layer norm (C, h·w)
+
+
+def _layerwise(grads_syn: Sequence[Tensor], grads_real: Sequence[Tensor]) -> Tensor:
+    total = grads_syn[0].new_zeros(())
+    for g_syn, g_real in zip(map(_rows, grads_syn), map(_rows, grads_real), strict=True):
+        if g_syn is not None:
+            total = total + (1 - _cosine(g_syn, g_real)).sum()
+    return total
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine along the last axis, with the published guard in the denominator."""
+    norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
+    return (a * b).sum(-1) / (norms + EPSILON)
+
+
+def _joined(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.cat([g.flatten() for g in gradients])
+
+
+def _squared(grads_syn: Sequence[Tensor], grads_real: Sequence[Tensor]) -> Tensor:
+    return (_joined(grads_syn) - _joined(grads_real)).square().sum()
+
+
+def _global_cosine(grads_syn: Sequence[Tensor], grads_real: Sequence[Tensor]) -> Tensor:
+    return 1 - _cosine(_joined(grads_syn), _joined(grads_real))
+
+
+METRICS: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
+    "ours": _layerwise,
+    "mse": _squared,
+    "cos": _global_cosine,
+}
+
+
+def distribution_distance(
+    f_real: Tensor, f_syn: Tensor, counts_real: Sequence[int], counts_syn: Sequence[int]
+) -> Tensor:
+    """Σ over classes of ‖mean real feature - mean synthetic feature‖².
+
+    Args:
+        f_real: (N, D) features in class order; no gradient flows into them.
+        f_syn: (m, D) features in class order.
+        counts_real: rows of each class in `f_real`, at least 1 each; sums to N.
+        counts_syn: likewise for `f_syn`.
+
+    Returns:
+        A scalar >= 0, differentiable in `f_syn`.
+
+    Raises:
+        ValueError: the counts do not fit the features or each other.
+
+    Source: Zhao and Bilen, arXiv 2110.04181, eq. 6.
+    """
+    if len(counts_real) != len(counts_syn):
+        raise ValueError(f"{len(counts_real)} real classes, {len(counts_syn)} synthetic ones")
+    difference = class_means(f_real.detach(), counts_real) - class_means(f_syn, counts_syn)
+    return difference.square().sum()
+
+
+def class_means(features: Tensor, counts: Sequence[int]) -> Tensor:
+    """Mean of consecutive groups of rows: (N, D) and K counts -> (K, D)."""
+    counts = list(counts)
+    if min(counts, default=0) < 1 or sum(counts) != len(features):
+        raise ValueError(f"class counts {counts} do not fit {len(features)} rows")
+    if len(set(counts)) == 1:
+        return features.view(len(counts), counts[0], -1).mean(1)
+    return torch.stack([group.mean(0) for group in features.split(counts)])

@@ -1,0 +1,230 @@
+"""The pre-trained models that CLoM asks: found on disk, frozen, in eval mode, drawn from a pool."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.augment import denormalize, normalize
+from data.specs import DC_SPECS, Stats
+from models import get_network
+from utils import checkpoint
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Space:
+    """The form of image batches: normalisation, channels (1 or 3), height and width."""
+
+    stats: Stats
+    channels: int
+    size: tuple[int, int]
+
+
+def convert(x: Tensor, source: Space, target: Space, mode: str = "bilinear") -> Tensor:
+    """Bring normalised images from one space into another, differentiably.
+
+    De-normalise, one channel to three equal ones (or three to their mean), resize (antialiased),
+    normalise. Equal spaces return x itself.
+
+    Args:
+        x: (B, C, H, W) float in `source`.
+        source: where x lives.
+        target: where it should.
+        mode: interpolation, bilinear or bicubic.
+
+    Returns:
+        (B, C', H', W') in `target`.
+    """
+    if source == target:
+        return x
+    x = denormalize(x, source.stats)
+    if source.channels != target.channels:
+        x = x.expand(-1, 3, -1, -1) if target.channels == 3 else x.mean(1, keepdim=True)
+    if source.size != target.size:
+        x = F.interpolate(x, target.size, mode=mode, align_corners=False, antialias=True)
+    return normalize(x, target.stats)
+
+
+class Teacher(nn.Module):
+    """A frozen model that takes images of another space than its own.
+
+    Args:
+        model: has `forward` (logits) and `embed`, both on images of `own`.
+        own: the space it was trained in.
+        given: the space of the images it will get.
+        mode: interpolation where the sizes differ.
+    """
+
+    def __init__(self, model: nn.Module, own: Space, given: Space, mode: str = "bilinear") -> None:
+        super().__init__()
+        self.model, self.own, self.given, self.mode = model, own, given, mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) of `given` -> logits (B, K)."""
+        return self.model(convert(x, self.given, self.own, self.mode))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) of `given` -> features (B, D)."""
+        return self.model.embed(convert(x, self.given, self.own, self.mode))
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one architecture and the weight CLoM has under them."""
+
+    name: str
+    alpha: float
+    models: tuple[nn.Module, ...]
+
+
+class TeacherPool:
+    """Draws one architecture uniformly, then one of its models; all are frozen, in eval mode.
+
+    Args:
+        families: one entry per architecture.
+
+    Raises:
+        UserError: nothing to draw from.
+    """
+
+    def __init__(self, families: Sequence[Family]) -> None:
+        if not families or not all(family.models for family in families):
+            raise UserError("CLoM has no pre-trained model to ask")
+        self.families = tuple(families)
+        for model in (m for family in self.families for m in family.models):
+            # Training mode would let BatchNorm statistics drift with every synthetic batch.
+            model.eval().requires_grad_(False)
+
+    def draw(self, generator: torch.Generator) -> tuple[nn.Module, float]:
+        """A model and its alpha."""
+        family = self.families[int(torch.randint(len(self.families), (1,), generator=generator))]
+        number = int(torch.randint(len(family.models), (1,), generator=generator))
+        return family.models[number], family.alpha
+
+
+def pair_alphas(names: Sequence[str], alphas: Sequence[float]) -> list[float]:
+    """One alpha per architecture; a single one serves all.
+
+    Raises:
+        UserError: another count.
+    """
+    if len(alphas) == 1:
+        return list(alphas) * len(names)
+    if len(alphas) != len(names):
+        raise UserError(
+            f"--alphas gives {len(alphas)} values for the {len(names)} names of --models_pool "
+            f"({', '.join(names)}); expected one, or one each"
+        )
+    return list(alphas)
+
+
+def model_folder(root: Path, dataset: str, model: str) -> Path:
+    """Where the models of one architecture trained on `dataset` lie, in folders index_{i}."""
+    return Path(root) / dataset / "original" / model
+
+
+def checkpoint_name(dataset: str, model: str, epoch: int | str) -> str:
+    """File name of a state dict after `epoch` epochs."""
+    return f"{dataset}_{model}_original_epoch{epoch}.pth"
+
+
+def index_folders(folder: Path) -> list[Path]:
+    """The index_{i} folders, by number."""
+    found = (p for p in folder.glob("index_*") if re.fullmatch(r"index_\d+", p.name))
+    return sorted(found, key=lambda p: int(p.name[6:]))
+
+
+def find_checkpoints(root: Path, dataset: str, model: str, epoch: int, count: int) -> list[Path]:
+    """The first `count` state dicts of an architecture at an epoch.
+
+    Raises:
+        UserError: fewer are there; says what was looked for, what was found, and what makes them.
+    """
+    folder = model_folder(root, dataset, model)
+    wanted = checkpoint_name(dataset, model, epoch)
+    found = [p / wanted for p in index_folders(folder) if (p / wanted).exists()]
+    if len(found) >= count:
+        return found[:count]
+    raise UserError(
+        f"looked for {count} x {folder / 'index_*' / wanted} and found {len(found)}; there is: "
+        f"{_describe(root, folder, dataset, model)}; train them with: python "
+        f"train_original_models.py --normalize_data --dataset {dataset} --model {model} "
+        f"--num {count - len(found)} --epochs {epoch}"
+    )
+
+
+def _describe(root: Path, folder: Path, dataset: str, model: str) -> str:
+    """What lies where checkpoints were expected, in a few words."""
+    pattern = re.compile(re.escape(checkpoint_name(dataset, model, "@")).replace("@", r"(\d+)"))
+    shown = []
+    for index in index_folders(folder):
+        epochs = sorted(int(m[1]) for p in index.iterdir() if (m := pattern.fullmatch(p.name)))
+        shown.append(f"{index.name} epochs {epochs[:2]} to {epochs[-1]}" if epochs else index.name)
+    if shown:
+        return "; ".join(shown[:5]) + (f"; and {len(shown) - 5} more" if len(shown) > 5 else "")
+    others = sorted(str(p.relative_to(root)) for p in Path(root).glob("*/original/*"))
+    return ", ".join(others[:8]) if others else f"nothing in {root}"
+
+
+def load_family(
+    root: Path,
+    dataset: str,
+    model: str,
+    *,
+    epoch: int,
+    count: int,
+    alpha: float,
+    given: Space,
+    device: torch.device,
+) -> tuple[Family, int]:
+    """Load `count` zoo networks trained on `dataset`, ready for images of the space `given`.
+
+    Returns:
+        The family, and the number of classes its models know.
+
+    Raises:
+        UserError: too few checkpoints, damaged ones, or a source whose images are unknown.
+    """
+    teachers, num_classes = [], 0
+    for path in find_checkpoints(root, dataset, model, epoch, count):
+        own, num_classes = source_space(path, dataset)
+        network = get_network(model, own.channels, num_classes, own.size)
+        state = checkpoint.load_state(path, what="pre-trained model")
+        checkpoint.apply_state(network, state, origin=path)
+        teachers.append(Teacher(network, own, given).to(device))
+    return Family(model, alpha, tuple(teachers)), num_classes
+
+
+def source_space(path: Path, dataset: str) -> tuple[Space, int]:
+    """The image space and class count of a checkpoint: from its config.json, else the tables.
+
+    Raises:
+        UserError: neither says it.
+    """
+    config = path.parent / "config.json"
+    try:
+        facts = json.loads(config.read_text()) if config.exists() else {}
+        if "img_shape" in facts:
+            channels, *size = facts["img_shape"]
+            stats = Stats(tuple(facts["mean"]), tuple(facts["std"]))
+            return Space(stats, channels, tuple(size)), int(facts["num_classes"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{config} is damaged; expected what train_original_models.py writes"
+        ) from None
+    if dataset not in DC_SPECS:
+        raise UserError(
+            f"the image size of {dataset} is unknown: {config} does not say it, and it is none of "
+            f"{', '.join(sorted(DC_SPECS))}"
+        )
+    spec = DC_SPECS[dataset]
+    size = spec.sizes[0]
+    return Space(spec.stats[size], spec.channels, (size, size)), spec.num_classes
