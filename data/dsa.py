@@ -95,6 +95,11 @@ def diff_augment(
     return chosen(x, draw, align_corners)
 
 
+def without_flip(strategy: str) -> str:
+    """The strategy for sets whose mirrored pictures mean something else (digits, SVHN)."""
+    return "_".join(name for name in strategy.split("_") if name != "flip")
+
+
 def _make_draw(seed: int | None, generator: torch.Generator | None) -> Draw:
     """Draw from `generator` in sequence, or re-seed before every draw with seed, seed + 1, ..."""
     source = torch.Generator() if generator is None else generator
