@@ -131,8 +131,10 @@ def load(
         name: data set name of the family, or of an own prepared set.
         size: height = width in pixels.
         data_dir: the folder that holds one folder a set.
-        family: "krr" or "dc": whose statistics to use.
-        splits: what to read; "train" is always read.
+        family: "krr" or "dc": whose statistics to use. Listed sets of "dc" are prepared on first
+            use, by download through torchvision where it can.
+        splits: what to read. Without "train" no training file is opened and the training split
+            is empty; an own set then needs its statistics in meta.json.
         mmap: map the image files instead of reading them.
 
     Raises:
@@ -140,13 +142,17 @@ def load(
     """
     spec = find_spec(name, data_dir, family)
     folder = spec.folder if spec else name
-    train = _read_split(data_dir, folder, size, "train", spec, mmap)
-    if train is None:
-        path = tensor_path(data_dir, folder, "X", "train", size)
+    first = "train" if "train" in splits else "test"
+    if family == "dc" and not tensor_path(data_dir, folder, "X", first, size).exists():
+        _prepare_on_first_use(folder, size, data_dir)
+    parts = {s: _read_split(data_dir, folder, size, s, spec, mmap) for s in SPLITS if s in splits}
+    if parts[first] is None:
+        path = tensor_path(data_dir, folder, "X", first, size)
         how = f"--data_name {folder} --size {size} --data_dir {data_dir}"
         how = how if spec else f"--from_folder PATH {how}"
         raise UserError(f"{path} does not exist; make it with: python -m data.prepare {how}")
-    test = _read_split(data_dir, folder, size, "test", spec, mmap) if "test" in splits else None
+    test = parts.get("test")
+    train = parts["train"] if "train" in splits else _emptied(test, data_dir, folder, size)
     num_classes = _count_classes(Path(data_dir) / folder, train, test, spec)
     if test is not None and test.images.shape[1:] != train.images.shape[1:]:
         raise UserError(
@@ -155,9 +161,41 @@ def load(
         )
     stats = spec.stats.get(size) if spec else None
     if stats is None:
+        if not len(train):
+            _require_stored_statistics(Path(data_dir) / folder, size)
         stats = own_statistics(Path(data_dir) / folder, size, train.images)
     hflip = spec.hflip if spec else bool(read_meta(Path(data_dir) / folder).get("hflip", True))
     return ImageSet(name, size, train, test, num_classes, stats, hflip)
+
+
+def _prepare_on_first_use(folder: str, size: int, data_dir: Path | str) -> None:
+    """What the DC family's users expect: a listed set is fetched when it is first asked for.
+
+    Raises:
+        UserError: no raw data here and no network; the message says what was looked for.
+    """
+    from data.prepare import PrepareConfig, find_row, prepare  # it imports this module
+
+    if find_row(folder) is not None:
+        print(f"{folder} at size {size} is not prepared in {data_dir}: preparing it now")
+        prepare(PrepareConfig(data_name=folder, size=size, data_dir=Path(data_dir), download=True))
+
+
+def _emptied(test: ImageSplit, data_dir: Path | str, folder: str, size: int) -> ImageSplit:
+    """A training split without images, of the test split's shape; no training file is touched."""
+    labels = None if test.labels is None else test.labels[:0]
+    return ImageSplit(
+        test.images[:0], labels, tensor_path(data_dir, folder, "X", "train", size)
+    )  # fmt: skip
+
+
+def _require_stored_statistics(folder: Path, size: int) -> None:
+    """Statistics belong to training images: nothing stands in for them when these stay closed."""
+    if not {"mean", "std"} <= read_meta(folder)["sizes"].get(str(size), {}).keys():
+        raise UserError(
+            f"{folder / 'meta.json'} holds no mean and std at size {size}, and the training images "
+            "are not to be read; any command that trains on them (krr_st.kd_teacher) stores them"
+        )
 
 
 def _read_split(

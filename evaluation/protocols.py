@@ -149,6 +149,7 @@ def _knn_scores(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -
 # (train features, train labels, test features, classes) -> test scores
 FROZEN: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
     "linear": _linear_scores,
+    "probe": _linear_scores,
     "knn": _knn_scores,
 }
 
@@ -164,7 +165,7 @@ def frozen_accuracy(
     """Test accuracy in % of a classifier on frozen features.
 
     Args:
-        protocol: linear (standardised features, L-BFGS logistic regression) or knn.
+        protocol: linear or probe (standardised features, L-BFGS logistic regression), or knn.
         train_features: (N, D).
         train_labels: (N,) int64.
         test_features: (M, D).

@@ -29,7 +29,7 @@ class Layout:
         methods: rows.
         models: networks; with one model they are not shown.
         targets: columns (a single one in table 4, whose columns are the models).
-        protocol: finetune, kd or linear.
+        protocol: finetune, kd or probe.
         fraction: label fraction of the probe tables.
         pre_epoch: length of pre-training where the table sets one.
     """
@@ -49,7 +49,7 @@ _EXTRA = (SCRATCH, "random_features")
 
 def _probe(source: str, percent: int) -> Layout:
     methods = (*_EXTRA, "krr_st")
-    return Layout(source, methods, ("base",), _PROBE_TARGETS, "linear", percent / 100, 20)
+    return Layout(source, methods, ("base",), _PROBE_TARGETS, "probe", percent / 100, 20)
 
 
 LAYOUTS: dict[str, Layout] = {

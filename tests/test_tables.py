@@ -76,7 +76,7 @@ def test_cells_find_their_place_and_others_do_not():
 def test_probe_tables_need_their_own_pretraining_length():
     layout = LAYOUTS["probe_cifar10_1"]
     recipe = {"epochs": 20}
-    base = dict(source="cifar10", protocol="linear", label_fraction=0.01)
+    base = dict(source="cifar10", protocol="probe", label_fraction=0.01)
     short = cell("krr_st", "cifar10", 0, 42.0, pretraining=recipe, **base)
     long = cell("krr_st", "cifar10", 0, 50.0, pretraining={"epochs": 1000}, **base)
     untrained = cell("scratch", "cifar10", 0, 34.0, **base)

@@ -1,0 +1,56 @@
+"""The DC family's names prepare themselves from raw data on first use."""
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import sources
+from data.raw import Source, one_part
+from utils.errors import UserError
+
+
+def fake_mnist(calls):
+    def read(raw, download):
+        calls.append((raw, download))
+        pixels = np.arange(20 * 28 * 28).astype(np.uint8).reshape(20, 28, 28)
+        labels = np.arange(20) % 10
+        splits = {"train": one_part(pixels, labels), "test": one_part(pixels[:10], labels[:10])}
+        return Source("drawn here", tuple(map(str, range(10))), splits, {"train": 20, "test": 10})
+
+    return read
+
+
+def test_dc_names_are_prepared_once(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setitem(sources.SOURCES, "mnist", fake_mnist(calls))
+    first = data.load("MNIST", 28, tmp_path, family="dc")
+    assert calls == [(tmp_path / "raw" / "mnist", True)]
+    assert first.train.images.shape == (20, 1, 28, 28)
+    assert first.train.images.dtype == torch.uint8
+    assert first.stats.mean == (0.1307,)
+    data.load("MNIST", 28, tmp_path, family="dc")
+    assert len(calls) == 1
+
+
+def test_no_network_is_one_clear_error(tmp_path, monkeypatch):
+    def read(raw, download):
+        raise UserError(f"cannot fetch MNIST; looked in {raw}")
+
+    monkeypatch.setitem(sources.SOURCES, "mnist", read)
+    with pytest.raises(UserError, match="raw/mnist"):
+        data.load("MNIST", 28, tmp_path, family="dc")
+    assert not list(tmp_path.glob("mnist/*"))
+
+
+def test_both_families_read_one_file_with_their_own_statistics(tmp_path):
+    from conftest import write_set
+
+    write_set(tmp_path, "cifar10", size=32, classes=10, train=20, test=10)
+    ours = data.load("cifar10", 32, tmp_path)
+    dc = data.load("CIFAR10", 32, tmp_path, family="dc")
+    assert torch.equal(ours.train.images, dc.train.images)
+    assert ours.stats.std == (0.2470, 0.2435, 0.2616)
+    assert dc.stats.std == (0.2023, 0.1994, 0.2010)
+    tiny = data.specs.DC_SPECS
+    assert tiny["TinyImageNet"] is tiny["tinyimagenet"]
