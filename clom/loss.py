@@ -155,16 +155,15 @@ class CLoM:
         cache: bool = True,
     ) -> None:
         self._loss = pick({"ce": self._ce, "cos": self._cosine}, distance, "CLoM_distance")
-        self._classify = pick(dict.fromkeys(CE_FORMS), ce_form, "CLoM_ce_form") or (
-            ce_form == "classification"
-        )
+        forms = {"contrastive": self._contrastive, "classification": clom_ce_mean}
+        self._ce_form = pick(forms, ce_form, "CLoM_ce_form")
         if isinstance(models, nn.Module):
             models = [models]
         if not isinstance(models, TeacherPool):
             models = TeacherPool([Family("given", alpha, tuple(models))])
         if isinstance(real, tuple):
             real = RealImages(*real)
-        if real is None and not (distance == "ce" and self._classify):
+        if real is None and not (distance == "ce" and ce_form == "classification"):
             raise UserError(f"CLoM with distance {distance} needs real data; pass real=")
         self.pool, self.real, self.batch_size = models, real, batch_size
         self.generator = generator or torch.Generator().manual_seed(0)
@@ -180,13 +179,14 @@ class CLoM:
 
     def _ce(self, model: nn.Module, x_syn: Tensor, y_syn: Tensor) -> Tensor:
         logits = model(x_syn)
-        if self._classify:
-            return clom_ce_mean(logits, y_syn)
-        if logits.shape[1] < self.real.num_classes:
+        if self.real is not None and logits.shape[1] != self.real.num_classes:
             raise UserError(
                 f"CLoM with distance ce: the model knows {logits.shape[1]} classes, the data have "
-                f"{self.real.num_classes}; their label spaces must be the same (cos needs no labels)"
+                f"{self.real.num_classes}; the label spaces must be the same (cos needs no labels)"
             )
+        return self._ce_form(logits, y_syn)
+
+    def _contrastive(self, logits: Tensor, y_syn: Tensor) -> Tensor:
         return clom_ce(logits, y_syn, self.real.labels_at(self._draw()).to(y_syn.device))
 
     def _cosine(self, model: nn.Module, x_syn: Tensor, y_syn: Tensor) -> Tensor:

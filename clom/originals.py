@@ -1,0 +1,134 @@
+"""The driver behind train_original_models.py: the pre-trained models that CLoM asks."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from clom.config import OriginalFlags, parse_epochs
+from clom.inputs import load_data, network_factory
+from clom.teachers import checkpoint_name, index_folders, model_folder
+from clom.training import Trainer, Training, share_correct
+from data.load import ImageSet
+from data.loader import ImagePipeline, TensorLoader
+from data.specs import Stats
+from utils import checkpoint, cli
+from utils.device import resolve_device
+from utils.resume import load_run, save_run
+from utils.runlog import RunFolder
+from utils.seed import derive_seed, make_generator, resolve_seed
+
+# Flags that may differ between two starts.
+FREE_FLAGS = ("device", "gpu", "dry_run", "resume", "num", "seed", "random_seed",
+              "data_path", "pretrained_path")  # fmt: skip
+
+
+def train_originals(flags: OriginalFlags) -> int:
+    """Train `num` networks on the real images, each in the next free index folder.
+
+    Raises:
+        UserError: bad flags or data (nothing is written then), or a non-finite loss.
+    """
+    decay = parse_epochs(flags.lr_decay_step, "lr_decay_step")
+    training = Training(
+        flags.epochs, flags.lr, flags.momentum, flags.weight_decay, flags.batch_size, decay
+    )
+    print(json.dumps(cli.as_json(flags), indent=2))
+    device = resolve_device(flags.device, flags.gpu)
+    if flags.dry_run:
+        return 0
+    image_set = in_space(load_data(flags), flags.normalize_data)
+    if not flags.normalize_data:
+        print("images stay in [0, 1]; the published command has --normalize_data")
+    new_network = network_factory(flags.model, image_set, device)
+    seed = resolve_seed(flags.random_seed if flags.seed is None else flags.seed)
+    folder = model_folder(flags.pretrained_path, flags.dataset, flags.model)
+    identity = {k: v for k, v in cli.as_json(flags).items() if k not in FREE_FLAGS}
+    unfinished = unfinished_folders(folder, identity) if flags.resume else []
+    for number in range(flags.num):
+        place = unfinished[number] if number < len(unfinished) else next_index(folder)
+        run = RunFolder(
+            place, identity, device=device,
+            seed=None if number < len(unfinished) else derive_seed(seed, place.name) % 2**31,
+            extra={"data_name": flags.dataset, "mean": image_set.stats.mean,
+                   "std": image_set.stats.std, "img_shape": image_set.img_shape,
+                   "num_classes": image_set.num_classes},
+        )  # fmt: skip
+        model = new_network(derive_seed(run.seed, "network"))
+        train_one(model, image_set, training, run, flags, device)
+    return 0
+
+
+def in_space(image_set: ImageSet, normalized: bool) -> ImageSet:
+    """The set with its own statistics, or with those that leave pixels in [0, 1]."""
+    if normalized:
+        return image_set
+    channels = image_set.channels
+    return replace(image_set, stats=Stats((0.0,) * channels, (1.0,) * channels))
+
+
+def next_index(folder: Path) -> Path:
+    """The first index_{i} that does not exist."""
+    taken = {path.name for path in index_folders(folder)}
+    return next(folder / n for i in range(len(taken) + 1) if (n := f"index_{i}") not in taken)
+
+
+def unfinished_folders(folder: Path, identity: dict) -> list[Path]:
+    """Index folders of the same flags whose training was interrupted."""
+    found = []
+    for place in index_folders(folder):
+        config = place / "config.json"
+        if (place / "results.json").exists() or not config.exists():
+            continue
+        try:
+            flags = json.loads(config.read_text())["flags"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if flags == json.loads(json.dumps(identity)):
+            found.append(place)
+    return found
+
+
+def train_one(
+    model: nn.Module,
+    image_set: ImageSet,
+    training: Training,
+    run: RunFolder,
+    flags: OriginalFlags,
+    device: torch.device,
+) -> None:
+    """Train one network; state dicts every `save_every` epochs and at the end, tests with them."""
+    loader = TensorLoader(
+        image_set.train.images, image_set.train.labels, batch_size=training.batch_size,
+        device=device, generator=make_generator(run.seed, "batches"),
+        transform=ImagePipeline(image_set.stats),
+    )  # fmt: skip
+    several = flags.multigpu and device.type == "cuda" and torch.cuda.device_count() > 1
+    trainer = Trainer(nn.DataParallel(model) if several else model, loader, training)
+    if run.state_path.exists():
+        epoch, _ = load_run(run.state_path, {"trainer": trainer})
+        print(f"{run.path.name}: going on after epoch {epoch} of {training.epochs}")
+    run.truncate_log(trainer.epoch)
+    began = time.perf_counter()
+
+    def save(epoch: int, loss: float) -> None:
+        name = checkpoint_name(flags.dataset, flags.model, epoch)
+        checkpoint.save({k: v.cpu() for k, v in model.state_dict().items()}, run.path / name)
+        accuracy = share_correct(model, image_set, device)
+        rate = trainer.optimizer.param_groups[0]["lr"]
+        run.log(step=epoch, loss=loss, test_accuracy=accuracy, next_lr=rate)
+        save_run(run.state_path, epoch, {"trainer": trainer})
+        print(f"{run.path.name} epoch {epoch}: loss {loss:.4g}, test {accuracy:.4f}", flush=True)
+
+    stops = range(flags.save_every, training.epochs, flags.save_every)
+    trainer.run(stops, save, what=run.path.name, progress=True)
+    last = [e for e in run.read_log() if "test_accuracy" in e][-1]
+    run.finish(
+        {"epochs": training.epochs, "test_accuracy": last["test_accuracy"],
+         "seconds_of_last_start": time.perf_counter() - began}
+    )  # fmt: skip

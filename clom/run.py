@@ -1,0 +1,295 @@
+"""The driver behind methods/DC_DSA_DM/main.py: flags in, a finished run folder out."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clom.config import DistillFlags, resolve, result_name
+from clom.distill import Schedule, initial_images, run_experiment
+from clom.distillers import Distiller
+from clom.distribution_matching import DistributionMatching
+from clom.evaluate import published_augmentation, published_training, score_network
+from clom.gradient_matching import GradientMatching
+from clom.inputs import load_data, make_clom, network_factory
+from clom.loss import CLoM
+from clom.real import RealImages
+from data.augment import denormalize, normalize
+from data.load import ImageSet
+from data.specs import DC_SPECS, KRR_SPECS
+from data.synthetic import SyntheticSet, save_experiments
+from models import eval_pool
+from utils import checkpoint, cli
+from utils.device import resolve_device
+from utils.errors import UserError
+from utils.images import save_grid
+from utils.runlog import RunFolder
+from utils.seed import derive_seed, make_generator
+from utils.table import markdown, mean_std
+
+# Flags that do not decide what a run computes.
+FREE_FLAGS = ("device", "gpu", "dry_run", "resume", "overwrite", "num_exp", "print_every",
+              "save_every", "export", "data_path")  # fmt: skip
+METHODS = {"DC": GradientMatching, "DSA": GradientMatching, "DM": DistributionMatching}
+
+
+def run_distillation(flags: DistillFlags) -> int:
+    """Distil as `flags` say; returns the exit code.
+
+    Raises:
+        UserError: bad flags, data, models or run folder; nothing is written then.
+    """
+    if flags.CLoM_distance == "cos" and not flags.CLoM:
+        print("--CLoM_distance is not used without --CLoM")
+    spec = DC_SPECS.get(flags.dataset)
+    flags = resolve(flags, hflip=spec is None or spec.hflip)
+    print(json.dumps(cli.as_json(flags), indent=2))
+    device = resolve_device(flags.device, flags.gpu)
+    if flags.dry_run:
+        return 0
+    image_set = load_data(flags)
+    for name in {flags.model, *eval_pool(flags.eval_mode, flags.model)}:
+        network_factory(name, image_set, device)  # an unfit network fails now, not at the end
+    real = RealImages.from_set(image_set, device)
+    try:
+        with_clom = make_clom(flags, image_set, real, device)
+        run = open_run(flags, image_set, device)
+        if is_finished(run, flags.num_exp):
+            print(f"{run.path} holds the finished run of these flags; --overwrite runs it again")
+        else:
+            run_experiments(flags, run, image_set, real, with_clom, device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{device} is out of memory: lower --batch_real, --CLoM_batch_size or --batch_train "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    if flags.export is not None:
+        export(flags, run)
+    return 0
+
+
+def open_run(flags: DistillFlags, image_set: ImageSet, device: torch.device) -> RunFolder:
+    """The run folder; files of another run's experiments in it are dropped with --overwrite.
+
+    Raises:
+        UserError: it holds a run with other flags, or --resume finds none.
+    """
+    folder = Path(flags.save_path)
+    if flags.resume and not (folder / "config.json").exists():
+        raise UserError(f"--resume: {folder} holds no run to go on with")
+    identity = {k: v for k, v in cli.as_json(flags).items() if k not in FREE_FLAGS}
+    stats = image_set.stats
+    run = RunFolder(
+        folder, identity, seed=flags.seed, device=device, overwrite=flags.overwrite,
+        extra={"data_name": flags.dataset, "mean": stats.mean, "std": stats.std},
+    )  # fmt: skip
+    if not run.resumed:
+        for stale in folder.glob("experiment_*.pt"):
+            stale.unlink()
+    return run
+
+
+def experiment_path(run: RunFolder, experiment: int) -> Path:
+    """Where a finished experiment is kept."""
+    return run.path / f"experiment_{experiment}.pt"
+
+
+def is_finished(run: RunFolder, num_exp: int) -> bool:
+    """Whether all experiments are there and the results written."""
+    return run.finished and all(experiment_path(run, e).exists() for e in range(num_exp))
+
+
+def run_experiments(
+    flags: DistillFlags,
+    run: RunFolder,
+    image_set: ImageSet,
+    real: RealImages,
+    with_clom: Callable[[torch.Generator], CLoM] | None,
+    device: torch.device,
+) -> None:
+    """Run what is missing of `num_exp` experiments; write the res file after each."""
+    names = eval_pool(flags.eval_mode, flags.model)
+    schedule = Schedule(
+        flags.Iteration, print_every=flags.print_every, save_every=flags.save_every,
+        eval_every=flags.eval_interval if flags.eval_mode in ("S", "SS") else None,
+    )  # fmt: skip
+    done = []
+    for experiment in range(flags.num_exp):
+        path = experiment_path(run, experiment)
+        if path.exists():
+            done.append(checkpoint.load(path, what="finished experiment"))
+            continue
+        seed = derive_seed(run.seed, "experiment", experiment)
+        distiller = make_distiller(flags, image_set, real, with_clom, device, seed)
+        evaluate = functools.partial(
+            evaluate_images, flags, run, image_set, names, device, seed, experiment,
+            distiller.y_syn,
+        )  # fmt: skip
+        result = run_experiment(distiller, evaluate, run, schedule, experiment=experiment)
+        checkpoint.save(result, path)
+        run.state_path.unlink(missing_ok=True)
+        done.append(result)
+        write_res(flags, run, image_set, done)
+    results = summarize(flags, done)
+    if device.type == "cuda":
+        results["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    path = write_res(flags, run, image_set, done)
+    run.finish(results)
+    print(table(results["networks"]))
+    print(f"synthetic set: {path}")
+
+
+def make_distiller(
+    flags: DistillFlags,
+    image_set: ImageSet,
+    real: RealImages,
+    with_clom: Callable[[torch.Generator], CLoM] | None,
+    device: torch.device,
+    seed: int,
+) -> Distiller:
+    """The distiller of one experiment at its initial state."""
+    x_syn, y_syn = initial_images(
+        real, image_set.img_shape, flags.ipc, flags.init, make_generator(seed, "initial images")
+    )
+    options: dict[str, Any] = {}
+    if flags.method != "DM":
+        options = dict(
+            metric=flags.dis_metric, outer_loop=flags.outer_loop, inner_loop=flags.inner_loop,
+            lr_net=flags.lr_net, batch_train=flags.batch_train,
+        )  # fmt: skip
+    return METHODS[flags.method](
+        x_syn, y_syn, real, new_network=network_factory(flags.model, image_set, device),
+        lr_img=flags.lr_img, batch_real=flags.batch_real, strategy=flags.dsa_strategy,
+        align_corners=flags.align_corners, seed=seed,
+        clom=with_clom(make_generator(seed, "CLoM")) if with_clom is not None else None,
+        **options,
+    )  # fmt: skip
+
+
+def evaluate_images(
+    flags: DistillFlags,
+    run: RunFolder,
+    image_set: ImageSet,
+    names: list[str],
+    device: torch.device,
+    seed: int,
+    experiment: int,
+    y_syn: Tensor,
+    step: int,
+    x_syn: Tensor,
+) -> dict[str, list[float]]:
+    """Draw the images, then test them with `num_eval` random networks of each name."""
+    name = f"vis_{flags.method}_{flags.dataset}_{flags.model}_{flags.ipc}ipc"
+    save_grid(
+        denormalize(x_syn, image_set.stats), run.path / f"{name}_exp{experiment}_iter{step}.png",
+        columns=flags.ipc, scale=1 if len(x_syn) > 400 else None,
+    )  # fmt: skip
+    accuracies = {}
+    for network in names:
+        augmentation = published_augmentation(
+            flags.method, flags.dataset, network, flags.dsa_strategy, flags.align_corners
+        )
+        training = published_training(
+            augmentation, flags.epoch_eval_train, flags.lr_net, flags.batch_train
+        )
+        new_network = network_factory(network, image_set, device)
+        accuracies[network] = [
+            score_network(
+                new_network, x_syn, y_syn, image_set, training, augmentation,
+                seed=derive_seed(seed, "evaluation", step, network, n), device=device,
+            ).final
+            for n in range(flags.num_eval)
+        ]  # fmt: skip
+        mean, std = mean_std(accuracies[network])
+        print(
+            f"iteration {step}: {network} {mean:.4f} ± {std:.4f} over {flags.num_eval} networks, "
+            f"{training.epochs} epochs, augmentation {augmentation.kind} {augmentation.strategy}",
+            flush=True,
+        )
+    return accuracies
+
+
+def experiment_sets(
+    flags: DistillFlags, image_set: ImageSet, done: list[dict[str, Any]]
+) -> list[SyntheticSet]:
+    """Finished experiments as synthetic sets with what undoes their normalisation."""
+    info = {"method": flags.method, "model": flags.model, "ipc": flags.ipc, "CLoM": flags.CLoM}
+    return [
+        SyntheticSet(r["images"], r["labels"], image_set.stats, flags.dataset, info) for r in done
+    ]
+
+
+def joined_accuracies(done: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Network -> accuracies of all experiments one after another, as in a res file."""
+    joined: dict[str, list[float]] = {}
+    for result in done:
+        for name, values in result["accuracies"].items():
+            joined.setdefault(name, []).extend(values)
+    return joined
+
+
+def write_res(
+    flags: DistillFlags, run: RunFolder, image_set: ImageSet, done: list[dict[str, Any]]
+) -> Path:
+    """Write `res_*.pt` with all finished experiments."""
+    path = run.path / result_name(flags.method, flags.dataset, flags.model, flags.ipc)
+    save_experiments(path, experiment_sets(flags, image_set, done), joined_accuracies(done))
+    return path
+
+
+def summarize(flags: DistillFlags, done: list[dict[str, Any]]) -> dict[str, Any]:
+    """What goes into results.json; accuracies in [0, 1] after the last iteration."""
+    networks = []
+    for name, values in joined_accuracies(done).items():
+        mean, std = mean_std(values)
+        augmentation = published_augmentation(
+            flags.method, flags.dataset, name, flags.dsa_strategy, flags.align_corners
+        )
+        networks.append(
+            {"network": name, "mean": mean, "std": std, "n": len(values), "accuracies": values,
+             "augmentation": [augmentation.kind, augmentation.strategy]}
+        )  # fmt: skip
+    return {
+        "iterations": flags.Iteration,
+        "experiments": len(done),
+        "networks": networks,
+        "seconds_of_last_start": [r["seconds"] for r in done],
+    }
+
+
+def table(networks: list[dict[str, Any]]) -> str:
+    """Networks as rows: mean ± std and how many."""
+    rows = [[r["network"], f"{r['mean']:.4f} ± {r['std']:.4f}", str(r["n"])] for r in networks]
+    return markdown(["network", "test accuracy", "n"], rows)
+
+
+def export(flags: DistillFlags, run: RunFolder) -> Path:
+    """Write the first experiment as the KRR-ST pair, in that family's normalisation."""
+    name = result_name(flags.method, flags.dataset, flags.model, flags.ipc)
+    synthetic = SyntheticSet.load(run.path / name)
+    source, converted = to_krr_space(synthetic)
+    place = flags.export.replace("{source}", source).replace("{method}", flags.method.lower())
+    converted.save(Path(place), "pair")
+    print(f"exported: {place}/x_syn.pt, y_syn.pt")
+    return Path(place)
+
+
+def to_krr_space(synthetic: SyntheticSet) -> tuple[str, SyntheticSet]:
+    """The KRR-ST name of the set's source, and the set in that family's statistics.
+
+    Unchanged where that family has no statistics for the source at this size.
+    """
+    dc = DC_SPECS.get(synthetic.data_name)
+    source = dc.folder if dc is not None else str(synthetic.data_name)
+    krr = KRR_SPECS.get(source)
+    stats = krr.stats.get(synthetic.images.shape[-1]) if krr is not None else None
+    if stats is None or stats == synthetic.stats:
+        return source, synthetic
+    images = normalize(denormalize(synthetic.images, synthetic.stats), stats)
+    return source, SyntheticSet(images, synthetic.targets, stats, source, synthetic.info)

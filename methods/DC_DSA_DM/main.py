@@ -1,0 +1,31 @@
+"""Distil a labelled image set by DC, DSA or DM, with CLoM if wanted.
+
+python methods/DC_DSA_DM/main.py --method DC --dataset CIFAR10 --model ConvNet --ipc 10
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parents[2])
+if ROOT not in sys.path:  # started from any folder
+    sys.path.insert(0, ROOT)
+
+from clom.config import DistillFlags  # noqa: E402
+from clom.run import run_distillation  # noqa: E402
+from utils import cli  # noqa: E402
+from utils.errors import entry_point  # noqa: E402
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags and distil."""
+    flags = cli.parse(
+        DistillFlags, argv, prog="python methods/DC_DSA_DM/main.py", description=__doc__
+    )
+    return run_distillation(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

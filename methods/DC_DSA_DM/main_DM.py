@@ -1,0 +1,31 @@
+"""Distil a labelled image set by DM (or --method DC, DSA): the same command as main.py.
+
+python methods/DC_DSA_DM/main_DM.py --dataset CIFAR10 --model ConvNet --ipc 10
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = str(Path(__file__).resolve().parents[2])
+if ROOT not in sys.path:  # started from any folder
+    sys.path.insert(0, ROOT)
+
+from clom.config import MatchDMFlags  # noqa: E402
+from clom.run import run_distillation  # noqa: E402
+from utils import cli  # noqa: E402
+from utils.errors import entry_point  # noqa: E402
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags and distil."""
+    flags = cli.parse(
+        MatchDMFlags, argv, prog="python methods/DC_DSA_DM/main_DM.py", description=__doc__
+    )
+    return run_distillation(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

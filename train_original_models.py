@@ -1,0 +1,26 @@
+"""Train networks on real images: the pre-trained models that CLoM asks.
+
+python train_original_models.py --normalize_data --dataset CIFAR10 --model ConvNet --num 10
+"""
+
+from __future__ import annotations
+
+import sys
+
+from clom.config import OriginalFlags
+from clom.originals import train_originals
+from utils import cli
+from utils.errors import entry_point
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags and train."""
+    flags = cli.parse(
+        OriginalFlags, argv, prog="python train_original_models.py", description=__doc__
+    )
+    return train_originals(flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
