@@ -27,6 +27,22 @@ def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (outputs - targets).square().sum(1).mean()
 
 
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Cross-entropy of the student's distribution under the teacher's, temperature 1.
+
+    Args:
+        student_logits: (B, K).
+        teacher_logits: (B, K); no gradient is taken with respect to them.
+
+    Returns:
+        Scalar, mean over the batch of -Σ_k p_k log q_k.
+
+    Source: Lee et al., arXiv 2310.06511, target data-free knowledge distillation (Table 4).
+    """
+    p = teacher_logits.detach().softmax(1)
+    return -(p * student_logits.log_softmax(1)).sum(1).mean()
+
+
 def train_step(model: nn.Module, x: Any, y: Any, loss_fn: LossFn, optimizer: Optimizer) -> Tensor:
     """One gradient step on one batch; returns the detached loss before the step."""
     loss = loss_fn(model, x, y)

@@ -79,6 +79,12 @@ PRETRAIN: dict[str, Recipe] = {
     **dict.fromkeys(("krr_st", "random_features", "kmeans_features"), _FEATURES),
 }
 
+# Distillation from a teacher (Table 4), on the synthetic images of a method or on noise; the
+# cross-entropy is the one against the teacher's distribution, `evaluation.fit.kd_loss`.
+GAUSSIAN = "gaussian"
+_KD = Recipe("cross_entropy", "adam", 1e-4, 0.0, "cosine", 512, epochs=1000, dsa=DSA_STRATEGY)
+KD: dict[str, Recipe] = {**dict.fromkeys(PRETRAIN, _KD), GAUSSIAN: _KD.override(lr=1e-3)}
+
 # Lengths of the vector recipe that the paper sets by source.
 _VECTOR_STEPS = {"tinyimagenet": 40000, "imagenette": 1000}
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 from data.augment import normalize, to_float
@@ -23,7 +23,7 @@ from data.load import ImageSet
 from data.synthetic import SyntheticSet
 from evaluation.protocols import outputs
 from krr_st.config import BaselineFlags, resolve_preset
-from krr_st.target_model import Representation, default_checkpoint, load_target
+from krr_st.target_model import load_target, resolve_checkpoint
 from utils import cli
 from utils.device import resolve_device
 from utils.errors import UserError, entry_point, pick
@@ -79,7 +79,7 @@ class Request:
     space: str
     seed: int
     device: torch.device
-    target: Callable[[], Representation]  # loaded only where it is needed
+    target: Callable[[], nn.Module]  # loaded only where it is needed
 
     def normalized(self, index: Tensor) -> Tensor:
         """Normalised float images at `index`, on the device."""
@@ -169,14 +169,17 @@ def main(argv: list[str] | None = None) -> int:
             f"--num_images {count} is more than the {len(image_set.train)} images "
             f"in {image_set.train.path}"
         )
-    path = flags.target_ckpt or default_checkpoint(flags.target_model, flags.data_name)
+    target_model = flags.target_model or preset.target_model
+    path = resolve_checkpoint(target_model, flags.target_ckpt, flags.data_name)
     hint = (
         f"python -m krr_st.target --data_name {flags.data_name} --img_size {preset.size} "
-        f"--target_model {flags.target_model} --data_dir {flags.data_dir}"
+        f"--target_model {target_model} --data_dir {flags.data_dir}"
     )
     request = Request(
         image_set, count, flags.kmeans_space, seed, device,
-        lambda: load_target(flags.target_model, Path(path), image_set.img_shape, device, hint),
+        lambda: load_target(
+            target_model, path, image_set.img_shape, device, hint, image_set.stats
+        ),
     )  # fmt: skip
     x, y = make(request)
     folder = Path(flags.synthetic_data_dir) / flags.data_name / flags.method

@@ -12,11 +12,12 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Preset:
-    """Published setting of a source: image side, number of synthetic images, network."""
+    """Published setting of a source: image side, number of synthetic images, networks."""
 
     size: int
     num_images: int
     network: str
+    target_model: str = "resnet18"
 
 
 # Table of the paper's sources; the rest are ours.
@@ -24,7 +25,7 @@ PRESETS: dict[str, Preset] = {
     "cifar100": Preset(32, 1000, "convnet_128_256_512_bn"),
     "tinyimagenet": Preset(64, 2000, "convnet_64_128_256_512_bn"),
     "imagenet": Preset(64, 1000, "convnet_64_128_256_512_bn"),
-    "imagenette": Preset(224, 10, "convnet_32_64_128_256_512_bn"),
+    "imagenette": Preset(224, 10, "convnet_32_64_128_256_512_bn", "resnet50"),
     "cifar10": Preset(32, 1000, "convnet_128_256_512_bn"),
     "digits": Preset(16, 20, "convnet_32_64_128_bn"),
 }
@@ -50,7 +51,8 @@ def resolve_preset(data_name: str, data_dir: Path, img_size: int | None) -> Pres
         return known
     for limit, row in PRESETS_BY_SIZE.items():
         if size <= limit:
-            return Preset(size, known.num_images if known else row.num_images, row.network)
+            kept = known or row
+            return Preset(size, kept.num_images, row.network, kept.target_model)
     raise UserError(f"--img_size {size} is larger than {max(PRESETS_BY_SIZE)}; name --train_model")
 
 
@@ -63,15 +65,23 @@ class CommonFlags:
     device: str | None = flag(None, "cpu, cuda, cuda:N or mps; default: the best there is")
 
 
+_TARGET_MODEL = (
+    "a name of zoo A, resnet50, hf:NAME_OR_FOLDER or torchvision:NAME; default: resnet18 "
+    "(imagenette: resnet50)"
+)
+_TARGET_CKPT = (
+    "its checkpoint; default: teacher_ckpt/barlow_twins_{target_model}_{data_name}.pt, with "
+    "torchvision:NAME torchvision's weights"
+)
+
+
 @dataclass(frozen=True)
 class TrainFlags(CommonFlags):
     """Flags of train.py."""
 
     seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
-    target_model: str = flag("resnet18", "architecture of the target model (zoo A)")
-    target_ckpt: Path | None = flag(
-        None, "target checkpoint; default: teacher_ckpt/barlow_twins_{target_model}_{data_name}.pt"
-    )
+    target_model: str | None = flag(None, _TARGET_MODEL)
+    target_ckpt: Path | None = flag(None, _TARGET_CKPT)
     data_name: str = flag("cifar100", "source data set: a listed name or a prepared set of yours")
     save_dir: Path = flag(Path("./results"), "folder of the run folders")
     exp_name: str | None = flag(None, "name of the run folder; default: {data_name}")
@@ -166,10 +176,8 @@ class BaselineFlags(CommonFlags):
     kmeans_space: str = flag(
         "feature", "where distances are measured for k-means", choices=("pixel", "feature")
     )
-    target_model: str = flag("resnet18", "architecture of the target model (zoo A)")
-    target_ckpt: Path | None = flag(
-        None, "target checkpoint; default: teacher_ckpt/barlow_twins_{target_model}_{data_name}.pt"
-    )
+    target_model: str | None = flag(None, _TARGET_MODEL)
+    target_ckpt: Path | None = flag(None, _TARGET_CKPT)
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "where the set is written")
 
 
@@ -191,29 +199,53 @@ def resolve_targets(source: str, joined: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class ScratchFlags(CommonFlags):
-    """Flags of test_scratch.py, and what test.py shares with it."""
+class MeasureFlags(CommonFlags):
+    """Flags of test_scratch.py, test.py and test_kd.py."""
 
     seed: int | None = flag(0, "seed of the first repetition; the next ones add 1", minimum=0)
     source_data_name: str = flag("cifar100", "source: sets the image size and the base network")
-    target_data_name: str = flag("full", "full, or target names joined by _")
     test_model: str = flag("base", "base (the source's network) or a name of zoo A")
     num_test: int = flag(3, "repetitions with different seeds", minimum=1)
     log_dir: Path = flag(Path("./test_log"), "where results are written")
     dropout: float = flag(0.0, "dropout before the last layer", minimum=0, maximum=0.99)
     img_size: int | None = flag(None, "side in pixels; default: the source's preset", minimum=4)
+    steps_scale: float = flag(1.0, "factor on all training lengths, for quick looks", above=0)
+
+
+@dataclass(frozen=True)
+class PretrainFlags:
+    """Flags that name a synthetic set and how it trains a network."""
+
+    method: str = flag(
+        "krr_st",
+        "whose synthetic set: random, kmeans, dsa, dm, mtt, kip, frepo, krr_st, random_features, "
+        "kmeans_features, in test_kd.py also gaussian; it decides the pre-training recipe",
+    )
+    synthetic_data_dir: Path = flag(Path("./synthetic_data"), "its {source}/{method}/ is read")
+    synthetic_path: Path | None = flag(None, "a set anywhere instead (e.g. results/EXP)")
+    pre_epoch: int | None = flag(None, "pre-training epochs; default: table", minimum=1)
+    pre_iteration: int | None = flag(None, "pre-training steps; default: table", minimum=1)
+    pre_opt: str | None = flag(None, "pre-training optimiser", choices=("sgd", "adam"))
+    pre_lr: float | None = flag(None, "pre-training learning rate; default: table", above=0)
+    pre_wd: float | None = flag(None, "pre-training weight decay; default: table", minimum=0)
+    pre_batch_size: int | None = flag(None, "pre-training batch; default: table", minimum=1)
+    pre_dsa: str | None = flag(None, "pre-training DSA strategy or none; default: table")
+
+
+@dataclass(frozen=True)
+class ScratchFlags(MeasureFlags):
+    """Flags of test_scratch.py, and what test.py shares with it."""
+
+    target_data_name: str = flag("full", "full, or target names joined by _")
     protocol: str = flag(
         "finetune",
-        "finetune: train everything; linear: L-BFGS logistic regression on frozen features; knn: "
-        "20 nearest neighbours in frozen features",
-        choices=("finetune", "linear", "knn"),
+        "finetune: train everything; linear: L-BFGS logistic regression on frozen features; probe: "
+        "the same, the name later papers use (with --label_fraction); knn: 20 nearest neighbours",
+        choices=("finetune", "linear", "probe", "knn"),
     )
     shots: str = flag("all", "labelled target images a class, or all; several joined by _ (10_all)")
     label_fraction: float | None = flag(
         None, "share of each class's target labels to use, instead of --shots", above=0, maximum=1
-    )
-    steps_scale: float = flag(
-        1.0, "factor on all training lengths, for quick looks; marked in the results", above=0
     )
     finetune_iteration: int | None = flag(None, "fine-tuning steps; default: table", minimum=1)
     finetune_lr: float | None = flag(None, "fine-tuning learning rate; default: table", above=0)
@@ -222,26 +254,58 @@ class ScratchFlags(CommonFlags):
 
 
 @dataclass(frozen=True)
-class TestFlags(ScratchFlags):
+class TestFlags(PretrainFlags, ScratchFlags):
     """Flags of test.py."""
 
     __test__ = False  # not a pytest class
 
-    method: str = flag(
-        "krr_st",
-        "whose synthetic set: random, kmeans, dsa, dm, mtt, kip, frepo, krr_st, random_features, "
-        "kmeans_features; it decides the pre-training recipe",
+
+@dataclass(frozen=True)
+class KdFlags(PretrainFlags, MeasureFlags):
+    """Flags of test_kd.py."""
+
+    source_data_name: str = flag("tinyimagenet", "source: sets the image size and base network")
+    target_data_name: str = flag("cifar10", "target: only its test split is read")
+    teacher_ckpt: Path | None = flag(None, "default: teacher_ckpt/teacher_{target_data_name}.pt")
+    teacher_arch: str = flag("resnet18", "architecture of the teacher (zoo A)")
+    kd_bn: str = flag(
+        "running",
+        "student's BatchNorm in the headline accuracy: running statistics, or the test batch's as "
+        "released (both are reported)",
+        choices=("batch", "running"),
     )
-    synthetic_data_dir: Path = flag(
-        Path("./synthetic_data"), "reads {synthetic_data_dir}/{source}/{method}/"
-    )
-    synthetic_path: Path | None = flag(
-        None, "a synthetic set anywhere, in any form (e.g. results/EXP), instead"
-    )
-    pre_epoch: int | None = flag(None, "pre-training epochs; default: table", minimum=1)
-    pre_iteration: int | None = flag(None, "pre-training steps; default: table", minimum=1)
-    pre_opt: str | None = flag(None, "pre-training optimiser", choices=("sgd", "adam"))
-    pre_lr: float | None = flag(None, "pre-training learning rate; default: table", above=0)
-    pre_wd: float | None = flag(None, "pre-training weight decay; default: table", minimum=0)
-    pre_batch_size: int | None = flag(None, "pre-training batch; default: table", minimum=1)
-    pre_dsa: str | None = flag(None, "pre-training DSA strategy or none; default: table")
+    kd_epoch: int | None = flag(None, "distillation epochs; default: table", minimum=1)
+    kd_lr: float | None = flag(None, "distillation learning rate; default: table", above=0)
+    kd_batch_size: int | None = flag(None, "distillation batch; default: table", minimum=1)
+
+
+@dataclass(frozen=True)
+class KdTeacherFlags(CommonFlags):
+    """Flags of krr_st.kd_teacher."""
+
+    seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
+    data_name: str = flag("cifar10", "labelled data set to learn")
+    img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
+    arch: str = flag("resnet18", "architecture (zoo A)")
+    save_dir: Path = flag(Path("./teacher_ckpt"), "folder of the checkpoint")
+    overwrite: bool = flag(False, "train again over a checkpoint of another configuration")
+    epochs: int = flag(200, "passes over the training images", minimum=1)
+    batch_size: int = flag(128, "images a step", minimum=2)
+    lr: float = flag(0.1, "peak learning rate of SGD, falls to 0 by a cosine", above=0)
+    momentum: float = flag(0.9, "momentum of SGD", minimum=0, maximum=0.999)
+    wd: float = flag(5e-4, "weight decay", minimum=0)
+    save_every: int = flag(10, "epochs between saves of the run state", minimum=1)
+
+
+@dataclass(frozen=True)
+class TablesFlags(CommonFlags):
+    """Flags of krr_st.tables."""
+
+    table: str = flag("1", "1, 2, 3, 4, fig3, or probe_{source}_{percent of labels}")
+    run: bool = flag(False, "first run what is missing, cheapest first")
+    log_dir: Path = flag(Path("./test_log"), "folder of the cells; the table is written there")
+    synthetic_data_dir: Path = flag(Path("./synthetic_data"), "where the synthetic sets are")
+    published: Path | None = flag(None, "JSON file of published numbers to print beside ours")
+    num_test: int = flag(3, "seeds a cell", minimum=1)
+    seed: int = flag(0, "first seed", minimum=0)
+    steps_scale: float = flag(1.0, "factor on training lengths with --run; marked †", above=0)

@@ -15,7 +15,7 @@ from evaluation.recipes import Recipe
 from krr_st.config import TrainFlags, resolve_preset
 from krr_st.distill import Distiller, distill, initial_set, real_loader
 from krr_st.pool import ModelPool
-from krr_st.target_model import default_checkpoint, load_target
+from krr_st.target_model import load_target, resolve_checkpoint
 from models import get_model
 from utils import cli
 from utils.device import resolve_device
@@ -26,15 +26,17 @@ from utils.seed import local_seed, make_generator
 
 
 def resolve(flags: TrainFlags) -> TrainFlags:
-    """Fill in what presets decide: size, m, networks, checkpoint, run name."""
+    """Fill in what presets decide: size, m, networks, target and its checkpoint, run name."""
     preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
     network = flags.train_model or preset.network
+    target_model = flags.target_model or preset.target_model
     filled = {
         "img_size": preset.size,
         "num_images": flags.num_images or preset.num_images,
         "train_model": network,
         "test_model": flags.test_model or network,
-        "target_ckpt": flags.target_ckpt or default_checkpoint(flags.target_model, flags.data_name),
+        "target_model": target_model,
+        "target_ckpt": resolve_checkpoint(target_model, flags.target_ckpt, flags.data_name),
         "exp_name": flags.exp_name or flags.data_name,
     }
     return TrainFlags(**{**asdict(flags), **filled})
@@ -61,9 +63,9 @@ def run_distillation(flags: TrainFlags) -> int:
     if flags.syn_init == "raw":  # X_s lives in pixel space then: nothing to undo
         stats = Stats((0.0,) * image_set.channels, (1.0,) * image_set.channels)
     target = load_target(
-        flags.target_model, Path(flags.target_ckpt), img_shape, device,
+        flags.target_model, flags.target_ckpt, img_shape, device,
         f"python -m krr_st.target --data_name {flags.data_name} --img_size {flags.img_size} "
-        f"--target_model {flags.target_model} --data_dir {flags.data_dir}",
+        f"--target_model {flags.target_model} --data_dir {flags.data_dir}", image_set.stats,
     )  # fmt: skip
     get_model(flags.test_model, img_shape, target.dim)  # an unknown name fails now, not at the end
     make_pool_network(flags.train_model, img_shape, target.dim, torch.device("cpu"), 0)

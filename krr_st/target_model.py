@@ -2,30 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck
 
+from data.specs import Stats
+from krr_st.foreign_targets import load_hf, load_torchvision
 from models import get_model
+from models.base import Classifier
+from models.resnet import SmallStemResNet
 from utils import checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, pick
+
+
+class StandardResNet50(Classifier, torchvision.models.ResNet):
+    """torchvision's ResNet-50 with its usual stem: the layout of the public Barlow Twins weights.
+
+    Source: Zbontar et al., "Barlow Twins", arXiv 2103.03230; 2048 features.
+    """
+
+    global_pool = True
+    forward_features = SmallStemResNet.forward_features  # with torchvision's own stem
+
+    def __init__(self, channel: int) -> None:
+        super().__init__(Bottleneck, [3, 4, 6, 3])
+        if channel != 3:
+            self.conv1 = nn.Conv2d(channel, 64, 7, stride=2, padding=3, bias=False)
+        self.set_head(1, 2048)
+
+
+# Architectures that serve as target models only; all others are zoo A's.
+TARGET_ONLY: dict[str, Callable[[int], Classifier]] = {"resnet50": StandardResNet50}
+
+# `prefix:NAME` -> (NAME, local checkpoint, img_shape, the images' statistics) -> network.
+FOREIGN: dict[str, Callable[[str, Path | None, tuple[int, int, int], Stats], nn.Module]] = {
+    "hf": load_hf,
+    "torchvision": load_torchvision,
+}
 
 
 class Representation(nn.Module):
-    """A zoo-A network without its head, as a map from images to pooled features.
+    """A network without its head, as a map from images to pooled features.
 
     The state dict of `backbone` has the published key layout of a target checkpoint (a
     torchvision-style network without `fc`).
 
     Args:
-        arch: name in zoo A.
+        arch: name in zoo A or TARGET_ONLY.
         img_shape: (C, H, W).
     """
 
     def __init__(self, arch: str, img_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.backbone = get_model(arch, img_shape=img_shape, num_classes=1)
+        if arch in TARGET_ONLY:
+            self.backbone = TARGET_ONLY[arch](img_shape[0])
+        else:
+            self.backbone = get_model(arch, img_shape=img_shape, num_classes=1)
         self.backbone.fc = nn.Identity()
         self.dim = self.backbone.num_pooled
 
@@ -39,21 +75,45 @@ def default_checkpoint(arch: str, data_name: str, folder: Path | str = "teacher_
     return Path(folder) / f"barlow_twins_{arch}_{data_name}.pt"
 
 
+def resolve_checkpoint(arch: str, given: Path | None, data_name: str) -> Path | None:
+    """`given`, else the published place; None for `prefix:NAME`, which brings its own weights."""
+    if given is not None:
+        return Path(given)
+    return None if ":" in arch else default_checkpoint(arch, data_name)
+
+
 def load_target(
-    arch: str, path: Path, img_shape: tuple[int, int, int], device: torch.device, make_command: str
-) -> Representation:
+    arch: str,
+    path: Path | None,
+    img_shape: tuple[int, int, int],
+    device: torch.device,
+    make_command: str,
+    stats: Stats | None = None,
+) -> nn.Module:
     """Load a target model, in eval mode and frozen.
 
     Args:
-        arch: name in zoo A.
-        path: plain state dict without the head (a head that is there is left out).
+        arch: name in zoo A or TARGET_ONLY, hf:NAME_OR_FOLDER or torchvision:NAME.
+        path: plain state dict without the head (a head that is there is left out); None where
+            `resolve_checkpoint` says so.
         img_shape: (C, H, W).
         device: where it shall live.
         make_command: printed when the file does not exist.
+        stats: what the images are normalised with; needed by hf: and torchvision: alone.
+
+    Returns:
+        A map from normalised images (B, C, H, W) to features (B, dim), with the attribute `dim`.
 
     Raises:
-        UserError: missing file (with the command that makes it), or one that does not fit.
+        UserError: missing file (with the command that makes it), or one that does not fit; an
+            unknown, unreachable or unsuitable foreign network.
     """
+    family, colon, name = arch.partition(":")
+    if colon:
+        if stats is None:
+            raise ValueError(f"{arch} needs the statistics its images are normalised with")
+        model = pick(FOREIGN, family, "kind of target model")(name, path, img_shape, stats)
+        return model.to(device).eval().requires_grad_(False)
     model = Representation(arch, img_shape)
     if not path.exists():
         raise UserError(f"target checkpoint {path} does not exist; make it with: {make_command}")

@@ -1,0 +1,302 @@
+"""test_kd.py and its teacher; the script at the top bears the plainer name."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_set
+from torch import nn
+
+import data
+import test_kd
+from data.synthetic import SyntheticSet
+from evaluation.fit import kd_loss
+from evaluation.recipes import DSA_STRATEGY, KD, PRETRAIN
+from krr_st import kd, kd_teacher
+from models import get_model
+from utils import checkpoint
+from utils.errors import UserError
+
+NET, CPU = "convnet_4_8_bn", torch.device("cpu")
+ARGV = [
+    "--source_data_name", "tiny", "--target_data_name", "goal", "--img_size", "8", "--device",
+    "cpu", "--test_model", NET, "--teacher_arch", NET, "--num_test", "2", "--kd_epoch", "3",
+    "--pre_epoch", "2",
+]  # fmt: skip
+CELLS, RESULTS = "test_log/results.jsonl", f"test_log/tiny/krr_st/{NET}/kd/results.json"
+
+
+@pytest.fixture
+def goal(workspace):
+    """A synthetic set of `tiny`, a teacher of `goal`, and no readable training file of `goal`."""
+    folder = write_set("datasets", "goal")
+    data.load("goal", 8)  # stores the statistics in meta.json
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(shape, generator=generator) for shape in ((6, 3, 8, 8), (6, 5)))
+    SyntheticSet(x, y).save(Path("synthetic_data/tiny/krr_st"))
+    torch.manual_seed(0)
+    checkpoint.save(get_model(NET, (3, 8, 8), 4).state_dict(), "teacher_ckpt/teacher_goal.pt")
+    for name in ("X_tr_8.pth", "Y_tr_8.pth"):
+        (folder / name).write_bytes(b"poison: reading this fails")
+    return workspace
+
+
+def cells():
+    return [json.loads(line) for line in Path(CELLS).read_text().splitlines()]
+
+
+def test_kd_loss_is_the_cross_entropy_of_the_distributions():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 5, 7, generator=generator).double() * 4
+    expected = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        s, t = (torch.tensor(v, dtype=torch.float64) for v in (s, t))
+        p, q = t.exp() / t.exp().sum(), s.exp() / s.exp().sum()
+        expected += -float((p * q.log()).sum()) / 5
+    assert float(kd_loss(student, teacher)) == pytest.approx(expected, rel=1e-12)
+    student.requires_grad_(), teacher.requires_grad_()
+    kd_loss(student, teacher).backward()
+    gradient = (student.softmax(1) - teacher.softmax(1)).detach() / 5
+    assert torch.allclose(student.grad, gradient, atol=1e-12) and teacher.grad is None
+    extreme = torch.tensor([[1e4, -1e4]])
+    assert torch.isfinite(kd_loss(extreme, -extreme))
+
+
+def test_recipes():
+    assert KD.keys() == PRETRAIN.keys() | {"gaussian"}
+    for method, recipe in KD.items():
+        assert (recipe.loss, recipe.optimizer, recipe.wd) == ("cross_entropy", "adam", 0)
+        assert (recipe.schedule, recipe.epochs, recipe.batch_size) == ("cosine", 1000, 512)
+        assert recipe.dsa == DSA_STRATEGY and not recipe.steps and not recipe.warmup
+        assert recipe.lr == (1e-3 if method == "gaussian" else 1e-4)
+    assert KD["krr_st"].total_steps(2000) == 4000
+
+
+def test_the_whole_command(goal, capsys):
+    assert test_kd.main(ARGV) == 0
+    printed = capsys.readouterr().out
+    assert "running statistics (headline)" in printed and "statistics of the test batch" in printed
+    found, result = cells(), json.loads(Path(RESULTS).read_text())
+    assert [cell["seed"] for cell in found] == [0, 1]
+    for cell in found:
+        assert cell["accuracy"] == cell["accuracy_running"] and cell["kd_bn"] == "running"
+        assert {cell["target"], cell["protocol"]} == {"goal", "kd"}
+    (row,) = result["summary"]
+    for suffix in ("running", "batch"):
+        first, second = (cell[f"accuracy_{suffix}"] for cell in found)
+        assert row[f"mean_{suffix}"] == pytest.approx((first + second) / 2)
+        assert row[f"std_{suffix}"] == pytest.approx(abs(first - second) / 2)
+    assert row["mean"] == row["mean_running"] and row["n"] == 2
+
+
+def test_a_restart_keeps_finished_cells(goal, capsys, monkeypatch):
+    assert test_kd.main([*ARGV, "--num_test", "1"]) == 0
+    before = Path(CELLS).read_text()
+    capsys.readouterr()
+    assert test_kd.main([*ARGV, "--log_dir", "elsewhere"]) == 0
+    assert test_kd.main(ARGV) == 0
+    assert capsys.readouterr().out.count("(kept)") == 1
+    both = [json.loads(line) for line in Path("elsewhere/results.jsonl").read_text().splitlines()]
+    for again, whole in zip(cells(), both, strict=True):  # interrupted or not: the same numbers
+        assert again["accuracy_running"] == whole["accuracy_running"]
+        assert again["accuracy_batch"] == whole["accuracy_batch"]
+    assert Path(CELLS).read_text().startswith(before)
+
+    monkeypatch.setattr(kd.Distillation, "run", None)  # training again would fail
+    assert test_kd.main([*ARGV, "--kd_bn", "batch"]) == 0
+    result = json.loads(Path(RESULTS).read_text())
+    assert [c["accuracy"] for c in result["cells"]] == [c["accuracy_batch"] for c in cells()]
+    assert result["summary"][0]["mean"] == result["summary"][0]["mean_batch"]
+
+
+def recorded(monkeypatch):
+    """What `fit` gets: (model, optimizer, steps, batches it was trained on)."""
+    calls, real = [], kd.fit
+
+    def spy(model, batches, loss_fn, optimizer, schedule, *, steps, **kwargs):
+        seen = []
+
+        def watched():
+            for x, y in batches:
+                seen.append((x.clone(), y.clone()))
+                yield x, y
+
+        calls.append((model, optimizer, steps, seen))
+        return real(model, watched(), loss_fn, optimizer, schedule, steps=steps, **kwargs)
+
+    monkeypatch.setattr(kd, "fit", spy)
+    return calls
+
+
+def test_student_sees_synthetic_images_under_dsa_and_the_teachers_logits(goal, monkeypatch):
+    calls = recorded(monkeypatch)
+    assert test_kd.main([*ARGV, "--num_test", "1", "--kd_batch_size", "4"]) == 0
+    _, optimizer, steps, seen = calls[0]
+    recipe = KD["krr_st"].override(epochs=3, batch_size=4)
+    assert cells()[0]["distillation"] == dataclasses.asdict(recipe)
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["lr"] == 1e-4
+    assert optimizer.param_groups[0]["lr"] < 1e-8  # the cosine has ended
+    assert steps == 6 and [len(x) for x, _ in seen] == [4, 2] * 3
+    teacher = get_model(NET, (3, 8, 8), 4)
+    teacher.load_state_dict(torch.load("teacher_ckpt/teacher_goal.pt"))
+    for x, logits in seen:
+        assert torch.allclose(teacher.eval()(x), logits, atol=1e-6)
+    images = torch.load("synthetic_data/tiny/krr_st/x_syn.pt")
+    plain = next(
+        kd.synthetic_batches(images, recipe.override(dsa="none"), device=CPU,
+                             generator=torch.Generator().manual_seed(1))
+    )[0]  # fmt: skip
+    for x in plain:
+        assert any(torch.equal(x, image) for image in images)
+
+
+def test_gaussian_draws_fresh_noise_and_needs_no_synthetic_set(goal, monkeypatch):
+    calls = recorded(monkeypatch)
+    argv = [*ARGV, "--method", "gaussian", "--num_test", "1", "--synthetic_data_dir", "nowhere"]
+    assert test_kd.main(argv) == 0
+    model, optimizer, steps, seen = calls[0]
+    assert optimizer.defaults["lr"] == 1e-3 and steps == 3
+    assert [x.shape for x, _ in seen] == [(100, 3, 8, 8)] * 3  # m of the preset at this size
+    assert not torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[1][0], seen[2][0])
+    assert model.training is False
+    (cell,) = cells()
+    assert "pretraining" not in cell and "synthetic_set" not in cell
+    plain = kd.noise_batches(5000, (3, 8, 8), KD["gaussian"].override(dsa="none"), device=CPU,
+                             generator=torch.Generator().manual_seed(0))  # fmt: skip
+    first, second = next(plain)[0], next(plain)[0]
+    assert len(first) == 512 and float((first * second).mean().abs()) < 0.02
+    assert float(first.mean().abs()) < 0.02 and float(first.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_gaussian_student_starts_untrained(goal, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("gaussian pre-trained something")
+
+    monkeypatch.setattr("krr_st.transfer.pretrain", forbidden)
+    argv = [*ARGV, "--method", "gaussian", "--num_test", "1"]
+    assert test_kd.main(argv) == 0
+    with pytest.raises(AssertionError):
+        test_kd.main([*ARGV, "--num_test", "1"])
+
+
+def test_student_keeps_the_pre_trained_backbone_and_gets_a_fresh_head(goal):
+    flags = kd.KdFlags(
+        source_data_name="tiny", target_data_name="goal", img_size=8, device="cpu", test_model=NET,
+        teacher_arch=NET, pre_epoch=2,
+    )  # fmt: skip
+    shared = kd.prepare(flags)
+    backbone = kd.build_backbone(
+        NET, (3, 8, 8), shared.pretraining, dropout=0.0, seed=3, device=CPU
+    ).state_dict()
+    student = shared.student(3).state_dict()
+    assert student["fc.weight"].shape == (4, 32) and backbone["fc.weight"].shape == (5, 32)
+    assert all(torch.equal(student[k], backbone[k]) for k in student if not k.startswith("fc."))
+    assert not any(p.requires_grad for p in shared.teacher.parameters())
+    assert not shared.teacher.training
+
+
+def test_batch_statistics_leave_the_running_ones_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5)).eval()
+    model[1].running_mean.fill_(3.0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = torch.randn(8, 3, 2, 2)
+    with torch.no_grad(), kd.batch_statistics(model):
+        got = model(x)
+        assert not model[2].training
+    inner = model[0](x)
+    mean, var = inner.mean((0, 2, 3), keepdim=True), inner.var((0, 2, 3), False, keepdim=True)
+    assert torch.allclose(got, (inner - mean) / (var + 1e-5).sqrt(), atol=1e-5)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not model[1].training and model[1].track_running_stats
+    with pytest.raises(ZeroDivisionError), kd.batch_statistics(model):
+        raise ZeroDivisionError
+    assert not model[1].training and model[1].track_running_stats
+    assert not torch.allclose(model(x), got)
+
+
+def test_teacher_then_kd_end_to_end(workspace, capsys):
+    write_set("datasets", "goal")
+    SyntheticSet(torch.randn(6, 3, 8, 8), torch.arange(6) % 4).save(
+        Path("synthetic_data/tiny/random")
+    )
+    argv = [*ARGV[:-4], "--num_test", "1", "--method", "random", "--steps_scale", "0.003"]
+    data.load("goal", 8)
+    assert test_kd.main(argv) == 2
+    command = capsys.readouterr().err.split("python -m krr_st.kd_teacher ", 1)[1].split()
+    small = ["--epochs", "6", "--seed", "0", "--device", "cpu", "--batch_size", "16"]
+    assert kd_teacher.main([*command, *small]) == 0
+    folder = Path("teacher_ckpt/teacher_goal")
+    result = json.loads((folder / "results.json").read_text())
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["loss"] < log[0]["loss"] and result["test_accuracy"] > 40
+    assert "accuracy" not in log[0] and not (folder / "state.pt").exists()
+    assert log[0]["lr"] == pytest.approx(0.1, rel=0.1) and log[-1]["lr"] < 0.01
+    assert kd_teacher.main([*command, *small]) == 0
+    assert "there already" in capsys.readouterr().out
+    assert test_kd.main(argv) == 0
+    assert cells()[0]["teacher_accuracy"] == pytest.approx(result["test_accuracy"])
+
+
+def test_teacher_goes_on_where_it_stopped(workspace, monkeypatch):
+    write_set("datasets", "goal")
+    argv = ["--data_name", "goal", "--arch", NET, "--epochs", "4", "--batch_size", "16", "--seed",
+            "0", "--device", "cpu", "--save_every", "1"]  # fmt: skip
+    assert kd_teacher.main(argv) == 0
+    saves, real = [], kd_teacher.save_run
+
+    def killed(*args, **kwargs):
+        real(*args, **kwargs)
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kd_teacher, "save_run", killed)
+        assert kd_teacher.main([*argv, "--save_dir", "stopped"]) == 130
+    assert kd_teacher.main([*argv, "--save_dir", "stopped"]) == 0
+    whole, again = (torch.load(f"{d}/teacher_goal.pt") for d in ("teacher_ckpt", "stopped"))
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_errors_are_one_line(goal, capsys):
+    def fails(argv, *words):
+        assert test_kd.main(argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert all(word in line for word in words), line
+
+    fails([*ARGV, "--method", "magic"], "magic", "gaussian", "krr_st")
+    fails([*ARGV, "--test_model", "vit"], "vit", "resnet18")
+    fails([*ARGV, "--target_data_name", "mars"], "mars", "goal")
+    fails([*ARGV, "--teacher_arch", "resnet10"], "teacher_goal.pt", "does not fit")
+    fails([*ARGV, "--teacher_ckpt", "mine.pt"], "mine.pt", "krr_st.kd_teacher --data_name goal "
+          "--img_size 8 --arch convnet_4_8_bn", "teacher_goal.pt")  # fmt: skip
+    Path("datasets/goal/Y_te_8.pth").unlink()
+    fails(ARGV, "datasets/goal", "no labels")
+    Path("datasets/goal/X_te_8.pth").unlink()
+    fails(ARGV, "X_te_8.pth", "does not exist")
+    assert not Path("test_log").exists()
+
+
+def test_load_without_training_images(goal):
+    target = data.load("goal", 8, splits=("test",))
+    assert len(target.train) == 0 and len(target.test) == 24 and target.num_classes == 4
+    assert target.img_shape == (3, 8, 8)
+    Path("datasets/goal/meta.json").unlink()
+    with pytest.raises(UserError, match="no mean and std at size 8"):
+        data.load("goal", 8, splits=("test",))
+    with pytest.raises(UserError, match="X_tr_8"):
+        data.load("goal", 8)
+    write_set("datasets", "cifar10", size=32, train=0, test=10, classes=10)
+    assert data.load("cifar10", 32, splits=("test",)).stats.mean == (0.4914, 0.4822, 0.4465)
+
+
+@pytest.mark.parametrize("command", [test_kd, kd_teacher])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])
+    assert stop.value.code == 0 and "--data_dir" in capsys.readouterr().out
+    assert kd.KdFlags().teacher_arch == kd_teacher.KdTeacherFlags().arch == "resnet18"
