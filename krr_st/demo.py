@@ -36,8 +36,8 @@ class DemoFlags:
     folder: Path = flag(Path("."), "where data, checkpoints and results go")
     num_images: int = flag(20, "synthetic images", minimum=1)
     epochs: int = flag(40, "epochs of the target model", minimum=1)
-    outer_iteration: int = flag(1000, "outer steps of the distillation", minimum=1)
-    online_iteration: int = flag(300, "age limit of the pool networks", minimum=1)
+    outer_iteration: int = flag(1500, "outer steps of the distillation", minimum=1)
+    online_iteration: int = flag(200, "age limit of the pool networks", minimum=1)
     pre_epoch: int = flag(1000, "epochs of pre-training on 20 images", minimum=1)
     num_test: int = flag(3, "seeds a row", minimum=1)
 
@@ -53,11 +53,11 @@ def commands(flags: DemoFlags) -> list[tuple[str, list[str]]]:
         "The embedded images as prepared tensors": "-m data.prepare --data_name digits",
         "A self-supervised target model, trained without labels": (
             f"-m krr_st.target {data_target} --epochs {flags.epochs} --batch_size 128 "
-            "--projector_dim 256 --min_crop 0.4 --jitter 0.3 --eval_every 20"
+            "--projector_dim 512 --min_crop 0.3 --jitter 0.3 --eval_every 20"
         ),
         f"Distillation into {flags.num_images} images (KRR-ST)": (
             f"train.py --exp_name demo {data_target} --num_images {flags.num_images} "
-            f"--outer_iteration {flags.outer_iteration} --outer_batch_size 256 --outer_lr 1e-2 "
+            f"--outer_iteration {flags.outer_iteration} --outer_batch_size 128 --outer_lr 1e-2 "
             f"--num_models 5 --online_iteration {flags.online_iteration} "
             f"{pretraining} --test_iteration 500"
         ),
