@@ -100,7 +100,7 @@ def run_experiment(
     Raises:
         UserError: a non-finite loss, naming the iteration; the last save is kept.
     """
-    guard = FiniteGuard(f"{type(distiller).__name__}, experiment {experiment}")
+    guard = FiniteGuard(f"experiment {experiment}")
     windows = {name: LossWindow(schedule.print_every) for name in ("loss", "clom")}
     parts, start = {"distiller": distiller, **windows}, 0
     if state_belongs(run, experiment):
@@ -122,7 +122,10 @@ def run_experiment(
             mark = time.perf_counter()
         if step == schedule.steps:
             break
-        losses = distiller.step()
+        try:
+            losses = distiller.step()
+        except UserError as error:  # the network's own training diverged
+            raise UserError(f"experiment {experiment}, iteration {step + 1}: {error}") from None
         guard.check(losses["loss"] + losses["clom"], step + 1)
         for name, window in windows.items():
             window.add(losses[name])

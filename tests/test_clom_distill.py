@@ -1,0 +1,282 @@
+"""DC, DSA and DM at tiny size: what they match, what they draw, that they go on where they stopped."""
+
+import itertools
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import write_set
+
+import data
+from clom import CLoM, distillers, distribution_matching, gradient_distance
+from clom.config import DistillFlags, default_run_folder, loops, resolve
+from clom.distill import initial_images
+from clom.distillers import batch_norms
+from clom.distribution_matching import DistributionMatching, embed_real
+from clom.gradient_matching import GradientMatching
+from clom.real import RealImages
+from clom.run import run_distillation
+from data.dsa import diff_augment
+from models import get_network
+from utils.errors import UserError
+from utils.seed import local_seed
+
+CPU = torch.device("cpu")
+DSA = "color_crop_cutout_flip_scale_rotate"
+
+
+@pytest.fixture
+def tiny(workspace):
+    write_set("datasets", "tiny", train=46)
+    return workspace
+
+
+@pytest.fixture
+def real(tiny):
+    return RealImages.from_set(data.load("tiny", 8, family="dc"), CPU)
+
+
+def network(name="ConvNetD1"):
+    def build(seed):
+        with local_seed(seed):
+            return get_network(name, 3, 4, (8, 8))
+
+    return build
+
+
+def make(kind, real, *, net="ConvNetD1", ipc=1, init="noise", **options):
+    x, y = initial_images(real, (3, 8, 8), ipc, init, torch.Generator().manual_seed(0))
+    options = {"lr_img": 1.0, "batch_real": 8, "seed": 0, **options}
+    return kind(x, y, real, new_network=network(net), **options)
+
+
+def held_out_loss(kind, real, distiller, **options):
+    """Mean loss of fixed networks and real batches on the distiller's images."""
+    probe = make(kind, real, lr_img=1e-30, seed=123, ipc=distiller.ipc, **options)
+    with torch.no_grad():
+        probe.x_syn.copy_(distiller.x_syn)
+    return sum(float(probe.step()["loss"]) for _ in range(4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (GradientMatching, dict(outer_loop=2, inner_loop=1)),
+        (GradientMatching, dict(strategy=DSA, outer_loop=2, inner_loop=1)),
+        (DistributionMatching, dict(strategy=DSA)),
+    ],
+    ids=["DC", "DSA", "DM"],
+)
+def test_a_tiny_run_lowers_its_loss(real, kind, options):
+    distiller = make(kind, real, lr_img=0.5, **options)
+    before = held_out_loss(kind, real, distiller, **options)
+    for _ in range(8):
+        distiller.step()
+    assert held_out_loss(kind, real, distiller, **options) < 0.7 * before
+
+
+def test_gradient_of_the_sum_over_classes(real):
+    distiller = make(GradientMatching, real, ipc=2)
+    net = network()(0)
+    state = distiller.generators["real images"].get_state()
+    gradient, total = distiller._match(net)
+    distiller.generators["real images"].set_state(state)
+    parameters, expected = list(net.parameters()), 0.0
+    for c in range(4):
+        index = real.draw_class(c, 8, distiller.generators["real images"])
+        y = torch.full((8,), c)
+        g_real = torch.autograd.grad(F.cross_entropy(net(real.at(index)), y), parameters)
+        own = distiller.x_syn[2 * c : 2 * c + 2]
+        loss = F.cross_entropy(net(own), y[:2])
+        g_syn = torch.autograd.grad(loss, parameters, create_graph=True)
+        expected = expected + gradient_distance(g_syn, g_real)
+    torch.testing.assert_close(total, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, distiller.x_syn)[0])
+
+
+def test_siamese_draws_are_equal_for_real_and_synthetic(real, monkeypatch):
+    seen = []
+
+    def spy(x, strategy, **options):
+        seen.append((len(x), options["seed"], options["siamese"], options["align_corners"]))
+        return diff_augment(x, strategy, **options)
+
+    monkeypatch.setattr(distillers, "diff_augment", spy)
+    for kind in (GradientMatching, DistributionMatching):
+        seen.clear()
+        make(kind, real, strategy=DSA).step()
+        assert [count for count, *_ in seen] == [8, 1] * 4
+        pairs = list(itertools.batched(seen, 2)) if hasattr(itertools, "batched") else list(
+            zip(seen[::2], seen[1::2], strict=True)
+        )  # fmt: skip
+        assert all(a[1:] == b[1:] and a[2] and not a[3] for a, b in pairs)
+        assert len({a[1] for a, _ in pairs}) == 4  # each class its own
+    x = torch.randn(1, 3, 8, 8)
+    a, b = make(DistributionMatching, real, strategy=DSA).siamese(x.expand(5, -1, -1, -1), x)
+    torch.testing.assert_close(a, b.expand_as(a))
+
+
+def test_dm_takes_one_batch_under_batch_norm(real):
+    sizes = []
+    distiller = make(DistributionMatching, real, net="ConvNetBN", ipc=2)
+    build = distiller.new_network
+
+    def watched(seed):
+        model = build(seed)
+        model.features.register_forward_hook(lambda m, given, out: sizes.append(len(given[0])))
+        assert model.training
+        return model
+
+    distiller.new_network = watched
+    distiller.step()
+    assert sizes == [32, 8]
+
+
+def test_dm_in_parts_equals_class_by_class(real, monkeypatch):
+    x, counts = real.draw_all_classes(8, torch.Generator().manual_seed(0))
+    net = network()(0)
+    together = embed_real(net, x)
+    monkeypatch.setattr(distribution_matching, "REAL_CHUNK", 5)
+    torch.testing.assert_close(embed_real(net, x), together)
+    by_class = torch.cat([net.embed(part) for part in x.split(counts)])
+    torch.testing.assert_close(by_class, together)
+
+
+def test_dm_networks_are_frozen_and_only_images_move(real):
+    distiller = make(DistributionMatching, real)
+    built = []
+    build = distiller.new_network
+    distiller.new_network = lambda seed: built.append(build(seed)) or built[-1]
+    before = distiller.x_syn.detach().clone()
+    distiller.step()
+    distiller.step()
+    assert not torch.equal(before, distiller.x_syn)
+    assert all(not p.requires_grad for model in built for p in model.parameters())
+    weights = [next(m.parameters()) for m in built]
+    assert not torch.equal(*weights)  # each iteration its own network
+
+
+def test_batch_norm_of_gradient_matching(real):
+    distiller = make(GradientMatching, real, net="ConvNetBN")
+    model = network("ConvNetBN")(0).train()
+    fresh = model.features[1].running_mean.clone()
+    distiller._fix_statistics(model)
+    assert not torch.equal(model.features[1].running_mean, fresh)
+    assert model.training and all(not module.training for module in batch_norms(model))
+    fixed = model.features[1].running_mean.clone()
+    distiller._match(model)
+    assert torch.equal(model.features[1].running_mean, fixed)
+
+
+def test_small_classes_give_what_they_have(real):
+    counts = [len(index) for index in real.index_of_class]
+    assert counts == [12, 12, 11, 11]
+    x, given = real.draw_all_classes(100, torch.Generator().manual_seed(0))
+    assert given == counts and len(x) == 46
+    index = real.draw_class(2, 11, torch.Generator().manual_seed(0))
+    assert (real.labels[index] == 2).all() and len(set(index.tolist())) == 11
+    assert float(make(DistributionMatching, real, batch_real=100).step()["loss"]) > 0
+
+
+def test_initial_images(real):
+    x, y = initial_images(real, (3, 8, 8), 2, "real", torch.Generator().manual_seed(0))
+    assert y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    everything = real.at(torch.arange(46))
+    for image, label in zip(x, y.tolist(), strict=True):
+        match = [i for i in range(46) if torch.equal(everything[i], image)]
+        assert match and real.labels[match[0]] == label
+    with pytest.raises(UserError, match="class 2 has 11 training images, --ipc 12"):
+        initial_images(real, (3, 8, 8), 12, "real", torch.Generator())
+
+
+def test_clom_moves_the_images(real):
+    results = []
+    for alpha in (None, 0.0, 100.0):
+        clom = None
+        if alpha is not None:
+            clom = CLoM(network()(5), alpha=alpha, real=real, batch_size=16)
+        distiller = make(DistributionMatching, real, clom=clom)
+        losses = [distiller.step() for _ in range(2)]
+        results.append(distiller.x_syn.detach())
+        assert (float(losses[0]["clom"]) > 0) == (alpha == 100.0)
+    assert torch.equal(results[0], results[1])
+    assert not torch.allclose(results[0], results[2])
+
+
+def flags(**options):
+    defaults = dict(
+        dataset="tiny", model="ConvNetD1", method="DSA", ipc=1, outer_loop=2, inner_loop=1,
+        Iteration=4, eval_interval=2, num_eval=1, epoch_eval_train=1, batch_real=8, seed=0,
+        device="cpu", save_every=1, print_every=2,
+    )  # fmt: skip
+    return DistillFlags(**{**defaults, **options})
+
+
+class _Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["DSA", "DM"])
+def test_an_interrupted_run_equals_an_uninterrupted_one(tiny, monkeypatch, method):
+    assert run_distillation(flags(method=method, num_exp=2, save_path="whole")) == 0
+    kind = {"DSA": GradientMatching, "DM": DistributionMatching}[method]
+    step, calls = kind.step, []
+
+    def fragile(self):
+        calls.append(0)
+        if len(calls) in (4, 8):  # in the middle of each experiment
+            raise _Stopped
+        return step(self)
+
+    monkeypatch.setattr(kind, "step", fragile)
+    for _ in range(2):
+        with pytest.raises(_Stopped):
+            run_distillation(flags(method=method, num_exp=2, save_path="parts"))
+    again = flags(method=method, num_exp=2, save_path="parts", resume=True)
+    assert run_distillation(again) == 0
+    name = f"res_{method}_tiny_ConvNetD1_1ipc.pt"
+    whole, parts = (torch.load(tiny / folder / name) for folder in ("whole", "parts"))
+    assert whole["accs_all_exps"] == parts["accs_all_exps"]
+    assert len(whole["data"]) == 2
+    for a, b in zip(whole["data"], parts["data"], strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    logs = [(tiny / folder / "log.jsonl").read_text().splitlines() for folder in ("whole", "parts")]
+    assert [json.loads(line) for line in logs[0]] == [json.loads(line) for line in logs[1]]
+    assert not (tiny / "parts" / "state.pt").exists()
+
+
+def test_more_experiments_go_on_from_the_finished_ones(tiny, capsys):
+    assert run_distillation(flags(method="DM", save_path="a")) == 0
+    first = torch.load(tiny / "a/res_DM_tiny_ConvNetD1_1ipc.pt")["data"][0][0]
+    assert run_distillation(flags(method="DM", save_path="a")) == 0
+    assert "finished run" in capsys.readouterr().out
+    assert run_distillation(flags(method="DM", save_path="a", num_exp=2)) == 0
+    res = torch.load(tiny / "a/res_DM_tiny_ConvNetD1_1ipc.pt")
+    assert torch.equal(res["data"][0][0], first)
+    assert not torch.equal(res["data"][1][0], first)
+    assert len(res["accs_all_exps"]["ConvNetD1"]) == 2
+    with pytest.raises(UserError, match="lr_net"):
+        run_distillation(flags(method="DM", save_path="a", lr_net=0.5))
+
+
+def test_a_diverging_run_stops_and_says_where(tiny):
+    with pytest.raises(UserError, match=r"experiment 0, iteration \d+: .* loss is nan"):
+        run_distillation(flags(method="DC", lr_img=1e30, Iteration=20))
+
+
+def test_defaults_by_method_and_ipc():
+    dc, dsa, dm = (resolve(DistillFlags(method=m, ipc=10)) for m in ("DC", "DSA", "DM"))
+    assert (dc.Iteration, dc.lr_img, dc.init, dc.dsa_strategy) == (1000, 0.1, "noise", "none")
+    assert (dsa.Iteration, dsa.dsa_strategy) == (1000, DSA)
+    assert (dm.Iteration, dm.lr_img, dm.init, dm.dsa_strategy) == (20000, 1.0, "real", DSA)
+    assert (dc.outer_loop, dc.inner_loop) == (10, 50)
+    assert [loops(i) for i in (1, 5, 20, 30, 40, 50, 100)] == [
+        (1, 1), (1, 1), (20, 25), (30, 20), (40, 15), (50, 10), (50, 10),
+    ]  # fmt: skip
+    assert resolve(DistillFlags(method="DSA"), hflip=False).dsa_strategy == DSA.replace("_flip", "")
+    assert resolve(DistillFlags(method="DSA", dsa_strategy="None")).dsa_strategy == "none"
+    folder = default_run_folder(
+        DistillFlags(CLoM=True, CLoM_distance="cos", models_pool=("ConvNet", "hf:a/b c"))
+    )
+    assert str(folder) == "condensed/CIFAR10/DC/ConvNet_ipc1_clom-cos-CIFAR10-ConvNet+hf-a-b-c"
