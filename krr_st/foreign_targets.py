@@ -6,6 +6,7 @@ size and normalised with its own mean and std. All of it is differentiable in th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -144,10 +145,13 @@ def load_hf(
     options = {"trust_remote_code": False, "local_files_only": local.is_dir()}
     try:
         from transformers import AutoModel  # slow to import, and only this needs it
-        from transformers.utils import logging
+        from transformers.utils import logging as hf_logging
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry
+        if not local.is_dir():
+            print(f"{where}: no folder of that name, so the Hugging Face hub is asked", flush=True)
         with local_seed(0):  # parts the checkpoint lacks are drawn, then looked at below
             network, report = AutoModel.from_pretrained(source, output_loading_info=True, **options)
     except Exception as error:  # transformers and its hub client raise a dozen types

@@ -1,0 +1,331 @@
+"""Target models from transformers and torchvision, and the public Barlow Twins layout."""
+
+import json
+import pickle
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+import transformers
+from conftest import write_set
+
+import train
+from data.specs import Stats
+from krr_st import baselines
+from krr_st.config import resolve_preset
+from krr_st.foreign_targets import IMAGENET
+from krr_st.target_model import Representation, default_checkpoint, load_target, resolve_checkpoint
+from utils import checkpoint
+from utils.errors import UserError
+
+CPU, SHAPE = torch.device("cpu"), (3, 8, 8)
+STATS = Stats((0.3, 0.4, 0.5), (0.2, 0.25, 0.3))
+OWN = Stats((0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
+SMALL = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16,
+             patch_size=8)  # fmt: skip
+PROCESSORS = {
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}},
+    "clip": {
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 20},
+        "do_center_crop": True, "crop_size": {"height": 16, "width": 16},
+    },
+    "dinov2": {
+        "image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 20},
+        "do_center_crop": True, "crop_size": {"height": 24, "width": 24},
+    },
+    "convnext": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}},
+    "swin": {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}},
+}  # fmt: skip
+SIDES = {"vit": 16, "clip": 16, "dinov2": 24, "convnext": 32, "swin": 16}
+
+
+def build(kind):
+    """A tiny network of random weights."""
+    torch.manual_seed(0)
+    if kind == "clip":
+        vision = dict(SMALL, intermediate_size=16)
+        tokens = dict(vocab_size=20, bos_token_id=0, eos_token_id=1)
+        text = {k: v for k, v in vision.items() if k not in ("image_size", "patch_size")} | tokens
+        config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=4)
+        return transformers.CLIPModel(config).eval()
+    if kind == "vit":  # without the pooler, as many checkpoints are
+        config = transformers.ViTConfig(**SMALL, intermediate_size=16)
+        return transformers.ViTModel(config, add_pooling_layer=False).eval()
+    if kind == "dinov2":
+        return transformers.Dinov2Model(transformers.Dinov2Config(**SMALL, mlp_ratio=1)).eval()
+    if kind == "swin":
+        config = transformers.SwinConfig(
+            image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2
+        )
+        return transformers.SwinModel(config).eval()
+    config = transformers.ConvNextConfig(hidden_sizes=[4, 6, 8, 10], depths=[1, 1, 1, 1])
+    return transformers.ConvNextModel(config).eval()
+
+
+def expected(kind, network, x):
+    """The features by hand, of images already normalised with the network's values."""
+    if kind == "clip":
+        return network.vision_model(pixel_values=x).pooler_output
+    hidden = network(pixel_values=x).last_hidden_state
+    if kind == "convnext":
+        return hidden.mean((2, 3))
+    return hidden.mean(1) if kind == "swin" else hidden[:, 0]
+
+
+def save(kind, folder, processor=True):
+    network = build(kind)
+    network.save_pretrained(folder)
+    assert (folder / "model.safetensors").exists()
+    if processor:
+        own = {"image_mean": OWN.mean, "image_std": OWN.std, "do_normalize": True}
+        (folder / "preprocessor_config.json").write_text(json.dumps({**PROCESSORS[kind], **own}))
+    return network
+
+
+def rows(values):
+    return torch.tensor(values).view(1, 3, 1, 1)
+
+
+def prepared(x, side, own):
+    pixels = x * rows(STATS.std) + rows(STATS.mean)
+    pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+    return (pixels - rows(own.mean)) / rows(own.std)
+
+
+def load(name, path=None, shape=SHAPE, stats=STATS):
+    return load_target(name, path, shape, CPU, "no command", stats)
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_transformers_networks(kind, tmp_path):
+    network, x = save(kind, tmp_path), torch.randn(3, *SHAPE)
+    target = load(f"hf:{tmp_path}")
+    with torch.no_grad():
+        wanted = expected(kind, network, prepared(x, SIDES[kind], OWN))
+        got = target(x)
+    assert got.shape == (3, target.dim) and torch.allclose(got, wanted, atol=1e-5)
+    assert not torch.allclose(got[0], got[1], atol=1e-4)
+    assert not target.training and not any(p.requires_grad for p in target.parameters())
+    assert not any(part.training for part in target.modules())
+
+
+def test_image_tower_alone(tmp_path):
+    network = build("clip")
+    tower = transformers.CLIPVisionModel(network.config.vision_config).eval()
+    tower.save_pretrained(tmp_path)
+    x = torch.randn(2, *SHAPE)
+    target = load(f"hf:{tmp_path}")  # without a processor: ImageNet's values, the network's size
+    with torch.no_grad():
+        wanted = tower(pixel_values=prepared(x, 16, IMAGENET)).pooler_output
+        assert torch.allclose(target(x), wanted, atol=1e-5)
+
+
+def test_without_a_processor_it_says_whose_statistics_it_takes(tmp_path, capsys):
+    network, x = save("vit", tmp_path, processor=False), torch.randn(2, *SHAPE)
+    target = load(f"hf:{tmp_path}")
+    assert "ImageNet" in capsys.readouterr().out
+    with torch.no_grad():
+        wanted = expected("vit", network, prepared(x, 16, IMAGENET))
+        assert torch.allclose(target(x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "own"),
+    [
+        ({"rescale_factor": 1 / 127.5}, Stats((0.2, 0.25, 0.3), (0.15, 0.1, 0.05))),
+        ({"do_normalize": False}, Stats((0.0,) * 3, (1.0,) * 3)),
+    ],
+)
+def test_rescaling_of_the_processor(tmp_path, change, own):
+    network, x = save("vit", tmp_path), torch.randn(2, *SHAPE)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with torch.no_grad():
+        wanted = expected("vit", network, prepared(x, 16, own))
+        assert torch.allclose(load(f"hf:{tmp_path}")(x), wanted, atol=1e-4)
+
+
+def test_grey_images_and_gradients(tmp_path):
+    save("vit", tmp_path)
+    grey = load(f"hf:{tmp_path}", shape=(1, 8, 8), stats=Stats((0.5,), (0.25,)))
+    x = torch.randn(2, 1, 8, 8, requires_grad=True)
+    colour = load(f"hf:{tmp_path}", stats=Stats((0.5,) * 3, (0.25,) * 3))
+    assert torch.allclose(grey(x), colour(x.expand(-1, 3, -1, -1)), atol=1e-6)
+    grey(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+def test_checkpoints_run_no_code(workspace):
+    save("vit", workspace / "m")
+    (workspace / "m" / "model.safetensors").unlink()
+    torch.save({"a": Bomb()}, workspace / "m" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="hf:m cannot be loaded"):
+        load("hf:m")
+    (workspace / "m" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(), 2))
+    with pytest.raises(UserError, match="hf:m cannot be loaded"):
+        load("hf:m")
+    config = json.loads((workspace / "m/config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "evil.C", "AutoModel": "evil.M"}}
+    (workspace / "m/config.json").write_text(json.dumps(config))
+    (workspace / "m/evil.py").write_text("open('exploded', 'w')")
+    with pytest.raises(UserError, match="hf:m cannot be loaded"):
+        load("hf:m")
+    assert not (workspace / "exploded").exists()
+
+
+def test_pickled_weights_that_are_plain_tensors_load(workspace):
+    network, x = save("vit", workspace / "m"), torch.randn(2, *SHAPE)
+    (workspace / "m" / "model.safetensors").unlink()
+    torch.save(network.state_dict(), workspace / "m" / "pytorch_model.bin")
+    with torch.no_grad():
+        wanted = expected("vit", network, prepared(x, 16, OWN))
+        assert torch.allclose(load("hf:m")(x), wanted, atol=1e-5)
+
+
+def test_missing_weights_are_an_error(workspace):
+    network = save("vit", workspace / "m")
+    state = {k: v for k, v in network.state_dict().items() if "layernorm" not in k}
+    network.save_pretrained("m", state_dict=state)
+    with pytest.raises(UserError, match=r"hf:m: the checkpoint lacks \d+ weights .*layernorm"):
+        load("hf:m")
+
+
+def test_networks_that_do_not_take_images(workspace):
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        vocab_size=20,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained("bert")
+    with pytest.raises(UserError, match="hf:bert cannot take images"):
+        load("hf:bert")
+
+
+def test_hub_without_network(workspace, monkeypatch):
+    def offline(*args, **kwargs):
+        assert kwargs["trust_remote_code"] is False and kwargs["local_files_only"] is False
+        raise OSError("We couldn't connect to the hub\nand a page of advice")
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", offline)
+    with pytest.raises(UserError, match=r"hf:some/vit cannot be .*couldn't connect") as error:
+        load("hf:some/vit")
+    assert "\n" not in str(error.value) and "advice" not in str(error.value)
+
+
+def test_folder_is_read_offline(workspace, monkeypatch):
+    save("vit", workspace / "m")
+    options, real = [], transformers.AutoModel.from_pretrained
+
+    def spy(*args, **kwargs):
+        options.append(kwargs)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", spy)
+    load("hf:m")
+    assert options[0]["local_files_only"] is True and options[0]["trust_remote_code"] is False
+
+
+def test_torchvision_from_a_state_dict(tmp_path):
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=7).eval()  # the head is another one
+    path, x = tmp_path / "net.pt", torch.randn(2, *SHAPE)
+    checkpoint.save(network.state_dict(), path)
+    target = load("torchvision:resnet18", path)
+    network.fc = torch.nn.Identity()
+    with torch.no_grad():
+        assert torch.allclose(target(x), network(prepared(x, 224, IMAGENET)), atol=1e-4)
+    assert target.dim == 512 and not target.training
+    state = {k: v for k, v in network.state_dict().items() if k != "layer1.0.conv1.weight"}
+    checkpoint.save(state, path)
+    with pytest.raises(UserError, match=r"net\.pt does not fit .*missing layer1\.0\.conv1"):
+        load("torchvision:resnet18", path)
+
+
+def test_torchvision_downloads(monkeypatch):
+    def offline(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(UserError, match=r"torchvision:resnet18 cannot be fetched.*no route"):
+        load("torchvision:resnet18")
+
+
+def test_resnet50_reads_the_public_barlow_twins_layout(tmp_path):
+    torch.manual_seed(0)
+    network = torchvision.models.resnet50().eval()
+    state = {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}
+    checkpoint.save(state, tmp_path / "resnet50.pth")
+    target = load("resnet50", tmp_path / "resnet50.pth", (3, 64, 64))
+    assert Representation("resnet50", (3, 64, 64)).backbone.state_dict().keys() == state.keys()
+    network.fc, x = torch.nn.Identity(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(target(x), network(x), atol=1e-5)
+    assert target.dim == 2048
+
+
+def test_default_target_by_data_name(workspace, capsys):
+    assert resolve_preset("imagenette", Path("datasets"), None).target_model == "resnet50"
+    assert resolve_preset("imagenette", Path("datasets"), 64).target_model == "resnet50"
+    assert resolve_preset("cifar100", Path("datasets"), None).target_model == "resnet18"
+    assert train.main(["--data_name", "imagenette", "--device", "cpu", "--dry_run"]) == 0
+    assert '"teacher_ckpt/barlow_twins_resnet50_imagenette.pt"' in capsys.readouterr().out
+    assert train.main(["--data_name", "cifar100", "--device", "cpu", "--dry_run"]) == 0
+    assert '"target_model": "resnet18"' in capsys.readouterr().out
+    assert resolve_checkpoint("hf:a/b", None, "tiny") is None
+    assert resolve_checkpoint("vgg", None, "tiny") == default_checkpoint("vgg", "tiny")
+    assert resolve_checkpoint("hf:a", Path("x"), "tiny") == Path("x")
+
+
+def test_train_and_baselines_with_a_foreign_target(workspace):
+    write_set("datasets", "tiny")
+    save("dinov2", workspace / "m")
+    shared = ["--data_name", "tiny", "--img_size", "8", "--device", "cpu", "--seed", "0",
+              "--num_images", "6", "--target_model", "hf:m"]  # fmt: skip
+    net = "convnet_4_8_bn"
+    argv = [*shared, "--train_model", net, "--num_models", "1", "--outer_iteration", "2",
+            "--outer_batch_size", "8", "--pre_epoch", "1", "--test_iteration", "1"]  # fmt: skip
+    assert train.main(argv) == 0
+    assert torch.load("results/tiny/y_syn.pt").shape == (6, 16)
+    assert baselines.main([*shared, "--method", "random_features"]) == 0
+    folder = Path("synthetic_data/tiny/random_features")
+    x, y = torch.load(folder / "x_syn.pt"), torch.load(folder / "y_syn.pt")
+    stats = json.loads(Path("datasets/tiny/meta.json").read_text())["sizes"]["8"]
+    target = load("hf:m", stats=Stats(tuple(stats["mean"]), tuple(stats["std"])))
+    with torch.no_grad():
+        assert torch.allclose(target(x), y, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("timm:vit", ("timm", "hf, torchvision")),
+        ("hf:./nowhere", ("hf:./nowhere", "does not exist")),
+        ("hf:empty", ("hf:empty", "cannot be loaded")),
+        ("torchvision:resnet19", ("resnet19", "resnet18, resnet34")),
+        ("torchvision:squeezenet1_0", ("squeezenet1_0", "no linear layer")),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(workspace, capsys, monkeypatch, name, words):
+    write_set("datasets", "tiny")
+    Path("empty").mkdir()
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url",
+        lambda *a, **k: torchvision.models.squeezenet1_0().state_dict(),
+    )
+    argv = ["--data_name", "tiny", "--img_size", "8", "--device", "cpu", "--num_images", "6"]
+    assert train.main([*argv, "--target_model", name]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error:") and all(word in line for word in words), line
+    assert not Path("results").exists()
+
+
+def test_hf_takes_no_checkpoint_file(workspace):
+    with pytest.raises(UserError, match="--target_ckpt x"):
+        load("hf:m", Path("x"))
