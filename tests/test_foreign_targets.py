@@ -12,20 +12,21 @@ import torchvision
 import transformers
 from conftest import write_set
 
+import data
 import train
 from data.specs import Stats
 from krr_st import baselines
 from krr_st.config import resolve_preset
 from krr_st.foreign_targets import IMAGENET
-from krr_st.target_model import Representation, default_checkpoint, load_target, resolve_checkpoint
+from krr_st.target_model import Representation, load_target, resolve_checkpoint
 from utils import checkpoint
 from utils.errors import UserError
 
 CPU, SHAPE = torch.device("cpu"), (3, 8, 8)
 STATS = Stats((0.3, 0.4, 0.5), (0.2, 0.25, 0.3))
 OWN = Stats((0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
-SMALL = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16,
-             patch_size=8)  # fmt: skip
+LAYERS = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+SMALL = LAYERS | dict(image_size=16, patch_size=8)
 PROCESSORS = {
     "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}},
     "clip": {
@@ -37,8 +38,8 @@ PROCESSORS = {
         "do_center_crop": True, "crop_size": {"height": 24, "width": 24},
     },
     "convnext": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}},
-    "swin": {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}},
 }  # fmt: skip
+PROCESSORS["swin"] = PROCESSORS["vit"]
 SIDES = {"vit": 16, "clip": 16, "dinov2": 24, "convnext": 32, "swin": 16}
 
 
@@ -47,8 +48,7 @@ def build(kind):
     torch.manual_seed(0)
     if kind == "clip":
         vision = dict(SMALL, intermediate_size=16)
-        tokens = dict(vocab_size=20, bos_token_id=0, eos_token_id=1)
-        text = {k: v for k, v in vision.items() if k not in ("image_size", "patch_size")} | tokens
+        text = LAYERS | dict(intermediate_size=16, vocab_size=20, bos_token_id=0, eos_token_id=1)
         config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=4)
         return transformers.CLIPModel(config).eval()
     if kind == "vit":  # without the pooler, as many checkpoints are
@@ -75,13 +75,12 @@ def expected(kind, network, x):
     return hidden.mean(1) if kind == "swin" else hidden[:, 0]
 
 
-def save(kind, folder, processor=True):
+def save(kind, folder):
     network = build(kind)
     network.save_pretrained(folder)
     assert (folder / "model.safetensors").exists()
-    if processor:
-        own = {"image_mean": OWN.mean, "image_std": OWN.std, "do_normalize": True}
-        (folder / "preprocessor_config.json").write_text(json.dumps({**PROCESSORS[kind], **own}))
+    own = {"image_mean": OWN.mean, "image_std": OWN.std, "do_normalize": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**PROCESSORS[kind], **own}))
     return network
 
 
@@ -104,41 +103,32 @@ def test_transformers_networks(kind, tmp_path):
     network, x = save(kind, tmp_path), torch.randn(3, *SHAPE)
     target = load(f"hf:{tmp_path}")
     with torch.no_grad():
-        wanted = expected(kind, network, prepared(x, SIDES[kind], OWN))
-        got = target(x)
+        got, wanted = target(x), expected(kind, network, prepared(x, SIDES[kind], OWN))
     assert got.shape == (3, target.dim) and torch.allclose(got, wanted, atol=1e-5)
     assert not torch.allclose(got[0], got[1], atol=1e-4)
     assert not target.training and not any(p.requires_grad for p in target.parameters())
     assert not any(part.training for part in target.modules())
 
 
-def test_image_tower_alone(tmp_path):
+def test_image_tower_alone_without_a_processor(tmp_path, capsys):
     network = build("clip")
     tower = transformers.CLIPVisionModel(network.config.vision_config).eval()
     tower.save_pretrained(tmp_path)
     x = torch.randn(2, *SHAPE)
-    target = load(f"hf:{tmp_path}")  # without a processor: ImageNet's values, the network's size
+    target = load(f"hf:{tmp_path}")  # ImageNet's values, the network's size
+    assert "ImageNet" in capsys.readouterr().out
     with torch.no_grad():
         wanted = tower(pixel_values=prepared(x, 16, IMAGENET)).pooler_output
         assert torch.allclose(target(x), wanted, atol=1e-5)
 
 
-def test_without_a_processor_it_says_whose_statistics_it_takes(tmp_path, capsys):
-    network, x = save("vit", tmp_path, processor=False), torch.randn(2, *SHAPE)
-    target = load(f"hf:{tmp_path}")
-    assert "ImageNet" in capsys.readouterr().out
-    with torch.no_grad():
-        wanted = expected("vit", network, prepared(x, 16, IMAGENET))
-        assert torch.allclose(target(x), wanted, atol=1e-5)
+RESCALING = [
+    ({"rescale_factor": 1 / 127.5}, Stats((0.2, 0.25, 0.3), (0.15, 0.1, 0.05))),
+    ({"do_normalize": False}, Stats((0.0,) * 3, (1.0,) * 3)),
+]
 
 
-@pytest.mark.parametrize(
-    ("change", "own"),
-    [
-        ({"rescale_factor": 1 / 127.5}, Stats((0.2, 0.25, 0.3), (0.15, 0.1, 0.05))),
-        ({"do_normalize": False}, Stats((0.0,) * 3, (1.0,) * 3)),
-    ],
-)
+@pytest.mark.parametrize(("change", "own"), RESCALING)
 def test_rescaling_of_the_processor(tmp_path, change, own):
     network, x = save("vit", tmp_path), torch.randn(2, *SHAPE)
     path = tmp_path / "preprocessor_config.json"
@@ -199,40 +189,28 @@ def test_missing_weights_are_an_error(workspace):
 
 
 def test_networks_that_do_not_take_images(workspace):
-    config = transformers.BertConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        vocab_size=20,
-    )  # fmt: skip
+    config = transformers.BertConfig(**LAYERS, intermediate_size=16, vocab_size=20)
     transformers.BertModel(config).save_pretrained("bert")
     with pytest.raises(UserError, match="hf:bert cannot take images"):
         load("hf:bert")
 
 
-def test_hub_without_network(workspace, monkeypatch):
-    def offline(*args, **kwargs):
-        assert kwargs["trust_remote_code"] is False and kwargs["local_files_only"] is False
+def test_only_names_that_are_no_folders_ask_the_hub(workspace, monkeypatch):
+    def offline(name, **kwargs):
+        assert kwargs["trust_remote_code"] is False
+        assert kwargs["local_files_only"] is (name == "folder")
         raise OSError("We couldn't connect to the hub\nand a page of advice")
 
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", offline)
     with pytest.raises(UserError, match=r"hf:some/vit cannot be .*couldn't connect") as error:
         load("hf:some/vit")
     assert "\n" not in str(error.value) and "advice" not in str(error.value)
+    Path("folder").mkdir()
+    with pytest.raises(UserError, match="hf:folder"):
+        load("hf:folder")
 
 
-def test_folder_is_read_offline(workspace, monkeypatch):
-    save("vit", workspace / "m")
-    options, real = [], transformers.AutoModel.from_pretrained
-
-    def spy(*args, **kwargs):
-        options.append(kwargs)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", spy)
-    load("hf:m")
-    assert options[0]["local_files_only"] is True and options[0]["trust_remote_code"] is False
-
-
-def test_torchvision_from_a_state_dict(tmp_path):
+def test_torchvision_from_a_state_dict_or_the_net(tmp_path, monkeypatch):
     torch.manual_seed(0)
     network = torchvision.models.resnet18(num_classes=7).eval()  # the head is another one
     path, x = tmp_path / "net.pt", torch.randn(2, *SHAPE)
@@ -247,8 +225,6 @@ def test_torchvision_from_a_state_dict(tmp_path):
     with pytest.raises(UserError, match=r"net\.pt does not fit .*missing layer1\.0\.conv1"):
         load("torchvision:resnet18", path)
 
-
-def test_torchvision_downloads(monkeypatch):
     def offline(*args, **kwargs):
         raise URLError("no route to host")
 
@@ -271,16 +247,16 @@ def test_resnet50_reads_the_public_barlow_twins_layout(tmp_path):
 
 
 def test_default_target_by_data_name(workspace, capsys):
-    assert resolve_preset("imagenette", Path("datasets"), None).target_model == "resnet50"
-    assert resolve_preset("imagenette", Path("datasets"), 64).target_model == "resnet50"
-    assert resolve_preset("cifar100", Path("datasets"), None).target_model == "resnet18"
+    for size in (None, 64):
+        assert resolve_preset("imagenette", Path("datasets"), size).target_model == "resnet50"
     assert train.main(["--data_name", "imagenette", "--device", "cpu", "--dry_run"]) == 0
     assert '"teacher_ckpt/barlow_twins_resnet50_imagenette.pt"' in capsys.readouterr().out
     assert train.main(["--data_name", "cifar100", "--device", "cpu", "--dry_run"]) == 0
     assert '"target_model": "resnet18"' in capsys.readouterr().out
     assert resolve_checkpoint("hf:a/b", None, "tiny") is None
-    assert resolve_checkpoint("vgg", None, "tiny") == default_checkpoint("vgg", "tiny")
     assert resolve_checkpoint("hf:a", Path("x"), "tiny") == Path("x")
+    with pytest.raises(UserError, match="--target_ckpt x"):
+        load("hf:a", Path("x"))
 
 
 def test_train_and_baselines_with_a_foreign_target(workspace):
@@ -288,16 +264,14 @@ def test_train_and_baselines_with_a_foreign_target(workspace):
     save("dinov2", workspace / "m")
     shared = ["--data_name", "tiny", "--img_size", "8", "--device", "cpu", "--seed", "0",
               "--num_images", "6", "--target_model", "hf:m"]  # fmt: skip
-    net = "convnet_4_8_bn"
-    argv = [*shared, "--train_model", net, "--num_models", "1", "--outer_iteration", "2",
-            "--outer_batch_size", "8", "--pre_epoch", "1", "--test_iteration", "1"]  # fmt: skip
+    small = "--train_model convnet_4_8_bn --num_models 1 --outer_iteration 2 --outer_batch_size 8"
+    argv = [*shared, *small.split(), "--pre_epoch", "1", "--test_iteration", "1"]
     assert train.main(argv) == 0
     assert torch.load("results/tiny/y_syn.pt").shape == (6, 16)
     assert baselines.main([*shared, "--method", "random_features"]) == 0
     folder = Path("synthetic_data/tiny/random_features")
     x, y = torch.load(folder / "x_syn.pt"), torch.load(folder / "y_syn.pt")
-    stats = json.loads(Path("datasets/tiny/meta.json").read_text())["sizes"]["8"]
-    target = load("hf:m", stats=Stats(tuple(stats["mean"]), tuple(stats["std"])))
+    target = load("hf:m", stats=data.load("tiny", 8).stats)
     with torch.no_grad():
         assert torch.allclose(target(x), y, atol=1e-5)
 
@@ -324,8 +298,3 @@ def test_errors_are_one_line_and_exit_2(workspace, capsys, monkeypatch, name, wo
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error:") and all(word in line for word in words), line
     assert not Path("results").exists()
-
-
-def test_hf_takes_no_checkpoint_file(workspace):
-    with pytest.raises(UserError, match="--target_ckpt x"):
-        load("hf:m", Path("x"))
