@@ -66,6 +66,7 @@ class Teacher(nn.Module):
     def __init__(self, model: nn.Module, own: Space, given: Space, mode: str = "bilinear") -> None:
         super().__init__()
         self.model, self.own, self.given, self.mode = model, own, given, mode
+        self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) of `given` -> logits (B, K)."""

@@ -1,4 +1,4 @@
-"""DC, DSA and DM at tiny size: what they match, what they draw, that they go on where they stopped."""
+"""DC, DSA and DM at tiny size: what they match and draw, and that they go on where they stopped."""
 
 import itertools
 import json

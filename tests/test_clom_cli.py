@@ -1,0 +1,319 @@
+"""The published commands of the DC family as a user types them."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_set
+from test_cli import fails, listing
+from test_repo import sources
+
+import train_original_models
+import validate
+from clom import config
+from data.augment import denormalize
+from data.specs import DC_SPECS, KRR_SPECS
+from data.synthetic import SyntheticSet
+from utils import checkpoint, cli
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMON = ["--dataset", "CIFAR10", "--model", "ConvNetD1", "--device", "cpu"]
+DISTILL = [*COMMON, "--ipc", "1", "--Iteration", "2", "--num_eval", "1", "--epoch_eval_train", "1",
+           "--batch_real", "2", "--seed", "0"]  # fmt: skip
+TRAIN = ["--normalize_data", *COMMON, "--epochs", "2", "--lr_decay_step", "1", "--seed", "0"]
+VALIDATE = ["--normalize_data", *COMMON, "--epochs", "2", "--num_eval", "2", "--method", "DM"]
+ORIGINAL = "pretrained_model/CIFAR10/original/ConvNetD1"
+RES = "res_DM_CIFAR10_ConvNetD1_1ipc.pt"
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "methods/DC_DSA_DM" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+main, main_dm = load_script("main"), load_script("main_DM")
+
+
+@pytest.fixture
+def tiny(workspace):
+    write_set("datasets", "cifar10", size=32, train=20, test=10, classes=10)
+    return workspace
+
+
+@pytest.fixture
+def res(tiny):
+    """A res file that no run had to make."""
+    x = torch.randn(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    checkpoint.save({"data": [[x, torch.arange(10)]], "accs_all_exps": {}}, RES)
+    return tiny / RES
+
+
+def test_the_published_commands_one_after_another(tiny):
+    """Each as a process: models, DC with both distances, DSA, DM by both scripts, validation."""
+
+    def command(script, *argv):
+        run = [sys.executable, str(ROOT / script), *argv]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    printed = command("train_original_models.py", *TRAIN, "--num", "2")
+    assert "index_1 epoch 2" in printed
+    clom = ["--CLoM", "--models_pool", "ConvNetD1", "--model_num", "2", "--epoch", "2",
+            "--source_dataset", "CIFAR10", "--CLoM_batch_size", "8196"]  # fmt: skip
+    script = "methods/DC_DSA_DM/main.py"
+    command(script, "--method", "DC", *DISTILL, *clom, "--CLoM_distance", "ce", "--alphas", "1000")
+    folder = tiny / "condensed/CIFAR10/DC/ConvNetD1_ipc1_clom-ce-CIFAR10-ConvNetD1"
+    res = torch.load(folder / "res_DC_CIFAR10_ConvNetD1_1ipc.pt")
+    assert set(res) == {"data", "accs_all_exps"} and len(res["data"]) == 1
+    images, labels = res["data"][0]
+    assert images.shape == (10, 3, 32, 32) and images.dtype == torch.float32
+    assert labels.tolist() == list(range(10)) and labels.dtype == torch.int64
+    assert [type(a) for a in res["accs_all_exps"]["ConvNetD1"]] == [float]
+    for step in (0, 2):
+        assert (folder / f"vis_DC_CIFAR10_ConvNetD1_1ipc_exp0_iter{step}.png").stat().st_size > 0
+    command("methods/DC_DSA_DM/main_DM.py", *DISTILL)
+    printed = command(
+        "validate.py", "--normalize_data", *COMMON, "--dsa", "--method", "DC", "--ipc", "1",
+        "--synthesis_data_path", str(folder / "res_DC_CIFAR10_ConvNetD1_1ipc.pt"),
+        "--epochs", "2", "--save_every", "1",
+    )  # fmt: skip
+    assert "best (on test)" in printed and "±" in printed and "chosen on the test set" in printed
+
+
+def test_methods_and_distances_in_process(tiny):
+    assert train_original_models.main([*TRAIN, "--num", "1", "--save_every", "2"]) == 0
+    clom = ["--CLoM", "--CLoM_distance", "cos", "--epoch", "2", "--models_pool", "ConvNetD1",
+            "--alphas", "10", "--CLoM_batch_size", "16"]  # fmt: skip
+    assert main.main(["--method", "DSA", *DISTILL, *clom]) == 0
+    assert main.main(["--method", "DM", *DISTILL, *clom, "--CLoM_distance", "ce",
+                      "--CLoM_ce_form", "classification"]) == 0  # fmt: skip
+    assert main.main(["--method", "DM", *DISTILL, "--save_path", "a"]) == 0
+    assert main_dm.main([*DISTILL, "--save_path", "b"]) == 0
+    a, b = (torch.load(f"{folder}/{RES}") for folder in "ab")
+    assert torch.equal(a["data"][0][0], b["data"][0][0])
+    assert a["accs_all_exps"] == b["accs_all_exps"]
+
+
+def test_originals_take_the_next_free_index_and_decay(tiny):
+    assert train_original_models.main([*TRAIN, "--num", "1"]) == 0
+    assert train_original_models.main([*TRAIN, "--num", "1", "--random_seed", "3"]) == 0
+    assert sorted(p.name for p in Path(ORIGINAL).iterdir()) == ["index_0", "index_1"]
+    log = [json.loads(x) for x in Path(ORIGINAL, "index_0/log.jsonl").read_text().splitlines()]
+    assert [e["next_lr"] for e in log] == pytest.approx([0.001, 0.001])  # 0.01 fell after epoch 1
+    states = [
+        torch.load(f"{ORIGINAL}/index_{i}/CIFAR10_ConvNetD1_original_epoch2.pth") for i in (0, 1)
+    ]
+    assert not torch.equal(states[0]["classifier.weight"], states[1]["classifier.weight"])
+    facts = json.loads(Path(ORIGINAL, "index_0/config.json").read_text())
+    assert facts["img_shape"] == [3, 32, 32] and facts["std"] == [0.2023, 0.1994, 0.2010]
+
+
+def test_an_interrupted_original_goes_on(tiny, monkeypatch):
+    from clom import originals
+
+    assert train_original_models.main([*TRAIN, "--num", "1", "--pretrained_path", "whole"]) == 0
+    save = originals.save_run
+
+    def stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    argv = [*TRAIN, "--num", "1", "--pretrained_path", "parts"]
+    monkeypatch.setattr(originals, "save_run", stop)
+    assert train_original_models.main(argv) == 130
+    monkeypatch.setattr(originals, "save_run", save)
+    assert train_original_models.main([*argv, "--resume"]) == 0
+    path = "CIFAR10/original/ConvNetD1/index_0/CIFAR10_ConvNetD1_original_epoch2.pth"
+    whole, parts = (torch.load(f"{folder}/{path}") for folder in ("whole", "parts"))
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    assert not Path("parts/CIFAR10/original/ConvNetD1/index_1").exists()
+
+
+def results(name="DM_ConvNetD1_ipc1"):
+    return json.loads(Path(f"test_log/validate/CIFAR10/{name}/results.json").read_text())
+
+
+def test_validate_reads_every_form_alike(res, capsys):
+    stats = DC_SPECS["CIFAR10"].stats[32]
+    synthetic = SyntheticSet.load(res, stats=stats, data_name="CIFAR10")
+    synthetic.save("pair")
+    synthetic.save("set.safetensors", "safetensors")
+    Path("run").mkdir()
+    checkpoint.save(checkpoint.load(res), f"run/{RES}")
+    finals = []
+    for path in (res, "pair", "set.safetensors", "run"):
+        argv = [*VALIDATE, "--synthesis_data_path", str(path)]
+        assert validate.main(argv) == 0
+        finals.append([c["final"] for c in results()["cells"]])
+    assert all(f == finals[0] for f in finals)
+    assert len(Path("test_log/validate/results.jsonl").read_text().splitlines()) == 2  # kept
+    synthetic.save("pngs", "png")
+    assert validate.main([*VALIDATE, "--synthesis_data_path", "pngs"]) == 0
+    row = results()["summary"][0]
+    assert row["n"] == 2 and row["mean"] <= row["best_on_test_mean"] <= 1
+    # Without the flag, training and testing happen on pixels.
+    argv = [*VALIDATE[1:], "--synthesis_data_path", "pair", "--dsa", "--save_model"]
+    assert validate.main(argv) == 0
+    folder = Path("test_log/validate/CIFAR10/DM_ConvNetD1_ipc1")
+    assert sorted(p.name for p in folder.glob("*.pth")) == [
+        "ConvNetD1_seed0_epoch2.pth", "ConvNetD1_seed1_epoch2.pth",
+    ]  # fmt: skip
+
+
+def test_validate_on_several_networks(res):
+    write_set("datasets", "cifar10", size=32, train=10, test=10, classes=10)
+    argv = [*VALIDATE, "--synthesis_data_path", RES, "--eval_mode", "P", "--epochs", "1"]
+    assert validate.main([*argv, "--num_eval", "1"]) == 0
+    names = [row["network"] for row in results()["summary"]]
+    assert names == ["ConvNetNP", "ConvNetMP", "ConvNetAP"]
+
+
+def test_validate_decays_the_learning_rate(res):
+    from clom.evaluate import Augmentation, score_network
+    from clom.inputs import load_data, network_factory
+    from clom.training import Trainer, Training
+
+    rates = []
+    trained = Trainer.run
+    image_set = load_data(config.ValidateFlags(**{"dataset": "CIFAR10"}))
+
+    def run(self, stops, at_stop, **options):
+        def watch(epoch, loss):
+            rates.append(self.optimizer.param_groups[0]["lr"])
+
+        return trained(self, range(1, 6), lambda e, v: (watch(e, v), at_stop(e, v)), **options)
+
+    images, labels = torch.load(RES)["data"][0]
+    for fresh in (False, True):
+        rates.clear()
+        training = Training(5, 0.01, decay_after=(2, 4), fresh=fresh)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "run", run)
+            score_network(
+                network_factory("ConvNetD1", image_set, torch.device("cpu")), images, labels,
+                image_set, training, Augmentation("dsa", "none"), seed=0,
+                device=torch.device("cpu"),
+            )  # fmt: skip
+        assert rates == pytest.approx([0.01, 0.001, 0.001, 1e-4, 1e-4])
+    assert config.parse_epochs("500", "x") == (500,)
+    assert config.parse_epochs("50,100", "x") == (50, 100)
+
+
+def test_export_is_in_the_other_familys_normalisation(tiny):
+    place = "synthetic_data/{source}/{method}"
+    assert main_dm.main([*DISTILL, "--save_path", "a", "--export", place]) == 0
+    x, y = (torch.load(f"synthetic_data/cifar10/dm/{k}_syn.pt") for k in "xy")
+    images, labels = torch.load(f"a/{RES}")["data"][0]
+    dc, krr = DC_SPECS["CIFAR10"].stats[32], KRR_SPECS["cifar10"].stats[32]
+    assert dc != krr and torch.equal(y, labels)
+    torch.testing.assert_close(denormalize(x, krr), denormalize(images, dc))
+    # The finished run only exports again.
+    assert main_dm.main([*DISTILL, "--save_path", "a", "--export", "elsewhere"]) == 0
+    assert torch.equal(torch.load("elsewhere/x_syn.pt"), x)
+
+
+def test_bad_flags(tiny, capsys):
+    pool = [*DISTILL, "--CLoM", "--models_pool", "ConvNetD1", "ConvNetD2"]
+    fails(capsys, main, [*pool, "--alphas", "1", "2", "3"], "--alphas", "3 values", "2 names")
+    fails(capsys, main, [*pool, "--alphas", "-1"], "--alphas", "at least 0")
+    fails(capsys, main, [*pool, "hf:facebook/dino"], "hf:facebook/dino", "--CLoM_distance cos")
+    fails(capsys, main, [*pool, "--epoch", "7"], "looked for 1 x", "epoch7.pth", "found 0",
+          "train_original_models.py")  # fmt: skip
+    fails(capsys, main, [*DISTILL, "--method", "MTT"], "--method", "DC", "DSA", "DM")
+    strange = [*DISTILL, "--method", "DSA", "--dsa_strategy", "color_blur"]
+    fails(capsys, main, strange, "unknown DSA operation 'blur'", "cutout")
+    fails(capsys, main, [*DISTILL, "--dis_metric", "l1"], "--dis_metric", "ours")
+    fails(capsys, main, [*DISTILL, "--model", "ViT"], "unknown network 'ViT'", "ConvNet")
+    fails(capsys, main, [*DISTILL, "--eval_mode", "X"], "--eval_mode")
+    fails(capsys, main, [*DISTILL, "--ipc", "3", "--init", "real"], "class 0", "--ipc 3")
+    fails(capsys, main, [*DISTILL, "--resume", "--save_path", "none"], "--resume", "none")
+    fails(capsys, main, [*DISTILL, "--dataset", "MNIST"], "mnist/X_tr_28.pth",
+          "python -m data.prepare --data_name mnist --size 28")  # fmt: skip
+    fails(capsys, train_original_models, [*TRAIN, "--lr_decay_step", "50;100"], "lr_decay_step")
+    write_set("datasets", "bare", size=8, labelled=False)
+    fails(capsys, main, [*DISTILL, "--dataset", "bare"], "bare", "no labels")
+    assert not Path("pretrained_model").exists()
+    assert not [p for p in Path().rglob("*") if p.name.startswith("res_")]
+
+
+def test_label_spaces_that_differ(tiny, capsys):
+    write_set("datasets", "svhn", size=32, train=20, test=10, classes=10)
+    train = ["--normalize_data", "--device", "cpu", "--epochs", "1", "--num", "1", "--seed", "0"]
+    argv = [*train, "--dataset", "SVHN", "--model", "ConvNetD1"]
+    assert train_original_models.main(argv) == 0
+    clom = [*DISTILL, "--CLoM", "--models_pool", "ConvNetD1", "--epoch", "1",
+            "--source_dataset", "SVHN"]  # fmt: skip
+    capsys.readouterr()
+    fails(capsys, main, [*clom, "--CLoM_distance", "ce"], "same labels", "SVHN", "CIFAR10")
+    assert main.main([*clom, "--CLoM_distance", "cos", "--CLoM_batch_size", "8"]) == 0
+
+
+def test_synthetic_files_that_do_not_fit(res, capsys):
+    def at(path):
+        return [*VALIDATE, "--synthesis_data_path", str(path)]
+
+    fails(capsys, validate, at("nothing.pt"), "nothing.pt does not exist")
+    fails(capsys, validate, VALIDATE, "looked for", RES)
+    for shape in ((10, 1, 32, 32), (10, 3, 28, 28)):
+        data = [[torch.zeros(shape), torch.arange(10)]]
+        checkpoint.save({"data": data, "accs_all_exps": {}}, "res_bad.pt")
+        fails(capsys, validate, at("res_bad.pt"), "res_bad.pt", str(shape[1:]), "(3, 32, 32)")
+    data = [[torch.zeros(10, 3, 32, 32), torch.arange(10) + 5]]
+    checkpoint.save({"data": data}, "res_bad.pt")
+    fails(capsys, validate, at("res_bad.pt"), "class 14", "10 classes")
+    SyntheticSet(torch.zeros(4, 3, 32, 32), torch.randn(4, 10)).save("soft")
+    fails(capsys, validate, at("soft"), "soft", "(4, 10)", "class indices")
+    fails(capsys, validate, [*at(RES), "--experiment", "3"], "experiments 0 to 0")
+    fails(capsys, validate, [*at(RES), "--dsa_strategy", "blur"], "blur", "cutout")
+    assert not Path("test_log").exists()
+
+
+def test_cosine_without_the_switch_is_said_not_crashed(tiny, capsys):
+    before = listing(tiny)
+    assert main.main([*DISTILL, "--CLoM_distance", "cos", "--dry_run"]) == 0
+    assert "not used without --CLoM" in capsys.readouterr().out
+    assert listing(tiny) == before
+
+
+def test_data_below_the_published_default_folder(workspace):
+    write_set("data/CIFAR10", "cifar10", size=32, train=20, test=10, classes=10)
+    assert main_dm.main([*DISTILL, "--save_path", "a"]) == 0
+    argv = [*DISTILL, "--save_path", "a", "--data_path", "data/CIFAR10/cifar10"]
+    assert main_dm.main(argv) == 0
+
+
+def test_several_values_of_one_flag():
+    argv = ["--models_pool", "ConvNet", "ResNet18", "--alphas", "1000", "1e2"]
+    flags = cli.parse(config.DistillFlags, argv, prog="p", description="d")
+    assert flags.models_pool == ("ConvNet", "ResNet18") and flags.alphas == (1000.0, 100.0)
+    default = cli.parse(config.DistillFlags, [], prog="p", description="d")
+    assert default == config.DistillFlags() and default.CLoM_batch_size == 8196
+
+
+CLASSES = (config.DistillFlags, config.OriginalFlags, config.ValidateFlags)
+
+
+@pytest.mark.parametrize("flags", CLASSES)
+def test_every_flag_is_read_and_described(flags):
+    text = "".join(
+        p.read_text() for p in [*sources(), ROOT / "validate.py"] if p.name != "config.py"
+    ) + (ROOT / "clom/config.py").read_text().split("def resolve")[1]  # fmt: skip
+    for field in dataclasses.fields(flags):
+        assert f"flags.{field.name}" in text, field.name
+        assert len(field.metadata["help"]) > 5
+
+
+def test_scripts_are_thin():
+    for name in ("train_original_models.py", "validate.py", "methods/DC_DSA_DM/main.py",
+                 "methods/DC_DSA_DM/main_DM.py"):  # fmt: skip
+        assert len((ROOT / name).read_text().splitlines()) <= 60
+    for path in (ROOT / "clom").glob("*.py"):
+        assert len(path.read_text().splitlines()) < 300, path
