@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ def load_foundation(name: str, *, alpha: float, given: Space, device: torch.devi
         UserError: transformers cannot load it, or it takes no images.
     """
     place = name.removeprefix(PREFIX)
+    if place.startswith((".", "/", "~")) and not Path(place).is_dir():
+        raise UserError(f"{name}: there is no folder {place}")
     try:
         from transformers import AutoImageProcessor, AutoModel
 

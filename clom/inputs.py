@@ -49,7 +49,7 @@ def load_data(flags: CommonFlags) -> ImageSet:
     """
     data_dir = find_data_dir(flags.dataset, flags.data_path, flags.img_size)
     size = flags.img_size or default_size(flags.dataset, data_dir, "dc")
-    image_set = data.load(flags.dataset, size, data_dir, family="dc")
+    image_set = _load(flags.dataset, size, data_dir)
     if image_set.train.labels is None:
         raise UserError(f"{image_set.train.path.parent} has no labels; this family needs them")
     if image_set.test is None:
@@ -61,6 +61,22 @@ def load_data(flags: CommonFlags) -> ImageSet:
             )
         print(f"{flags.dataset} has no test split: accuracies are on the training images")
     return image_set
+
+
+def _load(dataset: str, size: int, data_dir: Path) -> ImageSet:
+    """`data.load`; where it cannot prepare a missing set by itself, the error has the command."""
+    folder = DC_SPECS[dataset].folder if dataset in DC_SPECS else dataset
+    path = tensor_path(data_dir, folder, "X", "train", size)
+    missing = not path.exists()
+    try:
+        return data.load(dataset, size, data_dir, family="dc")
+    except UserError as error:
+        if not missing or "python -m data.prepare" in str(error):
+            raise
+        raise UserError(
+            f"{path} does not exist: {error}; then: python -m data.prepare --data_name {folder} "
+            f"--size {size} --data_dir {data_dir}"
+        ) from None
 
 
 def network_factory(

@@ -235,8 +235,8 @@ def test_bad_flags(tiny, capsys):
     fails(capsys, main, [*DISTILL, "--eval_mode", "X"], "--eval_mode")
     fails(capsys, main, [*DISTILL, "--ipc", "3", "--init", "real"], "class 0", "--ipc 3")
     fails(capsys, main, [*DISTILL, "--resume", "--save_path", "none"], "--resume", "none")
-    fails(capsys, main, [*DISTILL, "--dataset", "MNIST"], "mnist/X_tr_28.pth",
-          "python -m data.prepare --data_name mnist --size 28")  # fmt: skip
+    fails(capsys, main, [*DISTILL, "--dataset", "tinyimagenet"], "tinyimagenet/X_tr_64.pth",
+          "python -m data.prepare", "--data_name tinyimagenet", "--size 64")  # fmt: skip
     fails(capsys, train_original_models, [*TRAIN, "--lr_decay_step", "50;100"], "lr_decay_step")
     write_set("datasets", "bare", size=8, labelled=False)
     fails(capsys, main, [*DISTILL, "--dataset", "bare"], "bare", "no labels")

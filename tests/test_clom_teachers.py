@@ -212,5 +212,8 @@ def test_foundation_models(workspace, make, width):
 
 def test_foundation_models_that_cannot_be_had(workspace):
     pytest.importorskip("transformers")
-    with pytest.raises(UserError, match="transformers cannot load 'hf_nowhere'"):
-        load_foundation("hf:hf_nowhere", alpha=1.0, given=SMALL, device=CPU)
+    with pytest.raises(UserError, match=r"no folder \./nowhere"):
+        load_foundation("hf:./nowhere", alpha=1.0, given=SMALL, device=CPU)
+    (workspace / "empty").mkdir()
+    with pytest.raises(UserError, match=r"transformers cannot load '\./empty'"):
+        load_foundation("hf:./empty", alpha=1.0, given=SMALL, device=CPU)
