@@ -40,3 +40,8 @@ def workspace(tmp_path, monkeypatch):
     """An empty working folder; commands write their relative paths into it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def pytest_make_parametrize_id(config, val):
+    """Functions by their name: an address would differ between the worker processes."""
+    return getattr(val, "__name__", None) if callable(val) else None
