@@ -12,7 +12,7 @@ from conftest import write_set
 import test as test_command
 import test_scratch
 import train
-from krr_st import baselines, target
+from krr_st import baselines, demo, target
 from krr_st.target_model import Representation
 from utils import checkpoint
 
@@ -271,18 +271,19 @@ def test_dry_run_writes_nothing(tiny, capsys):
     assert listing(tiny) == before
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [["train.py"], ["test.py"], ["test_scratch.py"], ["-m", "krr_st.target"],
-     ["-m", "krr_st.baselines"], ["-m", "krr_st.demo"]],
-)  # fmt: skip
-def test_help_and_errors_as_a_process(argv, tmp_path):
+@pytest.mark.parametrize("command", [train, test_command, test_scratch, target, baselines, demo])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command.main(["--help"])
+    assert stop.value.code == 0 and "--" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["train.py"], ["-m", "krr_st.target"]], ids=["script", "module"])
+def test_errors_as_a_process(argv, tmp_path):
     script = argv if argv[0] == "-m" else [str(ROOT / argv[0])]
-    run = [sys.executable, *script]
-    cwd = ROOT if argv[0] == "-m" else tmp_path
-    shown = subprocess.run([*run, "--help"], cwd=cwd, capture_output=True, text=True)
-    assert shown.returncode == 0 and "--" in shown.stdout
-    wrong = subprocess.run([*run, "--no_such_flag"], cwd=cwd, capture_output=True, text=True)
+    cwd = ROOT if argv[0] == "-m" else tmp_path  # scripts work from any folder
+    command = [sys.executable, *script, "--no_such_flag"]
+    wrong = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "--no_such_flag" in wrong.stderr and "Traceback" not in wrong.stderr
 
