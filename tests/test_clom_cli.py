@@ -59,11 +59,18 @@ def test_the_published_commands_one_after_another(tiny):
     """Each as a process: models, DC with both distances, DSA, DM by both scripts, validation."""
 
     def command(script, *argv):
-        run = [sys.executable, str(ROOT / script), *argv]
-        done = subprocess.run(run, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return finish(start(script, *argv))
 
+    def start(script, *argv):
+        run = [sys.executable, str(ROOT / script), *argv]
+        return subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def finish(process):
+        printed, error = process.communicate(timeout=120)
+        assert process.returncode == 0, error
+        return printed
+
+    dm = start("methods/DC_DSA_DM/main_DM.py", *DISTILL)
     printed = command("train_original_models.py", *TRAIN, "--num", "2")
     assert "index_1 epoch 2" in printed
     clom = ["--CLoM", "--models_pool", "ConvNetD1", "--model_num", "2", "--epoch", "2",
@@ -79,13 +86,34 @@ def test_the_published_commands_one_after_another(tiny):
     assert [type(a) for a in res["accs_all_exps"]["ConvNetD1"]] == [float]
     for step in (0, 2):
         assert (folder / f"vis_DC_CIFAR10_ConvNetD1_1ipc_exp0_iter{step}.png").stat().st_size > 0
-    command("methods/DC_DSA_DM/main_DM.py", *DISTILL)
+    assert f"synthetic set: condensed/CIFAR10/DM/ConvNetD1_ipc1/{RES}" in finish(dm)
     printed = command(
         "validate.py", "--normalize_data", *COMMON, "--dsa", "--method", "DC", "--ipc", "1",
         "--synthesis_data_path", str(folder / "res_DC_CIFAR10_ConvNetD1_1ipc.pt"),
         "--epochs", "2", "--save_every", "1",
     )  # fmt: skip
     assert "best (on test)" in printed and "±" in printed and "chosen on the test set" in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (main, "--method DC --dataset CIFAR10 --model ConvNet --ipc 10 --CLoM --CLoM_distance ce "
+         "--models_pool ConvNet --alphas 1000 --model_num 1 --epoch 150 --source_dataset CIFAR10 "
+         "--CLoM_batch_size 8196"),
+        (main, "--method DSA --dataset CIFAR10 --model ConvNet --ipc 10 --CLoM --CLoM_distance cos "
+         "--models_pool ConvNet ResNet18 hf:openai/clip --alphas 1000 100 10 --model_num 5 "
+         "--epoch 150 --source_dataset CIFAR100 --CLoM_batch_size 8196"),
+        (main_dm, "--dataset CIFAR100 --model ConvNet --ipc 50 --lr_img 10"),
+        (train_original_models,
+         "--normalize_data --dataset CIFAR10 --model ConvNet --num 10 --gpu 0 --random_seed 1"),
+        (validate, "--normalize_data --dataset CIFAR10 --model ConvNet --dsa --method DC --ipc 10 "
+         "--synthesis_data_path PATH"),
+    ],
+)  # fmt: skip
+def test_published_lines_parse(workspace, command, line):
+    assert command.main([*line.split(), "--dry_run", "--device", "cpu"]) == 0
+    assert listing(workspace) == []
 
 
 def test_methods_and_distances_in_process(tiny):

@@ -14,9 +14,16 @@ from clom.config import DistillFlags, default_run_folder, loops, resolve
 from clom.distill import initial_images
 from clom.distillers import batch_norms
 from clom.distribution_matching import DistributionMatching, embed_real
+from clom.evaluate import (
+    Augmentation,
+    published_augmentation,
+    published_training,
+    score_network,
+)
 from clom.gradient_matching import GradientMatching
 from clom.real import RealImages
 from clom.run import run_distillation
+from clom.training import dc_evaluation
 from data.dsa import diff_augment
 from models import get_network
 from utils.errors import UserError
@@ -280,3 +287,36 @@ def test_defaults_by_method_and_ipc():
         DistillFlags(CLoM=True, CLoM_distance="cos", models_pool=("ConvNet", "hf:a/b c"))
     )
     assert str(folder) == "condensed/CIFAR10/DC/ConvNet_ipc1_clom-cos-CIFAR10-ConvNet+hf-a-b-c"
+
+
+def test_evaluation_as_published():
+    plain = published_augmentation("DC", "CIFAR10", "ConvNet", "none")
+    assert plain.strategy == "none"
+    assert published_augmentation("DC", "MNIST", "ConvNet", "none").strategy == "crop_scale_rotate"
+    older = published_augmentation("DC", "CIFAR10", "ConvNetBN", "none")
+    assert (older.kind, older.strategy) == ("dc", "crop_noise")
+    dsa = published_augmentation("DM", "MNIST", "ConvNet", DSA)
+    assert (dsa.kind, dsa.strategy) == ("dsa", DSA)
+    training = published_training(plain, None, 0.01, 256)
+    # Epochs 0 to 300; the rate falls, with a fresh optimiser, after the one numbered 151.
+    assert (training.epochs, training.decay_after, training.fresh) == (301, (152,), True)
+    assert published_training(older, None, 0.01, 256).epochs == 1001
+    assert published_training(dsa, 20, 0.01, 256).epochs == 21
+
+
+@pytest.mark.parametrize("augmentation", ["dc", "dsa"])
+def test_evaluation_learns_and_repeats(tiny, augmentation):
+    image_set = data.load("tiny", 8, family="dc")
+    real = RealImages.from_set(image_set, CPU)
+    x, y = initial_images(real, (3, 8, 8), 8, "real", torch.Generator().manual_seed(0))
+    strategy = {"dc": "crop_noise", "dsa": "color_scale"}[augmentation]
+    scores = [
+        score_network(
+            network(), x, y, image_set, dc_evaluation(20, 0.01, 256),
+            Augmentation(augmentation, strategy), seed=seed, device=CPU, test_every=7,
+        )
+        for seed in (0, 0, 1)
+    ]  # fmt: skip
+    assert scores[0] == scores[1] != scores[2]
+    assert scores[0].final > 0.5 and scores[0].best >= scores[0].final
+    assert scores[0].best_epoch in (7, 14, 21)

@@ -74,12 +74,12 @@ def test_distribution_distance_equals_a_loop_over_classes(counts):
     expected, start = 0.0, 0
     for c, count in enumerate(counts):
         for d in range(5):
-            mean_real = sum(float(real[start + i, d]) for i in range(count)) / count
-            mean_syn = sum(float(syn[2 * c + i, d]) for i in range(2)) / 2
+            mean_real = sum(real[start + i, d].item() for i in range(count)) / count
+            mean_syn = sum(syn[2 * c + i, d].item() for i in range(2)) / 2
             expected += (mean_real - mean_syn) ** 2
         start += count
     distance = distribution_distance(real, syn, counts, [2, 2, 2])
-    assert float(distance) == pytest.approx(expected, rel=1e-12)
+    assert distance.item() == pytest.approx(expected, rel=1e-12)
     assert torch.autograd.grad(distance, real, allow_unused=True, retain_graph=True) == (None,)
     assert torch.autograd.gradcheck(
         lambda s: distribution_distance(real, s, counts, [2, 2, 2]), (syn,)
