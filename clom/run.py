@@ -16,13 +16,14 @@ from clom.distill import Schedule, initial_images, run_experiment
 from clom.distillers import Distiller
 from clom.distribution_matching import DistributionMatching
 from clom.evaluate import published_augmentation, published_training, score_network
+from clom.export import export
 from clom.gradient_matching import GradientMatching
 from clom.inputs import load_data, make_clom, network_factory
 from clom.loss import CLoM
 from clom.real import RealImages
-from data.augment import denormalize, normalize
+from data.augment import denormalize
 from data.load import ImageSet
-from data.specs import DC_SPECS, KRR_SPECS
+from data.specs import DC_SPECS
 from data.synthetic import SyntheticSet, save_experiments
 from models import eval_pool
 from utils import checkpoint, cli
@@ -60,7 +61,7 @@ def run_distillation(flags: DistillFlags) -> int:
     try:
         with_clom = make_clom(flags, image_set, real, device)
         run = open_run(flags, image_set, device)
-        if is_finished(run, flags.num_exp):
+        if is_finished(flags, run):
             print(f"{run.path} holds the finished run of these flags; --overwrite runs it again")
         else:
             run_experiments(flags, run, image_set, real, with_clom, device)
@@ -70,7 +71,7 @@ def run_distillation(flags: DistillFlags) -> int:
             f"({str(error).splitlines()[0]})"
         ) from None
     if flags.export is not None:
-        export(flags, run)
+        export(res_path(flags, run), flags.export, flags.method)
     return 0
 
 
@@ -89,20 +90,29 @@ def open_run(flags: DistillFlags, image_set: ImageSet, device: torch.device) -> 
         folder, identity, seed=flags.seed, device=device, overwrite=flags.overwrite,
         extra={"data_name": flags.dataset, "mean": stats.mean, "std": stats.std},
     )  # fmt: skip
-    if not run.resumed:
-        for stale in folder.glob("experiment_*.pt"):
-            stale.unlink()
+    if not run.resumed:  # no set or picture may lie beside the configuration of another run
+        path = res_path(flags, run)
+        pictures = folder.glob(path.stem.replace("res_", "vis_", 1) + "_exp*_iter*.png")
+        kept = folder.glob(f"exp*_{path.name}")
+        for stale in (path, path.with_suffix(".json"), *pictures, *kept):
+            stale.unlink(missing_ok=True)
     return run
 
 
-def experiment_path(run: RunFolder, experiment: int) -> Path:
-    """Where a finished experiment is kept."""
-    return run.path / f"experiment_{experiment}.pt"
+def res_path(flags: DistillFlags, run: RunFolder) -> Path:
+    """The published result file."""
+    return run.path / result_name(flags.method, flags.dataset, flags.model, flags.ipc)
 
 
-def is_finished(run: RunFolder, num_exp: int) -> bool:
+def experiment_path(flags: DistillFlags, run: RunFolder, experiment: int) -> Path:
+    """Where a finished experiment is kept until all are done, and for later ones to join it."""
+    return run.path / f"exp{experiment}_{res_path(flags, run).name}"
+
+
+def is_finished(flags: DistillFlags, run: RunFolder) -> bool:
     """Whether all experiments are there and the results written."""
-    return run.finished and all(experiment_path(run, e).exists() for e in range(num_exp))
+    paths = [experiment_path(flags, run, e) for e in range(flags.num_exp)]
+    return run.finished and all(path.exists() for path in paths)
 
 
 def run_experiments(
@@ -121,7 +131,7 @@ def run_experiments(
     )  # fmt: skip
     done = []
     for experiment in range(flags.num_exp):
-        path = experiment_path(run, experiment)
+        path = experiment_path(flags, run, experiment)
         if path.exists():
             done.append(checkpoint.load(path, what="finished experiment"))
             continue
@@ -238,7 +248,7 @@ def write_res(
     flags: DistillFlags, run: RunFolder, image_set: ImageSet, done: list[dict[str, Any]]
 ) -> Path:
     """Write `res_*.pt` with all finished experiments."""
-    path = run.path / result_name(flags.method, flags.dataset, flags.model, flags.ipc)
+    path = res_path(flags, run)
     save_experiments(path, experiment_sets(flags, image_set, done), joined_accuracies(done))
     return path
 
@@ -267,29 +277,3 @@ def table(networks: list[dict[str, Any]]) -> str:
     """Networks as rows: mean ± std and how many."""
     rows = [[r["network"], f"{r['mean']:.4f} ± {r['std']:.4f}", str(r["n"])] for r in networks]
     return markdown(["network", "test accuracy", "n"], rows)
-
-
-def export(flags: DistillFlags, run: RunFolder) -> Path:
-    """Write the first experiment as the KRR-ST pair, in that family's normalisation."""
-    name = result_name(flags.method, flags.dataset, flags.model, flags.ipc)
-    synthetic = SyntheticSet.load(run.path / name)
-    source, converted = to_krr_space(synthetic)
-    place = flags.export.replace("{source}", source).replace("{method}", flags.method.lower())
-    converted.save(Path(place), "pair")
-    print(f"exported: {place}/x_syn.pt, y_syn.pt")
-    return Path(place)
-
-
-def to_krr_space(synthetic: SyntheticSet) -> tuple[str, SyntheticSet]:
-    """The KRR-ST name of the set's source, and the set in that family's statistics.
-
-    Unchanged where that family has no statistics for the source at this size.
-    """
-    dc = DC_SPECS.get(synthetic.data_name)
-    source = dc.folder if dc is not None else str(synthetic.data_name)
-    krr = KRR_SPECS.get(source)
-    stats = krr.stats.get(synthetic.images.shape[-1]) if krr is not None else None
-    if stats is None or stats == synthetic.stats:
-        return source, synthetic
-    images = normalize(denormalize(synthetic.images, synthetic.stats), stats)
-    return source, SyntheticSet(images, synthetic.targets, stats, source, synthetic.info)

@@ -320,3 +320,17 @@ def test_evaluation_learns_and_repeats(tiny, augmentation):
     assert scores[0] == scores[1] != scores[2]
     assert scores[0].final > 0.5 and scores[0].best >= scores[0].final
     assert scores[0].best_epoch in (7, 14, 21)
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(tiny):
+    (tiny / "a").mkdir()
+    (tiny / "a" / "exp0_notes.pt").write_text("mine")
+    assert run_distillation(flags(method="DM", save_path="a", num_exp=2)) == 0
+    assert len(list((tiny / "a").glob("vis_*"))) == 6
+    again = flags(method="DM", save_path="a", lr_img=0.5, overwrite=True, eval_interval=4)
+    assert run_distillation(again) == 0
+    assert sorted(p.name for p in (tiny / "a").iterdir()) == [
+        "config.json", "exp0_notes.pt", "exp0_res_DM_tiny_ConvNetD1_1ipc.pt", "log.jsonl",
+        "res_DM_tiny_ConvNetD1_1ipc.json", "res_DM_tiny_ConvNetD1_1ipc.pt", "results.json",
+        "vis_DM_tiny_ConvNetD1_1ipc_exp0_iter0.png", "vis_DM_tiny_ConvNetD1_1ipc_exp0_iter4.png",
+    ]  # fmt: skip
