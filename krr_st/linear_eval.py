@@ -12,6 +12,7 @@ from evaluation.fit import accuracy
 from evaluation.protocols import outputs, pretrain, train_by_recipe
 from evaluation.recipes import Recipe
 from models import get_model
+from utils.device import place
 from utils.seed import derive_seed, local_seed, make_generator
 
 # Features of the whole training split are kept when they take less than this.
@@ -53,7 +54,7 @@ def linear_evaluation(
     if image_set.num_classes is None or image_set.train.labels is None:
         return None
     with local_seed(derive_seed(seed, "evaluation", step)):
-        model = get_model(arch, image_set.img_shape, y_syn.shape[1]).to(device)
+        model = place(get_model(arch, image_set.img_shape, y_syn.shape[1]), device)
         linear = nn.Linear(model.num_features, image_set.num_classes).to(device)
     generator = make_generator(seed, "evaluation batches", step)
     pretrain(model, SyntheticSet(x_syn, y_syn), pretraining, device=device, generator=generator)

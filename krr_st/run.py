@@ -18,7 +18,7 @@ from krr_st.pool import ModelPool
 from krr_st.target_model import load_target, resolve_checkpoint
 from models import get_model
 from utils import cli
-from utils.device import resolve_device
+from utils.device import place, resolve_device
 from utils.errors import UserError
 from utils.optim import make_optimizer
 from utils.runlog import RunFolder
@@ -125,4 +125,4 @@ def make_pool_network(
 ) -> nn.Module:
     """A fresh zoo-A network with `dim` outputs, initialised from `seed` alone."""
     with local_seed(seed):
-        return get_model(arch, img_shape, dim).to(device)
+        return place(get_model(arch, img_shape, dim), device)

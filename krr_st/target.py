@@ -18,7 +18,7 @@ from krr_st.barlow import TwoViews, barlow_twins_loss, projector
 from krr_st.config import TargetFlags, resolve_preset
 from krr_st.target_model import Representation, default_checkpoint
 from utils import checkpoint, cli
-from utils.device import resolve_device
+from utils.device import place, resolve_device
 from utils.errors import UserError, entry_point
 from utils.optim import make_optimizer, make_schedule
 from utils.resume import load_run, save_run
@@ -92,7 +92,7 @@ def train_target(
     with local_seed(derive_seed(run.seed, "target")):
         model = Representation(arch, image_set.img_shape)
         head = projector(model.dim, projector_dim, projector_layers)
-    network = nn.Sequential(model, head).to(device)
+    network = place(nn.Sequential(model, head), device)
     views = TwoViews(
         image_set.size, image_set.channels, image_set.stats,
         hflip=image_set.hflip, min_crop=min_crop, jitter=jitter, degrees=degrees,
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         degrees=flags.degrees, eval_every=flags.eval_every, save_every=flags.save_every,
         run=run, device=device,
     )  # fmt: skip
-    checkpoint.save({k: v.cpu() for k, v in model.backbone.state_dict().items()}, path)
+    checkpoint.save({k: v.cpu().contiguous() for k, v in model.backbone.state_dict().items()}, path)
     last = run.read_log()[-1]
     run.finish({
         "checkpoint": path, "loss": last["loss"], "knn_accuracy": last.get("knn_accuracy"),

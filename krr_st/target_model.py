@@ -16,6 +16,7 @@ from models import get_model
 from models.base import Classifier
 from models.resnet import SmallStemResNet
 from utils import checkpoint
+from utils.device import place
 from utils.errors import UserError, pick
 
 
@@ -113,10 +114,10 @@ def load_target(
         if stats is None:
             raise ValueError(f"{arch} needs the statistics its images are normalised with")
         model = pick(FOREIGN, family, "kind of target model")(name, path, img_shape, stats)
-        return model.to(device).eval().requires_grad_(False)
+        return place(model, device).eval().requires_grad_(False)
     model = Representation(arch, img_shape)
     if not path.exists():
         raise UserError(f"target checkpoint {path} does not exist; make it with: {make_command}")
     state = checkpoint.load_state(path, what="target checkpoint")
     checkpoint.apply_state(model.backbone, state, origin=path, skip=("fc.",))
-    return model.to(device).eval().requires_grad_(False)
+    return place(model, device).eval().requires_grad_(False)

@@ -23,7 +23,7 @@ from models import get_model
 from utils import cli
 from utils.cells import CellStore
 from utils.checkpoint import apply_state, fingerprint
-from utils.device import resolve_device
+from utils.device import place, resolve_device
 from utils.errors import UserError
 from utils.runlog import environment, write_json
 from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
@@ -54,7 +54,7 @@ def build_backbone(
     """A network initialised from `seed`, pre-trained unless `pretraining` is None; eval mode."""
     outputs_wanted = pretraining.outputs if pretraining else 1
     with local_seed(derive_seed(seed, "network")):
-        model = get_model(arch, img_shape, outputs_wanted, dropout).to(device)
+        model = place(get_model(arch, img_shape, outputs_wanted, dropout), device)
         if pretraining is not None:
             pretrain(
                 model, pretraining.synthetic, pretraining.recipe, device=device,
@@ -114,7 +114,7 @@ class TargetTask:
                 model, self.backbone.state_dict(), origin="the pre-trained network", skip=("fc.",)
             )
             return finetune(
-                model.to(self.device), target, train, recipe, device=self.device,
+                place(model, self.device), target, train, recipe, device=self.device,
                 generator=make_generator(seed, "fine-tuning", target.name), scale=scale,
             )  # fmt: skip
 
