@@ -74,7 +74,7 @@ _VECTORS = Recipe(
 _FEATURES = Recipe("mse", "sgd", 0.1, 1e-3, "constant", 256, epochs=1000)
 
 PRETRAIN: dict[str, Recipe] = {
-    **dict.fromkeys(("random", "kmeans", "dsa", "dm", "mtt"), _LABELS),
+    **dict.fromkeys(("random", "kmeans", "dc", "dsa", "dm", "mtt"), _LABELS),
     **dict.fromkeys(("kip", "frepo"), _VECTORS),
     **dict.fromkeys(("krr_st", "random_features", "kmeans_features"), _FEATURES),
 }

@@ -218,8 +218,9 @@ class PretrainFlags:
 
     method: str = flag(
         "krr_st",
-        "whose synthetic set: random, kmeans, dsa, dm, mtt, kip, frepo, krr_st, random_features, "
-        "kmeans_features, in test_kd.py also gaussian; it decides the pre-training recipe",
+        "whose synthetic set: random, kmeans, dc, dsa, dm, mtt, kip, frepo, krr_st, "
+        "random_features, kmeans_features, in test_kd.py also gaussian; it decides the "
+        "pre-training recipe",
     )
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "its {source}/{method}/ is read")
     synthetic_path: Path | None = flag(None, "a set anywhere instead (e.g. results/EXP)")
