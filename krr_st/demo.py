@@ -35,10 +35,10 @@ class DemoFlags:
 
     folder: Path = flag(Path("."), "where data, checkpoints and results go")
     num_images: int = flag(20, "synthetic images", minimum=1)
-    epochs: int = flag(40, "epochs of the target model", minimum=1)
-    outer_iteration: int = flag(1500, "outer steps of the distillation", minimum=1)
+    epochs: int = flag(25, "epochs of the target model", minimum=1)
+    outer_iteration: int = flag(1000, "outer steps of the distillation", minimum=1)
     online_iteration: int = flag(200, "age limit of the pool networks", minimum=1)
-    pre_epoch: int = flag(1000, "epochs of pre-training on 20 images", minimum=1)
+    pre_epoch: int = flag(300, "epochs of pre-training on the synthetic set", minimum=1)
     num_test: int = flag(3, "seeds a row", minimum=1)
 
 
