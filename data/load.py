@@ -17,6 +17,7 @@ from utils import checkpoint
 from utils.errors import UserError
 
 SPLITS = {"train": "tr", "test": "te"}
+_MAP_FROM_BYTES = 1 << 30
 _FAMILIES = {"krr": KRR_SPECS, "dc": DC_SPECS}
 
 
@@ -123,7 +124,7 @@ def load(
     *,
     family: str = "krr",
     splits: tuple[str, ...] = ("train", "test"),
-    mmap: bool = False,
+    mmap: bool | None = None,
 ) -> ImageSet:
     """Read a prepared set.
 
@@ -135,7 +136,7 @@ def load(
             use, by download through torchvision where it can.
         splits: what to read. Without "train" no training file is opened and the training split
             is empty; an own set then needs its statistics in meta.json.
-        mmap: map the image files instead of reading them.
+        mmap: map the image files instead of reading them; None: from 1 GiB on.
 
     Raises:
         UserError: unknown name, missing or damaged files, wrong dtype, shape, range or lengths.
@@ -199,7 +200,12 @@ def _require_stored_statistics(folder: Path, size: int) -> None:
 
 
 def _read_split(
-    data_dir: Path | str, folder: str, size: int, split: str, spec: DatasetSpec | None, mmap: bool
+    data_dir: Path | str,
+    folder: str,
+    size: int,
+    split: str,
+    spec: DatasetSpec | None,
+    mmap: bool | None,
 ) -> ImageSplit | None:
     """Read and check one split; None if its image file does not exist."""
     x_path = tensor_path(data_dir, folder, "X", split, size)
@@ -208,6 +214,8 @@ def _read_split(
         if y_path.exists():
             raise UserError(f"{y_path} exists but its images {x_path} do not")
         return None
+    if mmap is None:
+        mmap = x_path.stat().st_size >= _MAP_FROM_BYTES
     images = checkpoint.load_tensor(x_path, what="image tensor", mmap=mmap)
     check_images(images, x_path, size, spec.channels if spec else None)
     labels = None

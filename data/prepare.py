@@ -19,6 +19,7 @@ from pathlib import Path
 from data.check import check_prepared
 from data.convert import default_workers
 from data.load import tensor_path
+from data.meta import update_meta
 from data.raw import Source
 from data.raw_folder import read_folder
 from data.sources import SOURCES
@@ -43,6 +44,9 @@ class PrepareConfig:
     )
     unlabelled: bool = flag(False, "take no labels from the sub-folders of --from_folder")
     skip_broken: bool = flag(False, "leave unreadable pictures out instead of stopping")
+    no_hflip: bool = flag(
+        False, "mirrored pictures mean something else (digits, text): never flip --from_folder's"
+    )
     overwrite: bool = flag(False, "replace a set that is prepared already")
     workers: int | None = flag(None, "processes that decode and resize [one a core]", minimum=1)
     check: str | None = flag(None, "verify this prepared set (all sizes, or --size) and stop")
@@ -70,7 +74,7 @@ def _validate(config: PrepareConfig) -> None:
                 f"unknown data set {config.data_name!r}; valid: "
                 f"{', '.join(sorted(KRR_SPECS | DC_SPECS))}; own pictures: --from_folder PATH"
             )
-        for name in ("val_fraction", "unlabelled"):
+        for name in ("val_fraction", "unlabelled", "no_hflip"):
             if getattr(config, name):
                 raise UserError(f"--{name} is for --from_folder; {config.data_name} has its own")
         return
@@ -156,6 +160,8 @@ def prepare(config: PrepareConfig) -> None:
         workers=config.workers or default_workers(),
         skip_broken=config.skip_broken,
     )
+    if config.no_hflip:
+        update_meta(config.data_dir / folder, size, {}, hflip=False)
     for split, items in entry["skipped"].items():
         print(f"skipped {len(items)} unreadable pictures of the {split} split (see meta.json)")
     counts = ", ".join(f"{count} {split}" for split, count in entry["counts"].items())

@@ -1,5 +1,7 @@
 """The DC family's names prepare themselves from raw data on first use."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -54,3 +56,48 @@ def test_both_families_read_one_file_with_their_own_statistics(tmp_path):
     assert dc.stats.std == (0.2023, 0.1994, 0.2010)
     tiny = data.specs.DC_SPECS
     assert tiny["TinyImageNet"] is tiny["tinyimagenet"]
+
+
+def test_large_files_are_mapped_and_read_the_same(tmp_path, monkeypatch):
+    from conftest import write_set
+
+    write_set(tmp_path, "own")
+    read = data.load("own", 8, tmp_path).train.images
+    calls = []
+    real = torch.load
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs["mmap"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", spy)
+    module = sys.modules["data.load"]
+    monkeypatch.setattr(module, "_MAP_FROM_BYTES", 1000)
+    assert torch.equal(data.load("own", 8, tmp_path, splits=("train",)).train.images, read)
+    assert calls == [True, False]  # the images, but not the small label file
+
+
+def test_pictures_that_must_not_be_mirrored(tmp_path):
+    from PIL import Image
+
+    from data import prepare
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (9, 9), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    argv = [
+        "--from_folder",
+        str(folder),
+        "--size",
+        "8",
+        "--data_dir",
+        str(tmp_path),
+        "--workers",
+        "1",
+    ]
+    assert prepare.main([*argv, "--data_name", "mirrored"]) == 0
+    assert prepare.main([*argv, "--data_name", "upright", "--no_hflip"]) == 0
+    assert data.load("mirrored", 8, tmp_path).hflip
+    assert not data.load("upright", 8, tmp_path).hflip
+    assert prepare.main(["--data_name", "digits", "--no_hflip", "--data_dir", str(tmp_path)]) == 2

@@ -97,7 +97,9 @@ def test_scaled_lengths(count, batch, epochs, scale, steps):
 
 
 def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"unknown method 'krrst'; valid: dc, dm, dsa, frepo, .*krr_st"):
+    with pytest.raises(
+        UserError, match=r"unknown method 'krrst'; valid: dc, dm, dsa, frepo, .*krr_st"
+    ):
         pretrain_recipe("krrst", "cifar100", "vgg")
 
 
