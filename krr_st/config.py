@@ -139,16 +139,23 @@ class TrainFlags(CommonFlags):
 
 
 @dataclass(frozen=True)
-class TargetFlags(CommonFlags):
-    """Flags of krr_st.target."""
+class EpochFlags(CommonFlags):
+    """Flags of the commands that train a network over epochs and write its checkpoint."""
 
     seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
-    data_name: str = flag("cifar100", "data set to learn from; its labels are never used")
     img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
-    target_model: str = flag("resnet18", "architecture (zoo A)")
     save_dir: Path = flag(Path("./teacher_ckpt"), "folder of the checkpoint")
     overwrite: bool = flag(False, "train again over a checkpoint of another configuration")
-    epochs: int = flag(200, "passes over the data", minimum=1)
+    epochs: int = flag(200, "passes over the training images", minimum=1)
+    save_every: int = flag(10, "epochs between saves of the run state", minimum=1)
+
+
+@dataclass(frozen=True)
+class TargetFlags(EpochFlags):
+    """Flags of krr_st.target."""
+
+    data_name: str = flag("cifar100", "data set to learn from; its labels are never used")
+    target_model: str = flag("resnet18", "architecture (zoo A)")
     batch_size: int = flag(256, "images a step", minimum=2)
     opt: str = flag("adamw", "optimiser", choices=("adamw", "lars", "sgd"))
     lr: float = flag(1e-3, "peak learning rate (for lars try 0.3)", above=0)
@@ -161,7 +168,6 @@ class TargetFlags(CommonFlags):
     jitter: float = flag(0.5, "strength of the colour jitter; 0: off", minimum=0, maximum=1.25)
     degrees: float = flag(0.0, "largest rotation of a view; 0: off", minimum=0, maximum=180)
     eval_every: int = flag(50, "epochs between k-NN evaluations (labelled sets only)", minimum=1)
-    save_every: int = flag(10, "epochs between saves of the run state", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -281,21 +287,15 @@ class KdFlags(PretrainFlags, MeasureFlags):
 
 
 @dataclass(frozen=True)
-class KdTeacherFlags(CommonFlags):
+class KdTeacherFlags(EpochFlags):
     """Flags of krr_st.kd_teacher."""
 
-    seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
     data_name: str = flag("cifar10", "labelled data set to learn")
-    img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
     arch: str = flag("resnet18", "architecture (zoo A)")
-    save_dir: Path = flag(Path("./teacher_ckpt"), "folder of the checkpoint")
-    overwrite: bool = flag(False, "train again over a checkpoint of another configuration")
-    epochs: int = flag(200, "passes over the training images", minimum=1)
     batch_size: int = flag(128, "images a step", minimum=2)
     lr: float = flag(0.1, "peak learning rate of SGD, falls to 0 by a cosine", above=0)
     momentum: float = flag(0.9, "momentum of SGD", minimum=0, maximum=0.999)
     wd: float = flag(5e-4, "weight decay", minimum=0)
-    save_every: int = flag(10, "epochs between saves of the run state", minimum=1)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from models import get_model
 from utils import checkpoint, cli
 from utils.cells import CellStore
 from utils.checkpoint import apply_state, fingerprint
-from utils.device import resolve_device
+from utils.device import place, resolve_device
 from utils.errors import UserError, pick
 from utils.optim import make_optimizer, make_schedule
 from utils.runlog import environment, write_json
@@ -145,7 +145,7 @@ class Distillation:
         with local_seed(derive_seed(seed, "head", self.target.name)):
             student = get_model(self.arch, shape, classes, self.dropout)
         apply_state(student, backbone.state_dict(), origin="the pre-trained network", skip=("fc.",))
-        return student.to(self.device)
+        return place(student, self.device)
 
     def run(self, seed: int) -> dict[str, float]:
         """Train one student; its test accuracies in % by BatchNorm mode."""
@@ -203,7 +203,7 @@ def prepare(flags: KdFlags) -> Distillation:
         if shape != target.img_shape:
             raise UserError(f"synthetic images are {shape}, those of the target {target.img_shape}")
     get_model(arch, target.img_shape, target.num_classes)  # an unknown name fails now
-    teacher = load_teacher(flags, target).to(device)
+    teacher = place(load_teacher(flags, target), device)
     return Distillation(
         target, teacher, arch, pretraining, count, recipe, flags.dropout, flags.steps_scale, device
     )

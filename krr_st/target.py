@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +10,16 @@ from torch import Tensor, nn
 import data
 from data.load import ImageSet
 from data.loader import TensorLoader
-from evaluation.fit import fit
 from evaluation.protocols import frozen_accuracy, outputs
 from krr_st.barlow import TwoViews, barlow_twins_loss, projector
 from krr_st.config import TargetFlags, resolve_preset
+from krr_st.epochs import make_checkpoint, train_epochs
 from krr_st.target_model import Representation, default_checkpoint
-from utils import checkpoint, cli
+from utils import cli
 from utils.device import place, resolve_device
 from utils.errors import UserError, entry_point
-from utils.optim import make_optimizer, make_schedule
-from utils.resume import load_run, save_run
-from utils.runlog import LossWindow, RunFolder
+from utils.optim import make_optimizer
+from utils.runlog import RunFolder
 from utils.seed import derive_seed, local_seed, make_generator
 
 _KNN_ROWS = 10000
@@ -33,7 +30,7 @@ def knn_accuracy(model: Representation, image_set: ImageSet, device: torch.devic
 
     The bank is cut to its first 10 000 rows, which is enough to watch a run.
     """
-    if image_set.num_classes is None or image_set.test is None:
+    if image_set.num_classes is None or image_set.test is None or image_set.test.labels is None:
         return None
     train = outputs(model, image_set.train.images[:_KNN_ROWS], image_set, device)
     test = outputs(model, image_set.test.images, image_set, device)
@@ -101,50 +98,21 @@ def train_target(
         image_set.train.images, None, batch_size=batch_size, device=device,
         generator=make_generator(run.seed, "views"), transform=views, drop_last=True,
     )  # fmt: skip
-    per_epoch = len(image_set.train) // loader.batch_size
-    steps = epochs * per_epoch
     optimizer = make_optimizer(opt, network.parameters(), lr=lr, wd=wd)
-    schedule = make_schedule("cosine", optimizer, steps, round(warmup_epochs * per_epoch))
-    parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "loader": loader}
-    start = 0
-    if run.state_path.exists():
-        start, _ = load_run(run.state_path, parts)
-        print(f"going on after epoch {start // per_epoch} of {epochs}")
-    run.truncate_log(start)
-    window, began = LossWindow(per_epoch), time.perf_counter()
-
-    def on_step(step: int, loss: Tensor, rate: float) -> None:
-        window.add(loss)
-        if step % per_epoch:
-            return
-        epoch = step // per_epoch
-        entry: dict[str, Any] = {"step": step, "epoch": epoch, "loss": window.mean(), "lr": rate}
-        if epoch % eval_every == 0 or step == steps:
-            entry["knn_accuracy"] = knn_accuracy(model.eval(), image_set, device)
-            network.train()
-        run.log(**entry)
-        left = (time.perf_counter() - began) / (step - start) * (steps - step)
-        _report(entry, epochs, left)
-        if epoch % save_every == 0 and step < steps:
-            save_run(run.state_path, step, parts)
 
     def loss_fn(net: nn.Module, pair: tuple[Tensor, Tensor], _: None) -> Tensor:
         return barlow_twins_loss(net(pair[0]), net(pair[1]), off_diagonal)
 
-    fit(
-        network, loader.forever(), loss_fn, optimizer, schedule,
-        steps=steps, start=start, what="Barlow Twins", on_step=on_step,
+    def measure(epoch: int) -> dict[str, float | None]:
+        if epoch % eval_every and epoch != epochs:
+            return {}
+        return {"knn_accuracy": knn_accuracy(model.eval(), image_set, device)}
+
+    train_epochs(
+        network, loader, loss_fn, optimizer, epochs=epochs, warmup_epochs=warmup_epochs,
+        save_every=save_every, run=run, what="Barlow Twins", measure=measure,
     )  # fmt: skip
     return model
-
-
-def _report(entry: dict[str, Any], epochs: int, left: float) -> None:
-    """Print about twenty lines a run, and every evaluation."""
-    knn = entry.get("knn_accuracy")
-    if knn is not None or entry["epoch"] % max(1, epochs // 20) == 0:
-        shown = "" if knn is None else f", k-NN accuracy {knn:.2f} %"
-        line = f"epoch {entry['epoch']}/{epochs}: loss {entry['loss']:.3f}{shown}"
-        print(f"{line}, {left:.0f} s left", flush=True)
 
 
 @entry_point
@@ -154,32 +122,24 @@ def main(argv: list[str] | None = None) -> int:
     device = resolve_device(flags.device, flags.gpu_id)
     size = resolve_preset(flags.data_name, flags.data_dir, flags.img_size).size
     image_set = data.load(flags.data_name, size, flags.data_dir)
-    path = default_checkpoint(flags.target_model, flags.data_name, flags.save_dir)
     if len(image_set.train) < 2:
         raise UserError(f"{image_set.train.path} holds one image; Barlow Twins needs at least two")
-    run = RunFolder(
-        path.with_suffix(""), {**cli.as_json(flags), "img_size": size}, seed=flags.seed,
-        device=device, overwrite=flags.overwrite,
-    )  # fmt: skip
-    if run.finished and path.exists():
-        print(f"{path} is there already, trained with these flags; --overwrite trains it again")
-        return 0
-    began = time.perf_counter()
-    model = train_target(
-        image_set, arch=flags.target_model, epochs=flags.epochs, batch_size=flags.batch_size,
-        opt=flags.opt, lr=flags.lr, wd=flags.wd, warmup_epochs=flags.warmup_epochs,
-        off_diagonal=flags.off_diagonal, projector_dim=flags.projector_dim,
-        projector_layers=flags.projector_layers, min_crop=flags.min_crop, jitter=flags.jitter,
-        degrees=flags.degrees, eval_every=flags.eval_every, save_every=flags.save_every,
-        run=run, device=device,
-    )  # fmt: skip
-    checkpoint.save({k: v.cpu().contiguous() for k, v in model.backbone.state_dict().items()}, path)
-    last = run.read_log()[-1]
-    run.finish({
-        "checkpoint": path, "loss": last["loss"], "knn_accuracy": last.get("knn_accuracy"),
-        "seconds": time.perf_counter() - began,
-    })  # fmt: skip
-    print(f"target model: {path} (features of {model.dim}); log: {run.path}")
+    Representation(flags.target_model, image_set.img_shape)  # an unknown name fails before a write
+
+    def train(run: RunFolder) -> tuple[nn.Module, dict[str, float | None]]:
+        model = train_target(
+            image_set, arch=flags.target_model, epochs=flags.epochs, batch_size=flags.batch_size,
+            opt=flags.opt, lr=flags.lr, wd=flags.wd, warmup_epochs=flags.warmup_epochs,
+            off_diagonal=flags.off_diagonal, projector_dim=flags.projector_dim,
+            projector_layers=flags.projector_layers, min_crop=flags.min_crop, jitter=flags.jitter,
+            degrees=flags.degrees, eval_every=flags.eval_every, save_every=flags.save_every,
+            run=run, device=device,
+        )  # fmt: skip
+        print(f"features of {model.dim}")
+        return model.backbone, {"knn_accuracy": run.read_log()[-1].get("knn_accuracy")}
+
+    path = default_checkpoint(flags.target_model, flags.data_name, flags.save_dir)
+    make_checkpoint(path, flags, size, device, train)
     return 0
 
 

@@ -14,7 +14,7 @@ import test_kd
 from data.synthetic import SyntheticSet
 from evaluation.fit import kd_loss
 from evaluation.recipes import DSA_STRATEGY, KD, PRETRAIN
-from krr_st import kd, kd_teacher
+from krr_st import epochs, kd, kd_teacher
 from models import get_model
 from utils import checkpoint
 from utils.errors import UserError
@@ -246,7 +246,7 @@ def test_teacher_goes_on_where_it_stopped(workspace, monkeypatch):
     argv = ["--data_name", "goal", "--arch", NET, "--epochs", "4", "--batch_size", "16", "--seed",
             "0", "--device", "cpu", "--save_every", "1"]  # fmt: skip
     assert kd_teacher.main(argv) == 0
-    saves, real = [], kd_teacher.save_run
+    saves, real = [], epochs.save_run
 
     def killed(*args, **kwargs):
         real(*args, **kwargs)
@@ -255,7 +255,7 @@ def test_teacher_goes_on_where_it_stopped(workspace, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(kd_teacher, "save_run", killed)
+        patch.setattr(epochs, "save_run", killed)
         assert kd_teacher.main([*argv, "--save_dir", "stopped"]) == 130
     assert kd_teacher.main([*argv, "--save_dir", "stopped"]) == 0
     whole, again = (torch.load(f"{d}/teacher_goal.pt") for d in ("teacher_ckpt", "stopped"))

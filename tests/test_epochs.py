@@ -1,0 +1,79 @@
+"""Checkpoints made over epochs: what is never written over, and what is never saved."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_set
+from torch import nn
+
+from data.loader import TensorLoader
+from krr_st import epochs, kd_teacher, target
+from utils.finite import FiniteGuard
+from utils.runlog import RunFolder
+
+NET, CPU = "convnet_4_8_bn", torch.device("cpu")
+SHARED = [
+    "--data_name", "tiny", "--img_size", "8", "--epochs", "1", "--device", "cpu", "--seed", "0",
+    "--batch_size", "16",
+]  # fmt: skip
+COMMANDS = {
+    f"barlow_twins_{NET}_tiny": (target, ["--target_model", NET, "--projector_dim", "8"]),
+    "teacher_tiny": (kd_teacher, ["--arch", NET]),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_checkpoint_from_elsewhere_is_kept(workspace, capsys, name):
+    command, flags = COMMANDS[name]
+    write_set("datasets", "tiny")
+    path = Path("teacher_ckpt") / f"{name}.pt"
+    path.parent.mkdir()
+    path.write_bytes(b"downloaded")
+    assert command.main([*SHARED, *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(path) in line and "--overwrite" in line
+    assert path.read_bytes() == b"downloaded" and not path.with_suffix("").exists()
+    assert command.main([*SHARED, *flags, "--overwrite"]) == 0
+    assert torch.load(path).keys() >= {"layers.0.block.0.weight"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_labels_of_the_training_images_alone(workspace, name):
+    """Nothing to measure on then; the training itself is as ever."""
+    command, flags = COMMANDS[name]
+    (write_set("datasets", "tiny") / "Y_te_8.pth").unlink()
+    assert command.main([*SHARED, *flags]) == 0
+    result = json.loads(Path(f"teacher_ckpt/{name}/results.json").read_text())
+    assert result.get("knn_accuracy") is None and result.get("test_accuracy") is None
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_unknown_network_writes_nothing(workspace, capsys, name):
+    command, flags = COMMANDS[name]
+    write_set("datasets", "tiny")
+    assert command.main([*SHARED, flags[0], "vit"]) == 2
+    assert "resnet18" in capsys.readouterr().err and not Path("teacher_ckpt").exists()
+
+
+def test_a_loss_that_is_not_finite_yet_unseen_is_not_saved(tmp_path, monkeypatch):
+    """On a GPU the loop learns of a loss one step late, when the save has been due already."""
+    monkeypatch.setattr(FiniteGuard, "check", lambda *args: None)
+    run = RunFolder(tmp_path / "run", {}, seed=0, device=CPU)
+    loader = TensorLoader(
+        torch.ones(4, 2), torch.zeros(4, 1), batch_size=2, device=CPU,
+        generator=torch.Generator(), drop_last=True,
+    )  # fmt: skip
+    network, steps, saves = nn.Linear(2, 1), [], []
+
+    def loss_fn(model, x, y):
+        steps.append(1)
+        return model(x).mean() * (float("nan") if len(steps) > 4 else 1)  # from the third epoch on
+
+    monkeypatch.setattr(epochs, "save_run", lambda path, step, parts: saves.append(step))
+    epochs.train_epochs(
+        network, loader, loss_fn, torch.optim.SGD(network.parameters(), lr=0.1),
+        epochs=4, save_every=1, run=run, what="test",
+    )  # fmt: skip
+    assert len(steps) == 8 and saves == [2, 4]
