@@ -8,13 +8,9 @@ then a probe on 1 % or 5 % of the target's labels, three seeds.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from utils.errors import UserError
-
-# (table, method, column) -> (mean, std), accuracies in %.
-Published = dict[tuple[str, str, str], tuple[float, float]]
+from utils.paper_table import Published, with_published_file
 
 _COLUMNS = ("cifar10", "cifar100", "tinyimagenet", "aircraft", "cub2011", "dogs", "flowers")
 
@@ -60,28 +56,9 @@ def _probe_cells() -> Published:
 
 
 def load_published(path: Path | None = None) -> Published:
-    """The verified numbers, with a user's file put on top.
-
-    Args:
-        path: JSON `{table: {method: {column: [mean, std]}}}`; std may be null or left out.
+    """The verified numbers, with a user's file (see `with_published_file`) put on top.
 
     Raises:
         UserError: the file is missing or has another form.
     """
-    cells = _probe_cells()
-    if path is None:
-        return cells
-    try:
-        content = json.loads(path.read_text())
-        for table, rows in content.items():
-            for method, columns in rows.items():
-                for column, value in columns.items():
-                    mean, std = [*(value if isinstance(value, list) else [value]), None][:2]
-                    cells[str(table), method, column] = (float(mean), float(std or 0.0))
-    except OSError as error:
-        raise UserError(f"--published {path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(
-            f"--published {path}: expected JSON {{table: {{method: {{column: [mean, std]}}}}}}"
-        ) from None
-    return cells
+    return with_published_file(_probe_cells(), path)

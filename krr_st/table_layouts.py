@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from krr_st.config import FULL_TARGETS, PRESETS
 from krr_st.transfer import SCRATCH
-from utils.errors import UserError
 
 _TABLE_1 = ("random", "kmeans", "dsa", "dm", "mtt", "kip", "frepo", "krr_st")
 _TABLE_2 = tuple(m for m in _TABLE_1 if m != "kip")
@@ -72,39 +69,26 @@ Cell = dict[str, Any]
 Key = tuple[str, str, str]  # method, model, target
 
 
-def read_cells(log_dir: Path) -> list[Cell]:
-    """All finished cells of a log folder; a torn last line is left out.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    path = log_dir / "results.jsonl"
-    if not path.exists():
-        return []
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    cells = []
-    for line in lines:
-        try:
-            cells.append(json.loads(line))
-        except ValueError:
-            continue
-    return cells
-
-
 def network(layout: Layout, model: str) -> str:
     """`base` is the source's own network."""
     return PRESETS[layout.source].network if model == "base" else model
 
 
-def collect(layout: Layout, cells: list[Cell]) -> dict[Key, list[Cell]]:
+def collect(
+    layout: Layout, cells: list[Cell], steps_scale: float | None = None
+) -> dict[Key, list[Cell]]:
     """The cells that belong to each place of the table, one a seed (the latest).
 
-    A place is matched by source, method, network, target, protocol and label budget.
+    A place is matched by source, method, network, target, protocol and label budget. Cells of
+    other synthetic sets, teachers or lengths are not mixed: those of the latest cell count, and of
+    all lengths the one nearest to the published.
+
+    Args:
+        layout: of the table.
+        cells: oldest first.
+        steps_scale: take only this length.
     """
-    found: dict[Key, dict[int, Cell]] = {}
+    found: dict[Key, dict[tuple, dict[int, Cell]]] = {}
     for cell in cells:
         for model in layout.models:
             matches = (
@@ -114,11 +98,23 @@ def collect(layout: Layout, cells: list[Cell]) -> dict[Key, list[Cell]]:
                 and cell.get("protocol") == layout.protocol
                 and cell.get("label_fraction") == layout.fraction
                 and cell.get("shots", "all") == "all"
+                and steps_scale in (None, cell.get("steps_scale", 1.0))
                 and _fits_pretraining(layout, cell)
             )
             if matches:
-                found.setdefault((cell["method"], model, cell["target"]), {})[cell["seed"]] = cell
-    return {key: [by_seed[s] for s in sorted(by_seed)] for key, by_seed in found.items()}
+                groups = found.setdefault((cell["method"], model, cell["target"]), {})
+                group = groups.pop(_origin(cell), {})
+                groups[_origin(cell)] = {**group, cell["seed"]: cell}  # the latest group is last
+    return {
+        key: [by_seed[s] for s in sorted(by_seed)]
+        for key, groups in found.items()
+        for by_seed in [groups[min(reversed(groups), key=lambda origin: abs(origin[0] - 1))]]
+    }
+
+
+def _origin(cell: Cell) -> tuple:
+    """What the seeds of one mean must share."""
+    return cell.get("steps_scale", 1.0), cell.get("synthetic_set"), cell.get("teacher")
 
 
 def _fits_pretraining(layout: Layout, cell: Cell) -> bool:

@@ -7,13 +7,15 @@ import pytest
 import torch
 
 from evaluation.recipes import pretrain_recipe
-from krr_st import tables
+from krr_st import table_runs, tables
 from krr_st.config import FULL_TARGETS, TablesFlags
 from krr_st.published import load_published
 from krr_st.table_layouts import LAYOUTS, Layout, collect, places
-from krr_st.table_runs import Job, forward_flops, missing_jobs, run_missing
+from krr_st.table_runs import forward_flops, missing_jobs
 from utils.cells import CellStore
 from utils.errors import UserError
+from utils.jobs import run_missing
+from utils.locks import Claims
 
 BASE = "convnet_128_256_512_bn"
 
@@ -100,7 +102,7 @@ def test_published_file_of_the_user(tmp_path):
     path.write_text(json.dumps({"1": {"krr_st": {"cifar10": [80.5, 0.2], "dogs": 12.0}}}))
     published = load_published(path)
     assert published["1", "krr_st", "cifar10"] == (80.5, 0.2)
-    assert published["1", "krr_st", "dogs"] == (12.0, 0.0)
+    assert published["1", "krr_st", "dogs"] == (12.0, None)
     for bad in ("{", "[1]", '{"1": {"krr_st": {"cifar10": "high"}}}'):
         path.write_text(bad)
         with pytest.raises(UserError, match="--published"):
@@ -161,53 +163,89 @@ def test_flops_against_a_count_by_hand():
 LAYOUT = Layout("cifar100", ("scratch", "krr_st"), ("base", "vgg"), ("cifar10", "dogs"))
 
 
-def test_missing_jobs_are_cheapest_first_and_skip_what_is_done(log):
+def run_all(flags):
+    return run_missing(lambda: missing_jobs(LAYOUT, flags), Claims(flags.log_dir / "claims"))
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Puts a function (method, model, targets, flags) in the place of the real commands."""
+
+    def put(function):
+        monkeypatch.setattr(table_runs, "run_job", lambda layout, *rest: function(*rest))
+
+    return put
+
+
+def test_missing_jobs_are_estimated_and_skip_what_is_done(log, stand_in):
     folder = log(*(cell("scratch", "cifar10", s, 1.0) for s in range(3)))
-    jobs = missing_jobs(LAYOUT, TablesFlags(log_dir=folder, num_test=3))
-    assert [j.flops for j in jobs] == sorted(j.flops for j in jobs)
-    targets = {(j.method, j.model): j.targets for j in jobs}
-    assert targets["scratch", "base"] == ("dogs",)
-    assert targets["krr_st", "vgg"] == ("cifar10", "dogs")
-    flops = {(j.method, j.model): j.flops for j in jobs}
+    ran = {}
+    stand_in(lambda method, model, targets, flags: ran.update({(method, model): targets}))
+    flags = TablesFlags(log_dir=folder, num_test=3)
+    cost = {job.name.split(": ")[1]: job.cost for job in missing_jobs(LAYOUT, flags)}
     # By hand: 3 seeds x 3 passes x 5000 steps of 256 images on dogs.
-    assert flops["scratch", "base"] == 3 * 3 * 5000 * 256 * forward_flops(BASE, 32)
+    assert cost[f"scratch, {BASE}"] == 3 * 3 * 5000 * 256 * forward_flops(BASE, 32)
     pretraining = 3 * 3 * 4 * 1000 * 256 * forward_flops("vgg", 32)
-    assert flops["krr_st", "vgg"] - flops["scratch", "vgg"] == pytest.approx(pretraining)
+    assert cost["krr_st, vgg"] - cost["scratch, vgg"] == pytest.approx(pretraining)
+    run_all(flags)
+    assert ran["scratch", "base"] == ("dogs",)
+    assert ran["krr_st", "vgg"] == ("cifar10", "dogs")
 
 
-def test_interrupted_run_goes_on_without_repeating_or_losing(log, capsys):
+def test_shortened_cells_do_not_stand_for_whole_ones(log):
+    folder = log(*(cell("scratch", t, 0, 1.0, steps_scale=0.1) for t in ("cifar10", "dogs")))
+    names = [j.name for j in missing_jobs(LAYOUT, TablesFlags(log_dir=folder, num_test=1))]
+    assert len(names) == 4
+    short = TablesFlags(log_dir=folder, num_test=1, steps_scale=0.1)
+    assert len(missing_jobs(LAYOUT, short)) == 3
+    whole = cell("scratch", "dogs", 1, 2.0)
+    later = cell("scratch", "dogs", 1, 3.0, steps_scale=0.1)
+    found = collect(LAYOUT, [cell("scratch", "dogs", 0, 1.0, steps_scale=0.1), whole, later])
+    assert found["scratch", "base", "dogs"] == [whole]
+
+
+def test_seeds_of_different_sets_are_not_averaged():
+    old = [cell("krr_st", "dogs", s, 1.0, synthetic_set="old") for s in range(3)]
+    new = [cell("krr_st", "dogs", s, 2.0, synthetic_set="new") for s in range(2)]
+    assert collect(LAYOUT, [*old, *new])["krr_st", "base", "dogs"] == new
+    assert collect(LAYOUT, [*new, *old])["krr_st", "base", "dogs"] == old
+
+
+def test_interrupted_run_goes_on_without_repeating_or_losing(log, stand_in, capsys):
     folder = log()
     flags = TablesFlags(log_dir=folder, num_test=1)
-    ran = []
+    ran, stop_after = [], 2
 
-    def run_job(layout, job, flags, stop_after=None):
+    def run_job(method, model, targets, flags):
         if len(ran) == stop_after:
             raise KeyboardInterrupt
-        ran.append((job.method, job.model))
-        for target in job.targets:
-            arch = BASE if job.model == "base" else job.model
-            log(cell(job.method, target, 0, 50.0, model=arch))
+        ran.append((method, model))
+        for target in targets:
+            log(cell(method, target, 0, 50.0, model=BASE if model == "base" else model))
 
+    stand_in(run_job)
     with pytest.raises(KeyboardInterrupt):
-        run_missing(LAYOUT, flags, lambda *a: run_job(*a, stop_after=2))
-    run_missing(LAYOUT, flags, run_job)
+        run_all(flags)
+    stop_after = None
+    run_all(flags)
     assert len(ran) == len(set(ran)) == 4
-    assert "min left" in capsys.readouterr().out
+    assert " left" in capsys.readouterr().out
     found = collect(LAYOUT, [json.loads(x) for x in (folder / "results.jsonl").open()])
     assert set(found) == {p.key for p in places(LAYOUT)}
     assert missing_jobs(LAYOUT, flags) == []
 
 
-def test_a_job_that_cannot_run_does_not_stop_the_others(log):
+def test_a_job_that_cannot_run_does_not_stop_the_others(log, stand_in):
     flags = TablesFlags(log_dir=log(), num_test=1)
     ran = []
 
-    def run_job(layout, job: Job, flags):
-        ran.append(job)
-        if job.method == "krr_st":
+    def run_job(method, model, targets, flags):
+        ran.append(method)
+        if method == "krr_st":
             raise UserError("no synthetic set")
 
-    skipped = run_missing(LAYOUT, flags, run_job)
+    stand_in(run_job)
+    skipped = run_all(flags)
     assert len(ran) == 4 and len(skipped) == 2 and "no synthetic set" in skipped[0]
 
 

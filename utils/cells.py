@@ -1,4 +1,7 @@
-"""Results one cell at a time: appended at once, found again after a restart."""
+"""Results one cell at a time: appended at once, found again after a restart.
+
+Several processes, on one node or several, may write the same file.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,29 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.locks import file_lock
+
+
+def read_cells(path: Path | str) -> list[dict[str, Any]]:
+    """All finished cells of a file, oldest first; torn and foreign lines are left out.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    cells = []
+    for line in lines:
+        try:
+            cell = json.loads(line)
+        except ValueError:
+            continue  # a line torn by a kill: its cell runs again
+        if isinstance(cell, dict) and "id" in cell:
+            cells.append(cell)
+    return cells
 
 
 class CellStore:
@@ -25,17 +51,11 @@ class CellStore:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._cells: dict[str, dict[str, Any]] = {}
-        try:
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read {self.path}: {error}") from None
-        for line in lines:
-            try:
-                cell = json.loads(line)
-                self._cells[cell["id"]] = cell
-            except (ValueError, KeyError, TypeError):
-                continue  # a line torn by a kill: its cell runs again
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the file again: other processes may have added cells."""
+        self._cells = {cell["id"]: cell for cell in read_cells(self.path)}
 
     @staticmethod
     def identity(key: dict[str, Any]) -> str:
@@ -54,14 +74,29 @@ class CellStore:
             UserError: the file cannot be written.
         """
         cell = {"id": self.identity(key), **key, **values}
+        line = json.dumps(cell, default=str) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            torn = self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n")
-            with self.path.open("a") as file:
-                file.write(("\n" if torn else "") + json.dumps(cell, default=str) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                with file_lock(handle):  # O_APPEND alone is not atomic on network file systems
+                    _append(handle, line.encode())
+            finally:
+                os.close(handle)
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
         self._cells[cell["id"]] = cell
         return cell
+
+
+def _append(handle: int, line: bytes) -> None:
+    """Write a whole line at once; a last line torn by a kill is closed first."""
+    end = os.lseek(handle, 0, os.SEEK_END)
+    if end:
+        os.lseek(handle, end - 1, os.SEEK_SET)
+        if os.read(handle, 1) != b"\n":
+            line = b"\n" + line
+    written = os.write(handle, line)
+    if written != len(line):
+        raise OSError(f"{written} of {len(line)} bytes written")
+    os.fsync(handle)
