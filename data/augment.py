@@ -36,6 +36,24 @@ def draw_crop_flip(count: int, pad: int, hflip: bool, generator: torch.Generator
     return CropFlip(top, left, flip)
 
 
+def count_views(pad: int, hflip: bool) -> int:
+    """Number of distinct views of an image: (2·pad+1)² offsets, twice that with flips."""
+    return (2 * pad + 1) ** 2 * (2 if hflip else 1)
+
+
+def view_numbers(views: CropFlip, pad: int) -> Tensor:
+    """The number in [0, count_views) of each view, (B,) int64; mirrored ones come last."""
+    offsets = 2 * pad + 1
+    return (views.flip.long() * offsets + views.top) * offsets + views.left
+
+
+def views_from_numbers(numbers: Tensor, pad: int) -> CropFlip:
+    """Inverse of `view_numbers`."""
+    offsets = 2 * pad + 1
+    left, rest = numbers % offsets, numbers // offsets
+    return CropFlip(rest % offsets, left, rest >= offsets)
+
+
 def apply_crop_flip(x: Tensor, views: CropFlip, pad: int) -> Tensor:
     """Zero-pad, crop back at each image's own offset, mirror where flagged.
 
@@ -48,8 +66,7 @@ def apply_crop_flip(x: Tensor, views: CropFlip, pad: int) -> Tensor:
         A new tensor of x's shape and dtype; differentiable in x where x is floating point.
     """
     channels, height, width = x.shape[1:]
-    offsets = 2 * pad + 1
-    view = ((views.flip.long() * offsets + views.top) * offsets + views.left).to(x.device)
+    view = view_numbers(views, pad).to(x.device)
     index = _view_table(height, width, pad, x.device).index_select(0, view)  # (B, H·W)
     padded = F.pad(x, (pad, pad, pad, pad)).flatten(2)
     return padded.gather(2, index[:, None].expand(-1, channels, -1)).view_as(x)

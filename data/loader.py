@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.augment import apply_crop_flip, draw_crop_flip, normalize
+from data.augment import CropFlip, apply_crop_flip, draw_crop_flip, normalize, view_numbers
 from data.specs import Stats
+from utils.device import free_memory
 from utils.seed import draw_seed
 
 Transform = Callable[[Tensor, torch.Generator], Any]
@@ -35,10 +36,36 @@ class ImagePipeline:
         return normalize(x, self.stats)
 
 
+class ViewPipeline:
+    """Like an augmenting ImagePipeline, and says which view of its image each row shows.
+
+    Args:
+        stats: normalisation.
+        pad: zero padding of the random crop in pixels.
+        hflip: mirror with probability 1/2.
+        shard: (rank, ranks) as in TensorLoader. The views of the whole batch are drawn, so that
+            the ranks together see what a single process would.
+    """
+
+    def __init__(
+        self, stats: Stats, *, pad: int, hflip: bool, shard: tuple[int, int] = (0, 1)
+    ) -> None:
+        self.stats, self.pad, self.hflip, self.shard = stats, pad, hflip, shard
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> the same shape, float32, normalised; and (B,) view numbers on the CPU."""
+        rank, ranks = self.shard
+        drawn = draw_crop_flip(len(x) * ranks, self.pad, self.hflip, generator)
+        views = CropFlip(*(t[rank::ranks] for t in drawn))
+        shown = normalize(apply_crop_flip(x, views, self.pad), self.stats)
+        return shown, view_numbers(views, self.pad)
+
+
 class _Slice(NamedTuple):
     """Rows of one batch, and the stream's state once it has been handed out."""
 
     index: Tensor
+    host_index: Tensor
     order_state: Tensor
     end: int
 
@@ -65,9 +92,13 @@ class TensorLoader:
             smaller than a batch is one batch).
         max_device_bytes: how much of the device the images may take; None: half of what is free on
             CUDA, no bound elsewhere.
+        with_index: batches carry the row numbers (int64, on the CPU) in place of targets.
+        shard: (rank, ranks): each batch is dealt to the ranks row by row; needs drop_last and a
+            batch size that the number of ranks divides.
 
     Raises:
-        ValueError: images and targets differ in length, or the batch size is below 1.
+        ValueError: images and targets differ in length, the batch size is below 1, or the shard
+            does not go into the batch.
     """
 
     def __init__(
@@ -82,6 +113,8 @@ class TensorLoader:
         shuffle: bool = True,
         drop_last: bool = False,
         max_device_bytes: int | None = None,
+        with_index: bool = False,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
         if targets is not None and len(targets) != len(images):
             raise ValueError(f"{len(images)} images but {len(targets)} targets")
@@ -90,6 +123,9 @@ class TensorLoader:
         self.device, self.generator = torch.device(device), generator
         self.transform, self.shuffle, self.drop_last = transform, shuffle, drop_last
         self.batch_size = min(batch_size, len(images))
+        self.with_index, self.shard = with_index, shard
+        if shard[1] > 1 and (not drop_last or self.batch_size % shard[1]):
+            raise ValueError(f"a batch of {self.batch_size} cannot be dealt to {shard[1]} ranks")
         self.targets = None if targets is None else targets.to(self.device)
         self.resident = self._fits(images, max_device_bytes)
         self.images = images.to(self.device) if self.resident else images
@@ -127,40 +163,49 @@ class TensorLoader:
         if limit is None:
             if self.device.type != "cuda":
                 return True
-            limit = torch.cuda.mem_get_info(self.device)[0] // 2
+            limit = free_memory(self.device) // 2
         return images.numel() * images.element_size() <= limit
 
-    def _new_order(self) -> Tensor:
+    def _new_order(self) -> tuple[Tensor, Tensor]:
+        """A pass's order where the images live, and on the CPU."""
         count = len(self.images)
         if self.shuffle:
             order = torch.randperm(count, generator=self._order_generator)
         else:
             order = torch.arange(count)
-        return order.to(self.device) if self.resident else order  # once a pass, not once a batch
+        # Moved once a pass, not once a batch.
+        return (order.to(self.device) if self.resident else order), order
 
     def _endless(self) -> Iterator[_Slice]:
         position, order_state = self._position, self._order_state
         self._order_generator.set_state(order_state)
-        order = self._new_order() if position >= 0 else None
+        orders = self._new_order() if position >= 0 else None
         needed = self.batch_size if self.drop_last else 1
+        rank, ranks = self.shard
         while True:
-            if order is None or position + needed > len(order):
+            if orders is None or position + needed > len(orders[0]):
                 order_state = self._order_generator.get_state()
-                order, position = self._new_order(), 0
-            end = min(position + self.batch_size, len(order))
-            yield _Slice(order[position:end], order_state, end)
+                orders, position = self._new_order(), 0
+            end = min(position + self.batch_size, len(orders[0]))
+            own = (order[position + rank : end : ranks] for order in orders)
+            yield _Slice(*own, order_state, end)
             position = end
 
     def _one_pass(self) -> Iterator[_Slice]:
-        for index in self._new_order().split(self.batch_size):
-            yield _Slice(index, self._order_state, self._position)
+        for own in zip(*(o.split(self.batch_size) for o in self._new_order()), strict=True):
+            yield _Slice(*own, self._order_state, self._position)
 
     def _batches(self, slices: Iterator[_Slice]) -> Iterator[tuple[Any, Tensor | None]]:
         for part, x in self._gather(slices):
             self._order_state, self._position = part.order_state, part.end
             if self.transform is not None:
                 x = self.transform(x, self.generator)
-            yield x, None if self.targets is None else self.targets[part.index.to(self.device)]
+            yield x, self._labels(part)
+
+    def _labels(self, part: _Slice) -> Tensor | None:
+        if self.with_index:
+            return part.host_index
+        return None if self.targets is None else self.targets[part.index.to(self.device)]
 
     def _gather(self, slices: Iterator[_Slice]) -> Iterator[tuple[_Slice, Tensor]]:
         if self.resident:

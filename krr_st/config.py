@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.load import default_size
+from data.load import default_size, prepared_names
+from data.specs import KRR_SPECS
+from krr_st.views import DTYPES, MODES
 from utils.cli import flag
+from utils.device import LAYOUTS
 from utils.errors import UserError
+from utils.optim import SCHEDULES
+from utils.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def resolve_preset(data_name: str, data_dir: Path, img_size: int | None) -> Pres
         if size <= limit:
             kept = known or row
             return Preset(size, kept.num_images, row.network, kept.target_model)
-    raise UserError(f"--img_size {size} is larger than {max(PRESETS_BY_SIZE)}; name --train_model")
+    raise UserError(f"images of {size} pixels are too large; up to {max(PRESETS_BY_SIZE)} are taken")
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,26 @@ class TrainFlags(CommonFlags):
     )
     outer_wd: float = flag(0.0, "weight decay of X_s and Y_s", minimum=0)
     outer_grad_norm: float = flag(0.0, "clip the gradient norm of each tensor; 0: off", minimum=0)
+
+    precision: str = flag(
+        "fp32", "of the networks (tf32: CUDA only); the kernel solve is never below float32",
+        choices=PRECISIONS,
+    )  # fmt: skip
+    layout: str = flag(
+        "channels_last", "memory layout of images in the networks", choices=tuple(LAYOUTS)
+    )
+    compile: bool = flag(False, "compile the pool network's passes with torch.compile")
+    target_views: str = flag(
+        "auto", "targets of real images: looked up by view (exact), computed at every step as "
+        "published (online), or whichever fits the memory", choices=MODES,
+    )  # fmt: skip
+    views_dtype: str | None = flag(
+        None, "of the looked-up targets; default: bf16 with --precision bf16, else fp32",
+        choices=tuple(DTYPES),
+    )  # fmt: skip
+    views_dir: Path | None = flag(
+        None, "keep looked-up targets in this folder, for other runs with this target and data"
+    )
 
     print_every: int = flag(100, "steps between log lines", minimum=1)
     eval_every: int = flag(16000, "steps between linear evaluations", minimum=1)
@@ -197,11 +222,20 @@ FULL_TARGETS: dict[str, tuple[str, ...]] = {
 }
 
 
-def resolve_targets(source: str, joined: str) -> tuple[str, ...]:
-    """`full` or names joined by `_` -> target names; sources the paper lacks test on themselves."""
+def resolve_targets(source: str, joined: str, data_dir: Path) -> tuple[str, ...]:
+    """`full` or names joined by `_` -> target names; sources the paper lacks test on themselves.
+
+    A prepared set's own name may hold `_`: the longest name that exists is taken each time.
+    """
     if joined == "full":
         return FULL_TARGETS.get(source, (source,))
-    return tuple(joined.split("_"))
+    known, parts, names = {*KRR_SPECS, *prepared_names(data_dir)}, joined.split("_"), []
+    while parts:
+        ends = (n for n in range(len(parts), 1, -1) if "_".join(parts[:n]) in known)
+        end = next(ends, 1)
+        names.append("_".join(parts[:end]))
+        parts = parts[end:]
+    return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -225,14 +259,23 @@ class PretrainFlags:
     method: str = flag(
         "krr_st",
         "whose synthetic set: random, kmeans, dc, dsa, dm, mtt, kip, frepo, krr_st, "
-        "random_features, kmeans_features, in test_kd.py also gaussian; it decides the "
-        "pre-training recipe",
+        "random_features, kmeans_features, gaussian (in test_kd.py fresh noise, no set); it "
+        "decides the pre-training recipe",
     )
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "its {source}/{method}/ is read")
     synthetic_path: Path | None = flag(None, "a set anywhere instead (e.g. results/EXP)")
     pre_epoch: int | None = flag(None, "pre-training epochs; default: table", minimum=1)
     pre_iteration: int | None = flag(None, "pre-training steps; default: table", minimum=1)
     pre_opt: str | None = flag(None, "pre-training optimiser", choices=("sgd", "adam"))
+    pre_momentum: float | None = flag(
+        None, "pre-training momentum (sgd); default: table", minimum=0, maximum=0.999
+    )
+    pre_schedule: str | None = flag(
+        None, "how the pre-training rate falls; default: table", choices=tuple(SCHEDULES)
+    )
+    pre_warmup: int | None = flag(
+        None, "warm-up steps (cosine), at most half of all; default: table", minimum=0
+    )
     pre_lr: float | None = flag(None, "pre-training learning rate; default: table", above=0)
     pre_wd: float | None = flag(None, "pre-training weight decay; default: table", minimum=0)
     pre_batch_size: int | None = flag(None, "pre-training batch; default: table", minimum=1)
@@ -255,6 +298,13 @@ class ScratchFlags(MeasureFlags):
         None, "share of each class's target labels to use, instead of --shots", above=0, maximum=1
     )
     finetune_iteration: int | None = flag(None, "fine-tuning steps; default: table", minimum=1)
+    finetune_opt: str | None = flag(None, "fine-tuning optimiser", choices=("sgd", "adam"))
+    finetune_momentum: float | None = flag(
+        None, "fine-tuning momentum (sgd); default: table", minimum=0, maximum=0.999
+    )
+    finetune_schedule: str | None = flag(
+        None, "how the fine-tuning rate falls; default: table", choices=tuple(SCHEDULES)
+    )
     finetune_lr: float | None = flag(None, "fine-tuning learning rate; default: table", above=0)
     finetune_wd: float | None = flag(None, "fine-tuning weight decay; default: table", minimum=0)
     finetune_batch_size: int | None = flag(None, "fine-tuning batch; default: table", minimum=1)

@@ -11,18 +11,22 @@ from tqdm import tqdm
 
 from data.augment import default_padding, denormalize, normalize, to_float
 from data.load import ImageSet
-from data.loader import ImagePipeline, TensorLoader
+from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
 from evaluation.recipes import Recipe
 from krr_st.linear_eval import linear_evaluation
 from krr_st.loss import krr_loss
 from krr_st.pool import ModelPool
+from krr_st.views import RealBatch, TargetFunction, Targets
 from utils import checkpoint
+from utils.distributed import ALONE, Group
 from utils.finite import FiniteGuard
 from utils.images import save_curve, save_grid
 from utils.optim import make_optimizer, make_schedule
+from utils.precision import autocast
 from utils.resume import load_run, save_run
 from utils.runlog import LossWindow, RunFolder
+from utils.stop import StopRequest
 
 
 class Distiller:
@@ -31,15 +35,17 @@ class Distiller:
     Args:
         x_syn: (m, C, H, W) float32 initial images on the device.
         y_syn: (m, D) float32 initial targets.
-        target: the frozen target model, (b, C, H, W) -> (b, D).
+        targets: maps real batches to the target model's representations.
         pool: the networks features come from.
-        loader: endless normalised real batches.
+        loader: endless real batches, from `real_loader`.
         ridge: relative ridge of the kernel regression.
         optimizer: adam (AdamW) or sgd (momentum 0.5).
         lr: learning rate of both tensors; falls linearly to 1e-3 of it.
         wd: weight decay.
         grad_norm: bound on the gradient norm of each tensor on its own; 0: none.
         steps: length of the run.
+        precision: of the networks; the kernel solve and the updates are in float32 or better.
+        group: the processes that share the real batch; each averages its gradients with the rest.
 
     Source: Lee et al., arXiv 2310.06511, alg. 1.
     """
@@ -49,7 +55,7 @@ class Distiller:
         x_syn: Tensor,
         y_syn: Tensor,
         *,
-        target: nn.Module,
+        targets: Targets,
         pool: ModelPool,
         loader: TensorLoader,
         ridge: float,
@@ -58,11 +64,14 @@ class Distiller:
         wd: float,
         grad_norm: float,
         steps: int,
+        precision: str = "fp32",
+        group: Group = ALONE,
     ) -> None:
         self.x_syn = x_syn.clone().requires_grad_()
         self.y_syn = y_syn.clone().requires_grad_()
-        self.target, self.pool, self.loader = target, pool, loader
+        self.targets, self.pool, self.loader = targets, pool, loader
         self.ridge, self.grad_norm = ridge, grad_norm
+        self.precision, self.group = precision, group
         variables = [self.x_syn, self.y_syn]
         self.optimizer = make_optimizer(optimizer, variables, lr=lr, wd=wd, momentum=0.5)
         self.schedule = make_schedule("linear", self.optimizer, steps)
@@ -71,21 +80,24 @@ class Distiller:
     def step(self) -> Tensor:
         """One outer step; returns the loss before it (detached, on the device)."""
         slot = self.pool.draw()
-        x_real, _ = next(self._batches)
-        with torch.no_grad():
-            y_real = self.target(x_real)  # (b, D)
-            f_real = slot.model.embed(x_real)  # (b, d)
-        f_syn = slot.model.embed(self.x_syn)  # (m, d)
+        (x, view), index = next(self._batches)
+        with autocast(self.precision, x.device):
+            with torch.no_grad():
+                y_real = self.targets(RealBatch(x, index, view))  # (b, D)
+                f_real = slot.model.embed(x)  # (b, d)
+            f_syn = slot.model.embed(self.x_syn)  # (m, d)
         loss = krr_loss(f_real, y_real, f_syn, self.y_syn, self.ridge)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        loss = loss.detach()
+        self.group.average_([self.x_syn.grad, self.y_syn.grad, loss])
         if self.grad_norm > 0:
             for variable in (self.x_syn, self.y_syn):
                 nn.utils.clip_grad_norm_(variable, self.grad_norm)
         self.optimizer.step()
         self.schedule.step()
         self.pool.update(slot, self.x_syn.detach(), self.y_syn.detach())
-        return loss.detach()
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs."""
@@ -111,7 +123,7 @@ class Distiller:
 def initial_set(
     image_set: ImageSet,
     count: int,
-    target: nn.Module,
+    target: TargetFunction,
     *,
     init: str,
     device: torch.device,
@@ -134,20 +146,32 @@ def initial_set(
     index = torch.randperm(len(image_set.train), generator=generator)[:count]
     pixels = to_float(image_set.train.images[index].to(device))
     x = normalize(pixels, image_set.stats)
-    y = torch.cat([target(chunk) for chunk in x.split(256)])
+    y = torch.cat([target(chunk).float() for chunk in x.split(256)])
     return (pixels if init == "raw" else x), y
 
 
 def real_loader(
-    image_set: ImageSet, batch_size: int, device: torch.device, generator: torch.Generator
+    image_set: ImageSet,
+    batch_size: int,
+    device: torch.device,
+    generator: torch.Generator,
+    shard: tuple[int, int] = (0, 1),
 ) -> TensorLoader:
-    """Endless full batches of the training images: crop, flip, normalise; labels left out."""
-    pipeline = ImagePipeline(
-        image_set.stats, pad=default_padding(image_set.size), hflip=image_set.hflip
+    """Endless full batches of the training images, crop, flip, normalise: ((x, views), index).
+
+    Args:
+        image_set: the source; labels are not read.
+        batch_size: b, over all ranks.
+        device: where batches are wanted.
+        generator: order and views.
+        shard: (rank, ranks).
+    """
+    pipeline = ViewPipeline(
+        image_set.stats, pad=default_padding(image_set.size), hflip=image_set.hflip, shard=shard
     )
     return TensorLoader(
-        image_set.train.images, None, batch_size=batch_size, device=device,
-        generator=generator, transform=pipeline, drop_last=True,
+        image_set.train.images, None, batch_size=batch_size, device=device, generator=generator,
+        transform=pipeline, drop_last=True, with_index=True, shard=shard,
     )  # fmt: skip
 
 
@@ -190,52 +214,67 @@ def distill(
     """
     guard, window = FiniteGuard("distillation"), LossWindow(print_every)
     parts, start = {"distiller": distiller, "losses": window}, 0
+    first = distiller.group.first
     if run.state_path.exists():
         start, _ = load_run(run.state_path, parts)
         print(f"going on after step {start} of {steps}")
     else:
-        distiller.pool.warm_up(distiller.x_syn.detach(), distiller.y_syn.detach(), progress=True)
+        distiller.pool.warm_up(distiller.x_syn.detach(), distiller.y_syn.detach(), progress=first)
     run.truncate_log(start)
     evaluations = [e for e in run.read_log() if "linear_accuracy" in e]
     began = mark = time.perf_counter()
+    printed = start
     bar = tqdm(
         range(start + 1, steps + 1), desc="distilling", initial=start, total=steps,
-        disable=None, dynamic_ncols=True,  # None: no bar where nobody watches, lines instead
+        # None: no bar where nobody watches, lines instead.
+        disable=None if first else True, dynamic_ncols=True,
     )  # fmt: skip
-    for step in bar:
-        loss = distiller.step()
-        guard.check(loss, step)
-        window.add(loss)
-        if step % print_every == 0 or step == steps:
-            guard.flush()
-            now = time.perf_counter()
-            speed = min(print_every, step - start) / max(now - mark, 1e-9)
-            mean, rate = window.mean(), distiller.schedule.get_last_lr()[0]
-            run.log(step=step, loss=mean, lr=rate, steps_per_second=speed)
-            bar.set_postfix(loss=f"{mean:.4g}")
-            if bar.disable:
-                left = (steps - step) / speed
-                print(
-                    f"step {step}/{steps}: loss {mean:.4g}, {speed:.1f} steps/s, {left:.0f} s left",
-                    flush=True,
-                )
-            mark = time.perf_counter()
-        if step % eval_every == 0 or step == steps:
-            guard.flush()
-            accuracy = linear_evaluation(
-                distiller.x_syn.detach(), distiller.y_syn.detach(), image_set, arch=test_model,
-                pretraining=pretraining, classifier=classifier, device=device,
-                seed=run.seed, step=step,
-            )  # fmt: skip
-            if accuracy is not None:
-                evaluations.append({"step": step, "linear_accuracy": accuracy})
-                run.log(**evaluations[-1])
-                bar.write(f"step {step}: linear accuracy {accuracy:.2f} %")
+    with StopRequest() as stop:
+        for step in bar:
+            rate = distiller.schedule.get_last_lr()[0]
+            loss = distiller.step()
+            guard.check(loss, step)
+            window.add(loss)
+            last, printing = step == steps, step % print_every == 0
+            # Several processes have to leave at the same step; agreeing costs a message.
+            leaving = bool(stop) and distiller.group.ranks == 1
+            if printing or last:
+                guard.flush()
+                leaving = distiller.group.any(bool(stop))
+                now = time.perf_counter()
+                speed, printed = (step - printed) / max(now - mark, 1e-9), step
+                mean = window.mean()
+                run.log(step=step, loss=mean, lr=rate, steps_per_second=speed)
+                bar.set_postfix(loss=f"{mean:.4g}")
+                if bar.disable:
+                    left = (steps - step) / speed
+                    print(
+                        f"step {step}/{steps}: loss {mean:.4g}, {speed:.1f} steps/s, "
+                        f"{left:.0f} s left",
+                        flush=True,
+                    )
                 mark = time.perf_counter()
-        if step % save_every == 0 or step == steps:
-            guard.flush()
-            save_set(distiller, run)
-            save_run(run.state_path, step, parts)
+            if first and (step % eval_every == 0 or last):
+                guard.flush()
+                accuracy = linear_evaluation(
+                    distiller.x_syn.detach(), distiller.y_syn.detach(), image_set,
+                    arch=test_model, pretraining=pretraining, classifier=classifier,
+                    device=device, seed=run.seed, step=step,
+                )  # fmt: skip
+                if accuracy is not None:
+                    evaluations.append({"step": step, "linear_accuracy": accuracy})
+                    run.log(**evaluations[-1])
+                    bar.write(f"step {step}: linear accuracy {accuracy:.2f} %")
+                    mark = time.perf_counter()
+            if step % save_every == 0 or last or leaving:
+                guard.flush()
+                distiller.targets.flush()
+                if first:
+                    save_set(distiller, run)
+                    save_run(run.state_path, step, parts)
+            if leaving and not last:
+                bar.close()
+                stop.leave(f"after step {step} of {steps}")
     results = {
         "steps": steps,
         "loss": window.mean(),
@@ -245,7 +284,8 @@ def distill(
     }
     if device.type == "cuda":
         results["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
-    draw_artefacts(distiller, stats, run)
+    if first:
+        draw_artefacts(distiller, stats, run)
     return results
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from evaluation.fit import supervised, train_step
+from evaluation.fit import train_step
 from utils.errors import pick
+from utils.precision import autocast
 from utils.seed import draw_seed
 
 # What a slot's counter is set to when its network is replaced. The released code forgets to set it
 # back, so that such a slot is replaced again at every draw and never ages.
 RESET_AGE: dict[str, Callable[[int], int]] = {"paper": lambda age: 0, "released": lambda age: age}
-_LOSS = supervised(F.mse_loss)
 
 
 @dataclass
@@ -44,6 +44,7 @@ class ModelPool:
         max_steps: T; a network that has taken T steps is replaced at its next update.
         generator: CPU generator for draws, ages and the networks' seeds.
         reset: "paper" or "released", see RESET_AGE.
+        precision: in which the networks compute when they are trained.
 
     Raises:
         UserError: unknown reset policy.
@@ -60,10 +61,12 @@ class ModelPool:
         max_steps: int,
         generator: torch.Generator,
         reset: str = "paper",
+        precision: str = "fp32",
     ) -> None:
         self._make_model, self._make_optimizer = make_model, make_optimizer
         self.max_steps, self.generator = max_steps, generator
         self._age_after_reset = pick(RESET_AGE, reset, "pool_reset")
+        self.precision = precision
         self.slots = [self._fresh() for _ in range(size)]
 
     def _fresh(self, age: int = 0) -> Slot:
@@ -99,11 +102,15 @@ class ModelPool:
         fresh = self._fresh(self._age_after_reset(slot.age))
         slot.model, slot.optimizer, slot.age = fresh.model, fresh.optimizer, fresh.age
 
-    @staticmethod
-    def _train(slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
+    def _train(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
         slot.model.train().requires_grad_(True)
-        train_step(slot.model, x_syn, y_syn, _LOSS, slot.optimizer)
+        train_step(slot.model, x_syn, y_syn, self._loss, slot.optimizer)
         slot.age += 1
+
+    def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        with autocast(self.precision, x.device):
+            outputs = model(x)
+        return F.mse_loss(outputs.float(), y)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: weights, optimisers, ages, generator."""

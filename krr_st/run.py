@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import data
+from data.augment import count_views, default_padding, normalize, to_float
+from data.load import ImageSet
 from data.specs import Stats
 from evaluation.recipes import Recipe
 from krr_st.config import TrainFlags, resolve_preset
 from krr_st.distill import Distiller, distill, initial_set, real_loader
 from krr_st.pool import ModelPool
 from krr_st.target_model import load_target, resolve_checkpoint
+from krr_st.views import DTYPES, TargetFunction, Targets, make_targets, plan_views
 from models import get_model
-from utils import cli
-from utils.device import place, resolve_device
+from utils import checkpoint, cli
+from utils.device import free_memory, place, resolve_device
+from utils.distributed import Group, local_gpu, process_group, quiet_unless_first
 from utils.errors import UserError
 from utils.optim import make_optimizer
-from utils.runlog import RunFolder
+from utils.precision import autocast, check_precision, float32_mode
+from utils.runlog import FollowedRun, RunFolder
 from utils.seed import local_seed, make_generator
 
 
@@ -43,21 +49,37 @@ def resolve(flags: TrainFlags) -> TrainFlags:
 
 
 def run_distillation(flags: TrainFlags) -> int:
-    """Distil as `flags` say; returns the exit code.
+    """Distil as `flags` say, in this process or in all those that torchrun started.
+
+    Returns:
+        The exit code.
 
     Raises:
         UserError: bad flags, data, checkpoint or run folder; nothing is written then.
     """
-    flags = resolve(flags)
-    print(json.dumps(cli.as_json(flags), indent=2))
-    device = resolve_device(flags.device, flags.gpu_id)
-    if flags.dry_run:
-        return 0
+    with quiet_unless_first():
+        flags = resolve(flags)
+        print(json.dumps(cli.as_json(flags), indent=2))
+        device = resolve_device(flags.device, local_gpu(flags.gpu_id))
+        check_precision(flags.precision, device)
+        if flags.dry_run:
+            return 0
+        with process_group(device) as group, float32_mode(flags.precision):
+            return _distill(flags, device, group)
+
+
+def _distill(flags: TrainFlags, device: torch.device, group: Group) -> int:
     image_set = data.load(flags.data_name, flags.img_size, flags.data_dir)
     if flags.num_images > len(image_set.train):
         raise UserError(
             f"--num_images {flags.num_images} is more than the {len(image_set.train)} images "
             f"in {image_set.train.path}"
+        )
+    batch = min(flags.outer_batch_size, len(image_set.train))
+    if batch % group.ranks:
+        raise UserError(
+            f"--outer_batch_size: a batch of {batch} images cannot be dealt to {group.ranks} "
+            "processes; use a multiple of their number"
         )
     img_shape, stats = image_set.img_shape, image_set.stats
     if flags.syn_init == "raw":  # X_s lives in pixel space then: nothing to undo
@@ -66,14 +88,16 @@ def run_distillation(flags: TrainFlags) -> int:
         flags.target_model, flags.target_ckpt, img_shape, device,
         f"python -m krr_st.target --data_name {flags.data_name} --img_size {flags.img_size} "
         f"--target_model {flags.target_model} --data_dir {flags.data_dir}", image_set.stats,
+        layout=flags.layout,
     )  # fmt: skip
+
+    def represent(x: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(flags.precision, device):
+            return target(x)
+
     get_model(flags.test_model, img_shape, target.dim)  # an unknown name fails now, not at the end
     make_pool_network(flags.train_model, img_shape, target.dim, torch.device("cpu"), 0)
-    run = RunFolder(
-        Path(flags.save_dir) / flags.exp_name, cli.as_json(flags), seed=flags.seed, device=device,
-        extra={"data_name": flags.data_name, "mean": stats.mean, "std": stats.std},
-        overwrite=flags.overwrite,
-    )  # fmt: skip
+    run = open_run(flags, stats, device, group)
     if run.finished:
         print(f"{run.path} holds the finished run of these flags; --overwrite runs it again")
         return 0
@@ -82,24 +106,30 @@ def run_distillation(flags: TrainFlags) -> int:
     elif image_set.test is None:
         print(f"{flags.data_name} has no test split: evaluations use the training images")
     x_syn, y_syn = initial_set(
-        image_set, flags.num_images, target, init=flags.syn_init, device=device,
+        image_set, flags.num_images, represent, init=flags.syn_init, device=device,
         generator=make_generator(run.seed, "initial images"),
     )  # fmt: skip
     pool = ModelPool(
-        lambda seed: make_pool_network(flags.train_model, img_shape, target.dim, device, seed),
+        lambda seed: make_pool_network(
+            flags.train_model, img_shape, target.dim, device, seed, flags.layout
+        ),
         lambda model: make_optimizer(
             flags.online_opt, model.parameters(), lr=flags.online_lr, wd=flags.online_wd
         ),
         size=flags.num_models, max_steps=flags.online_iteration,
         generator=make_generator(run.seed, "pool"), reset=flags.pool_reset,
+        precision=flags.precision,
     )  # fmt: skip
     distiller = Distiller(
-        x_syn, y_syn, target=target, pool=pool,
+        x_syn, y_syn, pool=pool,
+        targets=make_run_targets(flags, image_set, represent, target.dim, device),
         loader=real_loader(
-            image_set, flags.outer_batch_size, device, make_generator(run.seed, "real batches")
+            image_set, flags.outer_batch_size, device, make_generator(run.seed, "real batches"),
+            group.shard,
         ),
         ridge=flags.ridge, optimizer=flags.outer_opt, lr=flags.outer_lr, wd=flags.outer_wd,
-        grad_norm=flags.outer_grad_norm, steps=flags.outer_iteration,
+        grad_norm=flags.outer_grad_norm, steps=flags.outer_iteration, precision=flags.precision,
+        group=group,
     )  # fmt: skip
     results = distill(
         distiller, image_set, run, steps=flags.outer_iteration, print_every=flags.print_every,
@@ -120,9 +150,75 @@ def run_distillation(flags: TrainFlags) -> int:
     return 0
 
 
+def open_run(
+    flags: TrainFlags, stats: Stats, device: torch.device, group: Group
+) -> RunFolder | FollowedRun:
+    """The run folder, made by the first process and followed by the others.
+
+    Raises:
+        UserError: it holds a run with other flags, or cannot be written.
+    """
+    path, run = Path(flags.save_dir) / flags.exp_name, None
+    if group.first:
+        run = RunFolder(
+            path, cli.as_json(flags), seed=flags.seed, device=device, overwrite=flags.overwrite,
+            extra={"data_name": flags.data_name, "mean": stats.mean, "std": stats.std},
+        )  # fmt: skip
+    shared = group.from_first((run.seed, run.finished) if run else None)
+    return run or FollowedRun(path, *shared)
+
+
+def make_run_targets(
+    flags: TrainFlags,
+    image_set: ImageSet,
+    represent: TargetFunction,
+    dim: int,
+    device: torch.device,
+) -> Targets:
+    """Where the run's targets come from: a table of views, or the target model at every step.
+
+    Raises:
+        UserError: a table on disk cannot be made.
+    """
+    images, pad = image_set.train.images, default_padding(image_set.size)
+    rows = len(images) * count_views(pad, image_set.hflip)
+    draws = flags.outer_iteration * min(flags.outer_batch_size, len(images))
+    dtype = DTYPES[flags.views_dtype or ("bf16" if flags.precision == "bf16" else "fp32")]
+    plan = plan_views(
+        flags.target_views, dtype, rows=rows, dim=dim, draws=draws, free=free_memory(device),
+        keep=flags.views_dir is not None,
+    )  # fmt: skip
+    print(f"targets: {plan.kind} ({plan.why})")
+    about = {}
+    if plan.kind == "file":
+        x = normalize(to_float(images[:1]), image_set.stats).to(device)
+        about = {
+            "target_model": flags.target_model,
+            # What the network computes, wherever its weights came from.
+            "target": checkpoint.fingerprint(represent(x.expand(16, -1, -1, -1))[0]),
+            "images": checkpoint.fingerprint(images),
+            "stats": [image_set.stats.mean, image_set.stats.std],
+            "pad": pad, "hflip": image_set.hflip, "precision": flags.precision,
+        }  # fmt: skip
+        if flags.target_ckpt is not None:
+            about["checkpoint"] = hashlib.sha256(flags.target_ckpt.read_bytes()).hexdigest()[:16]
+    return make_targets(
+        represent, images, stats=image_set.stats, pad=pad, hflip=image_set.hflip, dim=dim,
+        device=device, plan=plan, about=about,
+        # On a GPU all at once: a view at a time leaves it idle. A CPU computes what is drawn.
+        fill=device.type == "cuda" and draws >= rows,
+        folder=flags.views_dir or Path(flags.save_dir) / "target_views",
+    )  # fmt: skip
+
+
 def make_pool_network(
-    arch: str, img_shape: tuple[int, int, int], dim: int, device: torch.device, seed: int
+    arch: str,
+    img_shape: tuple[int, int, int],
+    dim: int,
+    device: torch.device,
+    seed: int,
+    layout: str = "channels_last",
 ) -> nn.Module:
     """A fresh zoo-A network with `dim` outputs, initialised from `seed` alone."""
     with local_seed(seed):
-        return place(get_model(arch, img_shape, dim), device)
+        return place(get_model(arch, img_shape, dim), device, layout)

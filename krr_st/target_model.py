@@ -14,6 +14,7 @@ from data.specs import Stats
 from krr_st.foreign_targets import load_hf, load_torchvision
 from models import get_model
 from models.base import Classifier
+from models.fold import fold_frozen
 from models.resnet import SmallStemResNet
 from utils import checkpoint
 from utils.device import place
@@ -90,6 +91,7 @@ def load_target(
     device: torch.device,
     make_command: str,
     stats: Stats | None = None,
+    layout: str = "channels_last",
 ) -> nn.Module:
     """Load a target model, in eval mode and frozen.
 
@@ -101,6 +103,7 @@ def load_target(
         device: where it shall live.
         make_command: printed when the file does not exist.
         stats: what the images are normalised with; needed by hf: and torchvision: alone.
+        layout: memory layout of its weights.
 
     Returns:
         A map from normalised images (B, C, H, W) to features (B, dim), with the attribute `dim`.
@@ -114,10 +117,16 @@ def load_target(
         if stats is None:
             raise ValueError(f"{arch} needs the statistics its images are normalised with")
         model = pick(FOREIGN, family, "kind of target model")(name, path, img_shape, stats)
-        return place(model, device).eval().requires_grad_(False)
+        return place(model, device, layout).eval().requires_grad_(False)
     model = Representation(arch, img_shape)
     if not path.exists():
         raise UserError(f"target checkpoint {path} does not exist; make it with: {make_command}")
     state = checkpoint.load_state(path, what="target checkpoint")
     checkpoint.apply_state(model.backbone, state, origin=path, skip=("fc.",))
-    return place(model, device).eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    model.backbone = fold_frozen(model.backbone, _sample(img_shape))
+    return place(model, device, layout)
+
+
+def _sample(img_shape: tuple[int, int, int]) -> Tensor:
+    return torch.randn(2, *img_shape, generator=torch.Generator().manual_seed(0))

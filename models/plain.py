@@ -6,14 +6,16 @@ padding of single-channel images and in the names of the layers, which are argum
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from models.base import Classifier, map_size
+from models.fold import can_fold, folded_conv
 from utils.errors import pick
 
 # (channels, (height, width)) -> the norm that follows a convolution.
@@ -145,8 +147,27 @@ class PlainNet(Classifier):
         self.set_head(num_classes, rows[-1].width, size, head_name=head_name, dropout=dropout)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) -> the last feature map (B, num_pooled, h, w)."""
-        return getattr(self, self.trunk_name)(x)
+        """Images (B, C, H, W) -> the last feature map (B, num_pooled, h, w).
+
+        Where BatchNorm is a fixed affine map (eval mode, no gradient of its parameters) it goes
+        into the weights of the convolution before it.
+        """
+        trunk = getattr(self, self.trunk_name)
+        layers = list(self._rows(trunk))
+        if not any(can_fold(layer, after) for layer, after in itertools.pairwise(layers)):
+            return trunk(x)
+        position = 0
+        while position < len(layers):
+            layer, after = layers[position], layers[position + 1 : position + 2]
+            if after and can_fold(layer, after[0]):
+                x, position = folded_conv(layer, after[0], x), position + 2
+            else:
+                x, position = layer(x), position + 1
+        return x
+
+    @staticmethod
+    def _rows(trunk: nn.Module) -> Iterator[nn.Module]:
+        return (module for module in trunk.modules() if next(module.children(), None) is None)
 
 
 class ConvNet(PlainNet):

@@ -10,13 +10,13 @@ from conftest import write_set
 
 import data
 import train
-from data.loader import ImagePipeline, TensorLoader
 from data.synthetic import SyntheticSet
 from krr_st import distill as distill_module
-from krr_st.distill import Distiller, initial_set
+from krr_st.distill import Distiller, initial_set, real_loader
 from krr_st.loss import krr_loss
 from krr_st.pool import ModelPool
 from krr_st.target_model import Representation
+from krr_st.views import OnlineTargets
 from models import get_model
 from utils import checkpoint
 from utils.optim import make_optimizer
@@ -55,13 +55,10 @@ def make_distiller(root, *, size=2, max_steps=5, loader=None, **changes):
         make_net, lambda model: make_optimizer("sgd", model.parameters(), lr=0.05),
         size=size, max_steps=max_steps, generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
-    loader = loader or TensorLoader(
-        image_set.train.images, None, batch_size=16, device=CPU,
-        generator=torch.Generator().manual_seed(2),
-        transform=ImagePipeline(image_set.stats, pad=1, hflip=True), drop_last=True,
-    )  # fmt: skip
+    loader = loader or real_loader(image_set, 16, CPU, torch.Generator().manual_seed(2))
     settings = dict(ridge=1e-6, optimizer="adam", lr=1e-2, wd=0.0, grad_norm=0.0, steps=40)
-    return Distiller(x, y, target=target, pool=pool, loader=loader, **{**settings, **changes})
+    settings |= {"targets": OnlineTargets(target), **changes}
+    return Distiller(x, y, pool=pool, loader=loader, **settings)
 
 
 class OneBatch:
@@ -72,7 +69,7 @@ class OneBatch:
 
     def forever(self):
         while True:
-            yield self.x, None
+            yield (self.x, torch.zeros(len(self.x))), torch.arange(len(self.x))
 
 
 def test_steps_lower_the_loss(tiny):
@@ -89,7 +86,7 @@ def by_hand(distiller, real, optimizer):
     net = slot.model.eval()
     x, y = (t.detach().clone().requires_grad_() for t in (distiller.x_syn, distiller.y_syn))
     update = optimizer([x, y])
-    loss = krr_loss(net.embed(real).detach(), distiller.target(real), net.embed(x), y)
+    loss = krr_loss(net.embed(real).detach(), distiller.targets.target(real), net.embed(x), y)
     gradients = torch.autograd.grad(loss, (x, y))
     x.grad, y.grad = gradients
     update.step()
@@ -132,7 +129,7 @@ def test_the_gradient_stops_at_the_synthetic_set(tiny):
     distiller.step()
     slot, x, y = seen[0]
     assert all(p.grad is None for p in slot.model.parameters())
-    assert all(p.grad is None for p in distiller.target.parameters())
+    assert all(p.grad is None for p in distiller.targets.target.parameters())
     after = slot.model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)  # running statistics included
     assert not x.requires_grad and not y.requires_grad
@@ -243,7 +240,7 @@ def test_run_folder(tiny):
     assert all(0 <= e["linear_accuracy"] <= 100 for e in evaluations)
     losses = [e for e in log("a") if "loss" in e]
     assert [e["step"] for e in losses] == [2, 4, 6, 8, 9]
-    assert losses[-1]["loss"] == results["loss"] and losses[-1]["lr"] == pytest.approx(1e-5)
+    assert losses[-1]["loss"] == results["loss"] and losses[-1]["lr"] == pytest.approx(1e-2 * (1 - 0.999 * 8 / 9))
     x, y = tensors("a")
     assert x.shape == (6, *SHAPE) and y.shape == (6, 4) and x.dtype == y.dtype == torch.float32
     assert not x.requires_grad and not y.requires_grad

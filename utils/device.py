@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, pick
 
 
 def resolve_device(device: str | None, gpu_id: int = 0) -> torch.device:
@@ -46,10 +49,31 @@ def resolve_device(device: str | None, gpu_id: int = 0) -> torch.device:
     return chosen
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+def place(model: nn.Module, device: torch.device, layout: str = "channels_last") -> nn.Module:
     """Move a network to `device` with channels-last weights; convolutions then run that way.
 
     On a 2-core CPU a training step of convnet_32_64_128_bn on 128 images of 16 pixels took 0.64 of
     the time of the default layout (0.52 on one thread). Values change by float rounding only.
+
+    Args:
+        model: the network, changed in place.
+        device: where to.
+        layout: a key of LAYOUTS.
     """
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device, memory_format=pick(LAYOUTS, layout, "layout"))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on `device` now: free on CUDA, else available to this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass  # not Linux
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

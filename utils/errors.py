@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import TypeVar
+
+from utils.stop import Stopped
 
 T = TypeVar("T")
 
@@ -26,15 +29,25 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
 
 
 def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2."""
+    """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2.
+
+    A run that was asked to stop leaves with 128 + the signal's number. Of several processes under
+    torchrun only the first prints.
+    """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
+        first = os.environ.get("RANK", "0") == "0"
         try:
             return main(argv) or 0
         except UserError as error:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            if first:
+                print("error: " + " ".join(str(error).split()), file=sys.stderr)
             return 2
+        except Stopped as stopped:
+            if first:
+                print(stopped, file=sys.stderr)
+            return stopped.exit_code
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -168,6 +168,37 @@ class RunFolder:
         self.state_path.unlink(missing_ok=True)
 
 
+class FollowedRun:
+    """The folder of a run whose first process writes; this one reads the state and no more.
+
+    Args:
+        path: the folder.
+        seed: of the run.
+        finished: whether it has its results.
+    """
+
+    def __init__(self, path: Path | str, seed: int, finished: bool) -> None:
+        self.path, self.seed, self.finished = Path(path), seed, finished
+
+    @property
+    def state_path(self) -> Path:
+        """Where the run's state is saved."""
+        return self.path / "state.pt"
+
+    def truncate_log(self, step: int) -> None:
+        """Left to the first process."""
+
+    def log(self, **entry: Any) -> None:
+        """Left to the first process."""
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """Nothing: only what the first process writes depends on it."""
+        return []
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Left to the first process."""
+
+
 class LossWindow:
     """Mean of the last `size` losses, kept on the device: reading it is the only synchronisation.
 

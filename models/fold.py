@@ -1,0 +1,112 @@
+"""BatchNorm as part of the convolution before it, where it is a fixed affine map.
+
+In eval mode BatchNorm computes s·x + t with s = γ/√(σ² + ε) and t = β - s·μ, so that
+BN(w * x + b) = (s·w) * x + s·b + t: one pass over the feature map less, forward and backward.
+Values change by float rounding only.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+def can_fold(conv: nn.Module, norm: nn.Module) -> bool:
+    """Whether `norm` is a BatchNorm2d that is a fixed affine map, and `conv` a plain convolution.
+
+    Not in train mode, without running statistics, or where its parameters want a gradient; not
+    where somebody listens to either module with a forward hook.
+    """
+    if not (isinstance(norm, nn.BatchNorm2d) and type(conv) is nn.Conv2d):
+        return False
+    if norm.training or norm.running_mean is None or norm.weight is None:
+        return False
+    if norm._forward_hooks or conv._forward_hooks or conv.padding_mode != "zeros":
+        return False
+    return not (torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad))
+
+
+def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """`norm(conv(x))` in one convolution; gradients reach x and the convolution's parameters.
+
+    Args:
+        conv: the convolution.
+        norm: BatchNorm2d for which `can_fold` holds.
+        x: (B, C, H, W).
+
+    Returns:
+        (B, C', H', W').
+    """
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    shift = norm.bias - norm.running_mean * scale
+    bias = shift if conv.bias is None else torch.addcmul(shift, conv.bias, scale)
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    return nn.functional.conv2d(
+        x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+
+
+@torch.no_grad()
+def fold_frozen(model: nn.Module, sample: Tensor) -> nn.Module:
+    """A copy of a frozen eval-mode network with every BatchNorm folded that directly follows a conv.
+
+    Which one follows which is seen on `sample`; the copy is returned only if it computes the same.
+
+    Args:
+        model: any network that takes `sample`, in eval mode.
+        sample: (B, C, H, W) on the model's device.
+
+    Returns:
+        The folded copy, or `model` itself where nothing can be folded or the outputs differ.
+    """
+    produced: dict[int, str] = {}
+    pairs: dict[str, str] = {}
+    outputs = []  # kept alive, so that ids stay unique
+
+    def after_conv(name: str):
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            outputs.append(output)
+            produced[id(output)] = name
+
+        return hook
+
+    def before_norm(name: str):
+        def hook(module: nn.Module, inputs: tuple) -> None:
+            if id(inputs[0]) in produced:
+                pairs[name] = produced[id(inputs[0])]
+
+        return hook
+
+    candidates = dict(model.named_modules())
+    handles = [
+        module.register_forward_hook(after_conv(name))
+        for name, module in candidates.items()
+        if type(module) is nn.Conv2d
+    ] + [
+        module.register_forward_pre_hook(before_norm(name))
+        for name, module in candidates.items()
+        if isinstance(module, nn.BatchNorm2d)
+    ]
+    try:
+        wanted = model(sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    pairs = {n: c for n, c in pairs.items() if can_fold(candidates[c], candidates[n])}
+    if not pairs or len(set(pairs.values())) < len(pairs):
+        return model
+    folded = copy.deepcopy(model)
+    for norm_name, conv_name in pairs.items():
+        conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
+        _replace(folded, conv_name, fuse_conv_bn_eval(conv, norm))
+        _replace(folded, norm_name, nn.Identity())
+    folded.requires_grad_(False)
+    return folded if torch.allclose(folded(sample), wanted, rtol=1e-3, atol=1e-4) else model
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

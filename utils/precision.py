@@ -1,0 +1,53 @@
+"""How exactly networks compute: fp32, tf32 or bf16."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import torch
+
+from utils.errors import UserError
+
+# What each one costs and keeps. Losses, kernels and optimisers stay in float32 or better in all.
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def check_precision(name: str, device: torch.device) -> None:
+    """Refuse what the device cannot do.
+
+    Raises:
+        UserError: tf32 without CUDA.
+    """
+    if name not in PRECISIONS:
+        raise UserError(f"unknown precision {name!r}; valid: {', '.join(PRECISIONS)}")
+    if name == "tf32" and device.type != "cuda":
+        raise UserError(f"--precision tf32 is a mode of NVIDIA GPUs; {device} has fp32 and bf16")
+
+
+@contextlib.contextmanager
+def float32_mode(name: str) -> Iterator[None]:
+    """Within the block float32 products are exact (fp32) or rounded to TF32 (tf32, bf16) on CUDA.
+
+    PyTorch's own default differs between convolutions (TF32) and matrix products (exact).
+    """
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cuda.allow_tf32, cudnn.allow_tf32
+    cuda.allow_tf32 = cudnn.allow_tf32 = name != "fp32"
+    try:
+        yield
+    finally:
+        cuda.allow_tf32, cudnn.allow_tf32 = before
+
+
+def autocast(name: str, device: torch.device) -> AbstractContextManager:
+    """Networks called in the block compute in bfloat16 where `name` says so; weights stay float32.
+
+    Args:
+        name: fp32, tf32 or bf16.
+        device: where the networks live.
+    """
+    if name != "bf16":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,0 +1,68 @@
+"""SIGTERM and Ctrl-C as a request: the loop saves first, then the command leaves."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+
+class Stopped(Exception):
+    """A run that was asked to stop has saved; the message says how to go on.
+
+    Args:
+        message: for the user.
+        number: the signal.
+    """
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """Within `with StopRequest() as stop:` a first SIGTERM or Ctrl-C only sets `stop.number`.
+
+    A loop asks `if stop:` where it can save, and then calls `leave`. A second Ctrl-C ends the
+    process at once, as ever. Nested ones share the signal; outside the main thread, where Python
+    allows no handlers, nothing changes.
+
+    Attributes:
+        number: the signal received, or None.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {n: signal.signal(n, self._note) for n in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.number is not None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def leave(self, where: str) -> None:
+        """Raise `Stopped`; call once everything is saved.
+
+        Args:
+            where: how far the run is, such as "after step 120 of 1000".
+        """
+        number = self.number or signal.SIGTERM
+        raise Stopped(
+            f"stopped {where} by {signal.Signals(number).name}; everything is saved, "
+            "the same command goes on from there",
+            number,
+        )
