@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from utils.errors import UserError
 from utils.finite import FiniteGuard
 
 # (model, inputs, targets) -> scalar
@@ -83,7 +84,7 @@ def fit(
         `model`.
 
     Raises:
-        UserError: a loss is not finite; names the step.
+        UserError: a loss is not finite (names the step), or a batch too small for BatchNorm.
     """
     guard = FiniteGuard(what)
     model.train()
@@ -93,7 +94,15 @@ def fit(
     ):
         x, y = next(iterator)
         rate = optimizer.param_groups[0]["lr"]
-        loss = train_step(model, x, y, loss_fn, optimizer)
+        try:
+            loss = train_step(model, x, y, loss_fn, optimizer)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"{what}: a batch of one image leaves BatchNorm of this network a single value; "
+                "choose a batch size that leaves no last batch of one, or another network"
+            ) from None
         guard.check(loss, step)
         if schedule is not None:
             schedule.step()

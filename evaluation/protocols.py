@@ -33,10 +33,14 @@ def train_by_recipe(
 ) -> nn.Module:
     """Run `fit` with the loss, optimiser and schedule of `recipe` for `steps` steps.
 
-    A run shorter than the recipe's has a warm-up shortened alike.
+    A run shorter than the recipe's has a warm-up shortened alike, and no warm-up takes more than
+    half of a run: one given in few epochs or steps would never reach its rate.
     """
-    optimizer = make_optimizer(recipe.optimizer, model.parameters(), lr=recipe.lr, wd=recipe.wd)
-    warmup = min(recipe.warmup, round(recipe.warmup * steps / max(1, recipe.steps or steps)))
+    optimizer = make_optimizer(
+        recipe.optimizer, model.parameters(), lr=recipe.lr, momentum=recipe.momentum, wd=recipe.wd
+    )
+    shortened = round(recipe.warmup * min(1.0, steps / (recipe.steps or steps)))
+    warmup = min(shortened, steps // 2)
     schedule = make_schedule(recipe.schedule, optimizer, steps, warmup)
     loss_fn = supervised(pick(LOSSES, recipe.loss, "loss"))
     return fit(

@@ -27,7 +27,7 @@ class Recipe:
 
     Attributes:
         loss: a name in LOSSES.
-        optimizer: sgd (momentum 0.9) or adam (AdamW).
+        optimizer: sgd or adam (AdamW).
         lr: learning rate.
         wd: weight decay.
         schedule: a name in utils.optim.SCHEDULES.
@@ -36,6 +36,7 @@ class Recipe:
         steps: length in optimiser steps; 0 where `epochs` says it.
         warmup: warm-up steps of the schedule.
         dsa: strategy of the differentiable augmentation, or "none".
+        momentum: of sgd.
     """
 
     loss: str
@@ -48,6 +49,7 @@ class Recipe:
     steps: int = 0
     warmup: int = 0
     dsa: str = "none"
+    momentum: float = 0.9
 
     def total_steps(self, count: int, scale: float = 1.0) -> int:
         """Optimiser steps on `count` images, times `scale`, at least one."""
@@ -73,15 +75,16 @@ _VECTORS = Recipe(
 )  # fmt: skip
 _FEATURES = Recipe("mse", "sgd", 0.1, 1e-3, "constant", 256, epochs=1000)
 
+GAUSSIAN = "gaussian"
+
 PRETRAIN: dict[str, Recipe] = {
     **dict.fromkeys(("random", "kmeans", "dc", "dsa", "dm", "mtt"), _LABELS),
     **dict.fromkeys(("kip", "frepo"), _VECTORS),
-    **dict.fromkeys(("krr_st", "random_features", "kmeans_features"), _FEATURES),
+    **dict.fromkeys(("krr_st", "random_features", "kmeans_features", GAUSSIAN), _FEATURES),
 }
 
 # Distillation from a teacher (Table 4), on the synthetic images of a method or on noise; the
 # cross-entropy is the one against the teacher's distribution, `evaluation.fit.kd_loss`.
-GAUSSIAN = "gaussian"
 _KD = Recipe("cross_entropy", "adam", 1e-4, 0.0, "cosine", 512, epochs=1000, dsa=DSA_STRATEGY)
 KD: dict[str, Recipe] = {**dict.fromkeys(PRETRAIN, _KD), GAUSSIAN: _KD.override(lr=1e-3)}
 

@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
     image_set = data.load(flags.data_name, preset.size, flags.data_dir, splits=("train",))
     count = flags.num_images or preset.num_images
-    if count > len(image_set.train):
+    if count > len(image_set.train) and make is not _gaussian:
         raise UserError(
             f"--num_images {count} is more than the {len(image_set.train)} images "
             f"in {image_set.train.path}"

@@ -58,7 +58,7 @@ def resolve_preset(data_name: str, data_dir: Path, img_size: int | None) -> Pres
         if size <= limit:
             kept = known or row
             return Preset(size, kept.num_images, row.network, kept.target_model)
-    raise UserError(f"images of {size} pixels are too large; up to {max(PRESETS_BY_SIZE)} are taken")
+    raise UserError(f"images of {size} pixels are too large; the limit is {max(PRESETS_BY_SIZE)}")
 
 
 @dataclass(frozen=True)

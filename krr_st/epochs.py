@@ -39,7 +39,8 @@ def make_checkpoint(
         train: trains in that folder; returns the network and what else goes into results.json.
 
     Raises:
-        UserError: the folder holds a run with other flags, or `path` came from elsewhere.
+        UserError: the folder holds a run with other flags, `path` came from elsewhere, or the
+            trained weights are not finite.
     """
     folder = path.with_suffix("")
     if path.exists() and not (folder / "config.json").exists() and not flags.overwrite:
@@ -56,7 +57,10 @@ def make_checkpoint(
         return
     began = time.perf_counter()
     network, results = train(run)
-    checkpoint.save({k: v.cpu().contiguous() for k, v in network.state_dict().items()}, path)
+    state = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
+    if not all(v.isfinite().all() for v in state.values()):
+        raise UserError(f"{path}: the last step left weights that are not finite; lower --lr")
+    checkpoint.save(state, path)
     loss = run.read_log()[-1]["loss"]
     seconds = time.perf_counter() - began
     run.finish({"checkpoint": path, "loss": loss, **results, "seconds": seconds})

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 import data
-from data.dsa import diff_augment
+from data.dsa import diff_augment, without_flip
 from data.load import ImageSet
 from data.loader import TensorLoader
 from evaluation.fit import accuracy, fit, kd_loss, supervised
 from evaluation.protocols import outputs
 from evaluation.recipes import GAUSSIAN, KD, Recipe
 from krr_st.config import KdFlags, resolve_preset
-from krr_st.transfer import Pretraining, build_backbone, load_pretraining
+from krr_st.transfer import Pretraining, build_backbone, load_pretraining, may_mirror
 from models import get_model
 from utils import checkpoint, cli
 from utils.cells import CellStore
@@ -195,6 +195,8 @@ def prepare(flags: KdFlags) -> Distillation:
     target = data.load(flags.target_data_name, preset.size, flags.data_dir, splits=("test",))
     if target.num_classes is None:
         raise UserError(f"{target.test.path.parent} has no labels; a target needs them")
+    if not (target.hflip and may_mirror(flags.source_data_name, flags.data_dir)):
+        recipe = recipe.override(dsa=without_flip(recipe.dsa))
     pretraining, count = None, preset.num_images
     if flags.method != GAUSSIAN:
         pretraining = load_pretraining(flags, preset.size, arch)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import data
 from data.dsa import without_flip
 from data.load import ImageSet, ImageSplit
+from data.meta import read_meta
 from data.specs import KRR_SPECS
 from data.synthetic import SyntheticSet
 from evaluation.probe import few_shot_indices, label_fraction_indices
@@ -63,21 +64,28 @@ def build_backbone(
     return model.eval()
 
 
-def labelled_indices(labels: Tensor, shots: str, fraction: float | None, seed: int) -> Tensor:
+def labelled_indices(target: ImageSet, shots: str, fraction: float | None, seed: int) -> Tensor:
     """Which labelled images a cell may use: a draw from `seed` alone, so the same for all methods.
 
     Args:
-        labels: (N,) of the target's training split.
+        target: its training split has the labels.
         shots: images a class, or "all".
         fraction: share of each class instead, or None.
         seed: of the repetition.
+
+    Raises:
+        UserError: a class has fewer images than `shots`.
     """
+    labels = target.train.labels
     generator = make_generator(seed, "labelled subset", shots, fraction)
     if fraction is not None:
         return label_fraction_indices(labels, fraction, generator)
     if shots == "all":
         return torch.arange(len(labels))
-    return few_shot_indices(labels, int(shots), generator)
+    try:
+        return few_shot_indices(labels, int(shots), generator)
+    except UserError as error:
+        raise UserError(f"{target.name}: {error}") from None
 
 
 class TargetTask:
@@ -119,6 +127,12 @@ class TargetTask:
             )  # fmt: skip
 
 
+def may_mirror(name: str, data_dir: Path) -> bool:
+    """Whether mirror images of a set mean the same: its row says so, or its meta.json if any."""
+    spec = KRR_SPECS.get(name)
+    return spec.hflip if spec else bool(read_meta(Path(data_dir) / name).get("hflip", True))
+
+
 def load_pretraining(flags: TestFlags, size: int, arch: str) -> Pretraining:
     """The synthetic set of a method and the recipe that belongs to it, with the flags put in.
 
@@ -128,9 +142,9 @@ def load_pretraining(flags: TestFlags, size: int, arch: str) -> Pretraining:
     recipe = pretrain_recipe(flags.method, flags.source_data_name, arch).override(
         epochs=flags.pre_epoch, steps=flags.pre_iteration, optimizer=flags.pre_opt,
         lr=flags.pre_lr, wd=flags.pre_wd, batch_size=flags.pre_batch_size, dsa=flags.pre_dsa,
+        momentum=flags.pre_momentum, schedule=flags.pre_schedule, warmup=flags.pre_warmup,
     )  # fmt: skip
-    spec = KRR_SPECS.get(flags.source_data_name)
-    if spec is not None and not spec.hflip and flags.pre_dsa is None:
+    if flags.pre_dsa is None and not may_mirror(flags.source_data_name, flags.data_dir):
         recipe = recipe.override(dsa=without_flip(recipe.dsa))
     path = flags.synthetic_path
     if path is None:
@@ -148,18 +162,31 @@ def load_pretraining(flags: TestFlags, size: int, arch: str) -> Pretraining:
     return Pretraining(synthetic, recipe, width, flags.steps_scale)
 
 
-def load_targets(names: tuple[str, ...], size: int, data_dir: Path) -> list[ImageSet]:
+def load_targets(
+    names: tuple[str, ...], size: int, data_dir: Path, img_shape: tuple[int, ...] | None
+) -> list[ImageSet]:
     """Read every target once.
 
+    Args:
+        names: of the targets.
+        size: side of their images.
+        data_dir: folder of the prepared tensors.
+        img_shape: (C, H, W) that one network takes; None: the first target's.
+
     Raises:
-        UserError: a set that is missing, or has no labels or no test split.
+        UserError: a set that is missing, lacks labels or a test split, or has other channels.
     """
-    targets = []
+    targets: list[ImageSet] = []
     for name in names:
         target = data.load(name, size, data_dir)
-        if target.num_classes is None or target.test is None:
-            what = "labels" if target.num_classes is None else "test split"
+        if target.num_classes is None or target.test is None or target.test.labels is None:
+            what = "test split" if target.test is None else "labels in each split"
             raise UserError(f"{target.train.path.parent} has no {what}; a target needs both")
+        wanted = img_shape or (targets or [target])[0].img_shape
+        if target.img_shape != wanted:
+            raise UserError(
+                f"images of {name} are {target.img_shape}, those the network is made for {wanted}"
+            )
         targets.append(target)
     return targets
 
@@ -174,7 +201,7 @@ def parse_shots(joined: str) -> tuple[str, ...]:
     for part in parts:
         if part != "all" and not (part.isdecimal() and int(part) > 0):
             raise UserError(f"--shots {joined}: {part!r} is neither a positive number nor 'all'")
-    return parts
+    return tuple(dict.fromkeys(parts))
 
 
 def run_transfer(flags: ScratchFlags) -> int:
@@ -195,8 +222,13 @@ def run_transfer(flags: ScratchFlags) -> int:
     pretraining = None
     if isinstance(flags, TestFlags):
         pretraining = load_pretraining(flags, preset.size, arch)
-    names = resolve_targets(flags.source_data_name, flags.target_data_name)
-    targets = load_targets(names, preset.size, flags.data_dir)
+    names = resolve_targets(flags.source_data_name, flags.target_data_name, flags.data_dir)
+    shape = tuple(pretraining.synthetic.images.shape[1:]) if pretraining else None
+    targets = load_targets(names, preset.size, flags.data_dir, shape)
+    for target in targets:  # what cannot be measured is said before anything is trained
+        get_model(arch, target.img_shape, target.num_classes)
+        for count in shots:
+            labelled_indices(target, count, flags.label_fraction, seed)
     store = CellStore(flags.log_dir / "results.jsonl")
     settings = cell_settings(flags, method, arch, preset.size, pretraining)
     cells = []
@@ -246,8 +278,9 @@ def run_repetition(
     for target in targets:
         task = None
         recipe = finetune_recipe(target.name, arch, target.size).override(
-            steps=flags.finetune_iteration, lr=flags.finetune_lr, wd=flags.finetune_wd,
-            batch_size=flags.finetune_batch_size,
+            steps=flags.finetune_iteration, optimizer=flags.finetune_opt, lr=flags.finetune_lr,
+            wd=flags.finetune_wd, batch_size=flags.finetune_batch_size,
+            momentum=flags.finetune_momentum, schedule=flags.finetune_schedule,
         )  # fmt: skip
         for count in shots:
             key = {**settings, "target": target.name, "shots": count, "seed": seed}
@@ -259,7 +292,7 @@ def run_repetition(
                 cells.append(cell)
                 continue
             began = time.perf_counter()
-            index = labelled_indices(target.train.labels, count, flags.label_fraction, seed)
+            index = labelled_indices(target, count, flags.label_fraction, seed)
             if backbone is None:
                 backbone = build_backbone(
                     arch, target.img_shape, pretraining, dropout=flags.dropout,

@@ -77,3 +77,20 @@ def test_a_loss_that_is_not_finite_yet_unseen_is_not_saved(tmp_path, monkeypatch
         epochs=4, save_every=1, run=run, what="test",
     )  # fmt: skip
     assert len(steps) == 8 and saves == [2, 4]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_weights_that_are_not_finite_are_no_checkpoint(workspace, capsys, monkeypatch, name):
+    """The loss of a step is taken before it: after the last step only the weights show."""
+    command, flags = COMMANDS[name]
+    write_set("datasets", "tiny")
+    real = epochs.fit
+
+    def diverged(network, *args, **kwargs):
+        real(network, *args, **kwargs)
+        next(iter(network.parameters())).data.fill_(float("inf"))
+
+    monkeypatch.setattr(epochs, "fit", diverged)
+    assert command.main([*SHARED, *flags]) == 2
+    assert "not finite" in capsys.readouterr().err
+    assert not Path(f"teacher_ckpt/{name}.pt").exists()

@@ -1,0 +1,251 @@
+"""test.py and test_scratch.py: targets, early refusals, what is read, trained and overridden."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_set
+from torch import nn
+
+import test as test_command
+import test_scratch
+from data.synthetic import SyntheticSet
+from evaluation import protocols
+from evaluation.fit import fit, supervised
+from evaluation.recipes import DSA_STRATEGY, PRETRAIN, Recipe
+from krr_st import baselines, kd, transfer
+from krr_st.config import KdFlags, TestFlags, resolve_targets
+from utils import checkpoint
+from utils.errors import UserError
+
+NET = "convnet_4_8_bn"
+SHARED = [
+    "--source_data_name", "tiny", "--img_size", "8", "--test_model", NET, "--device", "cpu",
+    "--num_test", "1",
+]  # fmt: skip
+SHORT = ["--pre_epoch", "2", "--finetune_iteration", "2"]
+
+
+@pytest.fixture
+def tiny(workspace):
+    write_set("datasets", "tiny")
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 3, 8, 8, generator=generator), torch.randn(6, 5, generator=generator)
+    SyntheticSet(x, y).save(Path("synthetic_data/tiny/krr_st"))
+    return workspace
+
+
+def cells():
+    return [json.loads(line) for line in Path("test_log/results.jsonl").read_text().splitlines()]
+
+
+def fails(capsys, command, argv, *words):
+    assert command.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words), line
+    assert not Path("test_log").exists()
+
+
+def test_target_names(tmp_path):
+    for name in ("my_birds", "my", "birds_cars"):
+        write_set(tmp_path, name)
+    full = ("cifar100", "cifar10", "aircraft", "cars", "cub2011", "dogs", "flowers")
+    assert resolve_targets("cifar100", "full", tmp_path) == full
+    assert resolve_targets("mine", "full", tmp_path) == ("mine",)
+    fine_grained = "aircraft_cars_cub2011_dogs_flowers"
+    assert resolve_targets("cifar100", fine_grained, tmp_path) == full[2:]
+    assert resolve_targets("cifar100", "my_birds", tmp_path) == ("my_birds",)
+    assert resolve_targets("cifar100", "cars_my_birds_my", tmp_path) == ("cars", "my_birds", "my")
+    assert resolve_targets("cifar100", "my_birds_cars", tmp_path) == ("my_birds", "cars")
+    assert resolve_targets("cifar100", "mars_my", tmp_path) == ("mars", "my")
+    assert resolve_targets("cifar100", "cars_dogs_cars", tmp_path) == ("cars", "dogs")
+
+
+def test_a_name_with_underscores_is_one_target(tiny):
+    write_set("datasets", "my_set")
+    argv = [*SHARED, "--finetune_iteration", "2", "--target_data_name", "my_set_tiny_tiny"]
+    assert test_scratch.main([*argv, "--shots", "2_2"]) == 0
+    assert [cell["target"] for cell in cells()] == ["my_set", "tiny"]
+    assert transfer.parse_shots("10_all_10") == ("10", "all")
+
+
+def test_grey_targets_of_colour_networks(tiny, capsys):
+    write_set("datasets", "grey", channels=1)
+    argv = [*SHARED, "--target_data_name", "grey", *SHORT]
+    fails(capsys, test_command, argv, "grey", "(1, 8, 8)", "(3, 8, 8)")
+    argv = [*SHARED, "--target_data_name", "tiny_grey", "--finetune_iteration", "2"]
+    fails(capsys, test_scratch, argv, "grey", "(1, 8, 8)", "(3, 8, 8)")
+    argv[argv.index("tiny_grey")] = "grey"
+    assert test_scratch.main(argv) == 0
+
+
+def test_test_labels_are_needed(tiny, capsys):
+    (write_set("datasets", "half") / "Y_te_8.pth").unlink()
+    for protocol in ("finetune", "linear"):
+        argv = [*SHARED, "--target_data_name", "half", "--protocol", protocol]
+        fails(capsys, test_scratch, argv, "datasets/half", "labels in each split")
+
+
+def test_what_cannot_be_measured_fails_before_anything_is_trained(tiny, capsys):
+    write_set("datasets", "few", train=8)
+    argv = [*SHARED, "--target_data_name", "tiny_few", *SHORT]
+    fails(capsys, test_command, [*argv, "--shots", "all_3"], "few: --shots 3", "(2 samples)")
+    argv[argv.index(NET)] = "vgg"
+    fails(capsys, test_command, argv, "vgg", "32x32")
+
+
+def test_images_are_read_once_and_one_network_serves_all_targets(tiny, monkeypatch):
+    write_set("datasets", "other", seed=1)
+    read, trained, real_load, real_pretrain = [], [], checkpoint.load_tensor, transfer.pretrain
+
+    def load_tensor(path, **kwargs):
+        read.append(str(path))
+        return real_load(path, **kwargs)
+
+    def pretrain(*args, **kwargs):
+        trained.append(1)
+        return real_pretrain(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "load_tensor", load_tensor)
+    monkeypatch.setattr(transfer, "pretrain", pretrain)
+    argv = [*SHARED, *SHORT, "--target_data_name", "tiny_other", "--shots", "2_all"]
+    assert test_command.main([*argv, "--num_test", "2"]) == 0
+    images = [path for path in read if "datasets" in path]
+    assert len(images) == len(set(images)) == 8  # X and Y, train and test, of two targets
+    assert len(trained) == 2 and len(cells()) == 8  # seeds; seeds x targets x shots
+
+
+def test_interrupted_between_cells(tiny, monkeypatch):
+    write_set("datasets", "other", seed=1)
+    argv = [*SHARED, *SHORT, "--target_data_name", "tiny_other", "--num_test", "2"]
+    assert test_command.main([*argv, "--log_dir", "whole"]) == 0
+    calls, real = [], transfer.finetune
+
+    def killed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(transfer, "finetune", killed)
+    assert test_command.main(argv) == 130
+    assert len(cells()) == 3
+    assert test_command.main(argv) == 0
+    assert len(calls) == 5  # the missing cell alone
+    whole = [json.loads(line) for line in Path("whole/results.jsonl").read_text().splitlines()]
+    assert [(c["id"], c["accuracy"]) for c in cells()] == [(c["id"], c["accuracy"]) for c in whole]
+
+
+def test_gaussian_baseline_is_a_method(tiny):
+    torch.manual_seed(0)
+    from krr_st.target_model import Representation
+
+    state = Representation(NET, (3, 8, 8)).backbone.state_dict()
+    checkpoint.save(state, f"teacher_ckpt/barlow_twins_{NET}_tiny.pt")
+    argv = ["--data_name", "tiny", "--img_size", "8", "--target_model", NET, "--device", "cpu"]
+    # More than there are real images: noise needs none.
+    assert baselines.main([*argv, "--method", "gaussian", "--num_images", "50"]) == 0
+    assert test_command.main([*SHARED, "--method", "gaussian", "--protocol", "knn", *SHORT]) == 0
+    assert cells()[0]["method"] == "gaussian"
+    assert PRETRAIN["gaussian"] == PRETRAIN["krr_st"]
+
+
+@pytest.mark.parametrize("prefix", ["pre_", "finetune_"])
+def test_every_hyper_parameter_has_a_flag(tiny, monkeypatch, prefix):
+    """What the tables print can be overridden; the loss belongs to the method."""
+    values = {
+        "optimizer": ("opt", "adam"), "lr": ("lr", 0.3), "wd": ("wd", 0.25),
+        "schedule": ("schedule", "linear"), "batch_size": ("batch_size", 3),
+        "momentum": ("momentum", 0.5), "steps": ("iteration", 7),
+    }  # fmt: skip
+    if prefix == "pre_":
+        values |= {"warmup": ("warmup", 4), "dsa": ("dsa", "color")}
+    missing = {f.name for f in dataclasses.fields(Recipe)} - values.keys()
+    # Fine-tuning has neither warm-up nor DSA; one length stands for the other.
+    assert missing == {"loss", "epochs"} | ({"warmup", "dsa"} if prefix != "pre_" else set())
+    seen = {}
+    monkeypatch.setattr(transfer, "pretrain", lambda *a, **k: seen.setdefault("pre_", a[2]))
+    monkeypatch.setattr(
+        transfer, "finetune", lambda *a, **k: seen.setdefault("finetune_", a[3]) and 50.0
+    )
+    flags = [word for name, v in values.values() for word in (f"--{prefix}{name}", str(v))]
+    assert test_command.main([*SHARED, *flags]) == 0
+    changed = {field: getattr(seen[prefix], field) for field in values}
+    assert changed == {field: value for field, (_, value) in values.items()}
+    assert seen[prefix].epochs == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe_steps", "warmup", "steps", "first_full"),
+    [(10000, 500, 200, 10), (1000, 500, 1000, 500), (0, 500, 40, 20), (100, 500, 100, 50),
+     (100, 0, 30, 0), (10, 4, 1, 0), (10, 4, 30, 4)],
+)  # fmt: skip
+def test_warmup_of_short_runs(recipe_steps, warmup, steps, first_full):
+    """The peak is always reached: by steps given alone, by epochs, and under --steps_scale."""
+    recipe = Recipe("mse", "adam", 0.5, 0.0, "cosine", 4, steps=recipe_steps, warmup=warmup)
+    batch, rates = (torch.ones(2, 1), torch.ones(2, 1)), []
+    protocols.train_by_recipe(
+        nn.Linear(1, 1), iter(lambda: batch, None), recipe, steps=steps, what="test",
+        on_step=lambda step, loss, rate: rates.append(rate),
+    )  # fmt: skip
+    assert rates.index(max(rates)) == first_full and max(rates) == 0.5
+
+
+def test_momentum_of_the_recipe():
+    recipe = Recipe("mse", "sgd", 0.1, 0.0, "constant", 4, momentum=0.25)
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    batch = (torch.ones(2, 1), torch.zeros(2, 1))
+    protocols.train_by_recipe(model, iter(lambda: batch, None), recipe, steps=3, what="test")
+    weight, buffer = 1.0, 0.0
+    for _ in range(3):
+        buffer = 0.25 * buffer + 2 * weight
+        weight -= 0.1 * buffer
+    assert model.weight.item() == pytest.approx(weight)
+
+
+def test_batchnorm_over_one_value_is_one_clear_line():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [(torch.ones(1, 2), torch.zeros(1, 3))]
+    with pytest.raises(UserError, match=r"pre-training: a batch of one image .*batch size"):
+        fit(model, batches, supervised(nn.functional.mse_loss), optimizer, steps=1,
+            what="pre-training")  # fmt: skip
+
+    def broken(model, x, y):
+        raise ValueError("something else")
+
+    with pytest.raises(ValueError, match="something else") as error:
+        fit(model, batches, broken, optimizer, steps=1)
+    assert not isinstance(error.value, UserError)
+
+
+def test_sets_that_must_not_be_mirrored_are_not_mirrored_by_dsa(tiny):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 3, 8, 8, generator=generator)
+    SyntheticSet(x, torch.arange(6) % 4).save(Path("synthetic_data/tiny/random"))
+    upright = "color_crop_cutout_scale_rotate"
+    shared = {"source_data_name": "tiny", "method": "random", "data_dir": Path("datasets")}
+
+    def strategies():
+        pretraining = transfer.load_pretraining(TestFlags(**shared), 8, NET)
+        flags = KdFlags(
+            **shared, target_data_name="goal", img_size=8, test_model=NET, device="cpu",
+            teacher_arch=NET, teacher_ckpt=Path("teacher.pt"),
+        )  # fmt: skip
+        return pretraining.recipe.dsa, kd.prepare(flags).recipe.dsa
+
+    write_set("datasets", "goal")
+    torch.manual_seed(0)
+    checkpoint.save(kd.get_model(NET, (3, 8, 8), 4).state_dict(), "teacher.pt")
+    transfer.load_targets(("goal",), 8, Path("datasets"), None)  # stores its statistics
+    assert strategies() == (DSA_STRATEGY, DSA_STRATEGY)
+    for name, expected in (("goal", (DSA_STRATEGY, upright)), ("tiny", (upright, upright))):
+        path = Path("datasets") / name / "meta.json"
+        meta = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**meta, "hflip": False}))
+        assert strategies() == expected
+    flags = TestFlags(**shared, pre_dsa="flip")
+    assert transfer.load_pretraining(flags, 8, NET).recipe.dsa == "flip"
