@@ -51,7 +51,7 @@ def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fold_frozen(model: nn.Module, sample: Tensor) -> nn.Module:
-    """A copy of a frozen eval-mode network with every BatchNorm folded that directly follows a conv.
+    """A copy of a frozen eval-mode network, BatchNorm that directly follows a convolution folded.
 
     Which one follows which is seen on `sample`; the copy is returned only if it computes the same.
 

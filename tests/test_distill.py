@@ -240,7 +240,9 @@ def test_run_folder(tiny):
     assert all(0 <= e["linear_accuracy"] <= 100 for e in evaluations)
     losses = [e for e in log("a") if "loss" in e]
     assert [e["step"] for e in losses] == [2, 4, 6, 8, 9]
-    assert losses[-1]["loss"] == results["loss"] and losses[-1]["lr"] == pytest.approx(1e-2 * (1 - 0.999 * 8 / 9))
+    assert losses[-1]["loss"] == results["loss"] and losses[-1]["lr"] == pytest.approx(
+        1e-2 * (1 - 0.999 * 8 / 9)
+    )
     x, y = tensors("a")
     assert x.shape == (6, *SHAPE) and y.shape == (6, 4) and x.dtype == y.dtype == torch.float32
     assert not x.requires_grad and not y.requires_grad

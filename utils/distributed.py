@@ -1,4 +1,4 @@
-"""One run over several processes started by torchrun: who is who, and how gradients are averaged."""
+"""One run over several processes of torchrun: who is who, and how gradients are averaged."""
 
 from __future__ import annotations
 

@@ -58,7 +58,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 # Flags that may differ between two starts of the same run; the seed is compared on its own, since
 # one that was drawn may be given at the next start.
-_NOT_IDENTITY = ("seed", "device", "gpu_id", "overwrite", "dry_run")
+_NOT_IDENTITY = (
+    "seed", "device", "gpu_id", "overwrite", "dry_run", "target_views", "views_dir",
+)  # fmt: skip
 _STALE = ("results.json", "state.pt", "log.jsonl")
 # Dropped by --overwrite: no set may lie beside the configuration of another run.
 _ARTEFACTS = ("x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png")

@@ -1,0 +1,297 @@
+"""Target views: a table that says what the target model would."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import write_set
+
+import data
+import train
+from data.augment import count_views, view_numbers, views_from_numbers
+from data.loader import TensorLoader, ViewPipeline
+from data.specs import Stats
+from krr_st.distill import real_loader
+from krr_st.target_model import Representation
+from krr_st.views import (
+    DTYPES,
+    OnlineTargets,
+    RealBatch,
+    TargetViews,
+    mapped_table,
+    plan_views,
+)
+from utils import checkpoint
+from utils.errors import UserError
+from utils.seed import local_seed
+
+CPU = torch.device("cpu")
+NET, SHAPE = "convnet_4_bn", (3, 8, 8)
+STATS = Stats((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_target():
+    with local_seed(77):
+        return Representation(NET, SHAPE).eval().requires_grad_(False)
+
+
+class Counting:
+    """The target model, and how many images it has seen."""
+
+    def __init__(self):
+        self.model, self.seen = make_target(), 0
+
+    def __call__(self, x):
+        self.seen += len(x)
+        with torch.no_grad():
+            return self.model(x)
+
+
+def naive_view(image, top, left, flip, pad):
+    """One view of one image, sliced by hand."""
+    x = F.pad(image.double() / 255, (pad,) * 4)[:, top : top + 8, left : left + 8]
+    x = x.flip(-1) if flip else x
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (STATS.mean, STATS.std)
+    )
+    return ((x - mean) / std).float()
+
+
+IMAGES = torch.randint(
+    256, (5, *SHAPE), generator=torch.Generator().manual_seed(3)
+).to(torch.uint8)  # fmt: skip
+
+
+@pytest.mark.parametrize("hflip", [False, True])
+@pytest.mark.parametrize("filled", [False, True])
+def test_every_view_equals_the_target_model(hflip, filled):
+    pad, target = 2, Counting()
+    views = count_views(pad, hflip)
+    assert views == 25 * (2 if hflip else 1)
+    table = TargetViews(target, torch.full((5 * views, 4), torch.nan), views)
+    if filled:
+        table.fill(IMAGES, STATS, pad, progress=False)
+        assert target.seen == 5 * views
+    number = 0
+    for flip in [False, True][: 1 + hflip]:
+        for top in range(5):
+            for left in range(5):
+                x = torch.stack([naive_view(i, top, left, flip, pad) for i in IMAGES])
+                batch = RealBatch(x, torch.arange(5), torch.full((5,), number))
+                torch.testing.assert_close(table(batch), target.model(x), rtol=1e-5, atol=1e-6)
+                number += 1
+    assert number == views and not table.table.isnan().any()
+
+
+def test_numbers_name_views():
+    numbers = torch.arange(count_views(4, True))
+    assert len(numbers) == 162
+    assert torch.equal(view_numbers(views_from_numbers(numbers, 4), 4), numbers)
+
+
+def test_a_view_is_computed_once_whatever_is_drawn():
+    target = Counting()
+    table = TargetViews(target, torch.empty(5 * 50, 4), 50)
+    loader = TensorLoader(
+        IMAGES, None, batch_size=4, device=CPU, generator=torch.Generator().manual_seed(0),
+        transform=ViewPipeline(STATS, pad=2, hflip=True), drop_last=True, with_index=True,
+    ).forever()  # fmt: skip
+    drawn, online = set(), OnlineTargets(target.model)
+    for _ in range(200):
+        (x, view), index = next(loader)
+        batch = RealBatch(x, index, view)
+        assert torch.equal(table(batch), online(batch))
+        drawn |= set((index * 50 + view).tolist())
+    assert table.known.sum() == len(drawn) and 150 < len(drawn) <= 250
+    before = target.seen
+    table(batch)
+    assert target.seen == before
+
+
+def test_values_do_not_depend_on_what_else_is_missing():
+    target = make_target()
+    x = torch.randn(40, *SHAPE, generator=torch.Generator().manual_seed(1))
+    rows = torch.arange(40)
+
+    def by(sizes):
+        table = TargetViews(target, torch.empty(40, 4), 1)
+        for part in rows.split(sizes):
+            table(RealBatch(x[part], part, torch.zeros_like(part)))
+        return table.table
+
+    assert torch.equal(by([40]), by([1] * 40)) and torch.equal(by([40]), by([3, 17, 20]))
+
+
+def test_a_bf16_table_and_online_agree():
+    target = make_target()
+    x = torch.randn(20, *SHAPE)
+    batch = RealBatch(x, torch.arange(20), torch.zeros(20, dtype=torch.int64))
+    table = TargetViews(target, torch.empty(20, 4, dtype=torch.bfloat16), 1)
+    online = OnlineTargets(target, torch.bfloat16)
+    assert torch.equal(table(batch), online(batch)) and online(batch).dtype == torch.float32
+    torch.testing.assert_close(online(batch), target(x), rtol=2**-8, atol=0)
+
+
+def test_table_on_disk_goes_on(tmp_path):
+    batch = RealBatch(torch.randn(16, *SHAPE), torch.arange(16), torch.zeros(16, dtype=torch.int64))
+
+    def start(**about):
+        target = Counting()
+        table, known, flush = mapped_table(tmp_path, 16, 4, torch.float32, {"target": "a", **about})
+        return target, TargetViews(target, table, 1, known, flush)
+
+    target, first = start()
+    wanted = first(batch)
+    target, lost = start()  # the first was killed before it flushed: nothing is taken for known
+    lost(batch)
+    assert target.seen == 16
+    lost.flush()
+    target, again = start()
+    assert torch.equal(again(batch), wanted) and target.seen == 0
+    target, other = start(target="b")
+    other(batch)
+    assert target.seen == 16
+    known = next(tmp_path.glob("*/known.pt"))
+    known.write_bytes(b"torn")
+    with pytest.raises(UserError, match="is truncated"):
+        start()
+
+
+def test_no_room_for_a_table(tmp_path):
+    with pytest.raises(UserError, match=r"--views_dir .*target views of .* GB"):
+        mapped_table(tmp_path, 2**50, 512, torch.float32, {})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--views_dir"):
+        mapped_table(tmp_path / "file", 4, 4, torch.float32, {})
+
+
+@pytest.mark.parametrize(
+    ("mode", "keep", "draws", "free", "kind"),
+    [
+        ("online", True, 10**9, 10**9, "online"),
+        ("auto", False, 10**6, 10**7, "memory"),
+        ("auto", False, 10**6, 10**5, "online"),  # does not fit
+        ("auto", False, 10, 10**7, "online"),  # hardly a view comes twice
+        ("auto", True, 10, 10**5, "file"),
+        ("exact", False, 10, 10**7, "memory"),
+        ("exact", False, 10, 10**5, "file"),
+    ],
+)
+def test_plan(mode, keep, draws, free, kind):
+    plan = plan_views(
+        mode, DTYPES["fp32"], rows=1000, dim=128, draws=draws, free=free, keep=keep
+    )  # fmt: skip
+    assert plan.kind == kind
+
+
+# --- as commands ---
+
+
+@pytest.fixture
+def tiny(workspace):
+    write_set("datasets", "tiny", train=32, test=8)
+    checkpoint.save(make_target().backbone.state_dict(), f"teacher_ckpt/barlow_twins_{NET}_tiny.pt")
+    return workspace
+
+
+def flags(name, *more):
+    text = (
+        f"--data_name tiny --exp_name {name} --img_size 8 --target_model {NET} --train_model {NET} "
+        "--num_images 6 --num_models 2 --online_iteration 4 --outer_iteration 12 --pre_epoch 2 "
+        "--outer_batch_size 16 --test_iteration 3 --eval_every 99 --save_every 5 --print_every 4 "
+        "--seed 4 --device cpu"
+    )
+    return [*text.split(), *more]
+
+
+def synthetic(name):
+    folder = Path("results") / name
+    return [torch.load(folder / f"{t}_syn.pt", weights_only=True) for t in "xy"]
+
+
+def test_train_gives_the_same_set_wherever_targets_come_from(tiny, capsys):
+    ways = {
+        "online": ["--target_views", "online"],
+        "memory": ["--target_views", "exact"],
+        "file": ["--target_views", "exact", "--views_dir", "cache"],
+        "reused": ["--views_dir", "cache"],
+    }
+    for name, more in ways.items():
+        assert train.main(flags(name, *more)) == 0
+        assert f"targets: {name.replace('reused', 'file')}" in capsys.readouterr().out
+    first = synthetic("online")
+    for name in ways:
+        assert all(torch.equal(a, b) for a, b in zip(first, synthetic(name), strict=True)), name
+    assert len(list(Path("cache").iterdir())) == 1  # one table, used twice
+    about = json.loads(next(Path("cache").glob("*/about.json")).read_text())
+    assert about["pad"] == 1 and about["rows"] == 32 * 18
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_and_layout(tiny, precision):
+    assert train.main(flags("a", "--precision", precision)) == 0
+    assert train.main(flags("b", "--precision", precision, "--layout", "contiguous")) == 0
+    for a, b in zip(synthetic("a"), synthetic("b"), strict=True):
+        assert a.isfinite().all() and a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=0, atol=0.2)  # the pool amplifies rounding
+
+
+def test_tf32_needs_cuda(tiny, capsys):
+    assert train.main(flags("a", "--precision", "tf32")) == 2
+    assert capsys.readouterr().err.startswith("error: --precision tf32 is a mode of NVIDIA GPUs")
+
+
+# --- several processes ---
+
+
+def test_shards_of_a_batch_are_the_batch(tiny):
+    image_set = data.load("tiny", 8, "datasets")
+
+    def batches(shard):
+        loader = real_loader(image_set, 12, CPU, torch.Generator().manual_seed(0), shard).forever()
+        return [next(loader) for _ in range(5)]
+
+    parts = [batches((rank, 3)) for rank in range(3)]
+    for step, ((x, view), index) in enumerate(batches((0, 1))):
+        for rank in range(3):
+            (own_x, own_view), own_index = parts[rank][step]
+            assert torch.equal(own_x, x[rank::3]) and torch.equal(own_view, view[rank::3])
+            assert torch.equal(own_index, index[rank::3])
+
+
+def test_a_batch_that_cannot_be_dealt(tiny):
+    with pytest.raises(ValueError, match="cannot be dealt to 5 ranks"):
+        real_loader(
+            data.load("tiny", 8, "datasets"), 12, CPU, torch.Generator().manual_seed(0), (0, 5)
+        )
+
+
+def torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, str(ROOT / "train.py"), *arguments],
+        capture_output=True, text=True, timeout=120, env=environment, check=False,
+    )  # fmt: skip
+
+
+def test_two_processes_equal_one(tiny):
+    assert train.main(flags("one")) == 0
+    done = torchrun(*flags("two"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("synthetic set:") == 1  # one of them speaks
+    for a, b in zip(synthetic("one"), synthetic("two"), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    logs = [
+        [json.loads(line) for line in (Path("results") / n / "log.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    ]
+    assert [e.get("step") for e in logs[0]] == [e.get("step") for e in logs[1]]
+    for a, b in zip(*logs, strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-3)
