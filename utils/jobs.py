@@ -49,7 +49,7 @@ def run_missing(missing: Callable[[], list[Job]], claims: Claims) -> list[str]:
         free = [j for j in jobs if j.name not in elsewhere]
         if not free:
             if elsewhere:
-                print(f"{len(elsewhere)} jobs are running in other processes; nothing else is left")
+                print(f"jobs running in other processes: {len(elsewhere)}; nothing else is left")
             return skipped
         name = free[0].name
         with claims.claim(claim_name(name)) as ours:

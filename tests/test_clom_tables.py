@@ -1,0 +1,275 @@
+"""DC, DSA, DM with and without CLoM beside the published numbers."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_set
+from test_cli import fails
+
+import train_original_models
+from clom import table_runs, tables
+from clom.config import DistillFlags
+from clom.published import RANDOM, published_numbers
+from clom.table_cells import cell_flags, cell_key, collect, data_facts, is_shortened, places
+from clom.table_config import VARIANTS, TablesFlags, Variant, parse_variant
+from clom.table_runs import estimate, missing_jobs
+from utils.cells import CellStore, read_cells
+
+ROOT = Path(__file__).resolve().parents[1]
+LOG = Path("test_log/clom")
+TINY = ["--datasets", "CIFAR10", "--ipcs", "1", "--model", "ConvNetD1", "--Iteration", "2",
+        "--num_eval", "2", "--epoch_eval_train", "1", "--batch_real", "2", "--models_pool",
+        "ConvNetD1", "--epoch", "1", "--CLoM_batch_size", "8", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(workspace):
+    data_facts.cache_clear()
+    write_set("datasets", "cifar10", size=32, train=30, test=20, classes=10)
+    return workspace
+
+
+def teacher(seed="0"):
+    argv = ["--normalize_data", "--dataset", "CIFAR10", "--model", "ConvNetD1", "--epochs", "1",
+            "--num", "1", "--seed", seed, "--device", "cpu"]  # fmt: skip
+    assert train_original_models.main(argv) == 0
+
+
+def cells():
+    return read_cells(LOG / "results.jsonl")
+
+
+def csv_rows():
+    return {(r["row"], r["column"]): r for r in csv.DictReader((LOG / "table.csv").open())}
+
+
+def test_published_numbers_and_their_places():
+    published = published_numbers()
+    assert published["CIFAR10", "DM", "10"] == (48.9, 0.6)
+    assert published["CIFAR100", "DSA", "50"] == (42.8, 0.4)
+    assert published["SVHN", "DC", "1"] == (31.2, 1.4)
+    assert published["TinyImageNet", RANDOM, "50"] == (15.0, 0.4)
+    assert ("CIFAR100", "DC", "50") not in published  # nobody printed it
+    flags = TablesFlags(datasets=("MNIST", "CIFAR10", "CIFAR100"))
+    shown = {(p.dataset, p.row, str(p.ipc)) for p in places(flags)}
+    assert {k for k in published if k[0] in flags.datasets and int(k[2]) <= 50} <= shown
+
+
+def test_table_without_a_run(workspace, capsys):
+    assert tables.main(["--datasets", "CIFAR10", "--ipcs", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert "– [48.90 ± 0.60]" in printed and "84.8" in printed
+    rows = csv_rows()
+    assert len(rows) == 1 + 3 * 4 and all(r["n"] == "0" for r in rows.values())
+    # Another network or size than the published one: nothing to compare with.
+    for other in (["--model", "ConvNetD2"], ["--img_size", "16"]):
+        assert tables.main(["--datasets", "CIFAR10", "--ipcs", "10", *other]) == 0
+        assert "48.90" not in capsys.readouterr().out
+
+
+def test_cells_run_are_kept_and_pooled(tiny, capsys):
+    teacher()
+    capsys.readouterr()
+    argv = [*TINY, "--methods", "DM", "--variants", "none", "ce:10", "cos", "--num_exp", "2"]
+    assert tables.main([*argv, "--run"]) == 0
+    printed = capsys.readouterr().out
+    assert "[6/6]" in printed and " left" in printed and "†" in printed
+    assert len(cells()) == 6 and {c["seed"] for c in cells()} == {0, 1}
+    for cell in cells():  # the value is that of main.py's own results
+        results = json.loads((LOG / "runs" / cell["folder"] / "results.json").read_text())
+        (network,) = results["networks"]
+        assert cell["accuracy"] == pytest.approx(100 * network["mean"]) and network["n"] == 2
+    mine = [c for c in cells() if c["variant"] == "ce"]
+    values = [v for c in mine for v in c["accuracies"]]
+    row = csv_rows()["DM + CLoM ce, α 10", "CIFAR10, 1 ipc"]
+    assert row["n"] == "4" and row["scaled"] == "True"
+    assert float(row["std"]) == pytest.approx(statistics.pstdev(values))
+    start = [v for c in cells() if c["variant"] == "none" for v in c["start_accuracies"]]
+    assert float(csv_rows()[RANDOM, "CIFAR10, 1 ipc"]["mean"]) == pytest.approx(
+        statistics.fmean(start)
+    )
+    before = (LOG / "results.jsonl").read_bytes()
+    assert tables.main([*argv, "--run"]) == 0
+    assert "[1/" not in capsys.readouterr().out
+    assert (LOG / "results.jsonl").read_bytes() == before
+    # A pre-trained model that was trained again makes other cells; only those are averaged then.
+    shutil.rmtree("pretrained_model")
+    teacher(seed="1")
+    again = [*argv, "--run"]
+    again[again.index("--num_exp") + 1] = "1"
+    assert tables.main(again) == 0
+    assert len(cells()) == 8
+    rows = csv_rows()
+    assert rows["DM + CLoM cos", "CIFAR10, 1 ipc"]["n"] == "2"
+    assert rows["DM", "CIFAR10, 1 ipc"]["n"] == "4"
+
+
+def test_missing_models_are_said_and_skipped(tiny, capsys):
+    argv = [*TINY, "--methods", "DM", "--variants", "none", "cos", "--num_exp", "1", "--run"]
+    assert tables.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "skipped: looked for 1 x" in printed and "train_original_models.py" in printed
+    assert [c["variant"] for c in cells()] == ["none"]
+    assert not list((LOG / "runs").glob("*cos*"))
+    argv[argv.index("CIFAR10")] = "SVHN"
+    assert tables.main(argv) == 0
+    assert "svhn" in capsys.readouterr().out and len(cells()) == 1
+
+
+def test_interrupted_cell_goes_on(tiny, monkeypatch, capsys):
+    argv = [*TINY, "--methods", "DM", "--variants", "none", "--num_exp", "1", "--run",
+            "--save_every", "1"]  # fmt: skip
+    assert tables.main([*argv, "--log_dir", "whole"]) == 0
+    from clom import distill
+
+    save = distill.save_run
+
+    def stop(*args, **options):
+        save(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "save_run", stop)
+    assert tables.main(argv) == 130
+    assert cells() == [] and not list((LOG / "claims").glob("*.lock"))
+    monkeypatch.setattr(distill, "save_run", save)
+    capsys.readouterr()
+    assert tables.main(argv) == 0
+    assert "going on after iteration 1" in capsys.readouterr().out
+    (whole,), (parts,) = read_cells(Path("whole/results.jsonl")), cells()
+    assert parts["accuracies"] == whole["accuracies"]
+
+
+@pytest.mark.slow
+def test_two_processes_run_every_cell_once(tiny):
+    argv = [*TINY, "--methods", "DM", "--variants", "none", "--num_exp", "4", "--run"]
+    command = [sys.executable, "-m", "clom.tables", *argv]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    printed = "".join(process.communicate(timeout=120)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(c["seed"] for c in cells()) == [0, 1, 2, 3]
+    assert printed.count("synthetic set: ") == 4
+
+
+def test_scaled_lengths_are_marked():
+    (place,) = [p for p in places(flags()) if not p.start]
+    full, short = cell_flags(flags(), place), cell_flags(flags(steps_scale=0.01), place)
+    assert (full.Iteration, full.epoch_eval_train) == (20000, 1000)
+    assert (short.Iteration, short.epoch_eval_train) == (200, 10)
+    assert not is_shortened(flags(), place) and is_shortened(flags(steps_scale=0.01), place)
+    assert is_shortened(flags(Iteration=19999), place)
+    assert not is_shortened(flags(Iteration=20000), place)
+    dc = flags(methods=("DC",), datasets=("MNIST",))
+    (place,) = places(dc)
+    assert cell_flags(dc, place).epoch_eval_train == 1000  # MNIST has DC's augmentation
+    assert cell_flags(dc, place).Iteration == 1000
+    dsa = flags(methods=("DSA",), datasets=("MNIST",))
+    (place,) = places(dsa)
+    assert "flip" not in cell_flags(dsa, place).dsa_strategy
+
+
+def flags(**changes):
+    base = dict(datasets=("CIFAR10",), ipcs=(1,), methods=("DM",), variants=("none",))
+    return TablesFlags(**{**base, **changes})
+
+
+def test_identity_of_a_cell(tiny):
+    def identity(seed=0, **changes):
+        changed = flags(Iteration=2, models_pool=("ConvNetD1",), epoch=1, **changes)
+        (place,) = [p for p in places(changed) if not p.start]
+        return CellStore.identity(cell_key(cell_flags(changed, place), seed))
+
+    teacher()
+    base, ce, cos = identity(), identity(variants=("ce",)), identity(variants=("cos",))
+    others = [
+        identity(seed=1),
+        identity(num_eval=3),
+        identity(batch_real=3),
+        ce,
+        cos,
+        identity(variants=("ce:10",)),
+        identity(variants=("cos",), CLoM_batch_size=9),
+    ]
+    assert len({base, *others}) == 1 + len(others)
+    # What is not used, where files lie and on what it runs make no difference.
+    same = [identity(CLoM_batch_size=9), identity(model_num=7), identity(save_every=3),
+            identity(source_dataset="CIFAR100"), identity(log_dir=Path("other")),
+            identity(gpu=1), identity(num_exp=9), identity(data_path=Path("datasets"))]  # fmt: skip
+    assert {base, *same} == {base}
+    assert identity(variants=("ce",), source_dataset="CIFAR100") == ce
+    write_set("datasets", "cifar10", size=32, train=30, test=20, classes=10, seed=1)
+    data_facts.cache_clear()
+    assert identity() != base
+
+
+def test_costs_by_hand_and_their_order(tiny, monkeypatch):
+    monkeypatch.setattr(table_runs, "_network_flops", lambda *a: 1)
+    common = dict(Iteration=5, epoch_eval_train=7, num_eval=2, batch_real=4)
+
+    def cost(method, variant="none", ipc=1):
+        changed = flags(methods=(method,), variants=(variant,), ipcs=(ipc,), **common)
+        (place,) = [p for p in places(changed) if not p.start]
+        return estimate(cell_flags(changed, place))
+
+    evaluation = 2 * 2 * 3 * 7 * 10
+    assert cost("DM") == 5 * (40 + 3 * 10) + evaluation
+    assert cost("DM", "cos") == cost("DM") + 5 * 3 * 10
+    assert cost("DC") == 5 * (3 * 40 + 6 * 10) + evaluation
+    # ipc 10: ten image updates, nine times fifty epochs of the network between them
+    assert cost("DC", ipc=10) == 5 * (10 * (120 + 600) + 9 * 50 * 300) + 10 * evaluation
+    teacher()
+    jobs = missing_jobs(flags(methods=("DC", "DM"), num_exp=2, **common))
+    assert [job.name for job in jobs] == [
+        f"CIFAR10, 1 ipc: {m}, seed {s}" for m in ("DC", "DM") for s in (0, 1)
+    ]
+
+
+def test_variants_as_typed():
+    assert parse_variant("cos") == Variant("cos") and parse_variant("cos").alpha == 1000
+    assert parse_variant("ce:1e2").heading == "CLoM ce, α 100"
+    assert set(TablesFlags().variants) == set(VARIANTS)
+
+
+def test_bad_flags(workspace, capsys):
+    for bad in ("mse", "ce:high", "none:3", "cos:-1", "cos:inf", "ce:"):
+        fails(capsys, tables, ["--variants", bad], "--variants", "cos")
+    fails(capsys, tables, ["--methods", "MTT"], "--methods", "DSA")
+    fails(capsys, tables, ["--ipcs", "0"], "--ipcs", "at least 1")
+    fails(capsys, tables, ["--model", "ViT"], "unknown network 'ViT'")
+    fails(capsys, tables, ["--published", "none.json"], "--published none.json")
+    hf = ["--models_pool", "hf:some/model", "--variants", "ce", "--run"]
+    fails(capsys, tables, hf, "hf:some/model")
+    assert not Path("test_log").exists()
+
+
+def test_flags_mean_what_they_mean_in_main():
+    own = {f.name: f for f in dataclasses.fields(TablesFlags)}
+    main = {f.name: f for f in dataclasses.fields(DistillFlags)}
+    for name in own.keys() & main.keys() - {"num_exp", "seed", "source_dataset"}:
+        assert own[name].default == main[name].default
+        assert own[name].metadata == main[name].metadata
+    text = "".join((ROOT / "clom" / f"{n}.py").read_text() for n in ("tables", "table_cells",
+                   "table_runs"))  # fmt: skip
+    for name in own.keys() - main.keys():
+        assert f"flags.{name}" in text, name
+    assert all(len(f.metadata["help"]) > 5 for f in own.values())
+
+
+def test_collect_takes_only_cells_of_these_flags(tiny):
+    wanted = flags(Iteration=2)
+    (place,) = [p for p in places(wanted) if not p.start]
+    key = cell_key(cell_flags(wanted, place), 0)
+    cell = {**key, "accuracies": [1.0]}
+    other = [{**cell, "Iteration": 3}, {**cell, "CLoM": True}, {**cell, "num_eval": 1}, {"seed": 0}]
+    assert collect(wanted, [*other, cell, *other])[place] == [cell]
