@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 from data.augment import denormalize, normalize
@@ -72,6 +71,8 @@ class ForeignTarget(nn.Module):
             raise UserError(f"{name}: {error}") from None
         except Exception as error:  # whatever a network raises on inputs it is not made for
             _refuse(f"{name} cannot take images of {self.size[0]} x {self.size[1]}", error)
+        if not once.isfinite().all():
+            raise UserError(f"{name}: its features are not finite; the checkpoint is damaged")
         if once.dim() != 2 or not torch.allclose(once, again, atol=1e-4, rtol=1e-3):
             raise UserError(f"{name}: its features of an image are no fixed vector")
         return once.shape[1]
@@ -121,6 +122,14 @@ def token_or_map(network: nn.Module, x: Tensor) -> Tensor:
     return hidden[:, 0] if has_class_token else hidden.mean(1)  # (B, T, D)
 
 
+def unmasked_token(network: nn.Module, x: Tensor) -> Tensor:
+    """The class token of a masked autoencoder that sees all of (B, C, H, W): (B, D)."""
+    # It keeps the patches of lowest noise in that order: a ramp leaves them where they are.
+    patches = network.embeddings.patch_embeddings.num_patches
+    noise = torch.arange(patches, device=x.device).expand(len(x), -1)
+    return network(pixel_values=x, noise=noise).last_hidden_state[:, 0]
+
+
 def load_hf(
     name: str, path: Path | None, img_shape: tuple[int, int, int], stats: Stats
 ) -> ForeignTarget:
@@ -138,6 +147,8 @@ def load_hf(
     if path is not None:
         raise UserError(f"--target_ckpt {path} has no meaning for hf:{name}, which has its own")
     where = f"hf:{name}"
+    if not name:
+        raise UserError("hf: is to be followed by a folder or a name on the Hugging Face hub")
     local = Path(name).expanduser()
     if not local.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{where}: the folder {local} does not exist")
@@ -160,7 +171,7 @@ def load_hf(
     processor = _processor(source, local.is_dir(), options, where)
     return ForeignTarget(
         network.float(), features, img_shape=img_shape, data_stats=stats, name=where,
-        size=_input_size(processor, network.config), stats=_processor_stats(processor),
+        size=_input_size(processor, network.config), stats=_processor_stats(processor, where),
     )  # fmt: skip
 
 
@@ -174,6 +185,8 @@ def _image_tower(
         missing = {key for key in missing if key.startswith("vision_model.")}
     elif str(getattr(network.config, "model_type", "")).endswith("_vision_model"):
         features = pooled_output
+    elif getattr(network.config, "model_type", "") == "vit_mae":
+        network.config.mask_ratio, features = 0.0, unmasked_token
     else:
         features = token_or_map
         missing = {key for key in missing if not key.startswith("pooler.")}
@@ -216,7 +229,7 @@ def _input_size(processor: Any | None, config: Any) -> tuple[int, int]:
     raise AssertionError("224 always fits")
 
 
-def _processor_stats(processor: Any | None) -> Stats:
+def _processor_stats(processor: Any | None, where: str) -> Stats:
     """Mean and std of pixels in [0, 1] that amount to the processor's rescaling and normalising."""
     if processor is None:
         return IMAGENET
@@ -224,7 +237,13 @@ def _processor_stats(processor: Any | None) -> Stats:
     if not getattr(processor, "do_normalize", True):
         return Stats((0.0,) * 3, (1 / white,) * 3)
     mean, std = processor.image_mean, processor.image_std
-    return Stats(tuple(v / white for v in mean), tuple(v / white for v in std))
+    try:
+        return Stats(tuple(v / white for v in mean), tuple(v / white for v in std))
+    except TypeError:
+        raise UserError(
+            f"{where}: its image processor has image_mean {mean} and image_std {std}; expected a "
+            "list of numbers each"
+        ) from None
 
 
 def load_torchvision(
@@ -241,6 +260,8 @@ def load_torchvision(
     Raises:
         UserError: unknown name, failed download, a state dict that does not fit, no linear layer.
     """
+    import torchvision  # slow to import, and only this needs it
+
     where = f"torchvision:{name}"
     known = torchvision.models.list_models(module=torchvision.models)
     pick(dict.fromkeys(known), name, "torchvision model")
@@ -254,7 +275,12 @@ def load_torchvision(
         raise UserError(f"{where} has no linear layer to take the features from")
     if path is not None:
         state = checkpoint.load_state(path, what="target checkpoint")
-        checkpoint.apply_state(network, state, origin=path, skip=(f"{linear[-1]}.",))
+        try:
+            checkpoint.apply_state(network, state, origin=path, skip=(f"{linear[-1]}.",))
+        except UserError:
+            raise
+        except Exception as error:  # mnasnet asks for more than names and tensors
+            _refuse(f"{path} cannot be put into {where}", error)
     network.set_submodule(linear[-1], nn.Identity())
     recipe = weights.transforms()
     return ForeignTarget(
