@@ -23,7 +23,7 @@ from utils.distributed import ALONE, Group
 from utils.finite import FiniteGuard
 from utils.images import save_curve, save_grid
 from utils.optim import make_optimizer, make_schedule
-from utils.precision import autocast
+from utils.precision import autocast, compiled
 from utils.resume import load_run, save_run
 from utils.runlog import LossWindow, RunFolder
 from utils.stop import StopRequest
@@ -46,6 +46,7 @@ class Distiller:
         steps: length of the run.
         precision: of the networks; the kernel solve and the updates are in float32 or better.
         group: the processes that share the real batch; each averages its gradients with the rest.
+        compile: compile the networks' passes.
 
     Source: Lee et al., arXiv 2310.06511, alg. 1.
     """
@@ -66,12 +67,14 @@ class Distiller:
         steps: int,
         precision: str = "fp32",
         group: Group = ALONE,
+        compile: bool = False,
     ) -> None:
         self.x_syn = x_syn.clone().requires_grad_()
         self.y_syn = y_syn.clone().requires_grad_()
         self.targets, self.pool, self.loader = targets, pool, loader
         self.ridge, self.grad_norm = ridge, grad_norm
         self.precision, self.group = precision, group
+        self._embed = compiled(lambda model, x: model.embed(x), compile)
         variables = [self.x_syn, self.y_syn]
         self.optimizer = make_optimizer(optimizer, variables, lr=lr, wd=wd, momentum=0.5)
         self.schedule = make_schedule("linear", self.optimizer, steps)
@@ -84,8 +87,8 @@ class Distiller:
         with autocast(self.precision, x.device):
             with torch.no_grad():
                 y_real = self.targets(RealBatch(x, index, view))  # (b, D)
-                f_real = slot.model.embed(x)  # (b, d)
-            f_syn = slot.model.embed(self.x_syn)  # (m, d)
+                f_real = self._embed(slot.model, x)  # (b, d)
+            f_syn = self._embed(slot.model, self.x_syn)  # (m, d)
         loss = krr_loss(f_real, y_real, f_syn, self.y_syn, self.ridge)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

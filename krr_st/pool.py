@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from evaluation.fit import train_step
 from utils.errors import pick
-from utils.precision import autocast
+from utils.precision import autocast, compiled
 from utils.seed import draw_seed
 
 # What a slot's counter is set to when its network is replaced. The released code forgets to set it
@@ -45,6 +45,7 @@ class ModelPool:
         generator: CPU generator for draws, ages and the networks' seeds.
         reset: "paper" or "released", see RESET_AGE.
         precision: in which the networks compute when they are trained.
+        compile: compile their passes in training.
 
     Raises:
         UserError: unknown reset policy.
@@ -62,11 +63,13 @@ class ModelPool:
         generator: torch.Generator,
         reset: str = "paper",
         precision: str = "fp32",
+        compile: bool = False,
     ) -> None:
         self._make_model, self._make_optimizer = make_model, make_optimizer
         self.max_steps, self.generator = max_steps, generator
         self._age_after_reset = pick(RESET_AGE, reset, "pool_reset")
         self.precision = precision
+        self._forward = compiled(lambda model, x: model(x), compile)
         self.slots = [self._fresh() for _ in range(size)]
 
     def _fresh(self, age: int = 0) -> Slot:
@@ -109,7 +112,7 @@ class ModelPool:
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with autocast(self.precision, x.device):
-            outputs = model(x)
+            outputs = self._forward(model, x)
         return F.mse_loss(outputs.float(), y)
 
     def state_dict(self) -> dict[str, Any]:

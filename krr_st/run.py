@@ -26,7 +26,7 @@ from utils.device import free_memory, place, resolve_device
 from utils.distributed import Group, local_gpu, process_group, quiet_unless_first
 from utils.errors import UserError
 from utils.optim import make_optimizer
-from utils.precision import autocast, check_precision, float32_mode
+from utils.precision import autocast, check_compile, check_precision, float32_mode
 from utils.runlog import FollowedRun, RunFolder
 from utils.seed import local_seed, make_generator
 
@@ -64,6 +64,8 @@ def run_distillation(flags: TrainFlags) -> int:
         check_precision(flags.precision, device)
         if flags.dry_run:
             return 0
+        if flags.compile:
+            check_compile(device)
         with process_group(device) as group, float32_mode(flags.precision):
             return _distill(flags, device, group)
 
@@ -118,7 +120,7 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group) -> int:
         ),
         size=flags.num_models, max_steps=flags.online_iteration,
         generator=make_generator(run.seed, "pool"), reset=flags.pool_reset,
-        precision=flags.precision,
+        precision=flags.precision, compile=flags.compile,
     )  # fmt: skip
     distiller = Distiller(
         x_syn, y_syn, pool=pool,
@@ -129,7 +131,7 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group) -> int:
         ),
         ridge=flags.ridge, optimizer=flags.outer_opt, lr=flags.outer_lr, wd=flags.outer_wd,
         grad_norm=flags.outer_grad_norm, steps=flags.outer_iteration, precision=flags.precision,
-        group=group,
+        group=group, compile=flags.compile,
     )  # fmt: skip
     results = distill(
         distiller, image_set, run, steps=flags.outer_iteration, print_every=flags.print_every,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 
 from utils.errors import UserError
+
+T = TypeVar("T")
 
 # What each one costs and keeps. Losses, kernels and optimisers stay in float32 or better in all.
 PRECISIONS = ("fp32", "tf32", "bf16")
@@ -51,3 +54,27 @@ def autocast(name: str, device: torch.device) -> AbstractContextManager:
     if name != "bf16":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def compiled(function: Callable[..., T], wanted: bool) -> Callable[..., T]:
+    """`torch.compile(function)` if wanted; networks of one kind share what is compiled.
+
+    Args:
+        function: takes the network as an argument.
+        wanted: the flag.
+    """
+    return torch.compile(function) if wanted else function
+
+
+def check_compile(device: torch.device) -> None:
+    """Try torch.compile on a small thing, so that a machine without a compiler fails at once.
+
+    Raises:
+        UserError: it does not work here.
+    """
+    x = torch.ones(4, device=device)
+    try:
+        torch.compile(lambda t: (t + 1).sin())(x)
+    except Exception as error:  # whatever the back end of the day raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--compile: torch.compile does not work here ({reason})") from None

@@ -1,0 +1,112 @@
+"""What the benchmarks share: sides that take turns, medians, the machine and its peak."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.runlog import write_json
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what is queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def medians(
+    sides: Mapping[str, Callable[[], Any]], device: torch.device, *, repeats: int, calls: int = 1
+) -> dict[str, float]:
+    """Median seconds a call of each side; they take turns, after one call each to warm up.
+
+    Args:
+        sides: name -> one unit of work.
+        device: synchronised around each timing.
+        repeats: timings a side.
+        calls: calls a timing.
+    """
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for run in sides.values():
+        run()
+    for _ in range(repeats):
+        for name, run in sides.items():
+            synchronize(device)
+            began = time.perf_counter()
+            for _ in range(calls):
+                run()
+            synchronize(device)
+            times[name].append((time.perf_counter() - began) / calls)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Measured floating-point operations a second of a square matrix product."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    seconds = medians({"matmul": lambda: a @ b}, device, repeats=5, calls=3)["matmul"]
+    return 2 * size**3 / seconds
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Largest memory during one call: allocated on CUDA, resident on Linux; None elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use
+        run()
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The machine in words and versions."""
+    name = platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        pass
+    described = {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        described["gpu"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def report(out: Path | None, results: dict[str, Any]) -> None:
+    """Write results as JSON where wanted."""
+    if out is not None:
+        write_json(out, results)
+        print(f"written: {out}")
+
+
+def shown(values: Mapping[str, float], digits: int = 2) -> str:
+    """`a 1.23, b 4.56`."""
+    return ", ".join(f"{k} {v:.{digits}f}" for k, v in values.items())
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results that `report` wrote."""
+    return json.loads(path.read_text())

@@ -1,0 +1,299 @@
+"""The outer step of KRR-ST against a plain re-statement of the published loop.
+
+    python -m benchmarks.krr_st [--m 100] [--b 128] [--repeats 7] [--out FILE]
+
+Sides take turns in one process; ratios of their medians are printed. The plain form: NCHW float32,
+torch's DataLoader, target forward at every step, BatchNorm on its own, gradients of the pool
+network's parameters taken and thrown away. Before any timing both sides are checked to compute the
+same loss and gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import machine, matmul_rate, medians, peak_bytes, report, shown
+from data.augment import normalize
+from data.load import ImageSet, ImageSplit
+from data.specs import KRR_SPECS
+from krr_st.distill import Distiller, real_loader
+from krr_st.pool import ModelPool
+from krr_st.run import make_pool_network
+from krr_st.target_model import Representation
+from krr_st.views import OnlineTargets, TargetViews
+from models.fold import fold_frozen
+from utils.device import place
+from utils.optim import make_optimizer
+from utils.precision import autocast, float32_mode
+from utils.seed import local_seed
+
+ARCH, TARGET = "convnet_128_256_512_bn", "resnet18"
+SHAPE = (3, 32, 32)
+
+
+class PlainStep:
+    """The published outer step, plainly written.
+
+    Args:
+        x_syn: (m, C, H, W).
+        y_syn: (m, D).
+        target: frozen, NCHW.
+        network: a pool network, NCHW.
+        batches: endless normalised real batches on the device.
+    """
+
+    def __init__(
+        self, x_syn: Tensor, y_syn: Tensor, target: nn.Module, network: nn.Module,
+        batches: Iterator[Tensor],
+    ) -> None:  # fmt: skip
+        self.x_syn, self.y_syn = (t.clone().requires_grad_() for t in (x_syn, y_syn))
+        self.target, self.network, self.batches = target, network, batches
+        self.optimizer = torch.optim.AdamW([self.x_syn, self.y_syn], lr=1e-4, weight_decay=0.0)
+        self.inner = torch.optim.SGD(
+            network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3
+        )  # fmt: skip
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features with a constant 1; the layers one by one."""
+        f = self.network.layers(x).flatten(1)
+        return torch.cat([f, torch.ones(len(f), 1, device=f.device)], 1)
+
+    def loss(self, x_real: Tensor) -> Tensor:
+        """The KRR loss of one batch."""
+        self.network.eval()
+        with torch.no_grad():
+            y_real = self.target(x_real)
+            f_real = self.features(x_real)
+        f_syn = self.features(self.x_syn)
+        k_rs, k_ss = f_real @ f_syn.T, f_syn @ f_syn.T
+        ridge = 1e-6 * k_ss.detach().trace() * torch.eye(len(k_ss), device=k_ss.device)
+        return F.mse_loss(k_rs @ torch.linalg.solve(k_ss + ridge, self.y_syn), y_real)
+
+    def __call__(self) -> None:
+        """One outer step."""
+        loss = self.loss(next(self.batches))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        loss.item()
+        self.network.train()
+        loss = F.mse_loss(self.network(self.x_syn.detach()), self.y_syn.detach())
+        self.inner.zero_grad()
+        loss.backward()
+        self.inner.step()
+
+
+def plain_batches(images: Tensor, batch: int, device: torch.device) -> Iterator[Tensor]:
+    """DataLoader, then crop, flip and normalise image by image, as torchvision's transforms do."""
+    import torchvision.transforms.v2 as T
+
+    stats = KRR_SPECS["cifar10"].stats[32]
+    transform = T.Compose(
+        [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.Normalize(stats.mean, stats.std)]
+    )
+
+    class Images(TensorDataset):
+        """One augmented image at a time."""
+
+        def __getitem__(self, index: int) -> Tensor:
+            return transform(self.tensors[0][index])
+
+    loader = DataLoader(Images(images.float() / 255), batch, shuffle=True, drop_last=True)
+    while True:
+        for x in loader:
+            yield x.to(device)
+
+
+def make_parts(m: int, count: int, device: torch.device) -> dict[str, Any]:
+    """Random images, a random target with BatchNorm statistics, one pool network."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, *SHAPE), generator=generator).to(torch.uint8)
+    stats = KRR_SPECS["cifar10"].stats[32]
+    image_set = ImageSet("bench", 32, ImageSplit(images, None, Path("-")), None, None, stats, True)
+    with local_seed(0):
+        target = Representation(TARGET, SHAPE).train()
+    with torch.no_grad():
+        target(normalize(images[:64], stats))  # moves the statistics away from the identity
+    target.eval().requires_grad_(False)
+    x_syn = normalize(images[:m], stats).to(device)
+    return {
+        "image_set": image_set, "target": target,
+        "x_syn": x_syn, "y_syn": torch.randn(m, target.dim, generator=generator).to(device),
+    }  # fmt: skip
+
+
+def our_side(
+    parts: dict[str, Any], batch: int, device: torch.device, *, precision: str, table: bool,
+    compile: bool = False,
+) -> Distiller:  # fmt: skip
+    """A Distiller with one pool network; with `table` all its targets are known."""
+    target = copy.deepcopy(parts["target"])
+    target.backbone = fold_frozen(target.backbone, torch.randn(2, *SHAPE))
+    target = place(target, device)
+    dim = target.dim
+
+    def represent(x: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(precision, device):
+            return target(x)
+
+    targets: Any = OnlineTargets(represent)
+    if table:
+        rows = len(parts["image_set"].train) * 162
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        entries = torch.zeros(rows, dim, dtype=dtype, device=device)
+        targets = TargetViews(represent, entries, 162, torch.ones(rows, dtype=torch.bool))
+    pool = ModelPool(
+        lambda seed: make_pool_network(ARCH, SHAPE, dim, device, 0),
+        lambda model: make_optimizer("sgd", model.parameters(), lr=0.1, wd=1e-3),
+        size=1, max_steps=10**9, generator=torch.Generator().manual_seed(0), precision=precision,
+        compile=compile,
+    )  # fmt: skip
+    return Distiller(
+        parts["x_syn"], parts["y_syn"], targets=targets, pool=pool,
+        loader=real_loader(parts["image_set"], batch, device, torch.Generator().manual_seed(0)),
+        ridge=1e-6, optimizer="adam", lr=1e-4, wd=0.0, grad_norm=0.0, steps=10**6,
+        precision=precision, compile=compile,
+    )  # fmt: skip
+
+
+def plain_side(parts: dict[str, Any], batch: int, device: torch.device) -> PlainStep:
+    """The plain form on the same tensors and networks."""
+    network = make_pool_network(ARCH, SHAPE, parts["target"].dim, device, 0, "contiguous")
+    return PlainStep(
+        parts["x_syn"], parts["y_syn"], copy.deepcopy(parts["target"]).to(device), network,
+        plain_batches(parts["image_set"].train.images, batch, device),
+    )  # fmt: skip
+
+
+def differences(parts: dict[str, Any], batch: int, device: torch.device) -> dict[str, float]:
+    """Largest relative difference of loss and gradients between the two forms on one batch."""
+    ours, plain = our_side(parts, batch, device, precision="fp32", table=False), None
+    plain = plain_side(parts, batch, device)
+    (x, view), index = next(ours.loader.forever())
+    theirs = plain.loss(x)
+    theirs.backward()
+    ours._batches = iter([((x, view), index)])
+    loss = ours.step()
+    found = {"loss": float((loss - theirs).abs() / theirs)}
+    for name in ("x_syn", "y_syn"):
+        a, b = getattr(ours, name).grad, getattr(plain, name).grad
+        found[name] = float((a - b).norm() / b.norm())
+    return found
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """Operations of the matrix products and convolutions of one call."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def measure(
+    device: torch.device, *, m: int = 100, b: int = 128, count: int = 1024, repeats: int = 7,
+    calls: int = 1, compile: bool = False, grid: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Times, ratios, rates and peak memory of one outer step.
+
+    Args:
+        device: where.
+        m: synthetic images.
+        b: real images.
+        count: images in the random data set.
+        repeats: timings a side.
+        calls: steps a timing.
+        compile: measure the compiled form, too.
+        grid: also measure how the step grows with m and b.
+    """
+    parts = make_parts(m, max(count, b), device)
+    gap = differences(parts, b, device)
+    assert max(gap.values()) < 2e-2, f"the two forms differ: {gap}"
+    sides: dict[str, Callable[[], Any]] = {"plain": plain_side(parts, b, device)}
+    kinds = {
+        "online fp32": ("fp32", False), "online bf16": ("bf16", False),
+        "table fp32": ("fp32", True), "table bf16": ("bf16", True),
+    }  # fmt: skip
+    if device.type == "cuda":
+        kinds |= {"online tf32": ("tf32", False), "table tf32": ("tf32", True)}
+    for name, (precision, table) in kinds.items():
+        step = our_side(parts, b, device, precision=precision, table=table).step
+        sides[name] = in_mode(step, precision)
+        if compile and table:
+            step = our_side(parts, b, device, precision=precision, table=True, compile=True).step
+            sides[f"{name} compiled"] = in_mode(step, precision)
+    with float32_mode("fp32"):
+        seconds = medians(sides, device, repeats=repeats, calls=calls)
+        peaks = {name: peak_bytes(run, device) for name, run in sides.items()}
+        rates = {d: matmul_rate(device, getattr(torch, d)) for d in ("float32", "bfloat16")}
+    flops = {name: count_flops(run) for name, run in sides.items() if "compiled" not in name}
+    results: dict[str, Any] = {
+        "setting": {"m": m, "b": b, "network": ARCH, "target": TARGET, "pixels": 32},
+        "agreement with the plain form (relative)": gap,
+        "seconds a step": seconds,
+        "ratio to plain": {k: seconds["plain"] / v for k, v in seconds.items() if k != "plain"},
+        "matmul FLOP/s": rates,
+        "FLOP a step": flops,
+        "share of matmul rate": {
+            k: f / seconds[k] / rates["bfloat16" if "bf16" in k else "float32"]
+            for k, f in flops.items()
+        },
+        "peak bytes": peaks,
+    }
+    if grid:
+        results["table fp32, seconds by (m, b)"] = growth(device, m, b, repeats)
+    return results
+
+
+def in_mode(step: Callable[[], Any], precision: str) -> Callable[[], Any]:
+    """The step with float32 products as its precision says."""
+
+    def run() -> None:
+        with float32_mode(precision):
+            step()
+
+    return run
+
+
+def growth(device: torch.device, m: int, b: int, repeats: int) -> dict[str, float]:
+    """How the step's time grows when m or b doubles."""
+    sides = {}
+    for size, batch in ((m // 2, b), (m, b), (2 * m, b), (m, b // 2), (m, 2 * b)):
+        parts = make_parts(size, max(512, 2 * b), device)
+        sides[f"m={size} b={batch}"] = our_side(
+            parts, batch, device, precision="fp32", table=True
+        ).step
+    return medians(sides, device, repeats=max(3, repeats // 2))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--m", type=int, default=100)
+    parser.add_argument("--b", type=int, default=128)
+    parser.add_argument("--count", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    results = measure(
+        device, m=args.m, b=args.b, count=args.count, repeats=args.repeats, compile=args.compile
+    )
+    print("seconds a step:", shown(results["seconds a step"], 4))
+    print("ratio to plain:", shown(results["ratio to plain"]))
+    print("share of the matmul rate:", shown(results["share of matmul rate"]))
+    report(args.out, {"machine": machine(device), "krr_st": results})
+
+
+if __name__ == "__main__":
+    main()
