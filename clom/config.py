@@ -12,10 +12,12 @@ from clom.loss import CE_FORMS, DISTANCES
 from clom.matching import METRICS
 from clom.teachers import pair_alphas
 from clom.training import check_strategy, no_augmentation
+from data.dsa import without_flip
+from data.specs import DC_SPECS
 from evaluation.recipes import DSA_STRATEGY
-from models import EVAL_MODES, eval_pool
+from models import EVAL_MODES, NETWORKS, eval_pool
 from utils.cli import flag
-from utils.errors import UserError
+from utils.errors import UserError, pick
 
 METHODS = ("DC", "DSA", "DM")
 
@@ -184,8 +186,9 @@ def resolve(flags: DistillFlags, hflip: bool = True) -> DistillFlags:
             print(f"--dsa_strategy {strategy} is not used by --method DC")
         strategy = "none"
     elif strategy is None:
-        # DM's published default keeps the flip everywhere.
-        strategy = DSA_STRATEGY if dm or hflip else DSA_STRATEGY.replace("_flip", "")
+        # DM's published default mirrors every listed set.
+        mirrors = hflip or (dm and flags.dataset in DC_SPECS)
+        strategy = DSA_STRATEGY if mirrors else without_flip(DSA_STRATEGY)
     check_strategy(strategy)
     eval_pool(flags.eval_mode, flags.model)
     outer, inner = loops(flags.ipc)
@@ -213,10 +216,13 @@ def check_pool(flags: DistillFlags) -> None:
     """Check the pool's flags against each other.
 
     Raises:
-        UserError: see `pair_alphas`; or hf: models with ce.
+        UserError: see `pair_alphas`; unknown networks; or hf: models with ce.
     """
     pair_alphas(flags.models_pool, flags.alphas)
     foreign = [name for name in flags.models_pool if name.startswith(PREFIX)]
+    for name in flags.models_pool:
+        if name not in foreign:
+            pick(NETWORKS, name, "network of --models_pool")
     if flags.CLoM_distance == "ce" and foreign:
         raise UserError(f"{foreign[0]} has no class labels: use --CLoM_distance cos")
 

@@ -38,19 +38,24 @@ def initial_images(
         (classes · ipc, C, H, W) float32 in class order, and the int64 labels; on real's device.
 
     Raises:
-        UserError: a class with fewer than ipc images, with "real".
+        UserError: see `check_start`.
     """
+    check_start(real, ipc, init)
     labels = torch.arange(real.num_classes).repeat_interleave(ipc).to(real.device)
     if init == "noise":
         return torch.randn((len(labels), *shape), generator=generator).to(real.device), labels
-    images, counts = real.draw_all_classes(ipc, generator)
-    if min(counts) < ipc:
+    return real.draw_all_classes(ipc, generator)[0], labels
+
+
+def check_start(real: RealImages, ipc: int, init: str) -> None:
+    """Raise a UserError for a class with fewer than ipc images to start from."""
+    counts = [len(index) for index in real.index_of_class]
+    if init == "real" and min(counts) < ipc:
         c = counts.index(min(counts))
         raise UserError(
             f"class {c} has {counts[c]} training images, --ipc {ipc} with --init real needs {ipc}; "
             "use --init noise or a smaller --ipc"
         )
-    return images, labels
 
 
 class Schedule:

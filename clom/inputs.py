@@ -17,7 +17,7 @@ from clom.real import RealImages
 from clom.teachers import Space, TeacherPool, load_family, pair_alphas
 from data.load import ImageSet, default_size, tensor_path
 from data.meta import read_meta
-from data.specs import DC_SPECS
+from data.specs import DC_SPECS, KRR_SPECS
 from models import get_network
 from utils.errors import UserError
 from utils.seed import local_seed
@@ -39,6 +39,15 @@ def find_data_dir(dataset: str, data_path: Path | None, img_size: int | None) ->
         if list((place / folder).glob(f"X_tr_{pattern}.pth")):
             return place
     return places[-1]
+
+
+def keeps_meaning_mirrored(flags: CommonFlags) -> bool:
+    """Whether a mirrored picture of the set means the same: the tables know, or its owner."""
+    spec = DC_SPECS.get(flags.dataset) or KRR_SPECS.get(flags.dataset)
+    if spec is not None:
+        return spec.hflip
+    folder = find_data_dir(flags.dataset, flags.data_path, flags.img_size) / flags.dataset
+    return bool(read_meta(folder).get("hflip", True))
 
 
 def load_data(flags: CommonFlags) -> ImageSet:

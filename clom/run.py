@@ -12,18 +12,17 @@ import torch
 from torch import Tensor
 
 from clom.config import DistillFlags, resolve, result_name
-from clom.distill import Schedule, initial_images, run_experiment
+from clom.distill import Schedule, check_start, initial_images, run_experiment
 from clom.distillers import Distiller
 from clom.distribution_matching import DistributionMatching
 from clom.evaluate import published_augmentation, published_training, score_network
 from clom.export import export
 from clom.gradient_matching import GradientMatching
-from clom.inputs import load_data, make_clom, network_factory
+from clom.inputs import keeps_meaning_mirrored, load_data, make_clom, network_factory
 from clom.loss import CLoM
 from clom.real import RealImages
 from data.augment import denormalize
 from data.load import ImageSet
-from data.specs import DC_SPECS
 from data.synthetic import SyntheticSet, save_experiments
 from models import eval_pool
 from utils import checkpoint, cli
@@ -36,7 +35,7 @@ from utils.table import markdown, mean_std
 
 # Flags that do not decide what a run computes.
 FREE_FLAGS = ("device", "gpu", "dry_run", "resume", "overwrite", "num_exp", "print_every",
-              "save_every", "export", "data_path")  # fmt: skip
+              "save_every", "export", "data_path", "save_path")  # fmt: skip
 METHODS = {"DC": GradientMatching, "DSA": GradientMatching, "DM": DistributionMatching}
 
 
@@ -48,8 +47,7 @@ def run_distillation(flags: DistillFlags) -> int:
     """
     if flags.CLoM_distance == "cos" and not flags.CLoM:
         print("--CLoM_distance is not used without --CLoM")
-    spec = DC_SPECS.get(flags.dataset)
-    flags = resolve(flags, hflip=spec is None or spec.hflip)
+    flags = resolve(flags, hflip=keeps_meaning_mirrored(flags))
     print(json.dumps(cli.as_json(flags), indent=2))
     device = resolve_device(flags.device, flags.gpu)
     if flags.dry_run:
@@ -58,6 +56,7 @@ def run_distillation(flags: DistillFlags) -> int:
     for name in {flags.model, *eval_pool(flags.eval_mode, flags.model)}:
         network_factory(name, image_set, device)  # an unfit network fails now, not at the end
     real = RealImages.from_set(image_set, device)
+    check_start(real, flags.ipc, flags.init)
     try:
         with_clom = make_clom(flags, image_set, real, device)
         run = open_run(flags, image_set, device)
@@ -82,6 +81,8 @@ def open_run(flags: DistillFlags, image_set: ImageSet, device: torch.device) -> 
         UserError: it holds a run with other flags, or --resume finds none.
     """
     folder = Path(flags.save_path)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--save_path {folder} is a file; expected a folder")
     if flags.resume and not (folder / "config.json").exists():
         raise UserError(f"--resume: {folder} holds no run to go on with")
     identity = {k: v for k, v in cli.as_json(flags).items() if k not in FREE_FLAGS}

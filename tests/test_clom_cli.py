@@ -253,6 +253,7 @@ def test_bad_flags(tiny, capsys):
     fails(capsys, main, [*pool, "--alphas", "1", "2", "3"], "--alphas", "3 values", "2 names")
     fails(capsys, main, [*pool, "--alphas", "-1"], "--alphas", "at least 0")
     fails(capsys, main, [*pool, "hf:facebook/dino"], "hf:facebook/dino", "--CLoM_distance cos")
+    fails(capsys, main, [*pool, "ConvNetD9"], "network of --models_pool 'ConvNetD9'", "ConvNetD2")
     fails(capsys, main, [*pool, "--epoch", "7"], "looked for 1 x", "epoch7.pth", "found 0",
           "train_original_models.py")  # fmt: skip
     fails(capsys, main, [*DISTILL, "--method", "MTT"], "--method", "DC", "DSA", "DM")

@@ -21,6 +21,7 @@ from clom.evaluate import (
     score_network,
 )
 from clom.gradient_matching import GradientMatching
+from clom.inputs import keeps_meaning_mirrored
 from clom.real import RealImages
 from clom.run import run_distillation
 from clom.training import dc_evaluation
@@ -287,6 +288,36 @@ def test_defaults_by_method_and_ipc():
         DistillFlags(CLoM=True, CLoM_distance="cos", models_pool=("ConvNet", "hf:a/b c"))
     )
     assert str(folder) == "condensed/CIFAR10/DC/ConvNet_ipc1_clom-cos-CIFAR10-ConvNet+hf-a-b-c"
+
+
+def test_default_strategy_mirrors_only_where_it_may(workspace):
+    def mirrors(method, dataset):
+        given = DistillFlags(method=method, dataset=dataset)
+        return "flip" in resolve(given, keeps_meaning_mirrored(given)).dsa_strategy
+
+    for name, dsa, dm in (("CIFAR10", True, True), ("SVHN", False, True), ("digits", False, False)):
+        assert (mirrors("DSA", name), mirrors("DM", name)) == (dsa, dm)
+    write_set("datasets", "mine")
+    assert mirrors("DSA", "mine")
+    (workspace / "datasets/mine/meta.json").write_text('{"hflip": false}')
+    assert not mirrors("DSA", "mine") and not mirrors("DM", "mine")
+
+
+def test_a_start_that_cannot_be_writes_nothing(tiny):
+    with pytest.raises(UserError, match="class 2 has 11 training images"):
+        run_distillation(flags(method="DM", ipc=12, save_path="a"))
+    assert not (tiny / "a").exists()
+    (tiny / "b").write_text("mine")
+    with pytest.raises(UserError, match="--save_path b is a file"):
+        run_distillation(flags(method="DM", save_path="b"))
+    assert (tiny / "b").read_text() == "mine"
+
+
+def test_a_moved_run_is_the_same_run(tiny, capsys):
+    assert run_distillation(flags(method="DM", save_path="a")) == 0
+    (tiny / "a").rename(tiny / "moved")
+    assert run_distillation(flags(method="DM", save_path=tiny / "moved")) == 0
+    assert "finished run" in capsys.readouterr().out
 
 
 def test_evaluation_as_published():

@@ -210,6 +210,47 @@ def test_foundation_models(workspace, make, width):
     torch.testing.assert_close(teacher.embed(x), expected)
 
 
+def save_foundation(model, size=12):
+    import transformers
+
+    model.save_pretrained("foundation")
+    transformers.ViTImageProcessor(size=dict(height=size, width=size)).save_pretrained("foundation")
+
+
+def load_features(x):
+    """Features of two loads, between which the global random state differs."""
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        family = load_foundation("hf:foundation", alpha=1.0, given=SMALL, device=CPU)
+        found.append(family.models[0].embed(x))
+    return found
+
+
+def test_features_hold_nothing_untrained_or_random(workspace):
+    """A classifier's checkpoint has no pooler; a masked autoencoder would drop patches."""
+    hf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 8, 8)
+    classifier = hf.ViTForImageClassification(hf.ViTConfig(**_TINY)).eval()
+    save_foundation(classifier)
+    first, second = load_features(x)
+    own = load_foundation("hf:foundation", alpha=1.0, given=SMALL, device=CPU).models[0].own
+    expected = classifier.vit(convert(x, SMALL, own, "bicubic")).last_hidden_state[:, 0]
+    torch.testing.assert_close(first, expected)
+    assert torch.equal(first, second)
+    for model in (hf.ViTMAEModel(hf.ViTMAEConfig(**_TINY)), hf.IJepaModel(hf.IJepaConfig(**_TINY))):
+        save_foundation(model)
+        first, second = load_features(x)
+        assert torch.equal(first, second)
+    tokens = model.eval()(convert(x, SMALL, own, "bicubic")).last_hidden_state
+    torch.testing.assert_close(first, tokens.mean(1))  # no class token: all positions count
+    state = torch.nn.Module.state_dict(model)
+    model.save_pretrained("foundation", state_dict={k: state[k] for k in list(state)[1:]})
+    with pytest.raises(UserError, match="hf:foundation: the checkpoint lacks 1 weights"):
+        load_features(x)
+
+
 def test_foundation_models_that_cannot_be_had(workspace):
     pytest.importorskip("transformers")
     with pytest.raises(UserError, match=r"no folder \./nowhere"):
