@@ -19,7 +19,7 @@ from krr_st.table_runs import missing_jobs
 from utils import cli
 from utils.cells import read_cells
 from utils.errors import entry_point, pick
-from utils.images import save_bars
+from utils.images import save_bar_groups
 from utils.jobs import run_missing
 from utils.locks import Claims
 from utils.paper_table import NOTE, Entry, Published, write_table
@@ -55,19 +55,20 @@ def main(argv: list[str] | None = None) -> int:
     write_table(table, stem)
     print(f"test accuracy in %, source {layout.source}, {layout.protocol}; {NOTE}")
     if flags.table == "fig3":
-        draw_bars(table, stem.with_suffix(".png"))
+        draw_bars(layout, table, stem.with_suffix(".png"))
         print(f"picture: {stem.with_suffix('.png')}")
     print(f"written: {stem}.md, .csv, .tex")
     return 0
 
 
-def draw_bars(table: Sequence[Entry], path: Path) -> None:
+def draw_bars(layout: Layout, table: Sequence[Entry], path: Path) -> None:
     """Figure 3: one panel a target, one group of bars a network, one bar a method."""
-    bars: dict[str, dict[str, tuple[float | None, float | None]]] = {}
-    for entry in table:
-        bar = mean_std(entry.values) if entry.values else (None, None)
-        bars.setdefault(entry.column, {})[entry.row] = bar
-    save_bars(bars, path, y_label="test accuracy in %")
+    panels: dict[str, dict[str, dict[str, tuple[float, float] | None]]] = {}
+    for place, entry in zip(places(layout), table, strict=True):
+        bar = mean_std(entry.values) if entry.values else None
+        panels.setdefault(place.target, {}).setdefault(place.model, {})[place.method] = bar
+    shortened = ", shortened" if any(entry.scaled for entry in table) else ""
+    save_bar_groups(panels, path, y_label=f"test accuracy in %{shortened}")
 
 
 if __name__ == "__main__":

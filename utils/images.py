@@ -71,34 +71,48 @@ def save_curve(
         figure.savefig(temporary, format="png")
 
 
-def save_bars(
-    panels: Mapping[str, Mapping[str, tuple[float | None, float | None]]],
+def save_bar_groups(
+    panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float] | None]]],
     path: Path | str,
     *,
     y_label: str,
+    columns: int = 3,
 ) -> None:
-    """Draw one panel of named bars for each entry of `panels` as a PNG.
+    """Draw panels of grouped bars as a PNG; a bar's name has one colour in all groups.
 
     Args:
-        panels: title -> bar name -> (height, error); a height of None leaves the bar out.
+        panels: title -> group -> bar name -> (height, error), or None for a gap.
         path: the PNG to write, whole or not at all.
         y_label: name and unit of the heights.
+        columns: panels in a row of the picture.
 
     Raises:
         UserError: `path` cannot be written.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    most = max(len(bars) for bars in panels.values())
-    size = (2.4 * len(panels) + 1, 1.5 + 0.22 * most)
-    figure = Figure(figsize=size, dpi=120, layout="constrained")
-    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, bars) in zip(all_axes, panels.items(), strict=True):
-        for row, (value, error) in enumerate(bars.values()):
-            if value is not None:
-                axes.barh(row, value, xerr=error, height=0.7)
-        axes.set(title=title, xlabel=y_label, yticks=range(len(bars)), yticklabels=list(bars))
-        axes.grid(axis="x", alpha=0.3)
-    all_axes[0].invert_yaxis()  # shared: the first bar on top
+    names = list(dict.fromkeys(n for groups in panels.values() for g in groups.values() for n in g))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4 * columns, 2.6 * rows + 0.6), dpi=120, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    width = 0.85 / len(names)
+    for axes, (title, groups) in zip(grid, panels.items(), strict=False):
+        for number, name in enumerate(names):
+            found = [(at, g[name]) for at, g in enumerate(groups.values()) if g.get(name)]
+            axes.bar(
+                [at + (number - (len(names) - 1) / 2) * width for at, _ in found],
+                [height for _, (height, _) in found], width,
+                yerr=[error for _, (_, error) in found],
+                color=f"C{number}", error_kw={"elinewidth": 0.8},
+            )  # fmt: skip
+        axes.set(title=title, ylabel=y_label, xticks=range(len(groups)), xticklabels=list(groups))
+        axes.set_xlim(-0.5, len(groups) - 0.5)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    handles = [Patch(color=f"C{number}", label=name) for number, name in enumerate(names)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 9))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
