@@ -16,12 +16,11 @@ from typing import Any
 from clom.config import DistillFlags, resolve
 from clom.evaluate import published_augmentation, published_training
 from clom.foundation import PREFIX
-from clom.inputs import load_data
+from clom.inputs import keeps_meaning_mirrored, load_data
 from clom.published import RANDOM
 from clom.run import FREE_FLAGS
 from clom.table_config import TablesFlags, Variant, parse_variant
 from clom.teachers import find_checkpoints
-from data.specs import DC_SPECS
 from utils import checkpoint, cli
 from utils.cells import CellStore
 from utils.jobs import local_gpu
@@ -113,22 +112,17 @@ def cell_flags(flags: TablesFlags, place: Place) -> DistillFlags:
         **shared, **place.variant.flags, dataset=place.dataset, ipc=place.ipc,
         method=place.method, eval_interval=shared["Iteration"],
     )  # fmt: skip
-    return resolve(given, hflip=_hflip(place))
+    return resolve(given, hflip=keeps_meaning_mirrored(given))
 
 
 def published_length(flags: TablesFlags, place: Place) -> tuple[int, int]:
     """The published iterations and evaluation epochs of a place."""
-    default = resolve(DistillFlags(method=place.method, model=flags.model), hflip=_hflip(place))
+    default = resolve(DistillFlags(method=place.method, model=flags.model))
     augmentation = published_augmentation(
         place.method, place.dataset, flags.model, default.dsa_strategy
     )
     training = published_training(augmentation, None, default.lr_net, default.batch_train)
     return default.Iteration, training.epochs - 1  # epochs 0 to E
-
-
-def _hflip(place: Place) -> bool:
-    spec = DC_SPECS.get(place.dataset)
-    return spec is None or spec.hflip
 
 
 def is_shortened(flags: TablesFlags, place: Place) -> bool:
