@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from utils.images import save_grid
-
 if TYPE_CHECKING:
     from data.synthetic import SyntheticSet
 
@@ -58,6 +56,8 @@ def _count_targets(targets: Tensor) -> str:
 
 def draw(synthetic: SyntheticSet, path: Path, limit: int = 100) -> str:
     """Draw a grid of at most `limit` images spread evenly over the set."""
+    from utils.images import save_grid  # torchvision: slow to import, and only drawing needs it
+
     chosen = torch.linspace(0, len(synthetic) - 1, min(limit, len(synthetic))).round().long()
     if synthetic.stats is None:
         values, how = synthetic.images, "stretched to the full range, the statistics are unknown"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
 
@@ -84,6 +83,8 @@ class TwoViews:
         jitter: float,
         degrees: float = 0.0,
     ) -> None:
+        import kornia.augmentation as K  # slow to import, and only training a target needs it
+
         self.stats = stats
         crop = K.RandomResizedCrop((size, size), scale=(min_crop, 1.0), cropping_mode="resample")
         steps: list[nn.Module] = [crop]

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import partial
 
 from models.base import Classifier
+from models.cifar_resnet import CifarResNet18
 from models.mobilenet import MobileNetV2
 from models.plain import VGG11, AlexNet, ConvNet
-from models.resnet import CifarResNet18, SmallStemResNet
 from models.small import MLP, LeNet
 from utils.errors import UserError, pick
 
@@ -37,12 +37,19 @@ def _named_convnet(
     )
 
 
+def _small_stem_resnet(*args, **kwargs) -> Classifier:
+    """KRR-ST zoo's ResNets, whose torchvision takes a second to import: all others go without."""
+    from models.resnet import SmallStemResNet
+
+    return SmallStemResNet(*args, **kwargs)
+
+
 MODELS: dict[str, Callable[..., Classifier]] = {
     CONVNET_PATTERN: _named_convnet,
     "alexnet": partial(AlexNet, norm="batch"),
     "vgg": partial(VGG11, norm="batch"),
-    "resnet10": partial(SmallStemResNet, blocks=(1, 1, 1, 1)),
-    "resnet18": partial(SmallStemResNet, blocks=(2, 2, 2, 2)),
+    "resnet10": partial(_small_stem_resnet, blocks=(1, 1, 1, 1)),
+    "resnet18": partial(_small_stem_resnet, blocks=(2, 2, 2, 2)),
     "mobilenet": MobileNetV2,
 }
 

@@ -1,0 +1,103 @@
+"""The pre-2015 CIFAR residual network (DC zoo).
+
+Source: He et al., "Deep Residual Learning for Image Recognition", 2016.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.base import Classifier, map_size
+from models.plain import NORMS
+from utils.errors import pick
+
+
+class CifarBlock(nn.Module):
+    """Two convolutions 3x3 and a shortcut; the norms are called bn1 and bn2 whatever they are."""
+
+    def __init__(
+        self, in_width: int, width: int, stride: int, norm: str, pool_down: bool = False
+    ) -> None:
+        """Build the block.
+
+        Args:
+            in_width: channels that come in.
+            width: channels that go out.
+            stride: 1, or 2 to halve the map.
+            norm: key of NORMS, "batch" or "instance".
+            pool_down: halve the map by AvgPool 2 after a stride-1 convolution.
+        """
+        super().__init__()
+        make_norm = pick(NORMS, norm, "norm")
+        conv_stride = 1 if pool_down else stride
+        self.pool_main = pool_down and stride == 2
+        self.conv1 = nn.Conv2d(in_width, width, 3, conv_stride, padding=1, bias=False)
+        self.bn1 = make_norm(width, (0, 0))
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = make_norm(width, (0, 0))
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_width != width:
+            conv = nn.Conv2d(in_width, width, 1, conv_stride, bias=False)
+            pool = [nn.AvgPool2d(2)] if self.pool_main else []
+            self.shortcut = nn.Sequential(conv, *pool, make_norm(width, (0, 0)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, in_width, h, w) -> (B, width, h / stride, w / stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        if self.pool_main:
+            out = F.avg_pool2d(out, 2)  # published order: after the activation
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+
+class CifarResNet18(Classifier):
+    """DC zoo: stem 3x3, four stages of two blocks, AvgPool 4, head `classifier`.
+
+    With `pool_down` (ResNet18BN_AP) strides become average pooling and the last AvgPool goes.
+
+    Source: Zhao et al., "Dataset Condensation with Gradient Matching", 2021.
+    """
+
+    def __init__(
+        self,
+        channel: int,
+        num_classes: int,
+        im_size: tuple[int, int],
+        *,
+        name: str,
+        norm: str,
+        pool_down: bool = False,
+    ) -> None:
+        super().__init__()
+        # Strided convolutions round up (28 -> 4), poolings down (28 -> 3).
+        # Over a single pixel instance norm returns its bias: the last map needs two.
+        height, width = map_size(
+            name,
+            im_size,
+            side=lambda side: side // 8 if pool_down else (side + 7) // 8,
+            least=2 if norm == "instance" else 1,
+        )
+        # Maps smaller than the published 4x4 (images below 25x25) are averaged whole.
+        self.pool = (1, 1) if pool_down else (min(4, height), min(4, width))
+        self.conv1 = nn.Conv2d(channel, 64, 3, padding=1, bias=False)
+        self.bn1 = pick(NORMS, norm, "norm")(64, (0, 0))
+        self.layer1 = self._stage(64, 64, 1, norm, pool_down)
+        self.layer2 = self._stage(64, 128, 2, norm, pool_down)
+        self.layer3 = self._stage(128, 256, 2, norm, pool_down)
+        self.layer4 = self._stage(256, 512, 2, norm, pool_down)
+        size = (height // self.pool[0], width // self.pool[1])
+        self.set_head(num_classes, 512, size, head_name="classifier")
+
+    @staticmethod
+    def _stage(in_width: int, width: int, stride: int, norm: str, pool_down: bool) -> nn.Sequential:
+        return nn.Sequential(
+            CifarBlock(in_width, width, stride, norm, pool_down),
+            CifarBlock(width, width, 1, norm, pool_down),
+        )
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W) -> (B, 512, h, w) after the last AvgPool."""
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return F.avg_pool2d(x, self.pool)
