@@ -13,6 +13,7 @@ from utils.device import LAYOUTS
 from utils.errors import UserError
 from utils.optim import SCHEDULES
 from utils.precision import PRECISIONS
+from utils.saving import Every
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class TrainFlags(CommonFlags):
 
     print_every: int = flag(100, "steps between log lines", minimum=1)
     eval_every: int = flag(16000, "steps between linear evaluations", minimum=1)
-    save_every: int = flag(2000, "steps between saves", minimum=1)
+    save_every: Every = flag(Every(2000), "steps between saves, or seconds such as 300s")
 
     pre_opt: str = flag("sgd", "optimiser of pre-training in evaluations", choices=("sgd", "adam"))
     pre_epoch: int = flag(1000, "epochs of pre-training on the synthetic set", minimum=1)
@@ -180,7 +181,9 @@ class TargetFlags(EpochFlags):
     """Flags of krr_st.target."""
 
     data_name: str = flag("cifar100", "data set to learn from; its labels are never used")
-    target_model: str = flag("resnet18", "architecture (zoo A)")
+    target_model: str | None = flag(
+        None, "architecture (zoo A, or resnet50); default: resnet18 (imagenette: resnet50)"
+    )
     batch_size: int = flag(256, "images a step", minimum=2)
     opt: str = flag("adamw", "optimiser", choices=("adamw", "lars", "sgd"))
     lr: float = flag(1e-3, "peak learning rate (for lars try 0.3)", above=0)

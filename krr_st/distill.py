@@ -22,10 +22,12 @@ from utils import checkpoint
 from utils.distributed import ALONE, Group
 from utils.finite import FiniteGuard
 from utils.images import save_curve, save_grid
+from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule
 from utils.precision import autocast, compiled
-from utils.resume import load_run, save_run
+from utils.resume import has_state, load_run, save_run
 from utils.runlog import LossWindow, RunFolder
+from utils.saving import SaveTimer
 from utils.stop import StopRequest
 
 
@@ -75,6 +77,7 @@ class Distiller:
         self.ridge, self.grad_norm = ridge, grad_norm
         self.precision, self.group = precision, group
         self._embed = compiled(lambda model, x: model.embed(x), compile)
+        self._embed_real = SplitBatches(lambda x, model: self._embed(model, x))
         variables = [self.x_syn, self.y_syn]
         self.optimizer = make_optimizer(optimizer, variables, lr=lr, wd=wd, momentum=0.5)
         self.schedule = make_schedule("linear", self.optimizer, steps)
@@ -87,7 +90,7 @@ class Distiller:
         with autocast(self.precision, x.device):
             with torch.no_grad():
                 y_real = self.targets(RealBatch(x, index, view))  # (b, D)
-                f_real = self._embed(slot.model, x)  # (b, d)
+                f_real = self._embed_real(x, slot.model)  # (b, d)
             f_syn = self._embed(slot.model, self.x_syn)  # (m, d)
         loss = krr_loss(f_real, y_real, f_syn, self.y_syn, self.ridge)
         self.optimizer.zero_grad(set_to_none=True)
@@ -185,7 +188,7 @@ def distill(
     *,
     steps: int,
     print_every: int,
-    save_every: int,
+    save_every: str | int,
     eval_every: int,
     test_model: str,
     pretraining: Recipe,
@@ -201,7 +204,7 @@ def distill(
         run: folder of log, state and results.
         steps: outer steps in all.
         print_every: steps between log lines.
-        save_every: steps between saves of the set and of the run state.
+        save_every: steps (or seconds: "300s") between saves of the set and of the run state.
         eval_every: steps between linear evaluations (labelled sources only); one more at the end.
         test_model: zoo-A network of the evaluations.
         pretraining: how it is trained on the synthetic set.
@@ -216,9 +219,9 @@ def distill(
         UserError: a non-finite loss, naming the step; the last save is kept.
     """
     guard, window = FiniteGuard("distillation"), LossWindow(print_every)
-    parts, start = {"distiller": distiller, "losses": window}, 0
+    parts, start, timer = {"distiller": distiller, "losses": window}, 0, SaveTimer(save_every)
     first = distiller.group.first
-    if run.state_path.exists():
+    if has_state(run.state_path):
         start, _ = load_run(run.state_path, parts)
         print(f"going on after step {start} of {steps}")
     else:
@@ -269,7 +272,7 @@ def distill(
                     run.log(**evaluations[-1])
                     bar.write(f"step {step}: linear accuracy {accuracy:.2f} %")
                     mark = time.perf_counter()
-            if step % save_every == 0 or last or leaving:
+            if timer.due(step) or last or leaving:
                 guard.flush()
                 distiller.targets.flush()
                 if first:

@@ -17,9 +17,11 @@ from evaluation.fit import LossFn, fit
 from krr_st.config import EpochFlags
 from utils import checkpoint, cli
 from utils.errors import UserError
+from utils.memory import out_of_memory_says
 from utils.optim import make_schedule
-from utils.resume import load_run, save_run
-from utils.runlog import LossWindow, RunFolder
+from utils.resume import has_state, load_run, save_run
+from utils.runlog import LossWindow, RunFolder, claim_run
+from utils.stop import StopRequest
 
 
 def make_checkpoint(
@@ -48,6 +50,18 @@ def make_checkpoint(
             f"{path} is there already and was not made by this command; choose another --save_dir, "
             "or pass --overwrite to replace it"
         )
+    with claim_run(folder), out_of_memory_says(device, "lower --batch_size"):
+        _make(path, folder, flags, size, device, train)
+
+
+def _make(
+    path: Path,
+    folder: Path,
+    flags: EpochFlags,
+    size: int,
+    device: torch.device,
+    train: Callable[[RunFolder], tuple[nn.Module, dict[str, Any]]],
+) -> None:
     run = RunFolder(
         folder, {**cli.as_json(flags), "img_size": size}, seed=flags.seed, device=device,
         overwrite=flags.overwrite,
@@ -97,17 +111,28 @@ def train_epochs(
     per_epoch = len(loader.images) // loader.batch_size
     steps = epochs * per_epoch
     schedule = make_schedule("cosine", optimizer, steps, round(warmup_epochs * per_epoch))
-    parts = {"network": network, "optimizer": optimizer, "schedule": schedule, "loader": loader}
+    window = LossWindow(per_epoch)
+    parts = {
+        "network": network, "optimizer": optimizer, "schedule": schedule, "loader": loader,
+        "losses": window,
+    }  # fmt: skip
     start = 0
-    if run.state_path.exists():
+    if has_state(run.state_path):
         start, _ = load_run(run.state_path, parts)
         print(f"going on after epoch {start // per_epoch} of {epochs}")
     run.truncate_log(start)
-    window, began = LossWindow(per_epoch), time.perf_counter()
+    began = time.perf_counter()
+
+    def leave(step: int, loss: Tensor) -> None:
+        if math.isfinite(float(loss)):
+            save_run(run.state_path, step, parts)
+        stop.leave(f"after epoch {step / per_epoch:.2f} of {epochs}")
 
     def on_step(step: int, loss: Tensor, rate: float) -> None:
         window.add(loss)
         if step % per_epoch:
+            if stop:
+                leave(step, loss)
             return
         epoch, mean = step // per_epoch, window.mean()
         found = measure(epoch)
@@ -121,8 +146,11 @@ def train_epochs(
         # A loss that is not finite stops `fit`, on a GPU one step late: it must not be saved over.
         if epoch % save_every == 0 and step < steps and math.isfinite(mean):
             save_run(run.state_path, step, parts)
+        if stop and step < steps:
+            leave(step, loss)
 
-    fit(
-        network, loader.forever(), loss_fn, optimizer, schedule,
-        steps=steps, start=start, what=what, on_step=on_step,
-    )  # fmt: skip
+    with StopRequest() as stop:
+        fit(
+            network, loader.forever(), loss_fn, optimizer, schedule,
+            steps=steps, start=start, what=what, on_step=on_step,
+        )  # fmt: skip

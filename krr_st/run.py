@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from utils import checkpoint, cli
 from utils.device import free_memory, place, resolve_device
 from utils.distributed import Group, local_gpu, process_group, quiet_unless_first
 from utils.errors import UserError
+from utils.memory import SplitBatches, out_of_memory_says
 from utils.optim import make_optimizer
 from utils.precision import autocast, check_compile, check_precision, float32_mode
-from utils.runlog import FollowedRun, RunFolder
+from utils.runlog import FollowedRun, RunFolder, claim_run
 from utils.seed import local_seed, make_generator
 
 
@@ -66,11 +68,22 @@ def run_distillation(flags: TrainFlags) -> int:
             return 0
         if flags.compile:
             check_compile(device)
-        with process_group(device) as group, float32_mode(flags.precision):
-            return _distill(flags, device, group)
+        with (
+            process_group(device) as group,
+            float32_mode(flags.precision),
+            out_of_memory_says(device, _KNOBS),
+            ExitStack() as held,
+        ):
+            return _distill(flags, device, group, held)
 
 
-def _distill(flags: TrainFlags, device: torch.device, group: Group) -> int:
+_KNOBS = (
+    "lower --outer_batch_size, --num_images or --num_models, or use --target_views online or "
+    "--precision bf16"
+)
+
+
+def _distill(flags: TrainFlags, device: torch.device, group: Group, held: ExitStack) -> int:
     image_set = data.load(flags.data_name, flags.img_size, flags.data_dir)
     if flags.num_images > len(image_set.train):
         raise UserError(
@@ -93,13 +106,15 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group) -> int:
         layout=flags.layout,
     )  # fmt: skip
 
+    in_parts = SplitBatches(target)
+
     def represent(x: Tensor) -> Tensor:
         with torch.no_grad(), autocast(flags.precision, device):
-            return target(x)
+            return in_parts(x)
 
     get_model(flags.test_model, img_shape, target.dim)  # an unknown name fails now, not at the end
     make_pool_network(flags.train_model, img_shape, target.dim, torch.device("cpu"), 0)
-    run = open_run(flags, stats, device, group)
+    run = open_run(flags, stats, device, group, held)
     if run.finished:
         print(f"{run.path} holds the finished run of these flags; --overwrite runs it again")
         return 0
@@ -153,15 +168,16 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group) -> int:
 
 
 def open_run(
-    flags: TrainFlags, stats: Stats, device: torch.device, group: Group
+    flags: TrainFlags, stats: Stats, device: torch.device, group: Group, held: ExitStack
 ) -> RunFolder | FollowedRun:
-    """The run folder, made by the first process and followed by the others.
+    """The run folder, claimed and made by the first process, followed by the others.
 
     Raises:
-        UserError: it holds a run with other flags, or cannot be written.
+        UserError: it holds a run with other flags, is in use, or cannot be written.
     """
     path, run = Path(flags.save_dir) / flags.exp_name, None
     if group.first:
+        held.enter_context(claim_run(path))
         run = RunFolder(
             path, cli.as_json(flags), seed=flags.seed, device=device, overwrite=flags.overwrite,
             extra={"data_name": flags.data_name, "mean": stats.mean, "std": stats.std},

@@ -92,9 +92,15 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
     if path.is_dir():
         raise UserError(f"{what} {path} is a folder; expected a file")
     try:
+        if not mmap and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch writes checksums and never reads them
+                if (torn := archive.testzip()) is not None:
+                    raise UserError(f"{what} {path} is damaged: the checksum of {torn} is wrong")
         with torch.serialization.safe_globals(_SAFE_GLOBALS):
             mapped = mmap and zipfile.is_zipfile(path)  # the older torch format cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from utils.stop import Stopped
+from utils.stop import Stopped, terminable
 
 T = TypeVar("T")
 
@@ -39,7 +39,8 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
     def wrapped(argv: list[str] | None = None) -> int:
         first = os.environ.get("RANK", "0") == "0"
         try:
-            return main(argv) or 0
+            with terminable():
+                return main(argv) or 0
         except UserError as error:
             if first:
                 print("error: " + " ".join(str(error).split()), file=sys.stderr)

@@ -95,6 +95,11 @@ class Claims:
         with self._guard() as now:
             return self._alive(self.folder / f"{name}.lock", now)
 
+    def owner(self, name: str) -> str:
+        """Who holds `name`, in words."""
+        owner = _owner(self.folder / f"{name}.lock")
+        return f"process {owner.get('pid', '?')} on {str(owner.get('host', '?')).split(' ')[0]}"
+
     @contextlib.contextmanager
     def _guard(self) -> Iterator[float]:
         """One process at a time looks and takes; yields the time by the folder's own clock."""

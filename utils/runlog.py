@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
 import subprocess
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 
 from utils import checkpoint
 from utils.errors import UserError
+from utils.locks import Claims
+from utils.resume import forget_run
 from utils.seed import resolve_seed
 
 
@@ -60,10 +64,34 @@ def environment(device: torch.device) -> dict[str, Any]:
 # one that was drawn may be given at the next start.
 _NOT_IDENTITY = (
     "seed", "device", "gpu_id", "overwrite", "dry_run", "target_views", "views_dir",
+    "save_every",
 )  # fmt: skip
-_STALE = ("results.json", "state.pt", "log.jsonl")
+_STALE = ("results.json", "state.pt", "state.prev.pt", "log.jsonl")
 # Dropped by --overwrite: no set may lie beside the configuration of another run.
 _ARTEFACTS = ("x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png")
+
+
+@contextlib.contextmanager
+def claim_run(path: Path | str) -> Iterator[None]:
+    """Keep a run folder to this process for the length of the block.
+
+    A claim whose process is dead is taken over.
+
+    Args:
+        path: the run folder, which need not exist yet.
+
+    Raises:
+        UserError: another process works on it, or the folder above cannot be written.
+    """
+    path = Path(path)
+    claims = Claims(path.parent / ".locks")
+    with claims.claim(path.name) as ours:
+        if not ours:
+            raise UserError(
+                f"{path} is in use by another process ({claims.owner(path.name)}); wait for it, "
+                "or choose another name"
+            )
+        yield
 
 
 class RunFolder:
@@ -167,7 +195,7 @@ class RunFolder:
     def finish(self, results: dict[str, Any]) -> None:
         """Write results.json, which marks the run as finished, and drop its state."""
         write_json(self.path / "results.json", results)
-        self.state_path.unlink(missing_ok=True)
+        forget_run(self.state_path)
 
 
 class FollowedRun:
