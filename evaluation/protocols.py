@@ -20,6 +20,7 @@ from utils.optim import make_optimizer, make_schedule
 
 StepHook = Callable[[int, Tensor, float], None]
 PROBE_BATCH = 512
+_LARGE_BATCH = 64  # at 224 pixels one map of the zoo's residual networks takes 13 MB an image
 
 
 def train_by_recipe(
@@ -31,7 +32,7 @@ def train_by_recipe(
     what: str,
     on_step: StepHook | None = None,
 ) -> nn.Module:
-    """Run `fit` with the loss, optimiser and schedule of `recipe` for `steps` steps.
+    """Run `fit` with the loss, optimiser and schedule of `recipe`; terminals get a progress bar.
 
     A run shorter than the recipe's has a warm-up shortened alike, and no warm-up takes more than
     half of a run: one given in few epochs or steps would never reach its rate.
@@ -44,7 +45,8 @@ def train_by_recipe(
     schedule = make_schedule(recipe.schedule, optimizer, steps, warmup)
     loss_fn = supervised(pick(LOSSES, recipe.loss, "loss"))
     return fit(
-        model, batches, loss_fn, optimizer, schedule, steps=steps, what=what, on_step=on_step
+        model, batches, loss_fn, optimizer, schedule, steps=steps, what=what, on_step=on_step,
+        progress=True,
     )  # fmt: skip
 
 
@@ -130,9 +132,10 @@ def outputs(
     images: Tensor,
     image_set: ImageSet,
     device: torch.device,
-    batch_size: int = PROBE_BATCH,
+    batch_size: int | None = None,
 ) -> Tensor:
     """`function` of normalised, unaugmented images in batches: (N, D) on the device."""
+    batch_size = batch_size or (PROBE_BATCH if image_set.size < 128 else _LARGE_BATCH)
     loader = TensorLoader(
         images, None, batch_size=batch_size, device=device,
         generator=torch.Generator(), transform=ImagePipeline(image_set.stats), shuffle=False,

@@ -51,6 +51,10 @@ class Recipe:
     dsa: str = "none"
     momentum: float = 0.9
 
+    def __str__(self) -> str:
+        """What is set, in one line: `loss mse, optimizer sgd, lr 0.1, ...`."""
+        return ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(self).items() if v)
+
     def total_steps(self, count: int, scale: float = 1.0) -> int:
         """Optimiser steps on `count` images, times `scale`, at least one."""
         per_epoch = -(-count // min(self.batch_size, count))

@@ -9,6 +9,7 @@ nearest to each k-means centre, with labels or features. gaussian: N(0, 1) noise
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -171,10 +172,11 @@ def main(argv: list[str] | None = None) -> int:
         )
     target_model = flags.target_model or preset.target_model
     path = resolve_checkpoint(target_model, flags.target_ckpt, flags.data_name)
-    hint = (
-        f"python -m krr_st.target --data_name {flags.data_name} --img_size {preset.size} "
-        f"--target_model {target_model} --data_dir {flags.data_dir}"
-    )
+    hint = shlex.join([
+        "python", "-m", "krr_st.target", "--data_name", flags.data_name,
+        "--img_size", str(preset.size), "--target_model", target_model,
+        "--data_dir", str(flags.data_dir),
+    ])  # fmt: skip
     request = Request(
         image_set, count, flags.kmeans_space, seed, device,
         lambda: load_target(

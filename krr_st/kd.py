@@ -168,6 +168,7 @@ class Distillation:
             fit(
                 student, taught(batches, self.teacher), supervised(kd_loss), optimizer,
                 make_schedule(recipe.schedule, optimizer, steps), steps=steps, what="distillation",
+                progress=True,
             )  # fmt: skip
         found = {"accuracy_running": self.measure(student)}
         with batch_statistics(student):
@@ -238,6 +239,9 @@ def run_kd(flags: KdFlags) -> int:
     first = resolve_seed(flags.seed)
     store = CellStore(flags.log_dir / "results.jsonl")
     settings = cell_settings(flags, shared)
+    if shared.pretraining is not None:
+        print(f"pre-training: {shared.pretraining.recipe}")
+    print(f"distillation: {shared.recipe}")
     headline, teacher_accuracy, cells = f"accuracy_{flags.kd_bn}", None, []
     for seed in range(first, first + flags.num_test):
         key = {**settings, "seed": seed}

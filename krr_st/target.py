@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -120,8 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the flags, train, write the checkpoint and the record of the run."""
     flags = cli.parse(TargetFlags, argv, prog="python -m krr_st.target", description=__doc__)
     device = resolve_device(flags.device, flags.gpu_id)
-    size = resolve_preset(flags.data_name, flags.data_dir, flags.img_size).size
-    image_set = data.load(flags.data_name, size, flags.data_dir)
+    preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
+    flags = replace(flags, target_model=flags.target_model or preset.target_model)
+    image_set = data.load(flags.data_name, preset.size, flags.data_dir)
     if len(image_set.train) < 2:
         raise UserError(f"{image_set.train.path} holds one image; Barlow Twins needs at least two")
     Representation(flags.target_model, image_set.img_shape)  # an unknown name fails before a write
@@ -139,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         return model.backbone, {"knn_accuracy": run.read_log()[-1].get("knn_accuracy")}
 
     path = default_checkpoint(flags.target_model, flags.data_name, flags.save_dir)
-    make_checkpoint(path, flags, size, device, train)
+    make_checkpoint(path, flags, preset.size, device, train)
     return 0
 
 

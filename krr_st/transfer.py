@@ -230,6 +230,8 @@ def run_transfer(flags: ScratchFlags) -> int:
         for count in shots:
             labelled_indices(target, count, flags.label_fraction, seed)
     store = CellStore(flags.log_dir / "results.jsonl")
+    if pretraining is not None:
+        print(f"pre-training: {pretraining.recipe}")
     settings = cell_settings(flags, method, arch, preset.size, pretraining)
     cells = []
     for repetition in range(flags.num_test):
@@ -282,6 +284,9 @@ def run_repetition(
             wd=flags.finetune_wd, batch_size=flags.finetune_batch_size,
             momentum=flags.finetune_momentum, schedule=flags.finetune_schedule,
         )  # fmt: skip
+        if flags.protocol == "finetune":
+            augmentation = "crop and flip" if target.hflip else "crop"
+            print(f"fine-tuning on {target.name}: {recipe}, {augmentation}")
         for count in shots:
             key = {**settings, "target": target.name, "shots": count, "seed": seed}
             if flags.protocol == "finetune":

@@ -94,3 +94,24 @@ def test_weights_that_are_not_finite_are_no_checkpoint(workspace, capsys, monkey
     assert command.main([*SHARED, *flags]) == 2
     assert "not finite" in capsys.readouterr().err
     assert not Path(f"teacher_ckpt/{name}.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "arch"),
+    [("imagenette", [], "resnet50"), ("cifar100", [], "resnet18"), ("imagenette", [NET], NET)],
+)
+def test_target_is_the_one_train_looks_for(workspace, monkeypatch, name, given, arch):
+    classes = {"imagenette": 10, "cifar100": 100}[name]
+    write_set("datasets", name, classes=classes, train=classes, test=classes)
+    argv = ["--data_name", name, "--img_size", "8", "--device", "cpu", "--seed", "0"]
+    asked = []
+
+    def train_target(image_set, *, arch, **kwargs):
+        asked.append(arch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, "train_target", train_target)
+    assert target.main([*argv, *(["--target_model", *given] if given else [])]) == 130
+    folder = Path(f"teacher_ckpt/barlow_twins_{arch}_{name}")
+    assert asked == [arch]
+    assert json.loads((folder / "config.json").read_text())["flags"]["target_model"] == arch

@@ -138,6 +138,14 @@ def test_interrupted_between_cells(tiny, monkeypatch):
     assert [(c["id"], c["accuracy"]) for c in cells()] == [(c["id"], c["accuracy"]) for c in whole]
 
 
+def test_recipes_are_printed(tiny, capsys):
+    assert test_command.main([*SHARED, *SHORT, "--finetune_lr", "0.25"]) == 0
+    printed = capsys.readouterr().out
+    assert "pre-training: loss mse, optimizer sgd, lr 0.1, wd 0.001, schedule constant" in printed
+    assert "fine-tuning on tiny: loss cross_entropy, optimizer sgd, lr 0.25" in printed
+    assert "crop and flip" in printed
+
+
 def test_gaussian_baseline_is_a_method(tiny):
     torch.manual_seed(0)
     from krr_st.target_model import Representation
