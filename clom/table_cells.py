@@ -23,7 +23,7 @@ from clom.table_config import TablesFlags, Variant, parse_variant
 from clom.teachers import find_checkpoints
 from utils import checkpoint, cli
 from utils.cells import CellStore
-from utils.jobs import local_gpu
+from utils.distributed import local_gpu
 
 Cell = dict[str, Any]
 

@@ -4,7 +4,8 @@ Rows are the methods without CLoM and with each of its forms, columns the data s
 class. Finished cells are collected from {log_dir}/results.jsonl into Markdown, CSV and LaTeX; those
 that were not run show as a dash. With --run they are run first, cheapest first: a restart skips
 what is finished and goes on with what was begun. The same command in several shells or under
-torchrun, on one node or several, shares the work.
+torchrun (`torchrun --nproc_per_node 4 -m -- clom.tables ...`), on one node or several, shares the
+work.
 
 ± is the population standard deviation over all networks of all experiments together (num_exp x
 num_eval), as the published code prints it; the CSV file's n is their number.

@@ -12,7 +12,8 @@ from krr_st.transfer import SCRATCH, run_transfer
 from models import get_model
 from utils import flops
 from utils.cells import read_cells
-from utils.jobs import Job, local_gpu
+from utils.distributed import local_gpu
+from utils.jobs import Job
 
 
 @functools.cache

@@ -3,7 +3,8 @@
 Collects finished cells of test.py, test_scratch.py and test_kd.py from {log_dir}/results.jsonl into
 Markdown, CSV and LaTeX, ours beside the published numbers. Cells that were not run show as a dash;
 with --run they are run first, cheapest first, and a restart skips what is finished. The same
-command in several shells or under torchrun, on one node or several, shares the work.
+command in several shells or under torchrun (`torchrun --nproc_per_node 4 -m -- krr_st.tables ...`),
+on one node or several, shares the work.
 """
 
 from __future__ import annotations

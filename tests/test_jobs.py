@@ -15,7 +15,7 @@ import pytest
 
 from utils.cells import CellStore, read_cells
 from utils.errors import UserError
-from utils.jobs import Job, claim_name, duration, local_gpu, run_missing
+from utils.jobs import Job, claim_name, duration, run_missing
 from utils.locks import Claims, this_host
 from utils.paper_table import Entry, to_csv, to_latex, to_markdown, with_published_file
 
@@ -181,6 +181,7 @@ def test_jobs_run_cheapest_first_and_once(tmp_path, capsys):
         ("1/3", "bad"), ("2/3", "cheap"), ("3/3", "dear"),
     ]  # fmt: skip
     assert "skipped: no data" in printed and " left" in printed.split("dear")[1]
+    assert printed.endswith("could not be run:\nbad: no data\n\n")
 
 
 def test_jobs_of_other_processes_are_left_alone(tmp_path, capsys):
@@ -201,12 +202,9 @@ def test_what_another_process_finished_before_our_claim_is_not_run(tmp_path):
     assert run_missing(missing, Claims(tmp_path)) == []
 
 
-def test_small_things(monkeypatch):
+def test_names_and_durations():
     assert claim_name("CIFAR10, 1 ipc: DM + CLoM cos, α 10") == "CIFAR10-1-ipc-DM-+-CLoM-cos-10"
     assert [duration(s) for s in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
-    assert local_gpu(1) == 1
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    assert local_gpu(0) == 2
 
 
 ENTRIES = [

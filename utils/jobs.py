@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable
@@ -50,6 +49,8 @@ def run_missing(missing: Callable[[], list[Job]], claims: Claims) -> list[str]:
         if not free:
             if elsewhere:
                 print(f"jobs running in other processes: {len(elsewhere)}; nothing else is left")
+            if skipped:  # their messages may lie far above by now
+                print("\n".join(["could not be run:", *skipped, ""]))
             return skipped
         name = free[0].name
         with claims.claim(claim_name(name)) as ours:
@@ -81,8 +82,3 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def local_gpu(gpu: int) -> int:
-    """The GPU of this process: `gpu`, counted on by torchrun's LOCAL_RANK."""
-    return gpu + int(os.environ.get("LOCAL_RANK", "0"))
