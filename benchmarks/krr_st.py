@@ -2,10 +2,10 @@
 
     python -m benchmarks.krr_st [--m 100] [--b 128] [--repeats 7] [--out FILE]
 
-Sides take turns in one process; ratios of their medians are printed. The plain form: NCHW float32,
-torch's DataLoader, target forward at every step, BatchNorm on its own, gradients of the pool
-network's parameters taken and thrown away. Before any timing both sides are checked to compute the
-same loss and gradients.
+Sides take turns in one process; ratios of their medians are printed. The plain form: NCHW, float32,
+torch's DataLoader with kornia, target forward at every step, BatchNorm on its own, gradients of the
+pool network's parameters taken and thrown away. Before any timing both sides are checked to compute
+the same loss and gradients.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import machine, matmul_rate, medians, peak_bytes, report, shown
+from benchmarks.loader import kornia_batches
 from data.augment import normalize
 from data.load import ImageSet, ImageSplit
 from data.specs import KRR_SPECS
@@ -93,27 +93,6 @@ class PlainStep:
         self.inner.step()
 
 
-def plain_batches(images: Tensor, batch: int, device: torch.device) -> Iterator[Tensor]:
-    """DataLoader, then crop, flip and normalise image by image, as torchvision's transforms do."""
-    import torchvision.transforms.v2 as T
-
-    stats = KRR_SPECS["cifar10"].stats[32]
-    transform = T.Compose(
-        [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.Normalize(stats.mean, stats.std)]
-    )
-
-    class Images(TensorDataset):
-        """One augmented image at a time."""
-
-        def __getitem__(self, index: int) -> Tensor:
-            return transform(self.tensors[0][index])
-
-    loader = DataLoader(Images(images.float() / 255), batch, shuffle=True, drop_last=True)
-    while True:
-        for x in loader:
-            yield x.to(device)
-
-
 def make_parts(m: int, count: int, device: torch.device) -> dict[str, Any]:
     """Random images, a random target with BatchNorm statistics, one pool network."""
     generator = torch.Generator().manual_seed(0)
@@ -169,9 +148,10 @@ def our_side(
 def plain_side(parts: dict[str, Any], batch: int, device: torch.device) -> PlainStep:
     """The plain form on the same tensors and networks."""
     network = make_pool_network(ARCH, SHAPE, parts["target"].dim, device, 0, "contiguous")
+    images, stats = parts["image_set"].train.images, parts["image_set"].stats
     return PlainStep(
         parts["x_syn"], parts["y_syn"], copy.deepcopy(parts["target"]).to(device), network,
-        plain_batches(parts["image_set"].train.images, batch, device),
+        (x for x, _ in kornia_batches(images, torch.zeros(len(images)), batch, stats, device)),
     )  # fmt: skip
 
 
@@ -184,7 +164,7 @@ def differences(parts: dict[str, Any], batch: int, device: torch.device) -> dict
     theirs.backward()
     ours._batches = iter([((x, view), index)])
     loss = ours.step()
-    found = {"loss": float((loss - theirs).abs() / theirs)}
+    found = {"loss": float((loss - theirs.detach()).abs() / theirs.detach())}
     for name in ("x_syn", "y_syn"):
         a, b = getattr(ours, name).grad, getattr(plain, name).grad
         found[name] = float((a - b).norm() / b.norm())

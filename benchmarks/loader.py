@@ -9,62 +9,72 @@ turns, and the ratio of their median times a batch is printed.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+from typing import Any
 
 import kornia.augmentation as K
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.common import medians, shown
 from data.loader import ImagePipeline, TensorLoader
 from data.specs import KRR_SPECS
 
 
-def seconds_a_batch(batches, count: int) -> float:
-    """Mean time of `count` batches after one that warms up."""
-    next(batches)
-    began = time.perf_counter()
-    for _ in range(count):
-        next(batches)
-    return (time.perf_counter() - began) / count
-
-
-def kornia_batches(images, labels, batch_size, stats):
-    """The plain form: float images, DataLoader, kornia on each batch."""
+def kornia_batches(images, labels, batch_size, stats, device):
+    """The plain form: float images, DataLoader, kornia on each batch on the device."""
     augment = torch.nn.Sequential(
         K.RandomCrop((32, 32), padding=4), K.RandomHorizontalFlip(),
         K.Normalize(torch.tensor(stats.mean), torch.tensor(stats.std)),
-    )  # fmt: skip
+    ).to(device)  # fmt: skip
     dataset = TensorDataset(images.float().div(255), labels)
     loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True)
     while True:
         for x, y in loader:
-            yield augment(x), y
+            yield augment(x.to(device)), y.to(device)
+
+
+def measure(
+    device: torch.device, *, count: int = 20000, batch: int = 1024, repeats: int = 5
+) -> dict[str, Any]:
+    """Seconds a batch of both sides, and their ratio.
+
+    Args:
+        device: where batches are wanted.
+        count: images in the random set.
+        batch: images a batch.
+        repeats: timings a side.
+    """
+    stats = KRR_SPECS["cifar10"].stats[32]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, 3, 32, 32), generator=generator).to(torch.uint8)
+    labels = torch.randint(10, (count,), generator=generator)
+    ours = TensorLoader(
+        images, labels, batch_size=batch, device=device, generator=generator,
+        transform=ImagePipeline(stats, pad=4, hflip=True), drop_last=True,
+    ).forever()  # fmt: skip
+    plain = kornia_batches(images, labels, batch, stats, device)
+    sides = {"TensorLoader": lambda: next(ours), "DataLoader + kornia": lambda: next(plain)}
+    seconds = medians(sides, device, repeats=repeats, calls=4)
+    return {
+        "setting": {"images": count, "batch": batch, "pixels": 32},
+        "seconds a batch": seconds,
+        "ratio": seconds["DataLoader + kornia"] / seconds["TensorLoader"],
+    }
 
 
 def main():
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    stats = KRR_SPECS["cifar10"].stats[32]
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (args.count, 3, 32, 32), generator=generator).to(torch.uint8)
-    labels = torch.randint(10, (args.count,), generator=generator)
-    ours = TensorLoader(
-        images, labels, batch_size=args.batch, device=torch.device("cpu"), generator=generator,
-        transform=ImagePipeline(stats, pad=4, hflip=True), drop_last=True,
-    ).forever()  # fmt: skip
-    plain = kornia_batches(images, labels, args.batch, stats)
-    times = {"TensorLoader": [], "DataLoader + kornia": []}
-    for _ in range(args.repeats):
-        times["TensorLoader"].append(seconds_a_batch(ours, 10))
-        times["DataLoader + kornia"].append(seconds_a_batch(plain, 3))
-    median = {name: statistics.median(t) for name, t in times.items()}
-    for name, value in median.items():
-        print(f"{name}: {1e3 * value:.2f} ms a batch of {args.batch} (median of {args.repeats})")
-    print(f"ratio {median['DataLoader + kornia'] / median['TensorLoader']:.1f}")
+    results = measure(
+        torch.device(args.device), count=args.count, batch=args.batch, repeats=args.repeats
+    )
+    print("seconds a batch:", shown(results["seconds a batch"], 5))
+    print(f"ratio {results['ratio']:.1f}")
 
 
 if __name__ == "__main__":

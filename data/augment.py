@@ -66,7 +66,7 @@ def apply_crop_flip(x: Tensor, views: CropFlip, pad: int) -> Tensor:
         A new tensor of x's shape and dtype; differentiable in x where x is floating point.
     """
     channels, height, width = x.shape[1:]
-    view = view_numbers(views, pad).to(x.device)
+    view = view_numbers(views, pad).to(x.device, non_blocking=True)
     index = _view_table(height, width, pad, x.device).index_select(0, view)  # (B, H·W)
     padded = F.pad(x, (pad, pad, pad, pad)).flatten(2)
     return padded.gather(2, index[:, None].expand(-1, channels, -1)).view_as(x)

@@ -65,11 +65,18 @@ class LARS(torch.optim.Optimizer):
 
 
 def _adam(params: Any, lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=lr, weight_decay=wd)
+    return torch.optim.AdamW(params, lr=lr, weight_decay=wd, fused=_fused(params))
 
 
 def _sgd(params: Any, lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=wd)
+    return torch.optim.SGD(
+        params, lr=lr, momentum=momentum, weight_decay=wd, fused=_fused(params)
+    )
+
+
+def _fused(params: list[Tensor]) -> bool | None:
+    """One kernel for all tensors on CUDA; elsewhere torch's own choice."""
+    return True if all(p.is_cuda for p in params) else None
 
 
 def _lars(params: Any, lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:

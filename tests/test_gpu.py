@@ -1,0 +1,153 @@
+"""What has to hold on CUDA, against float64 on the CPU. Run with -m gpu."""
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks import krr_st as bench
+from clom.loss import clom_cosine
+from clom.matching import gradient_distance
+from data.dsa import diff_augment
+from data.loader import TensorLoader, ViewPipeline
+from data.specs import Stats
+from krr_st.loss import krr_loss
+from krr_st.views import OnlineTargets, RealBatch, TargetViews
+from models import get_model
+from utils.device import place
+from utils.precision import autocast, float32_mode
+from utils.seed import local_seed
+
+pytestmark = pytest.mark.gpu
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+STATS = Stats((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_krr_loss_and_gradients():
+    """m, b, d, D of the published CIFAR-100 setting, a quarter of each."""
+    f_real, y_real = draw(256, 2048), draw(256, 128, seed=1)
+    exact = [draw(250, 2048, seed=2).requires_grad_(), draw(250, 128, seed=3).requires_grad_()]
+    wanted = krr_loss(f_real, y_real, *exact)
+    wanted.backward()
+    ours = [t.detach().float().to(CUDA).requires_grad_() for t in exact]
+    loss = krr_loss(f_real.float().to(CUDA), y_real.float().to(CUDA), *ours)
+    loss.backward()
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-4)
+    for a, b in zip(ours, exact, strict=True):
+        assert (a.grad.cpu().double() - b.grad).norm() < 1e-3 * b.grad.norm()
+
+
+def features(name, precision):
+    with local_seed(0):
+        model = get_model(name, (3, 32, 32), 10).eval().requires_grad_(False)
+    x = draw(32, 3, 32, 32)
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).double().embed(x)
+        with float32_mode(precision), autocast(precision, CUDA):
+            found = place(model, CUDA).embed(x.float().to(CUDA))
+    return float((found.cpu().double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("name", ["convnet_128_256_512_bn", "resnet18", "vgg", "mobilenet"])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("tf32", 5e-3), ("bf16", 5e-2)])
+def test_networks(name, precision, bound):
+    assert features(name, precision) < bound
+
+
+def test_an_outer_step_of_both_forms():
+    parts = bench.make_parts(64, 256, CUDA)
+    with float32_mode("fp32"):
+        assert max(bench.differences(parts, 128, CUDA).values()) < 2e-2
+
+
+def test_bf16_gradients_point_the_same_way():
+    parts = bench.make_parts(64, 256, CUDA)
+    grads = {}
+    for precision in ("fp32", "bf16"):
+        distiller = bench.our_side(parts, 128, CUDA, precision=precision, table=False)
+        with float32_mode(precision):
+            distiller.step()
+        grads[precision] = distiller.x_syn.grad.flatten()
+    assert torch.cosine_similarity(grads["fp32"], grads["bf16"], dim=0) > 0.9
+
+
+def test_target_views_lookup_and_fill():
+    images = (draw(20, 3, 32, 32).sigmoid() * 255).to(torch.uint8)
+    model = place(get_model("convnet_8_bn", (3, 32, 32), 4), CUDA).eval().requires_grad_(False)
+
+    def target(x):
+        with torch.no_grad():
+            return model(x)
+
+    loader = TensorLoader(
+        images, None, batch_size=16, device=CUDA, generator=torch.Generator().manual_seed(0),
+        transform=ViewPipeline(STATS, pad=4, hflip=True), drop_last=True, with_index=True,
+    ).forever()  # fmt: skip
+    tables = [TargetViews(target, torch.empty(20 * 162, 4, device=CUDA), 162) for _ in range(2)]
+    on_host = TargetViews(target, torch.empty(20 * 162, 4), 162)
+    tables[0].fill(images, STATS, 4, progress=False)
+    with float32_mode("fp32"):
+        for _ in range(20):
+            (x, view), index = next(loader)
+            batch = RealBatch(x, index, view)
+            wanted = OnlineTargets(target)(batch)
+            for table in (*tables, on_host):
+                torch.testing.assert_close(table(batch), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_step_does_not_wait_for_the_device():
+    parts = bench.make_parts(32, 1024, CUDA)
+    distiller = bench.our_side(parts, 64, CUDA, precision="bf16", table=True)
+    for _ in range(4):  # a first pass and the first order of the data may wait
+        distiller.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            distiller.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_images_that_do_not_fit_come_through_pinned_memory():
+    images = torch.arange(40, dtype=torch.uint8).view(40, 1, 1, 1).expand(40, 3, 4, 4).contiguous()
+
+    def batches(device, limit):
+        loader = TensorLoader(
+            images, torch.arange(40), batch_size=8, device=device, max_device_bytes=limit,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        return [(x.cpu(), y.cpu()) for _ in range(3) for x, y in loader.epoch()]
+
+    for ours, wanted in zip(batches(CUDA, 0), batches(CPU, None), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, wanted, strict=True))
+
+
+def test_clom_losses():
+    f_real, f_syn = draw(64, 32), draw(20, 32, seed=1)
+    y_real, y_syn = torch.arange(64) % 4, torch.arange(20) % 4
+    wanted = clom_cosine(f_real, y_real, f_syn, y_syn)
+    found = clom_cosine(*(t.to(CUDA) for t in (f_real.float(), y_real, f_syn.float(), y_syn)))
+    assert float(found) == pytest.approx(float(wanted), rel=1e-4)
+    grads = [draw(8, 3, 3, 3), draw(8), draw(10, 128)]
+    others = [draw(*g.shape, seed=5) for g in grads]
+    for metric in ("ours", "mse", "cos"):
+        wanted = gradient_distance(grads, others, metric)
+        found = gradient_distance(
+            *([g.float().to(CUDA) for g in side] for side in (grads, others)), metric
+        )
+        assert float(found) == pytest.approx(float(wanted), rel=1e-4)
+
+
+def test_dsa_draws_the_same_on_both_devices():
+    x = draw(16, 3, 32, 32).float()
+    strategy = "color_crop_cutout_flip_scale_rotate"
+    ours, wanted = (
+        diff_augment(x.to(device), strategy, generator=torch.Generator().manual_seed(3)).cpu()
+        for device in (CUDA, CPU)
+    )
+    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
