@@ -12,10 +12,9 @@ from tqdm import tqdm
 
 from clom.distillers import Distiller
 from clom.real import RealImages
-from utils import checkpoint
 from utils.errors import UserError
 from utils.finite import FiniteGuard
-from utils.resume import load_run, save_run
+from utils.resume import has_state, load_run, read_state, save_run
 from utils.runlog import LossWindow, RunFolder
 
 # iteration, images -> evaluation network -> accuracies in [0, 1]
@@ -167,9 +166,9 @@ def _report(
 
 def state_belongs(run: RunFolder, experiment: int) -> bool:
     """Whether the saved state is one of this experiment."""
-    if not run.state_path.exists():
+    if not has_state(run.state_path):
         return False
-    state = checkpoint.load(run.state_path, what="run state")
+    state = read_state(run.state_path)
     try:
         return int(state["tensors"]["experiment"]) == experiment
     except (KeyError, TypeError, ValueError):

@@ -64,9 +64,9 @@ class Distiller:
         """A new random network in train mode."""
         return self.new_network(draw_seed(self.generators["networks"])).train()
 
-    def images_of(self, c: int) -> Tensor:
-        """A new leaf with the images of class c: its gradient has only their size."""
-        part = self.x_syn.detach()[c * self.ipc : (c + 1) * self.ipc]
+    def images_of(self, first: int, end: int) -> Tensor:
+        """A new leaf with the images of classes first to end - 1: its gradient has their size."""
+        part = self.x_syn.detach()[first * self.ipc : end * self.ipc]
         return part.clone().requires_grad_()
 
     def siamese(self, *batches: Tensor) -> list[Tensor]:
@@ -110,8 +110,3 @@ class Distiller:
             generator.set_state(state["generators"][name])
         if self.clom is not None:
             self.clom.load_state_dict(state["clom"])
-
-
-def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """The BatchNorm layers of a network."""
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

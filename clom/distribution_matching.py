@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from clom.distillers import Distiller, batch_norms
+from clom.distillers import Distiller
+from clom.layout import batch_norms, images_at_once
 from clom.matching import distribution_distance
 
-# Real images go through networks without BatchNorm in parts of this size.
-REAL_CHUNK = 2048
+# Images that go through networks without BatchNorm at once on a GPU: synthetic, real, and real
+# ones that are held there.
+SYNTHETIC_AT_ONCE, REAL_AT_ONCE, REAL_HELD = 2048, 2048, 16384
 
 
 class DistributionMatching(Distiller):
     """DM; the arguments are those of Distiller.
 
-    All classes go through the network together: without BatchNorm this equals one class after
-    another, with BatchNorm it is what the method asks for.
+    With BatchNorm all classes go through the network together, which is what the method asks for.
+    Without, the distance is a sum over classes: groups of them are as good, and need less memory.
 
     Source: Zhao and Bilen, arXiv 2110.04181, alg. 1.
     """
@@ -24,24 +26,37 @@ class DistributionMatching(Distiller):
     def step(self) -> dict[str, Tensor]:
         """One iteration: a new frozen network, one update of the images."""
         network = self.draw_network().requires_grad_(False)
-        classes = self.real.num_classes
-        x_real, counts = self.real.draw_all_classes(self.batch_real, self.generators["real images"])
-        x_syn = self.x_syn
-        if self.augmented:
-            parts = zip(x_real.split(counts), x_syn.split(self.ipc), strict=True)
-            pairs = [self.siamese(*pair) for pair in parts]
-            x_real, x_syn = (torch.cat(side) for side in zip(*pairs, strict=True))
-        distance = distribution_distance(
-            embed_real(network, x_real), network.embed(x_syn), counts, [self.ipc] * classes
-        )
-        (gradient,) = torch.autograd.grad(distance, self.x_syn)
-        clom = self.update_images(gradient)
-        return {"loss": distance.detach() / classes, "clom": clom}
+        classes, size = self.real.num_classes, self._classes_at_once(network)
+        gradients, total = [], self.x_syn.new_zeros(())
+        for first in range(0, classes, size):
+            x_group = self.images_of(first, min(first + size, classes))
+            distance = self._distance(network, x_group, first)
+            # Group by group instead of through the sum: the same gradient, one group's graph.
+            gradients += torch.autograd.grad(distance, x_group)
+            total = total + distance.detach()
+        clom = self.update_images(torch.cat(gradients))
+        return {"loss": total / classes, "clom": clom}
+
+    def _classes_at_once(self, network: nn.Module) -> int:
+        if batch_norms(network):
+            return self.real.num_classes
+        x = self.x_syn
+        synthetic = images_at_once(network, x.shape, x.device, SYNTHETIC_AT_ONCE)
+        return max(1, min(synthetic // self.ipc, REAL_HELD // self.batch_real))
+
+    def _distance(self, network: nn.Module, x_group: Tensor, first: int) -> Tensor:
+        """Distance summed over the classes of `x_group`, which begin with class `first`."""
+        pairs = []
+        for c, x_c in enumerate(x_group.split(self.ipc), first):
+            index = self.real.draw_class(c, self.batch_real, self.generators["real images"])
+            pairs.append(self.siamese(self.real.at(index), x_c))
+        reals, syns = zip(*pairs, strict=True)
+        f_real, f_syn = embed_real(network, torch.cat(reals)), network.embed(torch.cat(syns))
+        return distribution_distance(f_real, f_syn, [*map(len, reals)], [*map(len, syns)])
 
 
 @torch.no_grad()
 def embed_real(network: nn.Module, x: Tensor) -> Tensor:
     """Features (N, D) of real images; in one batch where BatchNorm makes the images interact."""
-    if batch_norms(network):
-        return network.embed(x)
-    return torch.cat([network.embed(part) for part in x.split(REAL_CHUNK)])
+    part = images_at_once(network, x.shape, x.device, REAL_AT_ONCE)
+    return torch.cat([network.embed(x_part) for x_part in x.split(part)])

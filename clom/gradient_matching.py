@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clom.distillers import Distiller, batch_norms
+from clom.distillers import Distiller
+from clom.layout import batch_norms, images_at_once
 from clom.matching import gradient_distance
 from clom.training import Training, make_augment, train_on
 
@@ -71,10 +72,10 @@ class GradientMatching(Distiller):
         gradients, total = [], self.x_syn.new_zeros(())
         for c in range(self.real.num_classes):
             index = self.real.draw_class(c, self.batch_real, self.generators["real images"])
-            x_c = self.images_of(c)
+            x_c = self.images_of(c, c + 1)
             x_real, x_syn = self.siamese(self.real.at(index), x_c)
-            grads_real = _network_gradient(network, x_real, c)
-            grads_syn = _network_gradient(network, x_syn, c, create_graph=True)
+            grads_real = gradient_in_parts(network, x_real, c)
+            grads_syn = network_gradient(network, x_syn, c, create_graph=True)
             distance = gradient_distance(grads_syn, grads_real, self.metric)
             # Class by class instead of through the sum: the same gradient, one class's graph.
             gradients += torch.autograd.grad(distance, x_c)
@@ -100,7 +101,18 @@ class GradientMatching(Distiller):
         trainer.run(what="inner loop").train()
 
 
-def _network_gradient(
+def gradient_in_parts(network: nn.Module, x: Tensor, label: int) -> list[Tensor]:
+    """`network_gradient` of a real batch; the mean over images is joined from parts."""
+    part = images_at_once(network, x.shape, x.device, len(x))
+    total: list[Tensor] = []
+    for x_part in x.split(part):
+        gradient = network_gradient(network, x_part, label)
+        scaled = torch._foreach_mul(gradient, len(x_part) / len(x))
+        total = torch._foreach_add(total, scaled) if total else scaled
+    return total
+
+
+def network_gradient(
     network: nn.Module, x: Tensor, label: int, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
     """Gradient of the cross-entropy of images of one class on every parameter."""

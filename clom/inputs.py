@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +11,9 @@ from torch import nn
 import data
 from clom.config import CommonFlags, DistillFlags
 from clom.foundation import PREFIX, load_foundation
+from clom.layout import arranged
 from clom.loss import CLoM
-from clom.real import RealImages
+from clom.real import FeatureCache, RealImages
 from clom.teachers import Space, TeacherPool, load_family, pair_alphas
 from data.load import ImageSet, default_size, tensor_path
 from data.meta import read_meta
@@ -34,10 +34,10 @@ def find_data_dir(dataset: str, data_path: Path | None, img_size: int | None) ->
     places = [Path("./data") / dataset, Path("./datasets")]
     if data_path is not None:
         places = [data_path.parent] * (data_path.name == folder) + [data_path]
-    for place in places:
+    for parent in places:
         pattern = img_size or (spec.sizes[0] if spec else "*")
-        if list((place / folder).glob(f"X_tr_{pattern}.pth")):
-            return place
+        if list((parent / folder).glob(f"X_tr_{pattern}.pth")):
+            return parent
     return places[-1]
 
 
@@ -100,7 +100,8 @@ def network_factory(
 
     def build(seed: int) -> nn.Module:
         with local_seed(seed):
-            return get_network(name, channels, image_set.num_classes, tuple(size)).to(device)
+            network = get_network(name, channels, image_set.num_classes, tuple(size))
+        return arranged(network, device)
 
     build(0)
     return build
@@ -156,24 +157,18 @@ def make_clom(
     real: RealImages,
     device: torch.device,
 ) -> Callable[[torch.Generator], CLoM] | None:
-    """Load the pool once; returns generator -> the CLoM term of one experiment."""
+    """Load the pool once; returns generator -> the CLoM term of one experiment.
+
+    The experiments share the features of the real images.
+    """
     if not flags.CLoM:
         return None
-    return functools.partial(
-        _clom_of, load_pool(flags, image_set, device), flags.CLoM_distance, flags.CLoM_ce_form,
-        flags.CLoM_batch_size, real,
-    )  # fmt: skip
+    pool, cache = load_pool(flags, image_set, device), FeatureCache(real)
 
+    def new(generator: torch.Generator) -> CLoM:
+        return CLoM(
+            pool, distance=flags.CLoM_distance, ce_form=flags.CLoM_ce_form, real=real,
+            batch_size=flags.CLoM_batch_size, generator=generator, cache=cache,
+        )  # fmt: skip
 
-def _clom_of(
-    pool: TeacherPool,
-    distance: str,
-    ce_form: str,
-    batch_size: int,
-    real: RealImages,
-    generator: torch.Generator,
-) -> CLoM:
-    return CLoM(
-        pool, distance=distance, ce_form=ce_form, real=real, batch_size=batch_size,
-        generator=generator,
-    )  # fmt: skip
+    return new

@@ -136,7 +136,8 @@ class CLoM:
         ce_form: "contrastive" (the definition) or "classification" (the released code).
         batch_size: real images a call.
         generator: CPU generator of all draws; None: a new one seeded 0.
-        cache: keep the features of all real images, which never change, if memory allows.
+        cache: keep the features of all real images, which never change, if memory allows; or a
+            cache of `real` that several terms share.
 
     Raises:
         UserError: unknown names, real data missing, or a model whose labels do not fit.
@@ -152,7 +153,7 @@ class CLoM:
         ce_form: str = "contrastive",
         batch_size: int = 8196,
         generator: torch.Generator | None = None,
-        cache: bool = True,
+        cache: bool | FeatureCache = True,
     ) -> None:
         self._loss = pick({"ce": self._ce, "cos": self._cosine}, distance, "CLoM_distance")
         forms = {"contrastive": self._contrastive, "classification": clom_ce_mean}
@@ -167,7 +168,9 @@ class CLoM:
             raise UserError(f"CLoM with distance {distance} needs real data; pass real=")
         self.pool, self.real, self.batch_size = models, real, batch_size
         self.generator = generator or torch.Generator().manual_seed(0)
-        self.cache = FeatureCache(real, enabled=cache) if distance == "cos" else None
+        if not isinstance(cache, FeatureCache) and distance == "cos":
+            cache = FeatureCache(real, enabled=cache)
+        self.cache = cache
 
     def __call__(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:
         """Synthetic images (m, C, H, W) and labels (m,) -> alpha · CLoM, a scalar."""

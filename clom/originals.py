@@ -19,12 +19,12 @@ from data.loader import ImagePipeline, TensorLoader
 from data.specs import Stats
 from utils import checkpoint, cli
 from utils.device import resolve_device
-from utils.resume import load_run, save_run
+from utils.resume import has_state, load_run, save_run
 from utils.runlog import RunFolder
 from utils.seed import derive_seed, make_generator, resolve_seed
 
 # Flags that may differ between two starts.
-FREE_FLAGS = ("device", "gpu", "dry_run", "resume", "num", "seed", "random_seed",
+FREE_FLAGS = ("device", "gpu", "dry_run", "resume", "num", "seed", "random_seed", "save_every",
               "data_path", "pretrained_path")  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def train_one(
     )  # fmt: skip
     several = flags.multigpu and device.type == "cuda" and torch.cuda.device_count() > 1
     trainer = Trainer(nn.DataParallel(model) if several else model, loader, training)
-    if run.state_path.exists():
+    if has_state(run.state_path):
         epoch, _ = load_run(run.state_path, {"trainer": trainer})
         print(f"{run.path.name}: going on after epoch {epoch} of {training.epochs}")
     run.truncate_log(trainer.epoch)

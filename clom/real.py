@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from clom.layout import images_at_once
 from data.augment import normalize, to_float
 from data.load import ImageSet
 from data.specs import Stats
 from utils.errors import UserError
 
-# Features are always computed on the same groups of rows, so that a resumed run sees the same bits.
-CHUNK = 256
+GPU_PART = 256
 CPU_CACHE_BYTES = 2 << 30
 
 
@@ -129,12 +129,16 @@ class FeatureCache:
                 self._features[key] = self._all(model)
         if key in self._features:
             return self._features[key][index.to(self.real.device)]
-        return torch.cat([self._embed(model, part) for part in index.split(CHUNK)])
+        return torch.cat([self._embed(model, part) for part in index.split(self._part(model))])
 
     def _embed(self, model: nn.Module, index: Tensor) -> Tensor:
         return getattr(model, "embed", model)(self.real.at(index)).flatten(1).float()
 
+    def _part(self, model: nn.Module) -> int:
+        # Always the same groups of rows, so that a resumed run sees the same bits.
+        return images_at_once(model, self.real.images.shape, self.real.device, GPU_PART)
+
     def _all(self, model: nn.Module) -> Tensor:
-        parts = torch.arange(len(self.real)).split(CHUNK)
+        parts = torch.arange(len(self.real)).split(self._part(model))
         bar = tqdm(parts, desc="real features", leave=False, disable=None, delay=2)
         return torch.cat([self._embed(model, part) for part in bar])

@@ -29,6 +29,7 @@ from utils import checkpoint, cli
 from utils.device import resolve_device
 from utils.errors import UserError
 from utils.images import save_grid
+from utils.resume import forget_run
 from utils.runlog import RunFolder
 from utils.seed import derive_seed, make_generator
 from utils.table import markdown, mean_std
@@ -144,7 +145,7 @@ def run_experiments(
         )  # fmt: skip
         result = run_experiment(distiller, evaluate, run, schedule, experiment=experiment)
         checkpoint.save(result, path)
-        run.state_path.unlink(missing_ok=True)
+        forget_run(run.state_path)
         done.append(result)
         write_res(flags, run, image_set, done)
     results = summarize(flags, done)

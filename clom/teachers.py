@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clom.layout import arranged
 from data.augment import denormalize, normalize
 from data.specs import DC_SPECS, Stats
 from models import get_network
@@ -200,7 +201,7 @@ def load_family(
         network = get_network(model, own.channels, num_classes, own.size)
         state = checkpoint.load_state(path, what="pre-trained model")
         checkpoint.apply_state(network, state, origin=path)
-        teachers.append(Teacher(network, own, given).to(device))
+        teachers.append(Teacher(arranged(network, device), own, given))
     return Family(model, alpha, tuple(teachers)), num_classes
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clom.layout import images_at_once
 from data.dc_augment import OPERATIONS as DC_OPERATIONS
 from data.dc_augment import dc_augment
 from data.dsa import OPERATIONS as DSA_OPERATIONS
@@ -17,7 +18,7 @@ from data.dsa import diff_augment
 from data.load import ImageSet
 from data.loader import TensorLoader, Transform
 from evaluation.fit import accuracy, fit, supervised
-from evaluation.protocols import outputs
+from evaluation.protocols import PROBE_BATCH, outputs
 from utils.errors import pick
 from utils.runlog import LossWindow
 
@@ -101,10 +102,13 @@ class Trainer:
         training, per_epoch = self.training, len(self.loader)
         stops, decays = {*stops, training.epochs}, set(training.decay_after)
         batches, loss_fn = self.loader.forever(), supervised(F.cross_entropy)
+        size = self.loader.batch_size
+        shape = (size, *self.loader.images.shape[1:])
+        part = images_at_once(self.model.train(), shape, self.loader.device, size)
         for end in sorted(e for e in stops | decays if self.epoch < e <= training.epochs):
             fit(
                 self.model, batches, loss_fn, self.optimizer, start=self.epoch * per_epoch,
-                steps=end * per_epoch, what=what, progress=progress,
+                steps=end * per_epoch, what=what, progress=progress, part=part,
                 on_step=lambda step, loss, rate: self.window.add(loss),
             )  # fmt: skip
             self.epoch = end
@@ -168,7 +172,8 @@ def check_strategy(strategy: str | None, kind: str = "dsa") -> None:
 def share_correct(model: nn.Module, image_set: ImageSet, device: torch.device) -> float:
     """Test accuracy in [0, 1]; without a test split, accuracy on the training split."""
     split = image_set.test or image_set.train
-    return accuracy(outputs(model, split.images, image_set, device), split.labels) / 100
+    part = images_at_once(model, split.images.shape, device, PROBE_BATCH)
+    return accuracy(outputs(model, split.images, image_set, device, part), split.labels) / 100
 
 
 def train_on(

@@ -44,13 +44,39 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return -(p * student_logits.log_softmax(1)).sum(1).mean()
 
 
-def train_step(model: nn.Module, x: Any, y: Any, loss_fn: LossFn, optimizer: Optimizer) -> Tensor:
-    """One gradient step on one batch; returns the detached loss before the step."""
-    loss = loss_fn(model, x, y)
+def train_step(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    part: int | None = None,
+) -> Tensor:
+    """One gradient step on one batch; returns the detached loss before the step.
+
+    Args:
+        model: the network.
+        x: inputs.
+        y: targets.
+        loss_fn: (model, inputs, targets) -> scalar; a mean over the images where `part` is given.
+        optimizer: over whatever is to be trained.
+        part: images that go through the network together; the step is that of the whole batch,
+            as long as no layer makes images interact. None: all.
+    """
+    if part is None or part >= len(x):
+        loss = loss_fn(model, x, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    total = 0.0
+    for x_part, y_part in zip(x.split(part), y.split(part), strict=True):
+        loss = loss_fn(model, x_part, y_part) * (len(x_part) / len(x))
+        loss.backward()
+        total = total + loss.detach()
     optimizer.step()
-    return loss.detach()
+    return total
 
 
 def fit(
@@ -65,6 +91,7 @@ def fit(
     what: str = "training",
     on_step: Callable[[int, Tensor, float], None] | None = None,
     progress: bool = False,
+    part: int | None = None,
 ) -> nn.Module:
     """Train `model` in place, in train mode, for steps `start + 1` to `steps`.
 
@@ -79,6 +106,7 @@ def fit(
         what: the name of this training, for progress and messages.
         on_step: called after each step with (step, detached loss, learning rate of that step).
         progress: show a progress bar.
+        part: as in `train_step`.
 
     Returns:
         `model`.
@@ -95,7 +123,7 @@ def fit(
         x, y = next(iterator)
         rate = optimizer.param_groups[0]["lr"]
         try:
-            loss = train_step(model, x, y, loss_fn, optimizer)
+            loss = train_step(model, x, y, loss_fn, optimizer, part)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise

@@ -1,7 +1,6 @@
 """DC, DSA and DM at tiny size: what they match and draw, and that they go on where they stopped."""
 
 import itertools
-import json
 
 import pytest
 import torch
@@ -9,10 +8,9 @@ import torch.nn.functional as F
 from conftest import write_set
 
 import data
-from clom import CLoM, distillers, distribution_matching, gradient_distance
+from clom import CLoM, distillers, gradient_distance, layout
 from clom.config import DistillFlags, default_run_folder, loops, resolve
 from clom.distill import initial_images
-from clom.distillers import batch_norms
 from clom.distribution_matching import DistributionMatching, embed_real
 from clom.evaluate import (
     Augmentation,
@@ -22,9 +20,9 @@ from clom.evaluate import (
 )
 from clom.gradient_matching import GradientMatching
 from clom.inputs import keeps_meaning_mirrored
+from clom.layout import batch_norms
 from clom.real import RealImages
-from clom.run import run_distillation
-from clom.training import dc_evaluation
+from clom.training import Training, dc_evaluation, train_on
 from data.dsa import diff_augment
 from models import get_network
 from utils.errors import UserError
@@ -103,6 +101,26 @@ def test_gradient_of_the_sum_over_classes(real):
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, distiller.x_syn)[0])
 
 
+@pytest.mark.parametrize("net", ["ConvNetD1", "ConvNetBN", "ConvNetLN"])
+def test_parts_of_a_batch_change_nothing_but_rounding(real, monkeypatch, net):
+    """Gradients of real images, a training, test accuracies, DM's groups of classes."""
+
+    def everything(pixels):
+        monkeypatch.setattr(layout, "CPU_PIXELS", pixels)
+        matching = make(GradientMatching, real, net=net, ipc=2, outer_loop=2, inner_loop=3)
+        loss = [matching.step()["loss"], make(DistributionMatching, real, net=net).step()["loss"]]
+        x, y = real.at(torch.arange(20)), real.labels[:20]
+        trainer = train_on(
+            network(net)(0), x, y, Training(2, 0.1, batch_size=7), augment=None, device=CPU,
+            generator=torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        model = trainer.run()
+        return [matching.x_syn.detach(), *loss, trainer.window.mean(), *model.parameters()]
+
+    for small, whole in zip(everything(3 * 64), everything(10**9), strict=True):
+        torch.testing.assert_close(small, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_siamese_draws_are_equal_for_real_and_synthetic(real, monkeypatch):
     seen = []
 
@@ -145,7 +163,7 @@ def test_dm_in_parts_equals_class_by_class(real, monkeypatch):
     x, counts = real.draw_all_classes(8, torch.Generator().manual_seed(0))
     net = network()(0)
     together = embed_real(net, x)
-    monkeypatch.setattr(distribution_matching, "REAL_CHUNK", 5)
+    monkeypatch.setattr(layout, "CPU_PIXELS", 5 * 64)
     torch.testing.assert_close(embed_real(net, x), together)
     by_class = torch.cat([net.embed(part) for part in x.split(counts)])
     torch.testing.assert_close(by_class, together)
@@ -212,67 +230,6 @@ def test_clom_moves_the_images(real):
     assert not torch.allclose(results[0], results[2])
 
 
-def flags(**options):
-    defaults = dict(
-        dataset="tiny", model="ConvNetD1", method="DSA", ipc=1, outer_loop=2, inner_loop=1,
-        Iteration=4, eval_interval=2, num_eval=1, epoch_eval_train=1, batch_real=8, seed=0,
-        device="cpu", save_every=1, print_every=2,
-    )  # fmt: skip
-    return DistillFlags(**{**defaults, **options})
-
-
-class _Stopped(Exception):
-    pass
-
-
-@pytest.mark.parametrize("method", ["DSA", "DM"])
-def test_an_interrupted_run_equals_an_uninterrupted_one(tiny, monkeypatch, method):
-    assert run_distillation(flags(method=method, num_exp=2, save_path="whole")) == 0
-    kind = {"DSA": GradientMatching, "DM": DistributionMatching}[method]
-    step, calls = kind.step, []
-
-    def fragile(self):
-        calls.append(0)
-        if len(calls) in (4, 8):  # in the middle of each experiment
-            raise _Stopped
-        return step(self)
-
-    monkeypatch.setattr(kind, "step", fragile)
-    for _ in range(2):
-        with pytest.raises(_Stopped):
-            run_distillation(flags(method=method, num_exp=2, save_path="parts"))
-    again = flags(method=method, num_exp=2, save_path="parts", resume=True)
-    assert run_distillation(again) == 0
-    name = f"res_{method}_tiny_ConvNetD1_1ipc.pt"
-    whole, parts = (torch.load(tiny / folder / name) for folder in ("whole", "parts"))
-    assert whole["accs_all_exps"] == parts["accs_all_exps"]
-    assert len(whole["data"]) == 2
-    for a, b in zip(whole["data"], parts["data"], strict=True):
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    logs = [(tiny / folder / "log.jsonl").read_text().splitlines() for folder in ("whole", "parts")]
-    assert [json.loads(line) for line in logs[0]] == [json.loads(line) for line in logs[1]]
-    assert not (tiny / "parts" / "state.pt").exists()
-
-
-def test_more_experiments_go_on_from_the_finished_ones(tiny, capsys):
-    assert run_distillation(flags(method="DM", save_path="a")) == 0
-    first = torch.load(tiny / "a/res_DM_tiny_ConvNetD1_1ipc.pt")["data"][0][0]
-    assert run_distillation(flags(method="DM", save_path="a")) == 0
-    assert "finished run" in capsys.readouterr().out
-    assert run_distillation(flags(method="DM", save_path="a", num_exp=2)) == 0
-    res = torch.load(tiny / "a/res_DM_tiny_ConvNetD1_1ipc.pt")
-    assert torch.equal(res["data"][0][0], first)
-    assert not torch.equal(res["data"][1][0], first)
-    assert len(res["accs_all_exps"]["ConvNetD1"]) == 2
-    with pytest.raises(UserError, match="lr_net"):
-        run_distillation(flags(method="DM", save_path="a", lr_net=0.5))
-
-
-def test_a_diverging_run_stops_and_says_where(tiny):
-    with pytest.raises(UserError, match=r"experiment 0, iteration \d+: .* loss is nan"):
-        run_distillation(flags(method="DC", lr_img=1e30, Iteration=20))
-
-
 def test_defaults_by_method_and_ipc():
     dc, dsa, dm = (resolve(DistillFlags(method=m, ipc=10)) for m in ("DC", "DSA", "DM"))
     assert (dc.Iteration, dc.lr_img, dc.init, dc.dsa_strategy) == (1000, 0.1, "noise", "none")
@@ -301,23 +258,6 @@ def test_default_strategy_mirrors_only_where_it_may(workspace):
     assert mirrors("DSA", "mine")
     (workspace / "datasets/mine/meta.json").write_text('{"hflip": false}')
     assert not mirrors("DSA", "mine") and not mirrors("DM", "mine")
-
-
-def test_a_start_that_cannot_be_writes_nothing(tiny):
-    with pytest.raises(UserError, match="class 2 has 11 training images"):
-        run_distillation(flags(method="DM", ipc=12, save_path="a"))
-    assert not (tiny / "a").exists()
-    (tiny / "b").write_text("mine")
-    with pytest.raises(UserError, match="--save_path b is a file"):
-        run_distillation(flags(method="DM", save_path="b"))
-    assert (tiny / "b").read_text() == "mine"
-
-
-def test_a_moved_run_is_the_same_run(tiny, capsys):
-    assert run_distillation(flags(method="DM", save_path="a")) == 0
-    (tiny / "a").rename(tiny / "moved")
-    assert run_distillation(flags(method="DM", save_path=tiny / "moved")) == 0
-    assert "finished run" in capsys.readouterr().out
 
 
 def test_evaluation_as_published():
@@ -351,17 +291,3 @@ def test_evaluation_learns_and_repeats(tiny, augmentation):
     assert scores[0] == scores[1] != scores[2]
     assert scores[0].final > 0.5 and scores[0].best >= scores[0].final
     assert scores[0].best_epoch in (7, 14, 21)
-
-
-def test_overwriting_leaves_nothing_of_the_old_run(tiny):
-    (tiny / "a").mkdir()
-    (tiny / "a" / "exp0_notes.pt").write_text("mine")
-    assert run_distillation(flags(method="DM", save_path="a", num_exp=2)) == 0
-    assert len(list((tiny / "a").glob("vis_*"))) == 6
-    again = flags(method="DM", save_path="a", lr_img=0.5, overwrite=True, eval_interval=4)
-    assert run_distillation(again) == 0
-    assert sorted(p.name for p in (tiny / "a").iterdir()) == [
-        "config.json", "exp0_notes.pt", "exp0_res_DM_tiny_ConvNetD1_1ipc.pt", "log.jsonl",
-        "res_DM_tiny_ConvNetD1_1ipc.json", "res_DM_tiny_ConvNetD1_1ipc.pt", "results.json",
-        "vis_DM_tiny_ConvNetD1_1ipc_exp0_iter0.png", "vis_DM_tiny_ConvNetD1_1ipc_exp0_iter4.png",
-    ]  # fmt: skip
