@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from krr_st.config import TrainFlags
+from krr_st.config import RECIPES, TrainFlags
 from krr_st.run import run_distillation
 from utils import cli
 from utils.errors import entry_point
@@ -16,7 +16,9 @@ from utils.errors import entry_point
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and distil."""
-    flags = cli.parse(TrainFlags, argv, prog="python train.py", description=__doc__)
+    flags = cli.parse(
+        TrainFlags, argv, prog="python train.py", description=__doc__, recipes=RECIPES
+    )
     return run_distillation(flags)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.load import default_size, prepared_names
 from data.specs import KRR_SPECS
@@ -81,10 +82,20 @@ _TARGET_CKPT = (
 )
 
 
+# What `--recipe` puts in place of train.py's defaults; where each comes from: RESULTS.md.
+RECIPES: dict[str, dict[str, Any]] = {
+    "published": {},
+}
+
+
 @dataclass(frozen=True)
 class TrainFlags(CommonFlags):
     """Flags of train.py."""
 
+    recipe: str = flag(
+        "published", "settings put in place of the defaults; flags that are given win",
+        choices=tuple(RECIPES),
+    )  # fmt: skip
     seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
     target_model: str | None = flag(None, _TARGET_MODEL)
     target_ckpt: Path | None = flag(None, _TARGET_CKPT)
@@ -102,6 +113,10 @@ class TrainFlags(CommonFlags):
         "start from normalised pixels, or from raw ones as the released code does",
         choices=("normalized", "raw"),
     )
+    init_images: str = flag(
+        "random", "start from random real images, or from those nearest to k-means centres of the "
+        "target's features", choices=("random", "kmeans"),
+    )  # fmt: skip
     ridge: float = flag(1e-6, "ridge λ relative to the trace of the kernel", above=0)
 
     num_models: int = flag(10, "networks in the pool", minimum=1)
@@ -124,6 +139,9 @@ class TrainFlags(CommonFlags):
     outer_batch_size: int = flag(1024, "real images an outer step", minimum=1)
     outer_lr: float = flag(
         1e-3, "learning rate of X_s and Y_s, decays linearly to 1e-3 of it", above=0
+    )
+    outer_lr_y: float | None = flag(
+        None, "learning rate of Y_s where it is not that of X_s", above=0
     )
     outer_wd: float = flag(0.0, "weight decay of X_s and Y_s", minimum=0)
     outer_grad_norm: float = flag(0.0, "clip the gradient norm of each tensor; 0: off", minimum=0)

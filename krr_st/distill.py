@@ -13,7 +13,9 @@ from data.augment import default_padding, denormalize, normalize, to_float
 from data.load import ImageSet
 from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
+from evaluation.protocols import outputs
 from evaluation.recipes import Recipe
+from krr_st.baselines import kmeans_indices
 from krr_st.linear_eval import linear_evaluation
 from krr_st.loss import krr_loss
 from krr_st.pool import ModelPool
@@ -28,6 +30,7 @@ from utils.precision import autocast, compiled
 from utils.resume import has_state, load_run, save_run
 from utils.runlog import LossWindow, RunFolder
 from utils.saving import SaveTimer
+from utils.seed import draw_seed
 from utils.stop import StopRequest
 
 
@@ -43,6 +46,7 @@ class Distiller:
         ridge: relative ridge of the kernel regression.
         optimizer: adam (AdamW) or sgd (momentum 0.5).
         lr: learning rate of both tensors; falls linearly to 1e-3 of it.
+        lr_y: that of Y_s, where it is another.
         wd: weight decay.
         grad_norm: bound on the gradient norm of each tensor on its own; 0: none.
         steps: length of the run.
@@ -68,6 +72,7 @@ class Distiller:
         grad_norm: float,
         steps: int,
         precision: str = "fp32",
+        lr_y: float | None = None,
         group: Group = ALONE,
         compile: bool = False,
     ) -> None:
@@ -78,8 +83,10 @@ class Distiller:
         self.precision, self.group = precision, group
         self._embed = compiled(lambda model, x: model.embed(x), compile)
         self._embed_real = SplitBatches(lambda x, model: self._embed(model, x))
-        variables = [self.x_syn, self.y_syn]
-        self.optimizer = make_optimizer(optimizer, variables, lr=lr, wd=wd, momentum=0.5)
+        groups = [
+            {"params": [self.x_syn]}, {"params": [self.y_syn], "lr": lr_y or lr},
+        ]  # fmt: skip
+        self.optimizer = make_optimizer(optimizer, groups, lr=lr, wd=wd, momentum=0.5)
         self.schedule = make_schedule("linear", self.optimizer, steps)
         self._batches = loader.forever()
 
@@ -134,6 +141,7 @@ def initial_set(
     init: str,
     device: torch.device,
     generator: torch.Generator,
+    images: str = "random",
 ) -> tuple[Tensor, Tensor]:
     """X_s = `count` random real images, Y_s = the target model's features of those images.
 
@@ -145,11 +153,16 @@ def initial_set(
             normalised images, as in the released code.
         device: where to compute.
         generator: which images.
+        images: "random", or "kmeans": the ones nearest to k-means centres in feature space.
 
     Returns:
         (m, C, H, W) and (m, D), float32.
     """
-    index = torch.randperm(len(image_set.train), generator=generator)[:count]
+    if images == "kmeans":
+        points = outputs(target, image_set.train.images, image_set, device).float()
+        index = kmeans_indices(points, count, draw_seed(generator))
+    else:
+        index = torch.randperm(len(image_set.train), generator=generator)[:count]
     pixels = to_float(image_set.train.images[index].to(device))
     x = normalize(pixels, image_set.stats)
     y = torch.cat([target(chunk).float() for chunk in x.split(256)])

@@ -124,7 +124,7 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group, held: ExitSt
         print(f"{flags.data_name} has no test split: evaluations use the training images")
     x_syn, y_syn = initial_set(
         image_set, flags.num_images, represent, init=flags.syn_init, device=device,
-        generator=make_generator(run.seed, "initial images"),
+        generator=make_generator(run.seed, "initial images"), images=flags.init_images,
     )  # fmt: skip
     pool = ModelPool(
         lambda seed: make_pool_network(
@@ -144,7 +144,8 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group, held: ExitSt
             image_set, flags.outer_batch_size, device, make_generator(run.seed, "real batches"),
             group.shard,
         ),
-        ridge=flags.ridge, optimizer=flags.outer_opt, lr=flags.outer_lr, wd=flags.outer_wd,
+        ridge=flags.ridge, optimizer=flags.outer_opt, lr=flags.outer_lr, lr_y=flags.outer_lr_y,
+        wd=flags.outer_wd,
         grad_norm=flags.outer_grad_norm, steps=flags.outer_iteration, precision=flags.precision,
         group=group, compile=flags.compile,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from evaluation.recipes import GAUSSIAN, finetune_recipe, pretrain_recipe
+from evaluation.recipes import GAUSSIAN, KD, Recipe, finetune_recipe, pretrain_recipe
 from krr_st.config import PRESETS, KdFlags, ScratchFlags, TablesFlags, TestFlags
 from krr_st.kd import run_kd
 from krr_st.table_layouts import Layout, collect, network, places
@@ -23,23 +23,36 @@ def forward_flops(arch: str, size: int) -> int:
     return flops.forward_flops(lambda: get_model(arch, shape), shape)
 
 
+# Images that are only looked at, a target: a test split, or training features as well.
+_MEASURED = {"finetune": 10000, "kd": 20000, "probe": 60000}
+
+
 def estimate(
-    layout: Layout, method: str, model: str, targets: tuple[str, ...], seeds: int
+    layout: Layout,
+    method: str,
+    model: str,
+    targets: tuple[str, ...],
+    seeds: int,
+    steps_scale: float = 1.0,
 ) -> float:
-    """Operations of a job: training steps x batch x three forward passes, for all seeds."""
-    size, arch = PRESETS[layout.source].size, network(layout, model)
-    images = 0
-    if method not in (SCRATCH, GAUSSIAN):
-        recipe = pretrain_recipe(method, layout.source, arch)
-        count = PRESETS[layout.source].num_images
-        images += recipe.total_steps(count) * min(recipe.batch_size, count)
+    """Operations of a job, for all seeds: three forward passes a trained image, one a measured."""
+    preset, arch = PRESETS[layout.source], network(layout, model)
+    recipes = (
+        [] if method in (SCRATCH, GAUSSIAN) else [pretrain_recipe(method, layout.source, arch)]
+    )
     if layout.protocol == "finetune":
-        for target in targets:
-            recipe = finetune_recipe(target, arch, size)
-            images += recipe.steps * recipe.batch_size
-    else:
-        images += 60000 * len(targets)  # feature extraction, or about as much for KD
-    return 3.0 * seeds * images * forward_flops(arch, size)
+        recipes += [finetune_recipe(target, arch, preset.size) for target in targets]
+    elif layout.protocol == "kd":
+        recipes += [KD[method]] * len(targets)
+    count = preset.num_images
+    trained = sum(r.total_steps(count, steps_scale) * _batch(r, count) for r in recipes)
+    measured = _MEASURED[layout.protocol] * len(targets)
+    return float(seeds * (3 * trained + measured) * forward_flops(arch, preset.size))
+
+
+def _batch(recipe: Recipe, count: int) -> int:
+    """Images a step; `count` synthetic ones bound it where epochs say the length."""
+    return recipe.batch_size if recipe.steps else min(recipe.batch_size, count)
 
 
 def missing_jobs(layout: Layout, flags: TablesFlags) -> list[Job]:
@@ -53,7 +66,7 @@ def missing_jobs(layout: Layout, flags: TablesFlags) -> list[Job]:
     return [
         Job(
             f"{layout.source} {layout.protocol}{budget}: {method}, {network(layout, model)}",
-            estimate(layout, method, model, tuple(targets), flags.num_test),
+            estimate(layout, method, model, tuple(targets), flags.num_test, flags.steps_scale),
             functools.partial(run_job, layout, method, model, tuple(targets), flags),
         )
         for (method, model), targets in lacking.items()

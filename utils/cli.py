@@ -7,6 +7,7 @@ import dataclasses
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -108,14 +109,32 @@ def build_parser(config_class: type, *, prog: str, description: str) -> argparse
     return parser
 
 
-def parse(config_class: type[C], argv: list[str] | None, *, prog: str, description: str) -> C:
+def parse(
+    config_class: type[C],
+    argv: list[str] | None,
+    *,
+    prog: str,
+    description: str,
+    recipes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> C:
     """Parse `argv` (default: the process's) into one frozen `config_class`.
+
+    Args:
+        config_class: the flags.
+        argv: arguments after the command.
+        prog: the command, for --help.
+        description: what it does, for --help.
+        recipes: what each value of `--recipe` puts in place of other flags' defaults; a flag that
+            is given wins.
 
     Raises:
         SystemExit: code 2 after one line for a bad flag, code 0 after --help.
     """
     parser = build_parser(config_class, prog=prog, description=description)
     given = vars(parser.parse_args(argv))
+    if recipes is not None:
+        parser.set_defaults(**recipes[given["recipe"]])
+        given = vars(parser.parse_args(argv))
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 

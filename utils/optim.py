@@ -69,14 +69,13 @@ def _adam(params: Any, lr: float, momentum: float, wd: float) -> torch.optim.Opt
 
 
 def _sgd(params: Any, lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        params, lr=lr, momentum=momentum, weight_decay=wd, fused=_fused(params)
-    )
+    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=wd, fused=_fused(params))
 
 
-def _fused(params: list[Tensor]) -> bool | None:
+def _fused(params: list[Any]) -> bool | None:
     """One kernel for all tensors on CUDA; elsewhere torch's own choice."""
-    return True if all(p.is_cuda for p in params) else None
+    tensors = [t for p in params for t in (p["params"] if isinstance(p, dict) else [p])]
+    return True if all(t.is_cuda for t in tensors) else None
 
 
 def _lars(params: Any, lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
@@ -87,13 +86,13 @@ OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "lars": _lars}
 
 
 def make_optimizer(
-    name: str, params: Iterable[Tensor], *, lr: float, momentum: float = 0.9, wd: float = 0.0
+    name: str, params: Iterable[Any], *, lr: float, momentum: float = 0.9, wd: float = 0.0
 ) -> torch.optim.Optimizer:
     """Make an optimiser; `adam` means AdamW, as in the published flags.
 
     Args:
         name: sgd, adam, adamw or lars.
-        params: what to optimise.
+        params: what to optimise: tensors, or torch's groups with values of their own.
         lr: learning rate.
         momentum: for sgd and lars.
         wd: weight decay (decoupled for adam).
