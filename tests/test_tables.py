@@ -11,7 +11,7 @@ from krr_st import table_runs, tables
 from krr_st.config import FULL_TARGETS, TablesFlags
 from krr_st.published import load_published
 from krr_st.table_layouts import LAYOUTS, Layout, collect, places
-from krr_st.table_runs import forward_flops, missing_jobs
+from krr_st.table_runs import estimate, forward_flops, missing_jobs
 from utils.cells import CellStore
 from utils.errors import UserError
 from utils.jobs import run_missing
@@ -183,13 +183,26 @@ def test_missing_jobs_are_estimated_and_skip_what_is_done(log, stand_in):
     stand_in(lambda method, model, targets, flags: ran.update({(method, model): targets}))
     flags = TablesFlags(log_dir=folder, num_test=3)
     cost = {job.name.split(": ")[1]: job.cost for job in missing_jobs(LAYOUT, flags)}
-    # By hand: 3 seeds x 3 passes x 5000 steps of 256 images on dogs.
-    assert cost[f"scratch, {BASE}"] == 3 * 3 * 5000 * 256 * forward_flops(BASE, 32)
+    # By hand: 3 seeds x (3 passes x 5000 steps of 256 images on dogs, and its test images).
+    assert cost[f"scratch, {BASE}"] == 3 * (3 * 5000 * 256 + 10000) * forward_flops(BASE, 32)
     pretraining = 3 * 3 * 4 * 1000 * 256 * forward_flops("vgg", 32)
     assert cost["krr_st, vgg"] - cost["scratch, vgg"] == pytest.approx(pretraining)
     run_all(flags)
     assert ran["scratch", "base"] == ("dogs",)
     assert ran["krr_st", "vgg"] == ("cifar10", "dogs")
+
+
+def test_costs_of_distillation_and_probe():
+    kd = LAYOUTS["4"]
+    unit = forward_flops("vgg", 64)
+    # 1000 epochs of 2000 images in steps of 512, after as many in steps of 256, scaled together.
+    by_hand = 3 * 0.01 * 1000 * (4 * 512 + 8 * 256) + 20000
+    assert estimate(kd, "krr_st", "vgg", ("cifar10",), 1, 0.01) == pytest.approx(by_hand * unit)
+    gaussian = 3 * 0.01 * 1000 * 4 * 512 + 20000
+    assert estimate(kd, "gaussian", "vgg", ("cifar10",), 2, 0.01) == 2 * gaussian * unit
+    probe = LAYOUTS["probe_cifar10_1"]
+    untrained = estimate(probe, "scratch", "base", ("cifar10", "dogs"), 1)
+    assert untrained == 120000 * forward_flops(BASE, 32)
 
 
 def test_shortened_cells_do_not_stand_for_whole_ones(log):
