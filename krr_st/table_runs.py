@@ -37,9 +37,10 @@ def estimate(
 ) -> float:
     """Operations of a job, for all seeds: three forward passes a trained image, one a measured."""
     preset, arch = PRESETS[layout.source], network(layout, model)
-    recipes = (
-        [] if method in (SCRATCH, GAUSSIAN) else [pretrain_recipe(method, layout.source, arch)]
-    )
+    recipes = []
+    if method not in (SCRATCH, GAUSSIAN):
+        recipe = pretrain_recipe(method, layout.source, arch)
+        recipes.append(recipe.override(epochs=layout.pre_epoch))
     if layout.protocol == "finetune":
         recipes += [finetune_recipe(target, arch, preset.size) for target in targets]
     elif layout.protocol == "kd":

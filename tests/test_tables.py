@@ -203,6 +203,8 @@ def test_costs_of_distillation_and_probe():
     probe = LAYOUTS["probe_cifar10_1"]
     untrained = estimate(probe, "scratch", "base", ("cifar10", "dogs"), 1)
     assert untrained == 120000 * forward_flops(BASE, 32)
+    twenty_epochs = 3 * 20 * 4 * 256 * forward_flops(BASE, 32)  # not the 1000 of the other tables
+    assert estimate(probe, "krr_st", "base", ("cifar10", "dogs"), 1) == untrained + twenty_epochs
 
 
 def test_shortened_cells_do_not_stand_for_whole_ones(log):
