@@ -2,7 +2,8 @@
 
 A claim is a file that only one process can create. Its owner touches it every `BEAT` seconds; a
 claim is abandoned, and taken over, when its process is dead (seen on the same host) or when it has
-not been touched for `ABANDONED` seconds (the only sign from another host).
+not been touched for `ABANDONED` seconds (the only sign from another host). A process that was
+suspended for longer loses its claim: its job may then run twice, and the later result counts.
 """
 
 from __future__ import annotations
