@@ -1,0 +1,299 @@
+"""DC, DSA, DM and the evaluation of a set against a plain re-statement of the published code.
+
+    python -m benchmarks.clom [--device cpu] [--batch_real 256] [--repeats 5] [--quick] [--out FILE]
+
+The plain form: NCHW, float32 images, one class after another, torch's DataLoader for every training
+and test. Sides take turns in one process; ratios of their medians are printed. Before any timing
+both are checked to compute the same. Images are random: only their shape matters.
+
+A published iteration of DC and DSA at 10 images a class has 10 updates of the images with 50 epochs
+between them: `--outer 2 --inner 50` has nearly the same share of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.common import machine, medians, report
+from clom.distillers import STREAMS, Distiller
+from clom.distribution_matching import DistributionMatching
+from clom.evaluate import Augmentation, score_network
+from clom.gradient_matching import GradientMatching
+from clom.inputs import network_factory
+from clom.real import RealImages
+from clom.training import dc_evaluation
+from data.augment import normalize
+from data.dsa import diff_augment
+from data.load import ImageSet, ImageSplit
+from data.specs import DC_SPECS
+from evaluation.recipes import DSA_STRATEGY
+from models import get_network
+from utils.seed import derive_seed, draw_seed, local_seed, make_generator
+
+CLASSES = 10
+STRATEGIES = {"DC": "none", "DSA": DSA_STRATEGY, "DM": DSA_STRATEGY}
+
+
+def random_set(per_class: int, test: int, size: int) -> ImageSet:
+    """Random uint8 images with CIFAR-10's shape and statistics."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> ImageSplit:
+        images = torch.randint(256, (count, 3, size, size), generator=generator).to(torch.uint8)
+        return ImageSplit(images, torch.arange(count) % CLASSES, Path("random"))
+
+    stats = DC_SPECS["CIFAR10"].stats[32]
+    return ImageSet("random", size, split(CLASSES * per_class), split(test), CLASSES, stats, True)
+
+
+def plain_network(model: str, size: int, seed: int, device: torch.device) -> nn.Module:
+    """The network that the toolkit builds from this seed, in the default layout."""
+    with local_seed(seed):
+        return get_network(model, 3, CLASSES, (size, size)).to(device).train()
+
+
+def plain_training(
+    network: nn.Module, x: Tensor, y: Tensor, epochs: int, optimizer: torch.optim.Optimizer,
+    strategy: str, generator: torch.Generator,
+) -> None:  # fmt: skip
+    """Epochs of cross-entropy over a DataLoader, with the published counting of hits."""
+    for _ in range(epochs):
+        for x_batch, y_batch in DataLoader(TensorDataset(x, y), 256, shuffle=True):
+            x_batch = diff_augment(x_batch, strategy, generator=generator)
+            output = network(x_batch)
+            loss = F.cross_entropy(output, y_batch)
+            int((output.argmax(1) == y_batch).sum()) + float(loss.detach())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+class Plain:
+    """The published loops; draws come from the same streams as the toolkit's."""
+
+    def __init__(
+        self, ours: Distiller, method: str, model: str, image_set: ImageSet, outer: int, inner: int
+    ) -> None:
+        """Start where `ours` starts."""
+        self.device, self.ipc, self.batch_real = ours.x_syn.device, ours.ipc, ours.batch_real
+        self.images = normalize(image_set.train.images, image_set.stats).to(self.device)
+        labels = image_set.train.labels
+        self.rows = [(labels == c).nonzero()[:, 0] for c in range(CLASSES)]
+        self.x_syn, self.y_syn = ours.x_syn.detach().clone().requires_grad_(), ours.y_syn
+        lr = ours.optimizer.param_groups[0]["lr"]
+        self.optimizer = torch.optim.SGD([self.x_syn], lr=lr, momentum=0.5)
+        self.strategy, self.model, self.size = STRATEGIES[method], model, image_set.size
+        self.outer, self.inner = outer, inner
+        self.draws = {name: make_generator(0, name) for name in STREAMS}
+        self.step = self.match_features if method == "DM" else self.match_gradients
+
+    def network(self) -> nn.Module:
+        """A new random network."""
+        return plain_network(self.model, self.size, draw_seed(self.draws["networks"]), self.device)
+
+    def pair(self, c: int) -> list[Tensor]:
+        """Real and synthetic images of a class, augmented alike."""
+        order = torch.randperm(len(self.rows[c]), generator=self.draws["real images"])
+        real = self.images[self.rows[c][order[: self.batch_real]].to(self.device)]
+        batches = [real, self.x_syn[c * self.ipc : (c + 1) * self.ipc]]
+        if self.strategy == "none":
+            return batches
+        seed = draw_seed(self.draws["augmentation"])
+        return [diff_augment(x, self.strategy, seed=seed, siamese=True) for x in batches]
+
+    def update(self, loss: Tensor) -> None:
+        """One step on the images."""
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def match_features(self) -> None:
+        """One iteration of DM."""
+        network, loss = self.network().requires_grad_(False), 0.0
+        for c in range(CLASSES):
+            real, syn = self.pair(c)
+            difference = network.embed(real).detach().mean(0) - network.embed(syn).mean(0)
+            loss = loss + difference.square().sum()
+        self.update(loss)
+
+    def match_gradients(self) -> None:
+        """One iteration of DC or DSA."""
+        network = self.network()
+        parameters = list(network.parameters())
+        optimizer = torch.optim.SGD(parameters, lr=0.01)
+        for outer in range(self.outer):
+            loss = 0.0
+            for c in range(CLASSES):
+                real, syn = (F.cross_entropy(network(x), self.label(c, x)) for x in self.pair(c))
+                g_real = torch.autograd.grad(real, parameters)
+                g_syn = torch.autograd.grad(syn, parameters, create_graph=True)
+                for a, b in zip(g_real, g_syn, strict=True):
+                    if a.dim() > 1:  # biases and affine norms count 0
+                        a, b = a.flatten(1), b.flatten(1)
+                        norms = a.norm(dim=1) * b.norm(dim=1) + 1e-6
+                        loss = loss + (1 - (a * b).sum(1) / norms).sum()
+            self.update(loss)
+            if outer < self.outer - 1:
+                plain_training(
+                    network, self.x_syn.detach().clone(), self.y_syn, self.inner, optimizer,
+                    self.strategy, self.draws["inner loop"],
+                )  # fmt: skip
+
+    def label(self, c: int, x: Tensor) -> Tensor:
+        """The label of every image of a class."""
+        return torch.full((len(x),), c, device=self.device)
+
+
+def sides(
+    method: str, ipc: int, image_set: ImageSet, device: torch.device, *, model: str = "ConvNet",
+    batch_real: int = 256, outer: int = 2, inner: int = 50,
+) -> tuple[Plain, Distiller]:  # fmt: skip
+    """Both forms of a distiller, at the same start; one image a class means one update."""
+    outer, inner = (1, 1) if ipc == 1 else (outer, inner)
+    noise = torch.Generator().manual_seed(0)
+    x_syn = torch.randn((CLASSES * ipc, *image_set.img_shape), generator=noise).to(device)
+    kind, options = DistributionMatching, {}
+    if method != "DM":
+        kind, options = GradientMatching, dict(outer_loop=outer, inner_loop=inner)
+    ours = kind(
+        x_syn, torch.arange(CLASSES, device=device).repeat_interleave(ipc),
+        RealImages.from_set(image_set, device), seed=0, lr_img=0.1, batch_real=batch_real,
+        new_network=network_factory(model, image_set, device), strategy=STRATEGIES[method],
+        **options,
+    )  # fmt: skip
+    return Plain(ours, method, model, image_set, outer, inner), ours
+
+
+def evaluation(
+    image_set: ImageSet, device: torch.device, *, epochs: int, model: str = "ConvNet"
+) -> tuple[Callable[[], float], Callable[[], float]]:
+    """Both forms of one network's training on 100 images and its test: the accuracy."""
+    x = normalize(image_set.train.images[: 10 * CLASSES], image_set.stats).to(device)
+    y = image_set.train.labels[: 10 * CLASSES].to(device)
+    training = dc_evaluation(epochs, 0.01, 256)
+
+    def ours() -> float:
+        return score_network(
+            network_factory(model, image_set, device), x, y, image_set, training,
+            Augmentation("dsa", "none"), seed=0, device=device,
+        ).final  # fmt: skip
+
+    def plain() -> float:
+        network = plain_network(model, image_set.size, derive_seed(0, "network"), device)
+        rate, done = training.lr, 0
+        for stop in (*training.decay_after, training.epochs):
+            optimizer = torch.optim.SGD(
+                network.parameters(), rate, momentum=0.9, weight_decay=training.weight_decay
+            )
+            plain_training(network, x, y, stop - done, optimizer, "none", torch.Generator())
+            rate, done = rate * 0.1, stop
+        network.eval()
+        images = normalize(image_set.test.images, image_set.stats)
+        hits = 0
+        with torch.no_grad():
+            for x_batch, y_batch in DataLoader(TensorDataset(images, image_set.test.labels), 256):
+                hits += int((network(x_batch.to(device)).argmax(1).cpu() == y_batch).sum())
+        return hits / len(images)
+
+    return plain, ours
+
+
+def differences(
+    image_set: ImageSet, device: torch.device, *, model: str = "ConvNet", batch_real: int = 32
+) -> dict[str, float]:
+    """Largest relative difference of the updates of the images after one iteration of each method.
+
+    The training between two updates is part of DC's; DSA's draws depend on the order of images.
+    """
+    found = {}
+    for method in STRATEGIES:
+        plain, ours = sides(
+            method, 2, image_set, device, model=model, batch_real=batch_real,
+            inner=3 if method == "DC" else 0,
+        )  # fmt: skip
+        start = ours.x_syn.detach().clone()
+        plain.step()
+        ours.step()
+        moved, apart = (plain.x_syn.detach() - x.detach() for x in (start, ours.x_syn))
+        found[method] = float(apart.abs().max() / moved.abs().max())
+    accuracies = [run() for run in evaluation(image_set, device, epochs=3, model=model)]
+    found["evaluation"] = abs(accuracies[0] - accuracies[1])
+    return found
+
+
+def measure(
+    device: torch.device, *, quick: bool = False, repeats: int = 5, batch_real: int = 256,
+    outer: int = 2, inner: int = 50, epochs: int = 20,
+) -> dict[str, Any]:  # fmt: skip
+    """Seconds and ratios of every method at 1 and 10 images a class, and of an evaluation.
+
+    Args:
+        device: where to compute.
+        quick: small sizes, few timings.
+        repeats: timings a side.
+        batch_real: real images of a class an update.
+        outer: updates of the images an iteration at 10 images a class.
+        inner: epochs between them.
+        epochs: of the evaluation, with the published share of testing for 300 epochs.
+
+    Raises:
+        AssertionError: the two sides do not compute the same.
+    """
+    if quick:
+        repeats, batch_real, inner, epochs = 3, 64, 10, 5
+    agreement = differences(random_set(32, 100, 32), device)
+    # DC's has a training in between, which amplifies rounding; of 100 test images one may tip over.
+    limits = {"DC": 2e-2, "DSA": 1e-3, "DM": 1e-3, "evaluation": 0.011}
+    assert all(agreement[name] <= limit for name, limit in limits.items()), agreement
+    image_set = random_set(500, 10_000 * epochs // 300, 32)
+    seconds = {}
+    for method in STRATEGIES:
+        for ipc in (1, 10):
+            plain, ours = sides(
+                method, ipc, image_set, device, batch_real=batch_real, outer=outer, inner=inner
+            )
+            pair = {"plain": plain.step, "ours": ours.step}
+            seconds[f"{method} iteration, ipc {ipc}"] = medians(pair, device, repeats=repeats)
+    pair = dict(zip(("plain", "ours"), evaluation(image_set, device, epochs=epochs), strict=True))
+    seconds["evaluation of 100 images"] = medians(pair, device, repeats=repeats)
+    return {
+        "settings": {"batch_real": batch_real, "outer": outer, "inner": inner, "epochs": epochs},
+        "agreement": agreement,
+        "seconds": seconds,
+        "ratios": {name: t["plain"] / t["ours"] for name, t in seconds.items()},
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch_real", type=int, default=256)
+    parser.add_argument("--outer", type=int, default=2)
+    parser.add_argument("--inner", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--quick", action="store_true", help="small sizes, few timings")
+    parser.add_argument("--out", type=Path, help="JSON")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    results = measure(
+        device, quick=args.quick, repeats=args.repeats, batch_real=args.batch_real,
+        outer=args.outer, inner=args.inner, epochs=args.epochs,
+    )  # fmt: skip
+    for name, t in results["seconds"].items():
+        print(f"{name}: plain {t['plain']:.3f} s, ours {t['ours']:.3f} s, "
+              f"ratio {results['ratios'][name]:.2f}")  # fmt: skip
+    report(args.out, {"machine": machine(device), "clom": results})
+
+
+if __name__ == "__main__":
+    main()
