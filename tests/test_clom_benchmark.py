@@ -1,4 +1,4 @@
-"""The toolkit's DC, DSA, DM and evaluation against the plain re-statement of the published loops."""
+"""DC, DSA, DM and the evaluation against the plain re-statement of the published loops."""
 
 import torch
 
