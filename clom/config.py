@@ -18,6 +18,7 @@ from evaluation.recipes import DSA_STRATEGY
 from models import EVAL_MODES, NETWORKS, eval_pool
 from utils.cli import flag
 from utils.errors import UserError, pick
+from utils.saving import Every
 
 METHODS = ("DC", "DSA", "DM")
 
@@ -101,7 +102,9 @@ class DistillFlags(CommonFlags):
 
     seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
     print_every: int = flag(10, "iterations between log lines", minimum=1)
-    save_every: int = flag(100, "iterations between saves of the run state", minimum=1)
+    save_every: Every = flag(
+        Every(100), "iterations between saves of the run state, or seconds such as 300s"
+    )
     resume: bool = flag(False, "insist on going on with a run (one that is there is gone on with)")
     overwrite: bool = flag(False, "start again in a folder that holds a run")
     export: str | None = flag(

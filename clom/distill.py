@@ -16,6 +16,8 @@ from utils.errors import UserError
 from utils.finite import FiniteGuard
 from utils.resume import has_state, load_run, read_state, save_run
 from utils.runlog import LossWindow, RunFolder
+from utils.saving import SaveTimer
+from utils.stop import StopRequest
 
 # iteration, images -> evaluation network -> accuracies in [0, 1]
 Evaluate = Callable[[int, Tensor], dict[str, list[float]]]
@@ -63,12 +65,12 @@ class Schedule:
     Args:
         steps: iterations in all.
         print_every: iterations between log lines.
-        save_every: iterations between saves.
+        save_every: iterations (or seconds: "300s") between saves.
         eval_every: iterations between evaluations, from 0; None: only at the end.
     """
 
     def __init__(
-        self, steps: int, *, print_every: int, save_every: int, eval_every: int | None
+        self, steps: int, *, print_every: int, save_every: str | int, eval_every: int | None
     ) -> None:
         self.steps, self.print_every, self.save_every = steps, print_every, save_every
         self.eval_every = eval_every
@@ -118,32 +120,43 @@ def run_experiment(
         total=schedule.steps, initial=start, desc=f"experiment {experiment}",
         disable=None, dynamic_ncols=True,
     )  # fmt: skip
-    for step in range(start, schedule.steps + 1):
-        if schedule.evaluates(step) and not (step == start and accuracies is not None):
-            guard.flush()
-            accuracies = evaluate(step, distiller.x_syn.detach())
-            run.log(step=offset + step, experiment=experiment, iteration=step, test=accuracies)
-            mark = time.perf_counter()
-        if step == schedule.steps:
-            break
-        try:
-            losses = distiller.step()
-        except UserError as error:  # the network's own training diverged
-            raise UserError(f"experiment {experiment}, iteration {step + 1}: {error}") from None
-        guard.check(losses["loss"] + losses["clom"], step + 1)
-        for name, window in windows.items():
-            window.add(losses[name])
-        done = step + 1
-        bar.update()
-        if done % schedule.print_every == 0 or done == schedule.steps:
-            means = {name: window.mean() for name, window in windows.items()}
-            speed = min(schedule.print_every, done - start) / (time.perf_counter() - mark + 1e-9)
-            run.log(step=offset + done, experiment=experiment, iteration=done, **means)
-            _report(bar, done, schedule.steps, means, speed, distiller.clom is not None)
-            mark = time.perf_counter()
-        if done % schedule.save_every == 0 or done == schedule.steps:
-            guard.flush()
-            save_run(run.state_path, done, parts, experiment=experiment)
+    timer, saved = SaveTimer(schedule.save_every), start
+    with StopRequest() as stop:
+        for step in range(start, schedule.steps + 1):
+            if schedule.evaluates(step) and not (step == start and accuracies is not None):
+                guard.flush()
+                if saved != step:
+                    save_run(run.state_path, step, parts, experiment=experiment)
+                    saved = step
+                with stop.at_once(f"in the evaluation after iteration {step} of {schedule.steps}"):
+                    accuracies = evaluate(step, distiller.x_syn.detach())
+                run.log(step=offset + step, experiment=experiment, iteration=step, test=accuracies)
+                mark = time.perf_counter()
+            if step == schedule.steps:
+                break
+            try:
+                losses = distiller.step()
+            except UserError as error:  # the network's own training diverged
+                raise UserError(f"experiment {experiment}, iteration {step + 1}: {error}") from None
+            guard.check(losses["loss"] + losses["clom"], step + 1)
+            for name, window in windows.items():
+                window.add(losses[name])
+            done = step + 1
+            bar.update()
+            if done % schedule.print_every == 0 or done == schedule.steps:
+                now = time.perf_counter()
+                means = {name: window.mean() for name, window in windows.items()}
+                speed = min(schedule.print_every, done - start) / (now - mark + 1e-9)
+                run.log(step=offset + done, experiment=experiment, iteration=done, **means)
+                _report(bar, done, schedule.steps, means, speed, distiller.clom is not None)
+                mark = time.perf_counter()
+            if timer.due(done) or done == schedule.steps or stop:
+                guard.flush()
+                save_run(run.state_path, done, parts, experiment=experiment)
+                saved = done
+            if stop:
+                bar.close()
+                stop.leave(f"after iteration {done} of {schedule.steps}")
     bar.close()
     return {
         "images": distiller.x_syn.detach().cpu(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +20,11 @@ from data.loader import ImagePipeline, TensorLoader
 from data.specs import Stats
 from utils import checkpoint, cli
 from utils.device import resolve_device
+from utils.memory import out_of_memory_says
 from utils.resume import has_state, load_run, save_run
-from utils.runlog import RunFolder
+from utils.runlog import RunFolder, claim_run
 from utils.seed import derive_seed, make_generator, resolve_seed
+from utils.stop import StopRequest
 
 # Flags that may differ between two starts.
 FREE_FLAGS = ("device", "gpu", "dry_run", "resume", "num", "seed", "random_seed", "save_every",
@@ -51,16 +54,18 @@ def train_originals(flags: OriginalFlags) -> int:
     identity = {k: v for k, v in cli.as_json(flags).items() if k not in FREE_FLAGS}
     unfinished = unfinished_folders(folder, identity) if flags.resume else []
     for number in range(flags.num):
-        place = unfinished[number] if number < len(unfinished) else next_index(folder)
-        run = RunFolder(
-            place, identity, device=device,
-            seed=None if number < len(unfinished) else derive_seed(seed, place.name) % 2**31,
-            extra={"data_name": flags.dataset, "mean": image_set.stats.mean,
-                   "std": image_set.stats.std, "img_shape": image_set.img_shape,
-                   "num_classes": image_set.num_classes},
-        )  # fmt: skip
-        model = new_network(derive_seed(run.seed, "network"))
-        train_one(model, image_set, training, run, flags, device)
+        with ExitStack() as held, out_of_memory_says(device, "lower --batch_size"):
+            place = unfinished[number] if number < len(unfinished) else next_index(folder)
+            held.enter_context(claim_run(place))
+            run = RunFolder(
+                place, identity, device=device,
+                seed=None if number < len(unfinished) else derive_seed(seed, place.name) % 2**31,
+                extra={"data_name": flags.dataset, "mean": image_set.stats.mean,
+                       "std": image_set.stats.std, "img_shape": image_set.img_shape,
+                       "num_classes": image_set.num_classes},
+            )  # fmt: skip
+            model = new_network(derive_seed(run.seed, "network"))
+            train_one(model, image_set, training, run, flags, device)
     return 0
 
 
@@ -116,6 +121,15 @@ def train_one(
     run.truncate_log(trainer.epoch)
     began = time.perf_counter()
 
+    def after(epoch: int, loss: float) -> None:
+        last = epoch == training.epochs
+        if epoch % flags.save_every == 0 or last:
+            save(epoch, loss)
+        elif stop:
+            save_run(run.state_path, epoch, {"trainer": trainer})
+        if stop and not last:
+            stop.leave(f"{run.path.name} after epoch {epoch} of {training.epochs}")
+
     def save(epoch: int, loss: float) -> None:
         name = checkpoint_name(flags.dataset, flags.model, epoch)
         checkpoint.save({k: v.cpu() for k, v in model.state_dict().items()}, run.path / name)
@@ -125,8 +139,8 @@ def train_one(
         save_run(run.state_path, epoch, {"trainer": trainer})
         print(f"{run.path.name} epoch {epoch}: loss {loss:.4g}, test {accuracy:.4f}", flush=True)
 
-    stops = range(flags.save_every, training.epochs, flags.save_every)
-    trainer.run(stops, save, what=run.path.name, progress=True)
+    with StopRequest() as stop:
+        trainer.run(range(1, training.epochs), after, what=run.path.name, progress=True)
     last = [e for e in run.read_log() if "test_accuracy" in e][-1]
     run.finish(
         {"epochs": training.epochs, "test_accuracy": last["test_accuracy"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,16 @@ from utils import checkpoint, cli
 from utils.device import resolve_device
 from utils.errors import UserError
 from utils.images import save_grid
+from utils.memory import out_of_memory_says
 from utils.resume import forget_run
-from utils.runlog import RunFolder
+from utils.runlog import RunFolder, claim_run
 from utils.seed import derive_seed, make_generator
 from utils.table import markdown, mean_std
 
 # Flags that do not decide what a run computes.
 FREE_FLAGS = ("device", "gpu", "dry_run", "resume", "overwrite", "num_exp", "print_every",
               "save_every", "export", "data_path", "save_path")  # fmt: skip
+_KNOBS = "lower --batch_real, --CLoM_batch_size or --batch_train"
 METHODS = {"DC": GradientMatching, "DSA": GradientMatching, "DM": DistributionMatching}
 
 
@@ -58,34 +61,34 @@ def run_distillation(flags: DistillFlags) -> int:
         network_factory(name, image_set, device)  # an unfit network fails now, not at the end
     real = RealImages.from_set(image_set, device)
     check_start(real, flags.ipc, flags.init)
-    try:
+    with ExitStack() as held, out_of_memory_says(device, _KNOBS):
         with_clom = make_clom(flags, image_set, real, device)
-        run = open_run(flags, image_set, device)
+        run = open_run(flags, image_set, device, held)
         if is_finished(flags, run):
             print(f"{run.path} holds the finished run of these flags; --overwrite runs it again")
         else:
             run_experiments(flags, run, image_set, real, with_clom, device)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{device} is out of memory: lower --batch_real, --CLoM_batch_size or --batch_train "
-            f"({str(error).splitlines()[0]})"
-        ) from None
     if flags.export is not None:
         export(res_path(flags, run), flags.export, flags.method)
     return 0
 
 
-def open_run(flags: DistillFlags, image_set: ImageSet, device: torch.device) -> RunFolder:
-    """The run folder; files of another run's experiments in it are dropped with --overwrite.
+def open_run(
+    flags: DistillFlags, image_set: ImageSet, device: torch.device, held: ExitStack
+) -> RunFolder:
+    """The run folder, claimed until `held` closes.
+
+    With --overwrite the files of another run's experiments in it are dropped.
 
     Raises:
-        UserError: it holds a run with other flags, or --resume finds none.
+        UserError: it holds a run with other flags, is in use, or --resume finds none.
     """
     folder = Path(flags.save_path)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--save_path {folder} is a file; expected a folder")
     if flags.resume and not (folder / "config.json").exists():
         raise UserError(f"--resume: {folder} holds no run to go on with")
+    held.enter_context(claim_run(folder))
     identity = {k: v for k, v in cli.as_json(flags).items() if k not in FREE_FLAGS}
     stats = image_set.stats
     run = RunFolder(

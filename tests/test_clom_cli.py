@@ -133,7 +133,7 @@ def test_methods_and_distances_in_process(tiny):
 def test_originals_take_the_next_free_index_and_decay(tiny):
     assert train_original_models.main([*TRAIN, "--num", "1"]) == 0
     assert train_original_models.main([*TRAIN, "--num", "1", "--random_seed", "3"]) == 0
-    assert sorted(p.name for p in Path(ORIGINAL).iterdir()) == ["index_0", "index_1"]
+    assert sorted(p.name for p in Path(ORIGINAL).glob("[!.]*")) == ["index_0", "index_1"]
     log = [json.loads(x) for x in Path(ORIGINAL, "index_0/log.jsonl").read_text().splitlines()]
     assert [e["next_lr"] for e in log] == pytest.approx([0.001, 0.001])  # 0.01 fell after epoch 1
     states = [

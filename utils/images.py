@@ -71,6 +71,43 @@ def save_curve(
         figure.savefig(temporary, format="png")
 
 
+def save_lines(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    path: Path | str,
+    *,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+) -> None:
+    """Draw several lines as a PNG; a line of one point is drawn as a mark.
+
+    Args:
+        lines: name -> (abscissae, ordinates).
+        path: the PNG to write, whole or not at all.
+        x_label: name and unit of the abscissa.
+        y_label: name and unit of the ordinate.
+        log_x: logarithmic abscissa.
+
+    Raises:
+        UserError: `path` cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    marks = iter("osD^v<>pPX*hd" * 9)
+    for name, (x, y) in lines.items():
+        if len(x) > 1:
+            axes.plot(x, y, linewidth=1.4, marker=".", label=name)
+        else:
+            axes.plot(x, y, linestyle="", marker=next(marks), label=name)
+    axes.set(xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
 def save_bar_groups(
     panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float] | None]]],
     path: Path | str,

@@ -57,6 +57,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._where: str | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -71,10 +72,27 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.number is not None
 
+    @contextlib.contextmanager
+    def at_once(self, where: str) -> Iterator[None]:
+        """Within the block there is nothing to save: a signal leaves without waiting for its end.
+
+        Args:
+            where: as in `leave`.
+        """
+        self._where = where
+        try:
+            if self:
+                self.leave(where)
+            yield
+        finally:
+            self._where = None
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
+        if self._where is not None:
+            self.leave(self._where)
 
     def leave(self, where: str) -> None:
         """Raise `Stopped`; call once everything is saved.

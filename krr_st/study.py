@@ -1,0 +1,299 @@
+"""`python -m krr_st.study` (`make study`): what distilled images are worth, on a prepared set.
+
+Sets of `num_images` images are compared by probes of freshly pre-trained networks, all in one way:
+KRR-ST with each lever alone, random real images with target features, k-means, class labels,
+nothing. The curve of random images over their number turns an accuracy into an equivalence ratio.
+With --validation the probes see a held-out part of the training images in place of the test split:
+levers are chosen there. What is finished is kept; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import data
+from data.load import tensor_path
+from evaluation.equivalence import worth
+from krr_st import baselines, target
+from krr_st.config import ScratchFlags, TestFlags, TrainFlags
+from krr_st.run import run_distillation
+from krr_st.target_model import default_checkpoint
+from krr_st.transfer import SCRATCH, run_transfer
+from utils import checkpoint, cli
+from utils.cells import read_cells
+from utils.cli import flag
+from utils.errors import UserError, entry_point, pick
+from utils.images import save_lines
+from utils.runlog import write_json
+from utils.seed import make_generator
+from utils.table import format_mean_std, markdown, mean_std
+
+# Each lever alone, as flags of train.py put in place of the study's common ones.
+LEVERS: dict[str, dict[str, Any]] = {
+    "krr_st": {},
+    "lr 1e-3": {"outer_lr": 1e-3},
+    "lr 3e-2": {"outer_lr": 3e-2},
+    "lr_y 1e-1": {"outer_lr_y": 1e-1},
+    "lr_y 1e-3": {"outer_lr_y": 1e-3},
+    "ridge 1e-4": {"ridge": 1e-4},
+    "ridge 1e-2": {"ridge": 1e-2},
+    "T 100": {"online_iteration": 100},
+    "T 2000": {"online_iteration": 2000},
+    "pool 20": {"num_models": 20},
+    "k-means start": {"init_images": "kmeans"},
+    "bf16": {"precision": "bf16"},
+}
+# Sets that need no distillation: row -> method of krr_st.baselines.
+SETS = {"random + features": "random_features", "k-means + features": "kmeans_features",
+        "random + class labels": "random"}  # fmt: skip
+HELD_OUT = 0.2
+
+
+@dataclass(frozen=True)
+class StudyFlags:
+    """Flags of the study."""
+
+    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
+    folder: Path = flag(Path("./study"), "where checkpoints, runs and results go")
+    data_name: str = flag("cifar10", "labelled prepared set; distillation never reads its labels")
+    img_size: int = flag(16, "side in pixels", minimum=8)
+    network: str = flag("convnet_64_128_256_bn", "target, pool and student network")
+    validation: bool = flag(False, "probe on a held-out fifth of the training images")
+    target_epochs: int = flag(15, "epochs of the target model", minimum=1)
+    num_images: int = flag(100, "images in each set", minimum=1)
+    curve: tuple[int, ...] = flag(
+        (50, 100, 200, 500, 1000, 2000), "numbers of random real images", minimum=1
+    )
+    levers: tuple[str, ...] = flag(("krr_st",), f"of: {', '.join(LEVERS)}, all, or none")
+    seeds: int = flag(3, "repetitions, each with sets, networks and labels of its own", minimum=1)
+    outer_iteration: int = flag(3000, "outer steps", minimum=1)
+    outer_lr: float = flag(1e-2, "learning rate of X_s and Y_s", above=0)
+    outer_batch_size: int = flag(256, "real images an outer step", minimum=1)
+    num_models: int = flag(5, "networks in the pool", minimum=1)
+    online_iteration: int = flag(500, "age limit of the pool networks", minimum=1)
+    pre_iteration: int = flag(500, "steps of pre-training on a set of features", minimum=1)
+    targets: tuple[str, ...] = flag((), "more prepared sets of this size to transfer to")
+    extra_sets: tuple[str, ...] = flag(
+        (), "more sets as NAME=METHOD=PATH, such as dm=dm=synthetic_data/cifar10/dm"
+    )  # fmt: skip
+    shots: str = flag("1_5_10_50", "labelled images a class of the few-shot probes")
+
+
+def validation_set(flags: StudyFlags) -> str:
+    """Split the training images into a set of their own: four fifths to train, a fifth to test.
+
+    Returns:
+        The name of the set.
+    """
+    name = f"{flags.data_name}_val"
+    place = tensor_path(flags.data_dir, name, "Y", "test", flags.img_size)
+    if not place.exists():
+        whole = data.load(flags.data_name, flags.img_size, flags.data_dir).train
+        order = torch.randperm(len(whole), generator=make_generator(0, "held-out images"))
+        held_out = int(HELD_OUT * len(whole))
+        for split, index in (("train", order[held_out:]), ("test", order[:held_out])):
+            for kind, tensor in (("X", whole.images), ("Y", whole.labels)):
+                path = tensor_path(flags.data_dir, name, kind, split, flags.img_size)
+                checkpoint.save(tensor[index], path)
+    return name
+
+
+class Study:
+    """The commands of one study, run in this process and printed as a user would type them.
+
+    Args:
+        flags: of the study.
+    """
+
+    def __init__(self, flags: StudyFlags) -> None:
+        self.flags = flags
+        self.name = validation_set(flags) if flags.validation else flags.data_name
+        self.folder = flags.folder / self.name
+        self.checkpoint = default_checkpoint(
+            flags.network, self.name, flags.folder / "teacher_ckpt"
+        )
+        self.log_dir = self.folder / "test_log"
+
+    def make_target(self) -> None:
+        """Train the target model once."""
+        f = self.flags
+        if not self.checkpoint.exists():
+            self._main(target.main, "krr_st.target", (
+                f"--data_dir {f.data_dir} --data_name {self.name} --img_size {f.img_size} "
+                f"--target_model {f.network} --epochs {f.target_epochs} --projector_dim 512 "
+                f"--save_dir {self.checkpoint.parent} --seed 0"
+            ))  # fmt: skip
+
+    def make_set(self, method: str, count: int, seed: int) -> Path:
+        """One set of `krr_st.baselines`; returns its folder."""
+        f, root = self.flags, self.folder / "sets" / f"{count}-{seed}"
+        place = root / self.name / method
+        if not (place / "y_syn.pt").exists():
+            self._main(baselines.main, "krr_st.baselines", (
+                f"--data_dir {f.data_dir} --data_name {self.name} --img_size {f.img_size} "
+                f"--method {method} --num_images {count} --seed {seed} "
+                f"--target_model {f.network} --target_ckpt {self.checkpoint} "
+                f"--synthetic_data_dir {root}"
+            ))  # fmt: skip
+        return place
+
+    def distil(self, lever: str, seed: int) -> Path:
+        """One KRR-ST run; returns its folder."""
+        f = self.flags
+        settings = {
+            "outer_lr": f.outer_lr, "num_models": f.num_models,
+            "online_iteration": f.online_iteration, "outer_iteration": f.outer_iteration,
+            **pick(LEVERS, lever, "lever"),
+        }  # fmt: skip
+        run = f"{lever.replace(' ', '_')}-{seed}"
+        run_distillation(TrainFlags(
+            data_dir=f.data_dir, data_name=self.name, img_size=f.img_size, seed=seed,
+            target_model=f.network, target_ckpt=self.checkpoint, train_model=f.network,
+            num_images=f.num_images, outer_batch_size=f.outer_batch_size,
+            save_dir=self.folder / "runs", exp_name=run, eval_every=10**9, test_iteration=500,
+            pre_epoch=100, print_every=500, **settings,
+        ))  # fmt: skip
+        return self.folder / "runs" / run
+
+    def measure(self, row: str, method: str, path: Path | None, seed: int) -> None:
+        """All probes of one set (or of none) with one seed, marked with the row's name."""
+        f = self.flags
+        shared = dict(
+            source_data_name=self.name, data_dir=f.data_dir, img_size=f.img_size,
+            test_model=f.network, num_test=1, seed=seed, log_dir=self.log_dir / row,
+        )  # fmt: skip
+        if path is not None:
+            shared |= dict(method=method, synthetic_path=path)
+            if method.endswith("features") or method == "krr_st":
+                shared |= dict(pre_iteration=f.pre_iteration)
+        kind = ScratchFlags if path is None else TestFlags
+        for fraction in (0.01, 0.05):
+            run_transfer(kind(
+                **shared, target_data_name=self.name, protocol="probe", label_fraction=fraction
+            ))  # fmt: skip
+        if not row.startswith("curve") and f.shots != "none":
+            names = "_".join((self.name, *f.targets))
+            run_transfer(kind(**shared, target_data_name=names, protocol="linear", shots=f.shots))
+
+    def accuracies(self, row: str, **wanted: Any) -> list[float]:
+        """The finished cells of a row that match, by seed."""
+        cells = read_cells(self.log_dir / row / "results.jsonl")
+        found = {
+            c["seed"]: c["accuracy"]
+            for c in cells
+            if all(c.get(k) == v for k, v in wanted.items()) and c["seed"] < self.flags.seeds
+        }
+        return [found[s] for s in sorted(found)]
+
+    def _main(self, main: Any, module: str, arguments: str) -> None:
+        print(f"\n$ python -m {module} {arguments}", flush=True)
+        if main(shlex.split(arguments)):
+            raise UserError(f"the study stopped: {module} failed")
+
+
+def run_all(study: Study) -> list[str]:
+    """Make and measure every set of the study; returns the rows in the table's order."""
+    flags = study.flags
+    levers = {"all": tuple(LEVERS), "none": ()}.get(flags.levers[0], flags.levers)
+    study.make_target()
+    extra = [text.split("=", 2) for text in flags.extra_sets]
+    for seed in range(flags.seeds):
+        study.measure("no pre-training", SCRATCH, None, seed)
+        for row, method in SETS.items():
+            path = study.make_set(method, flags.num_images, seed)
+            study.measure(row, method, path, seed)
+        for row, method, path in extra:
+            study.measure(row, method, Path(path.format(seed=seed)), seed)
+        for lever in levers:
+            study.measure(lever, "krr_st", study.distil(lever, seed), seed)
+        for count in flags.curve:
+            path = study.make_set("random_features", count, seed)
+            study.measure(f"curve {count}", "random_features", path, seed)
+    return ["no pre-training", *SETS, *(row for row, *_ in extra), *levers]
+
+
+def tables(study: Study, rows: list[str]) -> dict[str, str]:
+    """The Markdown tables of a finished study: probes with equivalence ratios, few shots."""
+    flags, found = study.flags, {}
+    fractions = (0.01, 0.05)
+    curves = {
+        fraction: {
+            m: mean_std(study.accuracies(f"curve {m}", label_fraction=fraction))[0]
+            for m in flags.curve
+        }
+        for fraction in fractions
+    }
+    body = []
+    for row in rows:
+        line = [row]
+        for fraction in fractions:
+            values = study.accuracies(row, label_fraction=fraction, target=study.name)
+            ratio = worth(curves[fraction], mean_std(values)[0], flags.num_images)
+            line += [format_mean_std(values), str(ratio)]
+        body.append(line)
+    header = [f"{flags.num_images} images", "1 % of labels", "worth", "5 % of labels", "worth"]
+    found["probe"] = markdown(header, body)
+    found["curve"] = markdown(
+        ["random images + features", *map(str, flags.curve)],
+        [[f"{100 * f:g} % of labels",
+          *(format_mean_std(study.accuracies(f"curve {m}", label_fraction=f)) for m in flags.curve)]
+         for f in fractions],
+    )  # fmt: skip
+    if flags.shots != "none":
+        shots = flags.shots.split("_")
+        for name in (study.name, *flags.targets):
+            budgets = [dict(shots=s, target=name, protocol="linear") for s in shots]
+            lines = [
+                [row, *(format_mean_std(study.accuracies(row, **b)) for b in budgets)]
+                for row in rows
+            ]
+            heads = [f"{s} a class" for s in shots]
+            found[f"few-shot {name}"] = markdown(
+                [f"{flags.num_images} images, {name}", *heads], lines
+            )
+    lines = {
+        f"random + features, {100 * f:g} % of labels": (list(c), list(c.values()))
+        for f, c in curves.items()
+    }
+    for row in rows:
+        lines[row] = (
+            [flags.num_images],
+            [mean_std(study.accuracies(row, label_fraction=0.05, target=study.name))[0]],
+        )
+    save_lines(
+        lines, study.folder / "worth.png", x_label="images", y_label="probe accuracy in %",
+        log_x=True,
+    )  # fmt: skip
+    return found
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> int:
+    """Run what is missing, then write and print the tables."""
+    flags = cli.parse(StudyFlags, argv, prog="python -m krr_st.study", description=__doc__)
+    if len(flags.curve) < 2:
+        raise UserError("--curve needs two numbers of images or more")
+    study = Study(flags)
+    rows = run_all(study)
+    found = tables(study, rows)
+    split = "a held-out part of the training images" if flags.validation else "the test split"
+    text = "\n\n".join(f"{title}\n\n{table}" for title, table in found.items())
+    note = (
+        f"accuracy in % on {split} of {flags.data_name} at {flags.img_size} pixels, mean ± std over {flags.seeds} "
+        f"seeds; worth: random real images of equal accuracy, divided by "
+        f"{flags.num_images}"
+    )
+    checkpoint.write_text(study.folder / "tables.md", f"{text}\n\n{note}\n")
+    write_json(study.folder / "study.json", {"flags": cli.as_json(flags), "rows": rows})
+    print(f"\n{text}\n\n{note}\nwritten: {study.folder}/tables.md, worth.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
