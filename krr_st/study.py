@@ -285,8 +285,8 @@ def main(argv: list[str] | None = None) -> int:
     split = "a held-out part of the training images" if flags.validation else "the test split"
     text = "\n\n".join(f"{title}\n\n{table}" for title, table in found.items())
     note = (
-        f"accuracy in % on {split} of {flags.data_name} at {flags.img_size} pixels, mean ± std over {flags.seeds} "
-        f"seeds; worth: random real images of equal accuracy, divided by "
+        f"accuracy in % on {split} of {flags.data_name} at {flags.img_size} pixels, mean ± std "
+        f"over {flags.seeds} seeds; worth: random real images of equal accuracy, divided by "
         f"{flags.num_images}"
     )
     checkpoint.write_text(study.folder / "tables.md", f"{text}\n\n{note}\n")

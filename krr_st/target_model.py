@@ -6,39 +6,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
 
 from data.specs import Stats
 from krr_st.foreign_targets import load_hf, load_torchvision
 from models import get_model
 from models.base import Classifier
 from models.fold import fold_frozen
-from models.resnet import SmallStemResNet
 from utils import checkpoint
 from utils.device import place
 from utils.errors import UserError, pick
 
 
-class StandardResNet50(Classifier, torchvision.models.ResNet):
-    """torchvision's ResNet-50 with its usual stem: the layout of the public Barlow Twins weights.
+def _resnet50(channel: int) -> Classifier:
+    from models.standard_resnet import StandardResNet50  # torchvision is slow to import
 
-    Source: Zbontar et al., "Barlow Twins", arXiv 2103.03230; 2048 features.
-    """
-
-    global_pool = True
-    forward_features = SmallStemResNet.forward_features  # with torchvision's own stem
-
-    def __init__(self, channel: int) -> None:
-        super().__init__(Bottleneck, [3, 4, 6, 3])
-        if channel != 3:
-            self.conv1 = nn.Conv2d(channel, 64, 7, stride=2, padding=3, bias=False)
-        self.set_head(1, 2048)
+    return StandardResNet50(channel)
 
 
 # Architectures that serve as target models only; all others are zoo A's.
-TARGET_ONLY: dict[str, Callable[[int], Classifier]] = {"resnet50": StandardResNet50}
+TARGET_ONLY: dict[str, Callable[[int], Classifier]] = {"resnet50": _resnet50}
 
 # `prefix:NAME` -> (NAME, local checkpoint, img_shape, the images' statistics) -> network.
 FOREIGN: dict[str, Callable[[str, Path | None, tuple[int, int, int], Stats], nn.Module]] = {

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
 
 from utils.checkpoint import atomic_path
 from utils.errors import UserError
@@ -28,6 +27,8 @@ def save_grid(
     Raises:
         UserError: a shape that cannot be drawn, or `path` cannot be written.
     """
+    from torchvision.utils import make_grid, save_image  # slow to import, and only drawing needs it
+
     if images01.dim() != 4 or images01.shape[1] not in (1, 3) or 0 in images01.shape:
         raise UserError(f"cannot draw images of shape {tuple(images01.shape)} into {path}")
     columns = columns or math.ceil(math.sqrt(len(images01)))
