@@ -201,6 +201,8 @@ def run_all(study: Study) -> list[str]:
     """Make and measure every set of the study; returns the rows in the table's order."""
     flags = study.flags
     levers = {"all": tuple(LEVERS), "none": ()}.get(flags.levers[0], flags.levers)
+    for lever in levers:
+        pick(LEVERS, lever, "lever")
     study.make_target()
     extra = [text.split("=", 2) for text in flags.extra_sets]
     for seed in range(flags.seeds):

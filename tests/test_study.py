@@ -1,0 +1,71 @@
+"""The study on a tiny set: its rows, its equivalence, its restart."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_set
+
+from krr_st import study
+
+FLAGS = (
+    "--data_name tiny --img_size 8 --network convnet_4_bn --target_epochs 1 --num_images 4 "
+    "--curve 4 8 --seeds 1 --outer_iteration 3 --outer_batch_size 16 --num_models 2 "
+    "--online_iteration 2 --pre_iteration 2 --shots 1"
+).split()
+
+
+@pytest.fixture
+def quick(workspace, monkeypatch):
+    """Label recipes without their thousand epochs."""
+    write_set("datasets", "tiny", train=400, test=40)
+    measured, run = [], study.run_transfer
+
+    def shortened(flags):
+        measured.append(flags)
+        if hasattr(flags, "method") and flags.method == "random":
+            flags = type(flags)(**{**vars(flags), "pre_iteration": 1})
+        return run(flags)
+
+    monkeypatch.setattr(study, "run_transfer", shortened)
+    return measured
+
+
+def test_study(quick, monkeypatch, capsys):
+    assert study.main([*FLAGS, "--levers", "krr_st", "k-means start"]) == 0
+    out = capsys.readouterr().out
+    text = Path("study/tiny/tables.md").read_text()
+    rows = ["no pre-training", *study.SETS, "krr_st", "k-means start"]
+    for row in rows:
+        assert sum(line.startswith(f"| {row} ") for line in text.splitlines()) == 2, row
+    assert "few-shot tiny" in text and Path("study/tiny/worth.png").exists()
+    assert "the test split of tiny" in text and text.strip() in out
+    assert json.loads(Path("study/tiny/study.json").read_text())["rows"] == rows
+    log = Path("study/tiny/test_log/krr_st/results.jsonl").read_text()
+    assert study.main([*FLAGS, "--levers", "krr_st", "k-means start"]) == 0
+    assert Path("study/tiny/tables.md").read_text() == text
+    assert Path("study/tiny/test_log/krr_st/results.jsonl").read_text() == log  # nothing again
+
+
+def test_validation_never_reads_the_test_split(quick, monkeypatch):
+    (Path("datasets/tiny/X_te_8.pth")).write_bytes(b"not to be read")
+    whole = torch.load("datasets/tiny/X_tr_8.pth", weights_only=True)
+    real = study.data.load
+    monkeypatch.setattr(study.data, "load", lambda *a, **k: real(*a, **{**k, "splits": ("train",)}))
+    assert study.validation_set(study.StudyFlags(data_name="tiny", img_size=8)) == "tiny_val"
+    parts = [
+        torch.load(f"datasets/tiny_val/X_{s}_8.pth", weights_only=True) for s in ("tr", "te")
+    ]  # fmt: skip
+    assert [len(p) for p in parts] == [320, 80]
+    joined = sorted(torch.cat(parts).flatten(1).tolist())
+    assert joined == sorted(whole.flatten(1).tolist())  # every image once
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--curve", "4"], "--curve needs two"), (["--levers", "magic"], "unknown lever 'magic'")],
+)
+def test_bad_flags(quick, capsys, flags, message):
+    assert study.main([*FLAGS, *flags]) == 2
+    assert message in capsys.readouterr().err
