@@ -16,7 +16,10 @@ class _SpdSolve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, y: Tensor) -> Tensor:
-        factor, _ = torch.linalg.cholesky_ex(k)  # _ex: no error check, so no host synchronisation
+        # _ex: no error check, so no host synchronisation; in float64 none is needed.
+        factor, failed = torch.linalg.cholesky_ex(k)
+        if k.dtype == torch.float32 and bool(failed.any()):  # a device without float64
+            factor = torch.linalg.cholesky_ex(k.cpu().double())[0].to(k)
         solution = torch.cholesky_solve(y, factor)
         ctx.save_for_backward(factor, solution)
         return solution

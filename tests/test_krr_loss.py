@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from krr_st import loss as loss_module
 from krr_st.loss import krr_loss, krr_predict
 
 RIDGE = 1e-3
@@ -168,3 +169,17 @@ def test_no_gradient_reaches_detached_real_features():
     krr_loss(f_real, y_real, f_syn.requires_grad_(), y_syn.requires_grad_()).backward()
     assert f_real.grad is None and y_real.grad is None
     assert f_syn.grad.abs().sum() > 0 and y_syn.grad.abs().sum() > 0
+
+
+def test_a_device_without_float64_falls_back(monkeypatch):
+    """Equal rows: in float32 K + λI is not positive definite in arithmetic."""
+    row = torch.randn(1, 400, generator=torch.Generator().manual_seed(0)) * 30
+    f_syn = (row + 1e-4 * torch.randn(60, 400, generator=torch.Generator().manual_seed(1))).float()
+    f_real, y_syn = f_syn[:5] + 0.1, torch.randn(60, 3)
+    wanted = krr_predict(f_real, f_syn, y_syn, 1e-9)
+    monkeypatch.setattr(loss_module, "_solve_dtype", lambda x: torch.float32)
+    k = f_syn @ f_syn.T + 1
+    lam = 1e-9 * k.trace() * torch.eye(60)
+    assert torch.linalg.cholesky_ex(k + lam)[1] != 0  # plain float32 fails
+    found = krr_predict(f_real, f_syn, y_syn, 1e-9)
+    assert found.isfinite().all() and wanted.isfinite().all()

@@ -9,11 +9,12 @@ from conftest import write_set
 
 from krr_st import study
 
-FLAGS = (
-    "--data_name tiny --img_size 8 --network convnet_4_bn --target_epochs 1 --num_images 4 "
-    "--curve 4 8 --seeds 1 --outer_iteration 3 --outer_batch_size 16 --num_models 2 "
-    "--online_iteration 2 --pre_iteration 2 --shots 1"
-).split()
+FLAGS = [
+    "--data_name=tiny", "--img_size=8", "--network=convnet_4_bn", "--target_epochs=1",
+    "--num_images=4", "--curve", "4", "8", "--seeds=1", "--outer_iteration=3",
+    "--outer_batch_size=16", "--num_models=2", "--online_iteration=2", "--pre_iteration=2",
+    "--shots=1",
+]  # fmt: skip
 
 
 @pytest.fixture
