@@ -31,6 +31,7 @@ from data.meta import merge_meta, read_meta
 from data.raw import Part, Source
 from utils.checkpoint import atomic_path
 from utils.errors import UserError
+from utils.locks import in_use, is_left_over
 
 
 class _Bar(tqdm):
@@ -241,10 +242,17 @@ def _save(tensor: Tensor, path: Path) -> None:
 
 @contextlib.contextmanager
 def _scratch_folder(target: Path) -> Iterator[Path]:
-    """A folder for scratch files beside the results (same disk), removed at the end."""
+    """A folder for scratch files beside the results (same disk), removed at the end.
+
+    Those of processes that were killed go, too.
+    """
+    for old in target.glob(".prepare_*"):
+        if is_left_over(old):
+            shutil.rmtree(old, ignore_errors=True)
     name = tempfile.mkdtemp(prefix=".prepare_", dir=target)
     try:
-        yield Path(name)
+        with in_use(Path(name)):
+            yield Path(name)
     finally:
         shutil.rmtree(name, ignore_errors=True)
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
+from utils.locks import in_use, is_left_over
 
 # Old `res_*.pt` files keep accuracies as NumPy float64 scalars; these only rebuild a number.
 _SAFE_GLOBALS = [
@@ -32,6 +33,8 @@ _SAFE_GLOBALS = [
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the final name only if the block succeeds.
 
+    What a killed process left behind while it wrote `path` is removed.
+
     Raises:
         UserError: the folder cannot be written or the disk is full; `path` is then untouched.
     """
@@ -39,21 +42,31 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_overs(path)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
-        temporary.replace(path)
+        with in_use(temporary):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
+            temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _remove_left_overs(path: Path) -> None:
+    """Remove temporary files of `path`, and those of such files, that nobody writes any more."""
+    pattern = re.compile(rf"\.?\.{re.escape(path.name)}(\.[a-z0-9_]{{8}}){{1,2}}")
+    for name in os.listdir(path.parent):
+        if pattern.fullmatch(name) and is_left_over(path.parent / name):
+            (path.parent / name).unlink(missing_ok=True)
 
 
 def write_atomic(path: Path | str, write: Callable[[BinaryIO], None]) -> None:

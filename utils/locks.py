@@ -44,6 +44,38 @@ def file_lock(handle: int) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_UN)
 
 
+@contextlib.contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Mark a temporary file or folder as in use for the block, or until this process dies.
+
+    Without advisory locks nothing is marked, and nothing is ever taken for left over.
+    """
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                handle = os.open(path, os.O_RDONLY)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether nobody uses a temporary file or folder: the process that made it was killed."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
 def this_host() -> str:
     """Host name and process-number space: in two containers equal numbers are not one process."""
     try:
