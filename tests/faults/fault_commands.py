@@ -41,23 +41,28 @@ class Command:
     Attributes:
         name: for reports.
         script: a module for `python -m`, or a path below the root.
-        argv: its flags.
+        flags: separated by spaces.
         results: patterns of the files it leaves, relative to its working folder.
         prepare: writes its inputs into an empty folder.
     """
 
     name: str
     script: str
-    argv: tuple[str, ...]
+    flags: str
     results: tuple[str, ...]
     prepare: Callable[[Path], None]
 
+    @property
+    def argv(self) -> list[str]:
+        """The flags one by one."""
+        return self.flags.split()
+
     def but(self, **flags: object) -> Command:
         """The same with other values of some flags."""
-        argv = list(self.argv)
+        argv = self.argv
         for name, value in flags.items():
             argv[argv.index(f"--{name}") + 1] = str(value)
-        return replace(self, argv=tuple(argv))
+        return replace(self, flags=" ".join(argv))
 
     @property
     def line(self) -> list[str]:
@@ -68,7 +73,7 @@ class Command:
     def main(self) -> int:
         """Run in this process and in its working folder."""
         try:
-            return module(self.script).main(list(self.argv))
+            return module(self.script).main(self.argv)
         except SystemExit as stop:
             return stop.code
 
@@ -128,7 +133,8 @@ def write_pictures(folder: Path) -> None:
 
 
 _TINY = f"--data_name tiny --img_size 8 --device cpu --seed 4 --target_model {NET}"
-_DC = "--dataset CIFAR10 --img_size 8 --model ConvNetD1 --device cpu --seed 0 --batch_real 2 --num_eval 1"
+_DC = "--dataset CIFAR10 --img_size 8 --model ConvNetD1 --device cpu --seed 0"
+_MAIN = "methods/DC_DSA_DM/main.py"
 _SET = ("config.json", "log.jsonl", "results.json")
 
 
@@ -138,71 +144,69 @@ def _of(folder: str, *names: str) -> tuple[str, ...]:
 
 def _distiller(method: str, steps: int) -> Command:
     return Command(
-        f"main.py {method}", "methods/DC_DSA_DM/main.py",
-        tuple(f"--method {method} {_DC} --Iteration {steps} --save_every 1 --print_every 2 "
-              f"--eval_interval {steps // 2} --epoch_eval_train 1 --outer_loop 2 --inner_loop 1 "
-              "--num_exp 2 --save_path run".split()),
+        f"main.py {method}", _MAIN,
+        f"--method {method} {_DC} --batch_real 2 --num_eval 1 --Iteration {steps} --save_every 1 "
+        f"--print_every 2 --eval_interval {steps // 2} --epoch_eval_train 1 --outer_loop 2 "
+        "--inner_loop 1 --num_exp 2 --save_path run",
         _of("run", "res_*.pt", "res_*.json", "vis_*.png"), write_cifar10,
     )  # fmt: skip
 
 
-COMMANDS = {
-    command.name: command
-    for command in (
-        Command(
-            "train.py", "train.py",
-            (*_TINY.split(), *f"--train_model {NET} --num_images 6 --num_models 2".split(),
-             *["--online_iteration", "3", "--outer_iteration", "30", "--outer_lr", "1e-2"],
-             *["--outer_batch_size", "16", "--print_every", "4", "--save_every", "1", "--eval_every", "10"],
-             *["--pre_epoch", "2", "--test_iteration", "3", "--exp_name", "run"]),
-            _of("results/run", "x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png"), write_tiny,
-        ),
-        Command(
-            "krr_st.target", "krr_st.target",
-            (*_TINY.split(), *["--epochs", "12", "--batch_size", "10", "--projector_dim", "8"],
-             *["--save_every", "1", "--eval_every", "4", "--save_dir", "made"]),
-            (*_of(f"made/barlow_twins_{NET}_tiny"), f"made/barlow_twins_{NET}_tiny.pt"),
-            write_tiny,
-        ),
-        Command(
-            "krr_st.kd_teacher", "krr_st.kd_teacher",
-            tuple(f"--data_name tiny --img_size 8 --device cpu --seed 4 --arch {NET} --epochs 12 "
-                  "--batch_size 10 --save_every 1 --save_dir made".split()),
-            (*_of("made/teacher_tiny"), "made/teacher_tiny.pt"), write_tiny,
-        ),
-        Command(
-            "train_original_models.py", "train_original_models.py",
-            tuple(["--normalize_data", "--dataset", "CIFAR10", "--img_size", "8", "--model", "ConvNetD1", "--device", "cpu", "--seed", "0", "--num", "1", "--epochs", "8", "--lr_decay_step", "4", "--save_every", "2", "--resume"]),
-            _of("pretrained_model/CIFAR10/original/ConvNetD1/index_0",
-                "CIFAR10_ConvNetD1_original_epoch8.pth"),
-            write_cifar10,
-        ),
-        _distiller("DM", 12),
-        _distiller("DC", 4),
-        Command(
-            "test.py", "test.py",
-            tuple(f"--source_data_name tiny --img_size 8 --test_model {NET} --device cpu --seed 0 "
-                  "--num_test 3 --method krr_st --pre_epoch 3 --target_data_name tiny "
-                  "--finetune_iteration 6".split()),
-            ("test_log/results.jsonl", "test_log/tiny/krr_st/*/finetune/results.json"), write_tiny,
-        ),
-        Command(
-            "krr_st.tables", "krr_st.tables",
-            tuple(["--table", "probe_cifar10_1", "--run", "--num_test", "1", "--device", "cpu"]),
-            ("test_log/results.jsonl", "test_log/table_probe_cifar10_1.*"), write_probe_targets,
-        ),
-        Command(
-            "clom.tables", "clom.tables",
-            tuple(["--run", "--datasets", "CIFAR10", "--ipcs", "1", "--img_size", "8", "--model", "ConvNetD1", "--Iteration", "4", "--num_eval", "1", "--epoch_eval_train", "1", "--batch_real", "2", "--device", "cpu", "--variants", "none", "--num_exp", "1", "--save_every", "1", "--methods", "DM", "DC"]),
-            ("test_log/clom/results.jsonl", "test_log/clom/table.*"), write_cifar10,
-        ),
-        Command(
-            "data.prepare", "data.prepare",
-            tuple(["--from_folder", "pictures", "--data_name", "own", "--size", "8", "--val_fraction", "0.2", "--workers", "1", "--overwrite"]),
-            ("datasets/own/[!.]*",), write_pictures,
-        ),
-    )
-}  # fmt: skip
+_ALL = (
+    Command(
+        "train.py", "train.py",
+        f"{_TINY} --train_model {NET} --num_images 6 --num_models 2 --online_iteration 3 "
+        "--outer_iteration 30 --outer_lr 1e-2 --outer_batch_size 16 --print_every 4 "
+        "--save_every 1 --eval_every 10 --pre_epoch 2 --test_iteration 3 --exp_name run",
+        _of("results/run", "x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png"), write_tiny,
+    ),
+    Command(
+        "krr_st.target", "krr_st.target",
+        f"{_TINY} --epochs 12 --batch_size 10 --projector_dim 8 --save_every 1 --eval_every 4 "
+        "--save_dir made",
+        (*_of(f"made/barlow_twins_{NET}_tiny"), f"made/barlow_twins_{NET}_tiny.pt"), write_tiny,
+    ),
+    Command(
+        "krr_st.kd_teacher", "krr_st.kd_teacher",
+        f"--data_name tiny --img_size 8 --device cpu --seed 4 --arch {NET} --epochs 12 "
+        "--batch_size 10 --save_every 1 --save_dir made",
+        (*_of("made/teacher_tiny"), "made/teacher_tiny.pt"), write_tiny,
+    ),
+    Command(
+        "train_original_models.py", "train_original_models.py",
+        f"--normalize_data {_DC} --num 1 --epochs 8 --lr_decay_step 4 --save_every 2 --resume",
+        _of("pretrained_model/CIFAR10/original/ConvNetD1/index_0",
+            "CIFAR10_ConvNetD1_original_epoch8.pth"), write_cifar10,
+    ),
+    _distiller("DM", 12),
+    _distiller("DC", 4),
+    Command(
+        "test.py", "test.py",
+        f"--source_data_name tiny --img_size 8 --test_model {NET} --device cpu --seed 0 "
+        "--num_test 3 --method krr_st --pre_epoch 3 --target_data_name tiny "
+        "--finetune_iteration 6",
+        ("test_log/results.jsonl", "test_log/tiny/krr_st/*/finetune/results.json"), write_tiny,
+    ),
+    Command(
+        "krr_st.tables", "krr_st.tables",
+        "--table probe_cifar10_1 --run --num_test 1 --device cpu",
+        ("test_log/results.jsonl", "test_log/table_probe_cifar10_1.*"), write_probe_targets,
+    ),
+    Command(
+        "clom.tables", "clom.tables",
+        "--run --datasets CIFAR10 --ipcs 1 --img_size 8 --model ConvNetD1 --Iteration 4 "
+        "--num_eval 1 --epoch_eval_train 1 --batch_real 2 --device cpu --variants none "
+        "--num_exp 1 --save_every 1 --methods DM DC",
+        ("test_log/clom/results.jsonl", "test_log/clom/table.*"), write_cifar10,
+    ),
+    Command(
+        "data.prepare", "data.prepare",
+        "--from_folder pictures --data_name own --size 8 --val_fraction 0.2 --workers 1 "
+        "--overwrite",
+        ("datasets/own/[!.]*",), write_pictures,
+    ),
+)  # fmt: skip
+COMMANDS = {command.name: command for command in _ALL}
 
 
 def content(path: Path) -> Any:

@@ -47,7 +47,7 @@ def test_killed_before_a_change_to_its_files(whole, tmp_path):
     command, wanted, changes, _ = whole
     rng = random.Random(SEED)
     command.prepare(tmp_path)
-    for number in (rng.randint(changes // 2, changes * 3 // 4), rng.randint(1, changes // 4)):
+    for number in (rng.randint(changes // 3, changes // 2), rng.randint(1, changes // 6)):
         assert Forked(command, tmp_path, Changes(number)).wait() in (-9, 0), number
     assert Forked(command, tmp_path).wait() == 0, (tmp_path / OUTPUT).read_text()
     assert differing(wanted, results(command, tmp_path)) == []
@@ -98,10 +98,7 @@ def test_the_harness_sees_a_lost_byte(tmp_path, name):
 
 
 def test_workers_end_with_the_process_they_work_for(tmp_path):
-    command = replace(
-        COMMANDS["data.prepare"],
-        argv=tuple("2" if a == "1" else a for a in COMMANDS["data.prepare"].argv),
-    )
+    command = COMMANDS["data.prepare"].but(workers=2)
     command.prepare(tmp_path)
     mine, theirs = os.pipe()
     ends = Changes(20)  # in the middle of its pictures
