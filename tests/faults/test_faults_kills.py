@@ -18,8 +18,8 @@ from krr_st import distill
 SEED = 20240607
 SHORT = {
     "train.py": COMMANDS["train.py"].but(outer_iteration=8, eval_every=4, print_every=2),
-    "krr_st.target": COMMANDS["krr_st.target"].but(epochs=4),
-    "main.py DM": COMMANDS["main.py DM"].but(Iteration=4, num_exp=1),
+    "krr_st.target": COMMANDS["krr_st.target"].but(epochs=6),
+    "main.py DM": COMMANDS["main.py DM"].but(Iteration=6, num_exp=1),
     "data.prepare": COMMANDS["data.prepare"],
 }
 
@@ -47,7 +47,7 @@ def test_killed_before_a_change_to_its_files(whole, tmp_path):
     command, wanted, changes, _ = whole
     rng = random.Random(SEED)
     command.prepare(tmp_path)
-    for number in (rng.randint(changes // 3, changes // 2), rng.randint(1, changes // 6)):
+    for number in (rng.randint(changes * 2 // 5, changes // 2), rng.randint(1, changes // 6)):
         assert Forked(command, tmp_path, Changes(number)).wait() in (-9, 0), number
     assert Forked(command, tmp_path).wait() == 0, (tmp_path / OUTPUT).read_text()
     assert differing(wanted, results(command, tmp_path)) == []
