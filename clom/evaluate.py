@@ -88,6 +88,7 @@ def score_network(
     device: torch.device,
     test_every: int | None = None,
     at_test: Callable[[int, nn.Module, float], None] | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Score:
     """Train one random network on the set and test it.
 
@@ -102,6 +103,7 @@ def score_network(
         device: where to compute.
         test_every: epochs between tests; None: only the last.
         at_test: called with (epoch, network, accuracy).
+        on_step: called after each step.
     """
     tests: list[tuple[int, float, float]] = []
 
@@ -117,7 +119,7 @@ def score_network(
         device=device, generator=make_generator(seed, "training"),
     )  # fmt: skip
     stops = range(test_every, training.epochs, test_every) if test_every else ()
-    trainer.run(stops, test, what="evaluation")
+    trainer.run(stops, test, what="evaluation", on_step=on_step)
     best = max(tests, key=lambda entry: entry[1])
     _, final, loss = tests[-1]
     return Score(final, best[1], best[0], loss)

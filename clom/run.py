@@ -25,6 +25,7 @@ from clom.real import RealImages
 from data.augment import denormalize
 from data.load import ImageSet
 from data.synthetic import SyntheticSet, save_experiments
+from evaluation.side_by_side import side_by_side
 from models import eval_pool
 from utils import checkpoint, cli
 from utils.device import resolve_device
@@ -214,13 +215,15 @@ def evaluate_images(
             augmentation, flags.epoch_eval_train, flags.lr_net, flags.batch_train
         )
         new_network = network_factory(network, image_set, device)
-        accuracies[network] = [
-            score_network(
-                new_network, x_syn, y_syn, image_set, training, augmentation,
-                seed=derive_seed(seed, "evaluation", step, network, n), device=device,
-            ).final
-            for n in range(flags.num_eval)
-        ]  # fmt: skip
+        score = functools.partial(
+            score_network, new_network, x_syn, y_syn, image_set, training, augmentation,
+            device=device,
+        )  # fmt: skip
+        seeds = [derive_seed(seed, "evaluation", step, network, n) for n in range(flags.num_eval)]
+        tasks = [
+            lambda check, own=own, score=score: score(seed=own, on_step=check) for own in seeds
+        ]
+        accuracies[network] = [found.final for found in side_by_side(tasks, device)]
         mean, std = mean_std(accuracies[network])
         print(
             f"iteration {step}: {network} {mean:.4f} ± {std:.4f} over {flags.num_eval} networks, "

@@ -83,6 +83,7 @@ class Trainer:
         *,
         what: str = "training",
         progress: bool = False,
+        on_step: Callable[[], None] = lambda: None,
     ) -> nn.Module:
         """Train to the last epoch.
 
@@ -92,6 +93,7 @@ class Trainer:
             at_stop: what to do there.
             what: name for messages and progress.
             progress: show a bar.
+            on_step: called after each step.
 
         Returns:
             The network in eval mode.
@@ -105,11 +107,16 @@ class Trainer:
         size = self.loader.batch_size
         shape = (size, *self.loader.images.shape[1:])
         part = images_at_once(self.model.train(), shape, self.loader.device, size)
+
+        def after_step(step: int, loss: Tensor, rate: float) -> None:
+            self.window.add(loss)
+            on_step()
+
         for end in sorted(e for e in stops | decays if self.epoch < e <= training.epochs):
             fit(
                 self.model, batches, loss_fn, self.optimizer, start=self.epoch * per_epoch,
                 steps=end * per_epoch, what=what, progress=progress, part=part,
-                on_step=lambda step, loss, rate: self.window.add(loss),
+                on_step=after_step,
             )  # fmt: skip
             self.epoch = end
             if end in decays:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from data.augment import denormalize, normalize
 from data.load import ImageSet
 from data.synthetic import SyntheticSet
 from data.synthetic_forms import detect_form
+from evaluation.side_by_side import side_by_side
 from models import eval_pool
 from utils import checkpoint, cli
 from utils.cells import CellStore
@@ -65,19 +68,21 @@ def validate(flags: ValidateFlags) -> int:
     }  # fmt: skip
     folder = Path(flags.save_path) / flags.dataset / f"{flags.method}_{flags.model}_ipc{flags.ipc}"
     store = CellStore(Path(flags.save_path) / "results.jsonl")
-    cells = []
-    for name in names:
-        for seed in range(flags.seed, flags.seed + flags.num_eval):
-            key = {**settings, "network": name, "seed": seed}
-            cell = store.get(key)
-            if cell is None or flags.save_model:
-                score = score_one(
-                    name, seed, images, synthetic.targets, image_set, training, augmentation,
-                    flags, folder, device,
-                )  # fmt: skip
-                cell = store.add(key, **asdict(score))
-            cells.append(cell)
-            print(f"{name}, seed {seed}: {cell['final']:.4f} after the last epoch", flush=True)
+    score = functools.partial(
+        score_one, images=images, targets=synthetic.targets, image_set=image_set,
+        training=training, augmentation=augmentation, flags=flags, folder=folder, device=device,
+    )  # fmt: skip
+    jobs = [
+        (name, seed, {**settings, "network": name, "seed": seed})
+        for name in names
+        for seed in range(flags.seed, flags.seed + flags.num_eval)
+    ]
+    missing = [job for job in jobs if flags.save_model or store.get(job[2]) is None]
+    tasks = [lambda check, n=name, s=seed: score(n, s, on_step=check) for name, seed, _ in missing]
+    for (name, seed, key), found in zip(missing, side_by_side(tasks, device), strict=True):
+        store.add(key, **asdict(found))
+        print(f"{name}, seed {seed}: {found.final:.4f} after the last epoch", flush=True)
+    cells = [store.get(key) for _, _, key in jobs]
     summary = summarize(cells)
     write_json(folder / "results.json", {
         "flags": cli.as_json(flags), "synthetic_set": str(path),
@@ -105,6 +110,7 @@ def score_one(
     flags: ValidateFlags,
     folder: Path,
     device: torch.device,
+    on_step: Callable[[], None],
 ) -> Score:
     """One network, with its state dicts if wanted."""
 
@@ -116,6 +122,7 @@ def score_one(
     return score_network(
         network_factory(name, image_set, device), images, targets, image_set, training,
         augmentation, seed=seed, device=device, test_every=flags.save_every, at_test=save,
+        on_step=on_step,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import secrets
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -29,6 +30,9 @@ def make_generator(seed: int, *names: object) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(seed, *names))
 
 
+_GLOBAL_STATE = threading.RLock()
+
+
 def draw_seed(generator: torch.Generator) -> int:
     """Draw a 31-bit seed from a generator (advances it)."""
     return int(torch.randint(2**31 - 1, (1,), generator=generator))
@@ -39,9 +43,9 @@ def local_seed(seed: int) -> Iterator[None]:
     """Run code that only knows the global CPU random state (weight init, dropout, kornia).
 
     The global state is seeded inside and put back after, so nothing outside notices.
-    Build networks on the CPU inside it and move them afterwards.
+    Build networks on the CPU inside it and move them afterwards. Threads take turns.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _GLOBAL_STATE, torch.random.fork_rng(devices=[]):
         # default_generator, not torch.manual_seed: the latter would also re-seed every GPU.
         torch.default_generator.manual_seed(seed)
         yield
