@@ -20,6 +20,7 @@ from utils.cli import flag
 from utils.errors import UserError, pick
 from utils.saving import Every
 
+TENSORBOARD = "also log for TensorBoard (package tensorboard), into {run folder}/tensorboard"
 METHODS = ("DC", "DSA", "DM")
 
 # (outer_loop, inner_loop) by ipc, as published.
@@ -105,6 +106,7 @@ class DistillFlags(CommonFlags):
     save_every: Every = flag(
         Every(100), "iterations between saves of the run state, or seconds such as 300s"
     )
+    tensorboard: bool = flag(False, TENSORBOARD)
     resume: bool = flag(False, "insist on going on with a run (one that is there is gone on with)")
     overwrite: bool = flag(False, "start again in a folder that holds a run")
     export: str | None = flag(
@@ -137,6 +139,7 @@ class OriginalFlags(CommonFlags):
     seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
     multigpu: bool = flag(False, "split batches over all GPUs")
     pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the models")
+    tensorboard: bool = flag(False, TENSORBOARD)
     resume: bool = flag(False, "first finish the networks an interrupted start left, within num")
 
 

@@ -28,7 +28,7 @@ from utils.stop import StopRequest
 
 # Flags that may differ between two starts.
 FREE_FLAGS = ("device", "gpu", "dry_run", "resume", "num", "seed", "random_seed", "save_every",
-              "data_path", "pretrained_path")  # fmt: skip
+              "data_path", "pretrained_path", "tensorboard")  # fmt: skip
 
 
 def train_originals(flags: OriginalFlags) -> int:
@@ -58,7 +58,7 @@ def train_originals(flags: OriginalFlags) -> int:
             place = unfinished[number] if number < len(unfinished) else next_index(folder)
             held.enter_context(claim_run(place))
             run = RunFolder(
-                place, identity, device=device,
+                place, identity, device=device, tensorboard=flags.tensorboard,
                 seed=None if number < len(unfinished) else derive_seed(seed, place.name) % 2**31,
                 extra={"data_name": flags.dataset, "mean": image_set.stats.mean,
                        "std": image_set.stats.std, "img_shape": image_set.img_shape,

@@ -39,7 +39,7 @@ from utils.table import markdown, mean_std
 
 # Flags that do not decide what a run computes.
 FREE_FLAGS = ("device", "gpu", "dry_run", "resume", "overwrite", "num_exp", "print_every",
-              "save_every", "export", "data_path", "save_path")  # fmt: skip
+              "save_every", "export", "data_path", "save_path", "tensorboard")  # fmt: skip
 _KNOBS = "lower --batch_real, --CLoM_batch_size or --batch_train"
 METHODS = {"DC": GradientMatching, "DSA": GradientMatching, "DM": DistributionMatching}
 
@@ -94,6 +94,7 @@ def open_run(
     stats = image_set.stats
     run = RunFolder(
         folder, identity, seed=flags.seed, device=device, overwrite=flags.overwrite,
+        tensorboard=flags.tensorboard,
         extra={"data_name": flags.dataset, "mean": stats.mean, "std": stats.std},
     )  # fmt: skip
     if not run.resumed:  # no set or picture may lie beside the configuration of another run

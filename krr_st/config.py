@@ -63,6 +63,9 @@ def resolve_preset(data_name: str, data_dir: Path, img_size: int | None) -> Pres
     raise UserError(f"images of {size} pixels are too large; the limit is {max(PRESETS_BY_SIZE)}")
 
 
+TENSORBOARD = "also log for TensorBoard (package tensorboard), into {run folder}/tensorboard"
+
+
 @dataclass(frozen=True)
 class CommonFlags:
     """Flags of every KRR-ST command."""
@@ -169,6 +172,7 @@ class TrainFlags(CommonFlags):
     print_every: int = flag(100, "steps between log lines", minimum=1)
     eval_every: int = flag(16000, "steps between linear evaluations", minimum=1)
     save_every: Every = flag(Every(2000), "steps between saves, or seconds such as 300s")
+    tensorboard: bool = flag(False, TENSORBOARD)
 
     pre_opt: str = flag("sgd", "optimiser of pre-training in evaluations", choices=("sgd", "adam"))
     pre_epoch: int = flag(1000, "epochs of pre-training on the synthetic set", minimum=1)
@@ -189,6 +193,7 @@ class EpochFlags(CommonFlags):
     seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
     img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
     save_dir: Path = flag(Path("./teacher_ckpt"), "folder of the checkpoint")
+    tensorboard: bool = flag(False, TENSORBOARD)
     overwrite: bool = flag(False, "train again over a checkpoint of another configuration")
     epochs: int = flag(200, "passes over the training images", minimum=1)
     save_every: int = flag(10, "epochs between saves of the run state", minimum=1)

@@ -64,7 +64,7 @@ def _make(
 ) -> None:
     run = RunFolder(
         folder, {**cli.as_json(flags), "img_size": size}, seed=flags.seed, device=device,
-        overwrite=flags.overwrite,
+        overwrite=flags.overwrite, tensorboard=flags.tensorboard,
     )  # fmt: skip
     if run.finished and path.exists():
         print(f"{path} is there already, trained with these flags; --overwrite trains it again")

@@ -181,6 +181,7 @@ def open_run(
         held.enter_context(claim_run(path))
         run = RunFolder(
             path, cli.as_json(flags), seed=flags.seed, device=device, overwrite=flags.overwrite,
+            tensorboard=flags.tensorboard,
             extra={"data_name": flags.data_name, "mean": stats.mean, "std": stats.std},
         )  # fmt: skip
     shared = group.from_first((run.seed, run.finished) if run else None)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from utils import checkpoint
+from utils.curves import draw_curves, numbers, read_series
 from utils.errors import UserError
 from utils.locks import Claims
 from utils.resume import forget_run
@@ -64,11 +65,19 @@ def environment(device: torch.device) -> dict[str, Any]:
 # one that was drawn may be given at the next start.
 _NOT_IDENTITY = (
     "seed", "device", "gpu_id", "overwrite", "dry_run", "target_views", "views_dir",
-    "save_every",
+    "save_every", "tensorboard",
 )  # fmt: skip
 _STALE = ("results.json", "state.pt", "state.prev.pt", "log.jsonl")
 # Dropped by --overwrite: no set may lie beside the configuration of another run.
-_ARTEFACTS = ("x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png")
+_ARTEFACTS = ("x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png", "curves.png")
+
+
+def _board_maker() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter
 
 
 @contextlib.contextmanager
@@ -107,6 +116,7 @@ class RunFolder:
         device: recorded with the versions.
         extra: more facts for config.json (data name, statistics).
         overwrite: start again whatever is there.
+        tensorboard: write the log's numbers for TensorBoard, too, into {path}/tensorboard.
 
     Attributes:
         seed: the seed to use.
@@ -126,8 +136,11 @@ class RunFolder:
         device: torch.device,
         extra: dict[str, Any] | None = None,
         overwrite: bool = False,
+        tensorboard: bool = False,
     ) -> None:
         self.path = Path(path)
+        self._new_board = _board_maker() if tensorboard else None
+        self._board: Any = None
         identity = _plain({k: v for k, v in flags.items() if k not in _NOT_IDENTITY})
         old = None if overwrite else self._read_config()
         if old is not None:
@@ -169,6 +182,8 @@ class RunFolder:
         """Drop log entries after `step`: what a resumed run is about to write again."""
         kept = [e for e in self.read_log() if e.get("step", 0) <= step]
         checkpoint.write_text(self.path / "log.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
+        if self._new_board is not None:  # what is written again later replaces what is there
+            self._board = self._new_board(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def log(self, **entry: Any) -> None:
         """Append one JSON object to log.jsonl.
@@ -181,6 +196,10 @@ class RunFolder:
                 file.write(json.dumps(_plain(entry)) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.path / 'log.jsonl'}: {error.strerror}") from error
+        if self._board is not None:
+            for name, value in numbers(entry).items():
+                self._board.add_scalar(name, value, entry["step"])
+            self._board.flush()
 
     def read_log(self) -> list[dict[str, Any]]:
         """All whole entries so far (a torn last line is left out)."""
@@ -193,7 +212,15 @@ class RunFolder:
         return entries
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write results.json, which marks the run as finished, and drop its state."""
+        """Draw curves.png, unless the run drew its loss itself; then write results.json.
+
+        results.json marks the run as finished; its state is dropped.
+        """
+        series = read_series(self.path / "log.jsonl")
+        if series and not (self.path / "loss.png").exists():
+            draw_curves(series, self.path / "curves.png")
+        if self._board is not None:
+            self._board.close()
         write_json(self.path / "results.json", results)
         forget_run(self.state_path)
 
