@@ -125,7 +125,8 @@ def test_overwriting_leaves_nothing_of_the_old_run(tiny):
     again = flags(method="DM", save_path="a", lr_img=0.5, overwrite=True, eval_interval=4)
     assert run_distillation(again) == 0
     assert sorted(p.name for p in (tiny / "a").iterdir()) == [
-        "config.json", "curves.png", "exp0_notes.pt", "exp0_res_DM_tiny_ConvNetD1_1ipc.pt", "log.jsonl",
+        "config.json", "curves.png", "exp0_notes.pt", "exp0_res_DM_tiny_ConvNetD1_1ipc.pt",
+        "log.jsonl",
         "res_DM_tiny_ConvNetD1_1ipc.json", "res_DM_tiny_ConvNetD1_1ipc.pt", "results.json",
         "vis_DM_tiny_ConvNetD1_1ipc_exp0_iter0.png", "vis_DM_tiny_ConvNetD1_1ipc_exp0_iter4.png",
     ]  # fmt: skip
