@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow gpu lint format clean
+.PHONY: demo test slow gpu bench study lint format clean
 
 $(STAMP): requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version)'
@@ -29,6 +29,15 @@ slow: $(STAMP)
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu --timeout 600
+
+# Ratios against the plain forms; nothing else should run on the machine.
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+# What distilled images are worth; DATA holds a prepared set (cifar10 at 16 pixels by default).
+DATA ?= datasets
+study: $(STAMP)
+	$(BIN)/python -m krr_st.study --data_dir $(DATA) $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
