@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,25 @@ import torch
 import data
 from data.load import tensor_path
 from evaluation.equivalence import worth
+from evaluation.recipes import PRETRAIN
 from krr_st import baselines, target
-from krr_st.config import ScratchFlags, TestFlags, TrainFlags
+from krr_st.config import TestFlags, TrainFlags
 from krr_st.run import run_distillation
 from krr_st.target_model import default_checkpoint
-from krr_st.transfer import SCRATCH, run_transfer
+from krr_st.transfer import (
+    SCRATCH,
+    TargetTask,
+    build_backbone,
+    labelled_indices,
+    load_pretraining,
+    load_targets,
+    parse_shots,
+)
 from utils import checkpoint, cli
-from utils.cells import read_cells
+from utils.cells import CellStore, read_cells
+from utils.checkpoint import fingerprint
 from utils.cli import flag
+from utils.device import resolve_device
 from utils.errors import UserError, entry_point, pick
 from utils.images import save_lines
 from utils.runlog import write_json
@@ -53,6 +64,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 SETS = {"random + features": "random_features", "k-means + features": "kmeans_features",
         "random + class labels": "random"}  # fmt: skip
 HELD_OUT = 0.2
+FRACTIONS = (0.01, 0.05)
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,8 @@ class StudyFlags:
     outer_batch_size: int = flag(256, "real images an outer step", minimum=1)
     num_models: int = flag(5, "networks in the pool", minimum=1)
     online_iteration: int = flag(500, "age limit of the pool networks", minimum=1)
-    pre_iteration: int = flag(500, "steps of pre-training on a set of features", minimum=1)
+    device: str | None = flag(None, "cpu, cuda, cuda:N or mps; default: the best there is")
+    pre_iteration: int = flag(200, "steps of pre-training on a set of features", minimum=1)
     targets: tuple[str, ...] = flag((), "more prepared sets of this size to transfer to")
     extra_sets: tuple[str, ...] = flag(
         (), "more sets as NAME=METHOD=PATH, such as dm=dm=synthetic_data/cifar10/dm"
@@ -119,6 +132,9 @@ class Study:
             flags.network, self.name, flags.folder / "teacher_ckpt"
         )
         self.log_dir = self.folder / "test_log"
+        self.device = resolve_device(flags.device)
+        sets = (self.name, *flags.targets)
+        self.targets = load_targets(sets, flags.img_size, flags.data_dir, None)
 
     def make_target(self) -> None:
         """Train the target model once."""
@@ -157,29 +173,46 @@ class Study:
             target_model=f.network, target_ckpt=self.checkpoint, train_model=f.network,
             num_images=f.num_images, outer_batch_size=f.outer_batch_size,
             save_dir=self.folder / "runs", exp_name=run, eval_every=10**9, test_iteration=500,
-            pre_epoch=100, print_every=500, **settings,
+            pre_epoch=100, print_every=500, device=f.device, **settings,
         ))  # fmt: skip
         return self.folder / "runs" / run
 
     def measure(self, row: str, method: str, path: Path | None, seed: int) -> None:
-        """All probes of one set (or of none) with one seed, marked with the row's name."""
+        """All probes of one set (or of none) with one seed, on one pre-trained network."""
         f = self.flags
-        shared = dict(
-            source_data_name=self.name, data_dir=f.data_dir, img_size=f.img_size,
-            test_model=f.network, num_test=1, seed=seed, log_dir=self.log_dir / row,
-        )  # fmt: skip
+        curve = row.startswith("curve")
+        budgets = [("all", fraction) for fraction in FRACTIONS]
+        if not curve and f.shots != "none":
+            budgets += [(shots, None) for shots in parse_shots(f.shots)]
+        store = CellStore(self.log_dir / row / "results.jsonl")
+        pretraining = None
         if path is not None:
-            shared |= dict(method=method, synthetic_path=path)
-            if method.endswith("features") or method == "krr_st":
-                shared |= dict(pre_iteration=f.pre_iteration)
-        kind = ScratchFlags if path is None else TestFlags
-        for fraction in (0.01, 0.05):
-            run_transfer(kind(
-                **shared, target_data_name=self.name, protocol="probe", label_fraction=fraction
-            ))  # fmt: skip
-        if not row.startswith("curve") and f.shots != "none":
-            names = "_".join((self.name, *f.targets))
-            run_transfer(kind(**shared, target_data_name=names, protocol="linear", shots=f.shots))
+            features = PRETRAIN[method].loss == "mse"
+            pretraining = load_pretraining(TestFlags(
+                source_data_name=self.name, data_dir=f.data_dir, method=method,
+                synthetic_path=path, pre_iteration=f.pre_iteration if features else None,
+            ), f.img_size, f.network)  # fmt: skip
+        settings = {"row": row, "network": f.network, "size": f.img_size, "seed": seed}
+        if pretraining is not None:
+            synthetic = pretraining.synthetic
+            settings["pretraining"] = asdict(pretraining.recipe)
+            settings["synthetic_set"] = fingerprint(synthetic.images, synthetic.targets)
+        backbone = None
+        for target_set in self.targets[: 1 if curve else None]:
+            task = None
+            for shots, fraction in budgets:
+                key = {**settings, "target": target_set.name, "shots": shots,
+                       "label_fraction": fraction}  # fmt: skip
+                if store.get(key) is not None:
+                    continue
+                backbone = backbone or build_backbone(
+                    f.network, target_set.img_shape, pretraining, dropout=0.0, seed=seed,
+                    device=self.device,
+                )  # fmt: skip
+                task = task or TargetTask(backbone, f.network, target_set, self.device)
+                index = labelled_indices(target_set, shots, fraction, seed)
+                store.add(key, accuracy=task.frozen("linear", index), labelled=len(index))
+        print(f"measured: {row}, seed {seed}", flush=True)
 
     def accuracies(self, row: str, **wanted: Any) -> list[float]:
         """The finished cells of a row that match, by seed."""
@@ -223,18 +256,17 @@ def run_all(study: Study) -> list[str]:
 def tables(study: Study, rows: list[str]) -> dict[str, str]:
     """The Markdown tables of a finished study: probes with equivalence ratios, few shots."""
     flags, found = study.flags, {}
-    fractions = (0.01, 0.05)
     curves = {
         fraction: {
             m: mean_std(study.accuracies(f"curve {m}", label_fraction=fraction))[0]
             for m in flags.curve
         }
-        for fraction in fractions
+        for fraction in FRACTIONS
     }
     body = []
     for row in rows:
         line = [row]
-        for fraction in fractions:
+        for fraction in FRACTIONS:
             values = study.accuracies(row, label_fraction=fraction, target=study.name)
             ratio = worth(curves[fraction], mean_std(values)[0], flags.num_images)
             line += [format_mean_std(values), str(ratio)]
@@ -245,12 +277,12 @@ def tables(study: Study, rows: list[str]) -> dict[str, str]:
         ["random images + features", *map(str, flags.curve)],
         [[f"{100 * f:g} % of labels",
           *(format_mean_std(study.accuracies(f"curve {m}", label_fraction=f)) for m in flags.curve)]
-         for f in fractions],
+         for f in FRACTIONS],
     )  # fmt: skip
     if flags.shots != "none":
         shots = flags.shots.split("_")
         for name in (study.name, *flags.targets):
-            budgets = [dict(shots=s, target=name, protocol="linear") for s in shots]
+            budgets = [dict(shots=s, target=name, label_fraction=None) for s in shots]
             lines = [
                 [row, *(format_mean_std(study.accuracies(row, **b)) for b in budgets)]
                 for row in rows

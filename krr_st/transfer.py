@@ -93,21 +93,28 @@ class TargetTask:
 
     def __init__(self, backbone: nn.Module, arch: str, target: ImageSet, device: torch.device):
         self.backbone, self.arch, self.target, self.device = backbone, arch, target, device
-        self._features: tuple[Tensor, Tensor] | None = None
+        self._train: Tensor | None = None
+        self._test: Tensor | None = None
 
     def frozen(self, protocol: str, index: Tensor) -> float:
         """Test accuracy in % of a classifier on frozen features of the images at `index`."""
         train, test = self.target.train, self.target.test
-        if self._features is None:
-            self._features = tuple(
-                outputs(self.backbone.embed, split.images, self.target, self.device)
-                for split in (train, test)
-            )
-        train_features, test_features = self._features
+        if self._test is None:
+            self._test = self._embed(test.images)
+        if self._train is not None:
+            features = self._train[index.to(self.device)]
+        elif 4 * len(index) < len(train):  # few: the others' features may never be asked for
+            features = self._embed(train.images[index])
+        else:
+            self._train = self._embed(train.images)
+            features = self._train[index.to(self.device)]
         return frozen_accuracy(
-            protocol, train_features[index.to(self.device)], train.labels[index],
-            test_features, test.labels, self.target.num_classes,
+            protocol, features, train.labels[index], self._test, test.labels,
+            self.target.num_classes,
         )  # fmt: skip
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return outputs(self.backbone.embed, images, self.target, self.device)
 
     def finetuned(
         self, index: Tensor, recipe: Recipe, *, dropout: float, scale: float, seed: int
