@@ -11,7 +11,7 @@ from data.load import SPLITS, check_images, check_labels, tensor_path
 from data.meta import measure_statistics, read_meta
 from data.specs import DC_SPECS, KRR_SPECS, DatasetSpec, Stats
 from data.write import checksum
-from utils.checkpoint import load_tensor
+from utils.checkpoint import check_sums, load_tensor
 from utils.errors import UserError
 
 _TOLERANCE = 0.01  # of mean and std: other resizers move the third digit, other pictures the second
@@ -87,6 +87,7 @@ def _check_split(
     """Check one pair of files; returns the failures that leave the rest checkable."""
     problems = []
     images = load_tensor(x_path, what="image tensor", mmap=True)
+    check_sums(x_path, what="image tensor")
     check_images(images, x_path, size, spec.channels if spec else None)
     tensors = {"X": images}
     counted = ""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,14 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / "meta.json"
     try:
         meta = json.loads(path.read_text()) if path.exists() else {}
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         raise UserError(f"{path} is not readable JSON; expected what data.prepare writes") from None
-    if not isinstance(meta, dict) or not isinstance(meta.setdefault("sizes", {}), dict):
+    if (
+        not isinstance(meta, dict)
+        or not isinstance(meta.setdefault("sizes", {}), dict)
+        or not all(isinstance(facts, dict) for facts in meta["sizes"].values())
+        or not isinstance(meta.get("class_names") or [], list)
+    ):
         raise UserError(f"{path} does not hold a JSON object as data.prepare writes it")
     return meta
 
@@ -91,6 +97,8 @@ def own_statistics(folder: Path | str, size: int, images: Tensor) -> Stats:
             raise UserError(f"{path}: mean and std must be lists of numbers") from None
         if not len(stats.mean) == len(stats.std) == images.shape[1] or min(stats.std) <= 0:
             raise UserError(f"{path}: mean and std do not fit images of {images.shape[1]} channels")
+        if not all(math.isfinite(value) for value in stats.mean + stats.std):
+            raise UserError(f"{path}: mean and std must be finite")
         return stats
     stats = measure_statistics(images)
     try:

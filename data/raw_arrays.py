@@ -150,9 +150,11 @@ def _read_batch(path: Path) -> Part:
         if not isinstance(content, dict) or not {"data", "labels"} <= content.keys():
             raise UserError(f"{path} must hold a dict with data and labels")
         data, labels = np.asarray(content["data"]), np.asarray(content["labels"])
-    side = round((data.shape[-1] / 3) ** 0.5)
-    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * side * side:
+    side = round((data.shape[-1] / 3) ** 0.5) if data.ndim == 2 else 0
+    if data.dtype != np.uint8 or not side or data.shape[1] != 3 * side * side:
         raise UserError(f"{path}: data must be uint8 of shape N x (3*S*S), got {data.shape}")
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"{path}: labels must be whole numbers, got {labels.dtype}")
     labels = labels.reshape(-1).astype(np.int64) - 1
     if len(labels) != len(data) or not len(data) or labels.min() < 0 or labels.max() > 999:
         raise UserError(f"{path}: expected one label from 1 to 1000 for each of {len(data)} rows")

@@ -153,9 +153,10 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _checked_images(images: Tensor) -> Tensor:
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise UserError(f"images are {kind}, expected a float tensor in normalised space")
+    dense = isinstance(images, Tensor) and images.layout is torch.strided
+    if not dense or not images.is_floating_point():
+        kind = images.dtype if dense else type(images).__name__
+        raise UserError(f"images are {kind}, expected a dense float tensor in normalised space")
     if images.dim() != 4 or 0 in images.shape:
         raise UserError(
             f"images have shape {tuple(images.shape)}, expected (m, C, H, W) with m at least 1"
@@ -167,8 +168,8 @@ def _checked_images(images: Tensor) -> Tensor:
 
 def _checked_targets(targets: Tensor, count: int) -> Tensor:
     wanted = f"({count},) class indices or ({count}, D) float vectors"
-    if not isinstance(targets, Tensor):
-        raise UserError(f"targets are {type(targets).__name__}, expected {wanted}")
+    if not isinstance(targets, Tensor) or targets.layout is not torch.strided:
+        raise UserError(f"targets are {type(targets).__name__}, expected dense {wanted}")
     described = f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}"
     shape_fits = (
         targets.dim() == (2 if targets.is_floating_point() else 1) and 0 not in targets.shape

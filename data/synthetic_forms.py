@@ -14,6 +14,7 @@ The two published forms hold no statistics: a small JSON file of the same name l
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def parse_description(text: str, path: Path) -> dict[str, Any]:
     """The keyword arguments in a JSON object; keys that are absent or null are left out."""
     try:
         raw = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} does not hold readable JSON") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds a JSON {type(raw).__name__}, expected an object")
@@ -95,6 +96,7 @@ def parse_description(text: str, path: Path) -> dict[str, Any]:
         try:
             mean, std = (tuple(float(v) for v in raw[key]) for key in ("mean", "std"))
             usable = len(mean) == len(std) and min(std) > 0
+            usable = usable and all(math.isfinite(value) for value in mean + std)
         except (TypeError, ValueError):
             usable = False
         if not usable:

@@ -37,7 +37,8 @@ def read_png(path: Path, stats: Stats | None, experiment: int) -> dict[str, Any]
     try:
         with (path / "labels.csv").open(newline="", encoding="utf-8") as file:
             rows = [(row["file"], int(row["label"])) for row in csv.DictReader(file)]
-    except (OSError, KeyError, TypeError, ValueError, csv.Error):
+        labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError, csv.Error):
         raise UserError(
             f"{path / 'labels.csv'} is not a table with the columns file and label (an integer)"
         ) from None
@@ -55,7 +56,7 @@ def read_png(path: Path, stats: Stats | None, experiment: int) -> dict[str, Any]
         raise UserError(f"{path}: mean and std do not fit images of {images.shape[1]} channels")
     return content | {
         "images": normalize(images, stats),
-        "targets": torch.tensor([y for _, y in rows]),
+        "targets": labels,
     }
 
 

@@ -82,7 +82,8 @@ def write_prepared(
     target = data_dir / folder
     fresh = not target.exists()
     try:
-        target.mkdir(parents=True, exist_ok=True)
+        with _disk_errors(target):
+            target.mkdir(parents=True, exist_ok=True)
         _check_same_classes(target, size, source)
         with (
             _scratch_folder(target) as scratch,

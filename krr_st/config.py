@@ -252,6 +252,9 @@ def resolve_targets(source: str, joined: str, data_dir: Path) -> tuple[str, ...]
     """`full` or names joined by `_` -> target names; sources the paper lacks test on themselves.
 
     A prepared set's own name may hold `_`: the longest name that exists is taken each time.
+
+    Raises:
+        UserError: an empty name.
     """
     if joined == "full":
         return FULL_TARGETS.get(source, (source,))
@@ -261,6 +264,8 @@ def resolve_targets(source: str, joined: str, data_dir: Path) -> tuple[str, ...]
         end = next(ends, 1)
         names.append("_".join(parts[:end]))
         parts = parts[end:]
+    if not all(names):
+        raise UserError(f"--target_data_name {joined!r} holds an empty name")
     return tuple(dict.fromkeys(names))
 
 

@@ -64,6 +64,8 @@ def run_distillation(flags: TrainFlags) -> int:
         print(json.dumps(cli.as_json(flags), indent=2))
         device = resolve_device(flags.device, local_gpu(flags.gpu_id))
         check_precision(flags.precision, device)
+        if flags.views_dir is not None and flags.views_dir.is_file():
+            raise UserError(f"--views_dir {flags.views_dir} is a file; expected a folder")
         if flags.dry_run:
             return 0
         if flags.compile:

@@ -30,7 +30,7 @@ def read_cells(path: Path | str) -> list[dict[str, Any]]:
     for line in lines:
         try:
             cell = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # a line torn by a kill: its cell runs again
         if isinstance(cell, dict) and "id" in cell:
             cells.append(cell)

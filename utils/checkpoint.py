@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,11 +106,10 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
     if path.is_dir():
         raise UserError(f"{what} {path} is a folder; expected a file")
     try:
-        if not mmap and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch writes checksums and never reads them
-                if (torn := archive.testzip()) is not None:
-                    raise UserError(f"{what} {path} is damaged: the checksum of {torn} is wrong")
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+        if not mmap:
+            check_sums(path, what=what)
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tensors of kinds that are refused further on
             mapped = mmap and zipfile.is_zipfile(path)  # the older torch format cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UserError:
@@ -127,6 +127,23 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
     except Exception as error:  # the readers below torch.load raise a dozen types on a torn file
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise UserError(f"{what} {path} is truncated or not a torch file ({reason})") from None
+
+
+def check_sums(path: Path | str, *, what: str = "file") -> None:
+    """Compare the content of a torch file with its checksums: torch writes and never reads them.
+
+    Raises:
+        UserError: they differ. What is no torch file at all passes.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()
+    except Exception as error:  # zipfile raises half a dozen types on a damaged header
+        raise UserError(f"{what} {path} is damaged ({str(error).splitlines()[0]})") from None
+    if torn is not None:
+        raise UserError(f"{what} {path} is damaged: the checksum of {torn} is wrong")
 
 
 def load_tensor(path: Path | str, *, what: str = "tensor file", mmap: bool = False) -> torch.Tensor:

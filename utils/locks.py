@@ -182,7 +182,7 @@ class Claims:
 def _owner(path: Path) -> dict:
     try:
         owner = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 

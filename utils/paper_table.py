@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def with_published_file(known: Published, path: Path | None) -> Published:
         }
     except OSError as error:
         raise UserError(f"--published {path} cannot be read: {error.strerror}") from None
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"--published {path}: expected JSON {{table: {{row: {{column: [mean, std]}}}}}}"
         ) from None
@@ -153,4 +154,6 @@ def with_published_file(known: Published, path: Path | None) -> Published:
 
 def _number(value: Any) -> Number:
     mean, std = [*(value if isinstance(value, list) else [value]), None][:2]
+    if not math.isfinite(float(mean)) or not math.isfinite(float(std or 0)):
+        raise ValueError(f"{value} is not finite")
     return float(mean), None if std is None else float(std)

@@ -169,7 +169,7 @@ class RunFolder:
         path = self.path / "config.json"
         try:
             old = json.loads(path.read_text()) if path.exists() else None
-        except ValueError:
+        except (OSError, ValueError, RecursionError):
             old = {}
         return old if old is None or isinstance(old, dict) else {}
 
@@ -207,7 +207,7 @@ class RunFolder:
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
                 entries.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
         return entries
 

@@ -20,6 +20,7 @@ for folder in (ROOT, ROOT / "tests"):  # the soak is started without pytest
 import torch
 from conftest import write_set
 
+from data.meta import own_statistics
 from data.synthetic import SyntheticSet
 from krr_st.target_model import Representation
 from models import get_model
@@ -27,7 +28,6 @@ from utils import checkpoint
 from utils.seed import local_seed
 
 NET, SHAPE = "convnet_4_bn", (3, 8, 8)
-STATS = {"mean": [0.4] * 3, "std": [0.3] * 3}
 # Facts about a start of a run, not about what it computed.
 CLOCK = {
     "seconds", "seconds_of_last_start", "steps_in_this_start", "steps_per_second", "environment",
@@ -91,8 +91,7 @@ def module(script: str) -> ModuleType:
 def write_tiny(folder: Path, size: int = 8) -> None:
     """A prepared set, its target model, a teacher and a synthetic set, each of a few numbers."""
     prepared = write_set(folder / "datasets", "tiny", train=30, test=8, size=size)
-    # With statistics on record no command has a reason to write beside the data.
-    (prepared / "meta.json").write_text(json.dumps({"sizes": {str(size): STATS}}))
+    record_statistics(prepared, size)
     shape = (3, size, size)
     with local_seed(0):
         target = Representation(NET, shape).backbone.state_dict()
@@ -104,10 +103,15 @@ def write_tiny(folder: Path, size: int = 8) -> None:
     SyntheticSet(x, torch.arange(6) % 4).save(folder / "synthetic_data/tiny/random")
 
 
+def record_statistics(folder: Path, size: int) -> None:
+    """With statistics on record no command has a reason to write beside the data."""
+    own_statistics(folder, size, checkpoint.load(folder / f"X_tr_{size}.pth"))
+
+
 def write_cifar10(folder: Path) -> None:
     """Thirty images under the name of a listed set, at a size that is nobody's."""
     prepared = write_set(folder / "datasets", "cifar10", train=30, test=20, classes=10)
-    (prepared / "meta.json").write_text(json.dumps({"sizes": {"8": STATS}}))
+    record_statistics(prepared, 8)
 
 
 def write_probe_targets(folder: Path) -> None:
