@@ -141,7 +141,8 @@ def check_sums(path: Path | str, *, what: str = "file") -> None:
         with zipfile.ZipFile(path) as archive:
             torn = archive.testzip()
     except Exception as error:  # zipfile raises half a dozen types on a damaged header
-        raise UserError(f"{what} {path} is damaged ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{what} {path} is damaged ({reason})") from None
     if torn is not None:
         raise UserError(f"{what} {path} is damaged: the checksum of {torn} is wrong")
 

@@ -1,0 +1,175 @@
+"""SIGTERM and Ctrl-C: the run saves, says how to go on, and does."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_set
+from test_clom_cli import main as main_command
+
+import train
+import train_original_models
+from clom.distribution_matching import DistributionMatching
+from data.loader import TensorLoader
+from krr_st import distill, kd_teacher, target
+from krr_st.target_model import Representation
+from utils import checkpoint
+from utils.errors import entry_point
+from utils.seed import local_seed
+from utils.stop import Stopped, StopRequest, terminable
+
+NET = "convnet_4_bn"
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+TINY = "--data_name tiny --img_size 8 --device cpu --seed 4"
+DC = "--dataset CIFAR10 --img_size 8 --model ConvNetD1 --device cpu --seed 4"
+# Command, its flags (saves are rarer than the run is long), what a step of it is, what it makes.
+COMMANDS = {
+    "train": (
+        train, f"{TINY} --target_model {NET} --train_model {NET} --num_images 6 --num_models 2 "
+        "--online_iteration 3 --outer_iteration 8 --outer_batch_size 16 --save_every 100 "
+        "--eval_every 100 --pre_epoch 1 --test_iteration 1 --exp_name run",
+        (distill.Distiller, "step"), "results/run/x_syn.pt",
+    ),
+    "target": (
+        target, f"{TINY} --target_model {NET} --epochs 4 --batch_size 10 --projector_dim 4 "
+        "--save_every 100 --save_dir made", (TensorLoader, "_labels"),
+        f"made/barlow_twins_{NET}_tiny.pt",
+    ),
+    "kd_teacher": (
+        kd_teacher, f"{TINY} --arch {NET} --epochs 4 --batch_size 10 --save_every 100 "
+        "--save_dir made", (TensorLoader, "_labels"), "made/teacher_tiny.pt",
+    ),
+    "main.py": (
+        main_command, f"{DC} --method DM --ipc 1 --batch_real 2 --num_eval 1 --Iteration 8 "
+        "--save_every 100 --epoch_eval_train 1 --save_path run",
+        (DistributionMatching, "step"), "run/res_DM_CIFAR10_ConvNetD1_1ipc.pt",
+    ),
+    "originals": (
+        train_original_models, f"--normalize_data {DC} --num 1 --epochs 4 --batch_size 10 "
+        "--save_every 100 --lr_decay_step 2 --resume", (TensorLoader, "_labels"),
+        "pretrained_model/CIFAR10/original/ConvNetD1/index_0/CIFAR10_ConvNetD1_original_epoch4.pth",
+    ),
+}  # fmt: skip
+
+
+def signal_at(patch, owner, name, number, call=5):
+    """Send this process a signal in the given call of a method."""
+    real, calls = getattr(owner, name), []
+
+    def method(self, *args):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return real(self, *args)
+
+    patch.setattr(owner, name, method)
+
+
+def plain(value):
+    if isinstance(value, torch.Tensor):
+        return checkpoint.fingerprint(value)
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """Two equal working folders."""
+    monkeypatch.setattr(distill, "draw_artefacts", lambda *args: None)
+    with local_seed(0):
+        state = Representation(NET, (3, 8, 8)).backbone.state_dict()
+    for name in ("whole", "stopped"):
+        write_set(tmp_path / name / "datasets", "tiny", train=30, test=8)
+        write_set(tmp_path / name / "datasets", "cifar10", train=30, test=10, classes=10)
+        checkpoint.save(state, tmp_path / name / f"teacher_ckpt/barlow_twins_{NET}_tiny.pt")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [*((name, signal.SIGTERM) for name in COMMANDS), ("train", signal.SIGINT)],
+)
+def test_a_stopped_run_saves_and_goes_on(inputs, monkeypatch, capsys, name, number):
+    command, flags, step, made = COMMANDS[name]
+    monkeypatch.chdir(inputs / "whole")
+    assert command.main(flags.split()) == 0
+    monkeypatch.chdir(inputs / "stopped")
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        signal_at(patch, *step, number)
+        assert command.main(flags.split()) == CODES[number]
+    assert signal.getsignal(number) == before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "everything is saved" in line and "the same command goes on" in line
+    assert command.main(flags.split()) == 0
+    assert "going on after" in capsys.readouterr().out  # though --save_every was far away
+    first, second = (plain(checkpoint.load(inputs / f / made)) for f in ("whole", "stopped"))
+    assert first == second
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop and stop.number == signal.SIGINT
+        signal.raise_signal(signal.SIGTERM)  # only Ctrl-C is pressed twice by someone who waits
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nothing_asked_for_nothing_done():
+    with StopRequest() as stop:
+        assert not stop
+    threads = []
+    thread = threading.Thread(target=lambda: threads.append(bool(StopRequest().__enter__())))
+    thread.start()
+    thread.join()
+    assert threads == [False]  # outside the main thread Python allows no handlers
+
+
+def test_nested_requests_hand_the_signals_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as outer:
+        with StopRequest() as inner:
+            signal.raise_signal(signal.SIGTERM)
+        assert inner and not outer
+        signal.raise_signal(signal.SIGTERM)
+        assert outer.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("number", CODES)
+def test_the_line_and_the_code(capsys, number):
+    def main(argv=None):
+        with StopRequest() as stop:
+            signal.raise_signal(number)
+            stop.leave("after step 3 of 9")
+
+    assert entry_point(main)([]) == CODES[number]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped after step 3 of 9") and signal.Signals(number).name in line
+
+
+def test_terminated_where_nothing_can_be_saved():
+    """Blocks are left in order, so that claims and temporary files go."""
+    left = []
+    with pytest.raises(Stopped) as caught, terminable():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            left.append(1)
+    assert left == [1] and caught.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_stopped_command_gives_its_folder_back(inputs, monkeypatch, capsys):
+    command, flags, step, _ = COMMANDS["train"]
+    monkeypatch.chdir(inputs / "stopped")
+    with monkeypatch.context() as patch:
+        signal_at(patch, *step, signal.SIGTERM, call=2)
+        assert command.main(flags.split()) == 143
+    assert not list(Path("results/.locks").glob("*.lock"))
+    assert checkpoint.load("results/run/state.pt")["step"] == 2
