@@ -261,7 +261,7 @@ def measure(
         AssertionError: the two sides do not compute the same.
     """
     if quick:
-        repeats, batch_real, inner, epochs = 3, 64, 10, 5
+        repeats, batch_real, outer, inner, epochs = 2, 16, 1, 2, 2
     agreement = differences(random_set(32, 100, 32), device)
     # DC's has a training in between, which amplifies rounding; of 100 test images one may tip over.
     limits = {"DC": 2e-2, "DSA": 1e-3, "DM": 1e-3, "evaluation": 0.011}
