@@ -27,6 +27,7 @@ from utils import checkpoint, cli
 from utils.cells import CellStore
 from utils.device import resolve_device
 from utils.errors import UserError
+from utils.memory import out_of_memory_says
 from utils.runlog import environment, write_json
 from utils.table import markdown, mean_std
 
@@ -79,9 +80,10 @@ def validate(flags: ValidateFlags) -> int:
     ]
     missing = [job for job in jobs if flags.save_model or store.get(job[2]) is None]
     tasks = [lambda check, n=name, s=seed: score(n, s, on_step=check) for name, seed, _ in missing]
-    for (name, seed, key), found in zip(missing, side_by_side(tasks, device), strict=True):
-        store.add(key, **asdict(found))
-        print(f"{name}, seed {seed}: {found.final:.4f} after the last epoch", flush=True)
+    with out_of_memory_says(device, "lower --batch_size"):
+        for (name, seed, key), found in zip(missing, side_by_side(tasks, device), strict=True):
+            store.add(key, **asdict(found))
+            print(f"{name}, seed {seed}: {found.final:.4f} after the last epoch", flush=True)
     cells = [store.get(key) for _, _, key in jobs]
     summary = summarize(cells)
     write_json(folder / "results.json", {

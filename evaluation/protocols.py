@@ -16,6 +16,7 @@ from evaluation.fit import accuracy, fit, predict, supervised
 from evaluation.probe import knn_scores, linear_probe, standardize
 from evaluation.recipes import LOSSES, Recipe
 from utils.errors import pick
+from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule
 
 StepHook = Callable[[int, Tensor, float], None]
@@ -134,13 +135,16 @@ def outputs(
     device: torch.device,
     batch_size: int | None = None,
 ) -> Tensor:
-    """`function` of normalised, unaugmented images in batches: (N, D) on the device."""
+    """`function` of normalised, unaugmented images in batches: (N, D) on the device.
+
+    Where a batch does not fit the device's memory it is split, with the same result.
+    """
     batch_size = batch_size or (PROBE_BATCH if image_set.size < 128 else _LARGE_BATCH)
     loader = TensorLoader(
         images, None, batch_size=batch_size, device=device,
         generator=torch.Generator(), transform=ImagePipeline(image_set.stats), shuffle=False,
     )  # fmt: skip
-    return predict(function, loader.epoch())
+    return predict(SplitBatches(function), loader.epoch())
 
 
 def _linear_scores(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:

@@ -251,7 +251,8 @@ def run_kd(flags: KdFlags) -> int:
             if teacher_accuracy is None:
                 teacher_accuracy = shared.measure(shared.teacher)
                 print(f"teacher: {teacher_accuracy:.2f} % at {shared.target.size} pixels")
-            found = shared.run(seed)
+            with out_of_memory_says(shared.device, "lower --pre_batch_size or --kd_batch_size"):
+                found = shared.run(seed)
             cell = store.add(
                 key, accuracy=found[headline], kd_bn=flags.kd_bn, **found,
                 teacher_accuracy=teacher_accuracy, seconds=time.perf_counter() - began,

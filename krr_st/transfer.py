@@ -26,6 +26,7 @@ from utils.cells import CellStore
 from utils.checkpoint import apply_state, fingerprint
 from utils.device import place, resolve_device
 from utils.errors import UserError
+from utils.memory import out_of_memory_says
 from utils.runlog import environment, write_json
 from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
 from utils.table import format_mean_std, markdown, mean_std
@@ -241,10 +242,11 @@ def run_transfer(flags: ScratchFlags) -> int:
         print(f"pre-training: {pretraining.recipe}")
     settings = cell_settings(flags, method, arch, preset.size, pretraining)
     cells = []
-    for repetition in range(flags.num_test):
-        cells += run_repetition(
-            seed + repetition, targets, shots, flags, arch, pretraining, settings, store, device
-        )
+    with out_of_memory_says(device, "lower --pre_batch_size or --finetune_batch_size"):
+        for repetition in range(flags.num_test):
+            cells += run_repetition(
+                seed + repetition, targets, shots, flags, arch, pretraining, settings, store, device
+            )
     folder = flags.log_dir / flags.source_data_name / method / arch / flags.protocol
     write_json(folder / "results.json", {
         "flags": cli.as_json(flags), "environment": environment(device),
