@@ -33,6 +33,7 @@ from utils.cells import CellStore
 from utils.checkpoint import apply_state, fingerprint
 from utils.device import place, resolve_device
 from utils.errors import UserError, pick
+from utils.memory import out_of_memory_says
 from utils.optim import make_optimizer, make_schedule
 from utils.runlog import environment, write_json
 from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
