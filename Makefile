@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow gpu bench study lint format clean
+.PHONY: demo test slow soak gpu bench study lint format clean
 
 $(STAMP): requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version)'
@@ -26,6 +26,12 @@ test: lint
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+# Kills, damaged saves, full disks, malformed inputs: make soak SECONDS=3600 SEED=1
+SECONDS ?= 600
+SEED ?= 0
+soak: $(STAMP)
+	$(BIN)/python tests/faults/soak.py --seconds $(SECONDS) --seed $(SEED)
 
 gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu --timeout 600

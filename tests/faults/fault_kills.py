@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from fault_commands import ROOT, Command, module
+from fault_commands import ROOT, Command, module, results
 
 # What a child's operations on its own files look like to Python's auditing.
 _CHANGES = {"os.rename", "os.remove", "os.chmod", "os.mkdir", "os.rmdir", "os.truncate"}
@@ -171,6 +171,20 @@ def _is_inside(path: object, folder: str) -> bool:
 def die() -> None:
     """End this process as the power does."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def uninterrupted(command: Command, folder: Path) -> tuple[dict[str, Any], int, float]:
+    """Run to the end in a fork: the results, the number of changes to files, seconds.
+
+    Raises:
+        AssertionError: it failed.
+    """
+    preload(command)
+    command.prepare(folder)
+    began, changes = time.monotonic(), Changes()
+    code = Forked(command, folder, changes).wait()
+    assert code == 0, f"{command.name}: exit code {code}: {(folder / OUTPUT).read_text()[-2000:]}"
+    return results(command, folder), changes.count, time.monotonic() - began
 
 
 def kill_at_random(

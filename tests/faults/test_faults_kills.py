@@ -7,11 +7,10 @@ import os
 import random
 import select
 import time
-from dataclasses import replace
 
 import pytest
 from fault_commands import COMMANDS, differing, results
-from fault_kills import OUTPUT, Changes, Forked, preload, spawn, survive_kills
+from fault_kills import OUTPUT, Changes, Forked, spawn, survive_kills, uninterrupted
 
 from krr_st import distill
 
@@ -27,15 +26,10 @@ SHORT = {
 @pytest.fixture(scope="module", params=SHORT)
 def whole(request, tmp_path_factory):
     """A command, what its uninterrupted run leaves, its changes to files, its seconds."""
-    command, folder = SHORT[request.param], tmp_path_factory.mktemp("whole")
-    preload(command)
-    command = replace(command, results=tuple(p for p in command.results if "loss.png" not in p))
+    command = SHORT[request.param].without_curve()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distill, "save_curve", lambda *args, **kwargs: None)  # matplotlib is slow
-        command.prepare(folder)
-        began, changes = time.monotonic(), Changes()
-        assert Forked(command, folder, changes).wait() == 0, (folder / OUTPUT).read_text()
-        yield command, results(command, folder), changes.count, time.monotonic() - began
+        yield command, *uninterrupted(command, tmp_path_factory.mktemp("whole"))
 
 
 def left_overs(folder):
