@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,13 +21,13 @@ def stopped(command: Command, folder: Path, changes: int, rng: random.Random) ->
     Raises:
         AssertionError: no such place was found.
     """
-    command.prepare(folder)
     for _ in range(20):
-        place = rng.randint(changes // 4, changes // 2)
-        if Forked(command, folder, Changes(place)).wait() == 0:
-            break
+        command.prepare(folder)
+        Forked(command, folder, Changes(rng.randint(changes // 4, changes // 2))).wait()
         if list(folder.glob(STATE)) and list(folder.glob("**/state.prev.pt")):
             return
+        shutil.rmtree(folder)
+        folder.mkdir()
     raise AssertionError(f"{command.name} was never caught with two saves")
 
 
