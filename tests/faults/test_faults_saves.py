@@ -71,4 +71,4 @@ def test_the_harness_sees_a_save_that_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "save_run", in_place)
     monkeypatch.setattr(distill, "draw_artefacts", lambda *args: None)
     with pytest.raises(AssertionError, match="is not the last save"):
-        survive_small_disk(SHORT["train.py"], tmp_path, 100, {}, random.Random(SEED))
+        survive_small_disk(SHORT["train.py"], tmp_path, 160, {}, random.Random(SEED))
