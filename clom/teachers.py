@@ -214,11 +214,13 @@ def source_space(path: Path, dataset: str) -> tuple[Space, int]:
     config = path.parent / "config.json"
     try:
         facts = json.loads(config.read_text()) if config.exists() else {}
+        if not isinstance(facts, dict):
+            raise TypeError("not an object")
         if "img_shape" in facts:
             channels, *size = facts["img_shape"]
             stats = Stats(tuple(facts["mean"]), tuple(facts["std"]))
             return Space(stats, channels, tuple(size)), int(facts["num_classes"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise UserError(
             f"{config} is damaged; expected what train_original_models.py writes"
         ) from None

@@ -23,7 +23,7 @@ import clom.table_config
 import krr_st.config
 from data.prepare import PrepareConfig
 
-SEED, SHARE = 7, 0.35
+SEED, SHARE = 7, 0.2
 GROUPS = (
     krr.train_cases, krr.evaluation_cases, krr.target_cases, more.validate_cases,
     more.distill_cases, more.synthetic_cases, more.prepare_cases,
@@ -59,7 +59,6 @@ def test_all_malformed_inputs_are_refused(folders):
     assert {case: answer for case, answer in answers.items() if answer is not None} == {}
 
 
-@pytest.mark.xfail(strict=False, reason="clom.teachers.source_space: config.json that is no object")
 @pytest.mark.parametrize("case", more.known_cases(), ids=lambda case: case.name)
 def test_known_faults(folders, case):
     assert problem(case, *folders) is None
