@@ -96,17 +96,6 @@ def validate_cases() -> Iterator[Case]:
     )  # fmt: skip
 
 
-# Damages of a pre-trained model's config.json that are not refused yet.
-KNOWN = ("folder", "list", "deep")
-
-
-def known_cases() -> Iterator[Case]:
-    """What is still to be mended."""
-    own = "pretrained_model/CIFAR10/original/ConvNetD1/index_0/config.json"
-    flags = f"{_DC} --ipc 1 --Iteration 1 --CLoM --models_pool ConvNetD1 --epoch 1"
-    yield from over(MAIN, flags, own, {name: JSON_FILE[name] for name in KNOWN})
-
-
 def distill_cases() -> Iterator[Case]:
     """main.py, train_original_models.py, clom.tables."""
     flags = f"{_DC} --ipc 1 --Iteration 1 --num_eval 1 --epoch_eval_train 1 --batch_real 2 --seed 0"
@@ -121,7 +110,7 @@ def distill_cases() -> Iterator[Case]:
         "classes of text": write('{"img_shape": [3, 8, 8], "mean": [0, 0, 0], "std": [1, 1, 1], '
                                  '"num_classes": "ten"}'),
     }  # fmt: skip
-    yield from over(MAIN, clom, f"{own}/config.json", JSON_FILE | facts, skip=KNOWN)
+    yield from over(MAIN, clom, f"{own}/config.json", JSON_FILE | facts)
     yield from bad_flags(
         MAIN, flags, ("--method", "MTT"), ("--ipc", "0"), ("--ipc", "99999 --init real"),
         ("--init", "zeros"), ("--dsa_strategy color_magic --method DSA", "magic"),
