@@ -140,7 +140,7 @@ class OriginalFlags(CommonFlags):
     multigpu: bool = flag(False, "split batches over all GPUs")
     pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the models")
     tensorboard: bool = flag(False, TENSORBOARD)
-    resume: bool = flag(False, "first finish the networks an interrupted start left, within num")
+    resume: bool = flag(False, "count networks that these flags have finished towards num")
 
 
 @dataclass(frozen=True)

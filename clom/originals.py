@@ -22,7 +22,7 @@ from utils import checkpoint, cli
 from utils.device import resolve_device
 from utils.memory import out_of_memory_says
 from utils.resume import has_state, load_run, save_run
-from utils.runlog import RunFolder, claim_run
+from utils.runlog import RunFolder, claim_run, run_claims
 from utils.seed import derive_seed, make_generator, resolve_seed
 from utils.stop import StopRequest
 
@@ -52,8 +52,12 @@ def train_originals(flags: OriginalFlags) -> int:
     seed = resolve_seed(flags.random_seed if flags.seed is None else flags.seed)
     folder = model_folder(flags.pretrained_path, flags.dataset, flags.model)
     identity = {k: v for k, v in cli.as_json(flags).items() if k not in FREE_FLAGS}
-    unfinished = unfinished_folders(folder, identity) if flags.resume else []
-    for number in range(flags.num):
+    earlier = earlier_folders(folder, identity)
+    unfinished = [place for place in earlier if not (place / "results.json").exists()]
+    finished = len(earlier) - len(unfinished) if flags.resume else 0
+    if finished:
+        print(f"{min(finished, flags.num)} of {flags.num} networks are there already")
+    for number in range(flags.num - finished):
         with ExitStack() as held, out_of_memory_says(device, "lower --batch_size"):
             place = unfinished[number] if number < len(unfinished) else next_index(folder)
             held.enter_context(claim_run(place))
@@ -83,18 +87,15 @@ def next_index(folder: Path) -> Path:
     return next(folder / n for i in range(len(taken) + 1) if (n := f"index_{i}") not in taken)
 
 
-def unfinished_folders(folder: Path, identity: dict) -> list[Path]:
-    """Index folders of the same flags whose training was interrupted."""
-    found = []
+def earlier_folders(folder: Path, identity: dict) -> list[Path]:
+    """Index folders of the same flags that no other process is training in."""
+    found, claims = [], run_claims(folder)
     for place in index_folders(folder):
-        config = place / "config.json"
-        if (place / "results.json").exists() or not config.exists():
-            continue
         try:
-            flags = json.loads(config.read_text())["flags"]
-        except (ValueError, KeyError, TypeError):
+            flags = json.loads((place / "config.json").read_text())["flags"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
-        if flags == json.loads(json.dumps(identity)):
+        if flags == json.loads(json.dumps(identity)) and not claims.held_elsewhere(place.name):
             found.append(place)
     return found
 

@@ -158,11 +158,17 @@ def test_an_interrupted_original_goes_on(tiny, monkeypatch):
     monkeypatch.setattr(originals, "save_run", stop)
     assert train_original_models.main(argv) == 130
     monkeypatch.setattr(originals, "save_run", save)
-    assert train_original_models.main([*argv, "--resume"]) == 0
+    assert train_original_models.main(argv) == 0  # the same command
     path = "CIFAR10/original/ConvNetD1/index_0/CIFAR10_ConvNetD1_original_epoch2.pth"
     whole, parts = (torch.load(f"{folder}/{path}") for folder in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
-    assert not Path("parts/CIFAR10/original/ConvNetD1/index_1").exists()
+    place = Path("parts/CIFAR10/original/ConvNetD1")
+    assert not (place / "index_1").exists()
+    for _ in range(2):  # --resume counts finished ones: one more, then none
+        assert train_original_models.main([*argv, "--num", "2", "--resume"]) == 0
+        assert sorted(p.name for p in place.glob("index_*")) == ["index_0", "index_1"]
+    assert train_original_models.main(argv) == 0  # without it a finished one stays and one comes
+    assert (place / "index_2").exists()
 
 
 def results(name="DM_ConvNetD1_ipc1"):

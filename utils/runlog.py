@@ -80,6 +80,11 @@ def _board_maker() -> Any:
     return SummaryWriter
 
 
+def run_claims(folder: Path) -> Claims:
+    """The claims of the run folders in `folder`."""
+    return Claims(folder / ".locks")
+
+
 @contextlib.contextmanager
 def claim_run(path: Path | str) -> Iterator[None]:
     """Keep a run folder to this process for the length of the block.
@@ -93,7 +98,7 @@ def claim_run(path: Path | str) -> Iterator[None]:
         UserError: another process works on it, or the folder above cannot be written.
     """
     path = Path(path)
-    claims = Claims(path.parent / ".locks")
+    claims = run_claims(path.parent)
     with claims.claim(path.name) as ours:
         if not ours:
             raise UserError(
