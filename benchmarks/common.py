@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
@@ -105,8 +104,3 @@ def report(out: Path | None, results: dict[str, Any]) -> None:
 def shown(values: Mapping[str, float], digits: int = 2) -> str:
     """`a 1.23, b 4.56`."""
     return ", ".join(f"{k} {v:.{digits}f}" for k, v in values.items())
-
-
-def read(path: Path) -> dict[str, Any]:
-    """Results that `report` wrote."""
-    return json.loads(path.read_text())

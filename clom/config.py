@@ -18,9 +18,9 @@ from evaluation.recipes import DSA_STRATEGY
 from models import EVAL_MODES, NETWORKS, eval_pool
 from utils.cli import flag
 from utils.errors import UserError, pick
+from utils.runlog import TENSORBOARD
 from utils.saving import Every
 
-TENSORBOARD = "also log for TensorBoard (package tensorboard), into {run folder}/tensorboard"
 METHODS = ("DC", "DSA", "DM")
 
 # (outer_loop, inner_loop) by ipc, as published.

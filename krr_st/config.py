@@ -14,6 +14,7 @@ from utils.device import LAYOUTS
 from utils.errors import UserError
 from utils.optim import SCHEDULES
 from utils.precision import PRECISIONS
+from utils.runlog import TENSORBOARD
 from utils.saving import Every
 
 
@@ -61,9 +62,6 @@ def resolve_preset(data_name: str, data_dir: Path, img_size: int | None) -> Pres
             kept = known or row
             return Preset(size, kept.num_images, row.network, kept.target_model)
     raise UserError(f"images of {size} pixels are too large; the limit is {max(PRESETS_BY_SIZE)}")
-
-
-TENSORBOARD = "also log for TensorBoard (package tensorboard), into {run folder}/tensorboard"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,9 @@ from utils.locks import Claims
 from utils.resume import forget_run
 from utils.seed import resolve_seed
 
+# What `--tensorboard` of every command that has a run folder says.
+TENSORBOARD = "also log for TensorBoard (package tensorboard), into {run folder}/tensorboard"
+
 
 def write_json(path: Path | str, value: Any) -> None:
     """Write JSON, whole or not at all; NaN and infinities become null (they are not JSON)."""
