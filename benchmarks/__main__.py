@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import clom, krr_st, loader
 from benchmarks.common import machine, report
+from utils.device import resolve_device
 from utils.table import markdown
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latest.json"))
     parser.add_argument("--quick", action="store_true", help="few timings, small sizes")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = resolve_device(args.device)
     step = functools.partial(krr_st.measure, device)
     if device.type == "cuda":
         step = functools.partial(step, m=1000, b=1024, count=4096, calls=5)

@@ -37,6 +37,7 @@ from data.specs import DC_SPECS
 from evaluation.recipes import DSA_STRATEGY
 from evaluation.side_by_side import side_by_side
 from models import get_network
+from utils.device import resolve_device
 from utils.seed import derive_seed, draw_seed, local_seed, make_generator
 
 CLASSES = 10
@@ -56,9 +57,14 @@ def random_set(per_class: int, test: int, size: int) -> ImageSet:
 
 
 def plain_network(model: str, size: int, seed: int, device: torch.device) -> nn.Module:
-    """The network that the toolkit builds from this seed, in the default layout."""
+    """The network that the toolkit builds from this seed; layout and pooling are torch's."""
     with local_seed(seed):
-        return get_network(model, 3, CLASSES, (size, size)).to(device).train()
+        network = get_network(model, 3, CLASSES, (size, size))
+    for parent in network.modules():
+        for name, module in parent.named_children():
+            if isinstance(module, nn.AvgPool2d):
+                setattr(parent, name, nn.AvgPool2d(module.kernel_size))
+    return network.to(device).train()
 
 
 def plain_training(
@@ -297,7 +303,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, few timings")
     parser.add_argument("--out", type=Path, help="JSON")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = resolve_device(args.device)
     results = measure(
         device, quick=args.quick, repeats=args.repeats, batch_real=args.batch_real,
         outer=args.outer, inner=args.inner, epochs=args.epochs,

@@ -32,7 +32,7 @@ from krr_st.run import make_pool_network
 from krr_st.target_model import Representation
 from krr_st.views import OnlineTargets, TargetViews
 from models.fold import fold_frozen
-from utils.device import place
+from utils.device import place, resolve_device
 from utils.optim import make_optimizer
 from utils.precision import autocast, float32_mode
 from utils.seed import local_seed
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = resolve_device(args.device)
     results = measure(
         device, m=args.m, b=args.b, count=args.count, repeats=args.repeats, compile=args.compile
     )

@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from utils.errors import UserError, pick
+from utils.memory import keep_freed_memory
 
 
 def resolve_device(device: str | None, gpu_id: int = 0) -> torch.device:
     """Resolve `--device` (wins) or autodetect CUDA, then MPS, then CPU; prints one line.
+
+    On a CPU the process keeps freed memory from here on (utils.memory.keep_freed_memory).
 
     Raises:
         UserError: unknown or unavailable device, or a gpu_id this machine does not have.
@@ -45,6 +48,8 @@ def resolve_device(device: str | None, gpu_id: int = 0) -> torch.device:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         why += f", {torch.cuda.get_device_name(chosen)}"
+    elif chosen.type == "cpu":
+        keep_freed_memory()
     print(f"device {chosen} ({why})")
     return chosen
 
