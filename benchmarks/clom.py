@@ -3,8 +3,8 @@
     python -m benchmarks.clom [--device cpu] [--batch_real 256] [--repeats 5] [--quick] [--out FILE]
 
 The plain form: NCHW, float32 images, one class after another, torch's DataLoader for every training
-and test. Sides take turns in one process; ratios of their medians are printed. Before any timing
-both are checked to compute the same. Images are random: only their shape matters.
+and test. The sides take turns, each in a process of its own; ratios of medians are printed. Before
+any timing both are checked to compute the same. Images are random: only their shape matters.
 
 A published iteration of DC and DSA at 10 images a class has 10 updates of the images with 50 epochs
 between them: `--outer 2 --inner 50` has nearly the same share of each.
@@ -13,6 +13,7 @@ between them: `--outer 2 --inner 50` has nearly the same share of each.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.common import machine, medians, report
+from benchmarks.common import machine, medians_apart, report
 from clom.distillers import STREAMS, Distiller
 from clom.distribution_matching import DistributionMatching
 from clom.evaluate import Augmentation, score_network
@@ -40,6 +41,7 @@ from models import get_network
 from utils.device import resolve_device
 from utils.seed import derive_seed, draw_seed, local_seed, make_generator
 
+Pair = dict[str, Callable[[], object]]
 CLASSES = 10
 STRATEGIES = {"DC": "none", "DSA": DSA_STRATEGY, "DM": DSA_STRATEGY}
 
@@ -248,6 +250,19 @@ def differences(
     return found
 
 
+def method_pair(method: str, ipc: int, device: torch.device, **lengths: int) -> Pair:
+    """Both forms of an iteration on random images."""
+    plain, ours = sides(method, ipc, random_set(500, 100, 32), device, **lengths)
+    return {"plain": plain.step, "ours": ours.step}
+
+
+def evaluation_pair(device: torch.device, epochs: int) -> Pair:
+    """Both forms of an evaluation that tests as large a share of its time as one of 300 epochs."""
+    image_set = random_set(10, 10_000 * epochs // 300, 32)
+    plain, ours = evaluation(image_set, device, epochs=epochs)
+    return {"plain": plain, "ours": ours}
+
+
 def measure(
     device: torch.device, *, quick: bool = False, repeats: int = 5, batch_real: int = 256,
     outer: int = 2, inner: int = 50, epochs: int = 20,
@@ -272,17 +287,15 @@ def measure(
     # DC's has a training in between, which amplifies rounding; of 100 test images one may tip over.
     limits = {"DC": 2e-2, "DSA": 1e-3, "DM": 1e-3, "evaluation": 0.011}
     assert all(agreement[name] <= limit for name, limit in limits.items()), agreement
-    image_set = random_set(500, 10_000 * epochs // 300, 32)
     seconds = {}
     for method in STRATEGIES:
         for ipc in (1, 10):
-            plain, ours = sides(
-                method, ipc, image_set, device, batch_real=batch_real, outer=outer, inner=inner
+            make = functools.partial(
+                method_pair, method, ipc, device, batch_real=batch_real, outer=outer, inner=inner
             )
-            pair = {"plain": plain.step, "ours": ours.step}
-            seconds[f"{method} iteration, ipc {ipc}"] = medians(pair, device, repeats=repeats)
-    pair = dict(zip(("plain", "ours"), evaluation(image_set, device, epochs=epochs), strict=True))
-    seconds["evaluation of 100 images"] = medians(pair, device, repeats=repeats)
+            seconds[f"{method} iteration, ipc {ipc}"] = medians_apart(make, device, repeats=repeats)
+    make = functools.partial(evaluation_pair, device, epochs)
+    seconds["evaluation of 100 images"] = medians_apart(make, device, repeats=repeats)
     return {
         "settings": {"batch_real": batch_real, "outer": outer, "inner": inner, "epochs": epochs},
         "agreement": agreement,

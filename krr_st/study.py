@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 import data
 from data.load import tensor_path
 from evaluation.equivalence import worth
-from evaluation.recipes import PRETRAIN
+from evaluation.recipes import PRETRAIN, finetune_recipe
 from krr_st import baselines, target
 from krr_st.config import TestFlags, TrainFlags
 from krr_st.run import run_distillation
@@ -41,6 +42,7 @@ from utils.cli import flag
 from utils.device import resolve_device
 from utils.errors import UserError, entry_point, pick
 from utils.images import save_lines
+from utils.precision import PRECISIONS
 from utils.runlog import write_json
 from utils.seed import make_generator
 from utils.table import format_mean_std, markdown, mean_std
@@ -65,6 +67,7 @@ SETS = {"random + features": "random_features", "k-means + features": "kmeans_fe
         "random + class labels": "random"}  # fmt: skip
 HELD_OUT = 0.2
 FRACTIONS = (0.01, 0.05)
+FINETUNED = ("10", "all")  # labels a class
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,18 @@ class StudyFlags:
     )
     levers: tuple[str, ...] = flag(("krr_st",), f"of: {', '.join(LEVERS)}, all, or none")
     seeds: int = flag(3, "repetitions, each with sets, networks and labels of its own", minimum=1)
+    first_seed: int = flag(
+        0, "begin with this repetition, so that others can run in processes of their own", minimum=0
+    )
     outer_iteration: int = flag(3000, "outer steps", minimum=1)
     outer_lr: float = flag(1e-2, "learning rate of X_s and Y_s", above=0)
     outer_batch_size: int = flag(256, "real images an outer step", minimum=1)
     num_models: int = flag(5, "networks in the pool", minimum=1)
     online_iteration: int = flag(500, "age limit of the pool networks", minimum=1)
+    precision: str = flag("fp32", "of distillation; all else is fp32", choices=tuple(PRECISIONS))
     device: str | None = flag(None, "cpu, cuda, cuda:N or mps; default: the best there is")
     pre_iteration: int = flag(200, "steps of pre-training on a set of features", minimum=1)
+    finetune_iteration: int = flag(0, "steps of fine-tuning; 0: probes only", minimum=0)
     targets: tuple[str, ...] = flag((), "more prepared sets of this size to transfer to")
     extra_sets: tuple[str, ...] = flag(
         (), "more sets as NAME=METHOD=PATH, such as dm=dm=synthetic_data/cifar10/dm"
@@ -165,6 +173,7 @@ class Study:
         settings = {
             "outer_lr": f.outer_lr, "num_models": f.num_models,
             "online_iteration": f.online_iteration, "outer_iteration": f.outer_iteration,
+            "precision": f.precision,
             **pick(LEVERS, lever, "lever"),
         }  # fmt: skip
         run = f"{lever.replace(' ', '_')}-{seed}"
@@ -181,9 +190,11 @@ class Study:
         """All probes of one set (or of none) with one seed, on one pre-trained network."""
         f = self.flags
         curve = row.startswith("curve")
-        budgets = [("all", fraction) for fraction in FRACTIONS]
+        budgets = [("linear", "all", fraction) for fraction in FRACTIONS]
         if not curve and f.shots != "none":
-            budgets += [(shots, None) for shots in parse_shots(f.shots)]
+            budgets += [("linear", shots, None) for shots in parse_shots(f.shots)]
+        if not curve and f.finetune_iteration:
+            budgets += [("finetune", shots, None) for shots in FINETUNED]
         store = CellStore(self.log_dir / row / "results.jsonl")
         pretraining = None
         if path is not None:
@@ -200,9 +211,14 @@ class Study:
         backbone = None
         for target_set in self.targets[: 1 if curve else None]:
             task = None
-            for shots, fraction in budgets:
-                key = {**settings, "target": target_set.name, "shots": shots,
-                       "label_fraction": fraction}  # fmt: skip
+            tuning = finetune_recipe(target_set.name, f.network, f.img_size).override(
+                steps=f.finetune_iteration
+            )
+            for protocol, shots, fraction in budgets:
+                key = {**settings, "target": target_set.name, "protocol": protocol,
+                       "shots": shots, "label_fraction": fraction}  # fmt: skip
+                if protocol == "finetune":
+                    key["finetuning"] = asdict(tuning)
                 if store.get(key) is not None:
                     continue
                 backbone = backbone or build_backbone(
@@ -211,7 +227,11 @@ class Study:
                 )  # fmt: skip
                 task = task or TargetTask(backbone, f.network, target_set, self.device)
                 index = labelled_indices(target_set, shots, fraction, seed)
-                store.add(key, accuracy=task.frozen("linear", index), labelled=len(index))
+                if protocol == "finetune":
+                    value = task.finetuned(index, tuning, dropout=0.0, scale=1.0, seed=seed)
+                else:
+                    value = task.frozen(protocol, index)
+                store.add(key, accuracy=value, labelled=len(index))
         print(f"measured: {row}, seed {seed}", flush=True)
 
     def accuracies(self, row: str, **wanted: Any) -> list[float]:
@@ -223,6 +243,17 @@ class Study:
             if all(c.get(k) == v for k, v in wanted.items()) and c["seed"] < self.flags.seeds
         }
         return [found[s] for s in sorted(found)]
+
+    def table_of(self, rows: list[str], name: str, protocol: str, shots: Sequence[str]) -> str:
+        """Markdown: the rows' accuracies on the set `name`, one column for each number of shots."""
+        budgets = [
+            dict(target=name, protocol=protocol, shots=s, label_fraction=None) for s in shots
+        ]
+        lines = [
+            [row, *(format_mean_std(self.accuracies(row, **b)) for b in budgets)] for row in rows
+        ]
+        heads = ["all labels" if s == "all" else f"{s} a class" for s in shots]
+        return markdown([f"{self.flags.num_images} images, {name}", *heads], lines)
 
     def _main(self, main: Any, module: str, arguments: str) -> None:
         print(f"\n$ python -m {module} {arguments}", flush=True)
@@ -238,7 +269,7 @@ def run_all(study: Study) -> list[str]:
         pick(LEVERS, lever, "lever")
     study.make_target()
     extra = [text.split("=", 2) for text in flags.extra_sets]
-    for seed in range(flags.seeds):
+    for seed in range(flags.first_seed, flags.seeds):
         study.measure("no pre-training", SCRATCH, None, seed)
         for row, method in SETS.items():
             path = study.make_set(method, flags.num_images, seed)
@@ -279,18 +310,14 @@ def tables(study: Study, rows: list[str]) -> dict[str, str]:
           *(format_mean_std(study.accuracies(f"curve {m}", label_fraction=f)) for m in flags.curve)]
          for f in FRACTIONS],
     )  # fmt: skip
-    if flags.shots != "none":
-        shots = flags.shots.split("_")
-        for name in (study.name, *flags.targets):
-            budgets = [dict(shots=s, target=name, label_fraction=None) for s in shots]
-            lines = [
-                [row, *(format_mean_std(study.accuracies(row, **b)) for b in budgets)]
-                for row in rows
-            ]
-            heads = [f"{s} a class" for s in shots]
-            found[f"few-shot {name}"] = markdown(
-                [f"{flags.num_images} images, {name}", *heads], lines
-            )
+    for name in (study.name, *flags.targets):
+        protocols = {
+            "few-shot": ("linear", flags.shots.split("_") if flags.shots != "none" else ()),
+            "fine-tuning": ("finetune", FINETUNED if flags.finetune_iteration else ()),
+        }
+        for title, (protocol, shots) in protocols.items():
+            if shots:
+                found[f"{title} {name}"] = study.table_of(rows, name, protocol, shots)
     lines = {
         f"random + features, {100 * f:g} % of labels": (list(c), list(c.values()))
         for f, c in curves.items()

@@ -1,4 +1,12 @@
-"""Out of memory: batches that may be split are, with the same result; else the knob is named."""
+"""Out of memory: batches that may be split are, with the same result; else the knob is named.
+
+And freed memory, which a process on a CPU keeps.
+"""
+
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -86,3 +94,40 @@ def test_a_real_allocation_that_cannot_be_met():
         out_of_memory_says(CPU, "lower it"),
     ):
         torch.empty(1 << 60, dtype=torch.uint8)
+
+
+FREED = """
+from pathlib import Path
+import torch
+from utils.device import resolve_device
+from utils.memory import keep_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+start = resident()
+def freed():
+    torch.ones(200 << 18)  # 200 MB, not held
+    return resident() - start
+
+found = [freed()]
+resolve_device("cpu")
+found.append(freed())
+print(keep_freed_memory(False))
+found += [resident() - start, freed()]
+print(*found)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is told")
+@pytest.mark.parametrize("tuned", [False, True])
+def test_freed_memory_is_kept_on_a_cpu_unless_the_environment_says_otherwise(tuned):
+    env = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k != "GLIBC_TUNABLES"}
+    env |= {"MALLOC_TOP_PAD_": "131072"} if tuned else {}
+    lines = subprocess.run(
+        [sys.executable, "-c", FREED], env=env, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    assert lines[-2] == str(not tuned)
+    before, kept, returned, after = map(int, lines[-1].split())
+    assert before < 100 and returned < 100 and after < 100
+    assert kept < 100 if tuned else kept > 190

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import torchvision
 
 from models import MODELS, get_model
+from models.plain import AveragePool
 from utils.errors import UserError
 from utils.seed import local_seed
 
@@ -75,6 +76,27 @@ def test_convnet_output_by_hand():
         x = F.avg_pool2d(x.relu(), 2)
     expected = x.flatten(1) @ state["fc.weight"].T + state["fc.bias"]
     torch.testing.assert_close(model(images()), expected)
+
+
+@pytest.mark.parametrize("sides", [(8, 8), (7, 9), (2, 3)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_average_pool_is_torchs(sides, layout):
+    """Values, gradient and second derivative in either layout, also of odd sides."""
+
+    def derivatives(pool):
+        x = torch.randn(2, 3, *sides, generator=torch.Generator().manual_seed(0))
+        x = x.to(memory_format=layout).requires_grad_()
+        y = pool(x)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), x)
+        return y, first, second
+
+    for ours, torchs in zip(
+        derivatives(AveragePool(2)), derivatives(torch.nn.AvgPool2d(2)), strict=True
+    ):
+        torch.testing.assert_close(ours, torchs)
+    with pytest.raises(RuntimeError, match="too small"):
+        AveragePool(2)(torch.zeros(1, 3, 1, 1))
 
 
 @pytest.mark.parametrize(

@@ -32,16 +32,20 @@ def quick(workspace, monkeypatch):
 
 def test_study(quick, monkeypatch, capsys):
     assert study.main([*FLAGS, "--levers", "krr_st", "k-means start"]) == 0
+    assert "fine-tuning" not in Path("study/tiny/tables.md").read_text()
+    argv = [*FLAGS, "--levers", "krr_st", "k-means start", "--finetune_iteration=2"]
+    assert study.main(argv) == 0
     out = capsys.readouterr().out
     text = Path("study/tiny/tables.md").read_text()
+    assert "fine-tuning tiny" in text
     rows = ["no pre-training", *study.SETS, "krr_st", "k-means start"]
     for row in rows:
-        assert sum(line.startswith(f"| {row} ") for line in text.splitlines()) == 2, row
+        assert sum(line.startswith(f"| {row} ") for line in text.splitlines()) == 3, row
     assert "few-shot tiny" in text and Path("study/tiny/worth.png").exists()
     assert "the test split of tiny" in text and text.strip() in out
     assert json.loads(Path("study/tiny/study.json").read_text())["rows"] == rows
     log = Path("study/tiny/test_log/krr_st/results.jsonl").read_text()
-    assert study.main([*FLAGS, "--levers", "krr_st", "k-means start"]) == 0
+    assert study.main(argv) == 0
     assert Path("study/tiny/tables.md").read_text() == text
     assert Path("study/tiny/test_log/krr_st/results.jsonl").read_text() == log  # nothing again
 
