@@ -63,28 +63,38 @@ def medians_apart(
         make: picklable; builds the sides, "plain" and "ours".
         device: synchronised around each timing.
         repeats: timings a side.
+
+    Raises:
+        RuntimeError: a side died.
     """
     if device.type != "cpu":
         return medians(make(), device, repeats=repeats)
     context = torch.multiprocessing.get_context("spawn")
-    ends, processes = {}, []
-    for name in ("plain", "ours"):
-        ends[name], theirs = context.Pipe()
-        processes.append(context.Process(target=_take_turns, args=(make, name, device, theirs)))
-        processes[-1].start()
-        theirs.close()  # so that a dead process is an EOFError here
-    times: dict[str, list[float]] = {name: [] for name in ends}
+    ends, processes = {}, {}
+    times: dict[str, list[float]] = {"plain": [], "ours": []}
     try:
+        for name in times:
+            ends[name], theirs = context.Pipe()
+            processes[name] = context.Process(
+                target=_take_turns, args=(make, name, device, theirs), daemon=True
+            )
+            processes[name].start()
+            theirs.close()  # so that a dead process is an EOFError here
         for turn in range(1 + repeats):
             for name, end in ends.items():
-                end.send(turn)
-                seconds = end.recv()
+                try:
+                    end.send(turn)
+                    seconds = end.recv()
+                except (EOFError, OSError):
+                    processes[name].join()
+                    code = processes[name].exitcode
+                    raise RuntimeError(f"the {name} side died with exit code {code}") from None
                 if turn:  # the first one warms up
                     times[name].append(seconds)
     finally:
         for end in ends.values():
             end.close()
-        for process in processes:
+        for process in processes.values():
             process.join()
     return {name: statistics.median(t) for name, t in times.items()}
 

@@ -81,8 +81,9 @@ class Distiller:
         self.targets, self.pool, self.loader = targets, pool, loader
         self.ridge, self.grad_norm = ridge, grad_norm
         self.precision, self.group = precision, group
-        self._embed = compiled(lambda model, x: model.embed(x), compile)
-        self._embed_real = SplitBatches(lambda x, model: self._embed(model, x))
+        embed = self._embed = compiled(lambda model, x: model.embed(x), compile)
+        # Without `self`: a cycle would keep the table of views after the run.
+        self._embed_real = SplitBatches(lambda x, model: embed(model, x))
         groups = [
             {"params": [self.x_syn]}, {"params": [self.y_syn], "lr": lr_y or lr},
         ]  # fmt: skip

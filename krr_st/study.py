@@ -9,8 +9,10 @@ levers are chosen there. What is finished is kept; the same command goes on.
 
 from __future__ import annotations
 
+import gc
 import shlex
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +38,7 @@ from krr_st.transfer import (
     parse_shots,
 )
 from utils import checkpoint, cli
-from utils.cells import CellStore, read_cells
+from utils.cells import CellStore
 from utils.checkpoint import fingerprint
 from utils.cli import flag
 from utils.device import resolve_device
@@ -88,7 +90,10 @@ class StudyFlags:
     levers: tuple[str, ...] = flag(("krr_st",), f"of: {', '.join(LEVERS)}, all, or none")
     seeds: int = flag(3, "repetitions, each with sets, networks and labels of its own", minimum=1)
     first_seed: int = flag(
-        0, "begin with this repetition, so that others can run in processes of their own", minimum=0
+        0,
+        "begin with this repetition: several processes share the work, and the command "
+        "without it then prints the tables",
+        minimum=0,
     )
     outer_iteration: int = flag(3000, "outer steps", minimum=1)
     outer_lr: float = flag(1e-2, "learning rate of X_s and Y_s", above=0)
@@ -141,8 +146,11 @@ class Study:
         )
         self.log_dir = self.folder / "test_log"
         self.device = resolve_device(flags.device)
+        self.on_device = f"--device {flags.device}" if flags.device else ""
         sets = (self.name, *flags.targets)
         self.targets = load_targets(sets, flags.img_size, flags.data_dir, None)
+        # (row, target, protocol, shots, share of the labels) -> seed -> accuracy
+        self.found: dict[tuple, dict[int, float]] = defaultdict(dict)
 
     def make_target(self) -> None:
         """Train the target model once."""
@@ -151,7 +159,7 @@ class Study:
             self._main(target.main, "krr_st.target", (
                 f"--data_dir {f.data_dir} --data_name {self.name} --img_size {f.img_size} "
                 f"--target_model {f.network} --epochs {f.target_epochs} --projector_dim 512 "
-                f"--save_dir {self.checkpoint.parent} --seed 0"
+                f"--save_dir {self.checkpoint.parent} --seed 0 {self.on_device}"
             ))  # fmt: skip
 
     def make_set(self, method: str, count: int, seed: int) -> Path:
@@ -163,7 +171,7 @@ class Study:
                 f"--data_dir {f.data_dir} --data_name {self.name} --img_size {f.img_size} "
                 f"--method {method} --num_images {count} --seed {seed} "
                 f"--target_model {f.network} --target_ckpt {self.checkpoint} "
-                f"--synthetic_data_dir {root}"
+                f"--synthetic_data_dir {root} {self.on_device}"
             ))  # fmt: skip
         return place
 
@@ -184,6 +192,7 @@ class Study:
             save_dir=self.folder / "runs", exp_name=run, eval_every=10**9, test_iteration=500,
             pre_epoch=100, print_every=500, device=f.device, **settings,
         ))  # fmt: skip
+        gc.collect()  # the table of views is large
         return self.folder / "runs" / run
 
     def measure(self, row: str, method: str, path: Path | None, seed: int) -> None:
@@ -219,7 +228,9 @@ class Study:
                        "shots": shots, "label_fraction": fraction}  # fmt: skip
                 if protocol == "finetune":
                     key["finetuning"] = asdict(tuning)
-                if store.get(key) is not None:
+                found = self.found[row, target_set.name, protocol, shots, fraction]
+                if (cell := store.get(key)) is not None:
+                    found[seed] = cell["accuracy"]
                     continue
                 backbone = backbone or build_backbone(
                     f.network, target_set.img_shape, pretraining, dropout=0.0, seed=seed,
@@ -232,25 +243,21 @@ class Study:
                 else:
                     value = task.frozen(protocol, index)
                 store.add(key, accuracy=value, labelled=len(index))
+                found[seed] = value
         print(f"measured: {row}, seed {seed}", flush=True)
 
-    def accuracies(self, row: str, **wanted: Any) -> list[float]:
-        """The finished cells of a row that match, by seed."""
-        cells = read_cells(self.log_dir / row / "results.jsonl")
-        found = {
-            c["seed"]: c["accuracy"]
-            for c in cells
-            if all(c.get(k) == v for k, v in wanted.items()) and c["seed"] < self.flags.seeds
-        }
-        return [found[s] for s in sorted(found)]
+    def accuracies(
+        self, row: str, protocol: str, shots: str, fraction: float | None, target: str | None = None
+    ) -> list[float]:
+        """What `measure` found for a row, by seed; on the source set unless another is named."""
+        found = self.found[row, target or self.name, protocol, shots, fraction]
+        return [found[seed] for seed in sorted(found)]
 
     def table_of(self, rows: list[str], name: str, protocol: str, shots: Sequence[str]) -> str:
         """Markdown: the rows' accuracies on the set `name`, one column for each number of shots."""
-        budgets = [
-            dict(target=name, protocol=protocol, shots=s, label_fraction=None) for s in shots
-        ]
         lines = [
-            [row, *(format_mean_std(self.accuracies(row, **b)) for b in budgets)] for row in rows
+            [row, *(format_mean_std(self.accuracies(row, protocol, s, None, name)) for s in shots)]
+            for row in rows
         ]
         heads = ["all labels" if s == "all" else f"{s} a class" for s in shots]
         return markdown([f"{self.flags.num_images} images, {name}", *heads], lines)
@@ -289,7 +296,7 @@ def tables(study: Study, rows: list[str]) -> dict[str, str]:
     flags, found = study.flags, {}
     curves = {
         fraction: {
-            m: mean_std(study.accuracies(f"curve {m}", label_fraction=fraction))[0]
+            m: mean_std(study.accuracies(f"curve {m}", "linear", "all", fraction))[0]
             for m in flags.curve
         }
         for fraction in FRACTIONS
@@ -298,7 +305,7 @@ def tables(study: Study, rows: list[str]) -> dict[str, str]:
     for row in rows:
         line = [row]
         for fraction in FRACTIONS:
-            values = study.accuracies(row, label_fraction=fraction, target=study.name)
+            values = study.accuracies(row, "linear", "all", fraction)
             ratio = worth(curves[fraction], mean_std(values)[0], flags.num_images)
             line += [format_mean_std(values), str(ratio)]
         body.append(line)
@@ -307,7 +314,8 @@ def tables(study: Study, rows: list[str]) -> dict[str, str]:
     found["curve"] = markdown(
         ["random images + features", *map(str, flags.curve)],
         [[f"{100 * f:g} % of labels",
-          *(format_mean_std(study.accuracies(f"curve {m}", label_fraction=f)) for m in flags.curve)]
+          *(format_mean_std(study.accuracies(f"curve {m}", "linear", "all", f))
+            for m in flags.curve)]
          for f in FRACTIONS],
     )  # fmt: skip
     for name in (study.name, *flags.targets):
@@ -325,7 +333,7 @@ def tables(study: Study, rows: list[str]) -> dict[str, str]:
     for row in rows:
         lines[row] = (
             [flags.num_images],
-            [mean_std(study.accuracies(row, label_fraction=0.05, target=study.name))[0]],
+            [mean_std(study.accuracies(row, "linear", "all", FRACTIONS[-1]))[0]],
         )
     save_lines(
         lines, study.folder / "worth.png", x_label="images", y_label="probe accuracy in %",
@@ -340,8 +348,13 @@ def main(argv: list[str] | None = None) -> int:
     flags = cli.parse(StudyFlags, argv, prog="python -m krr_st.study", description=__doc__)
     if len(flags.curve) < 2:
         raise UserError("--curve needs two numbers of images or more")
+    if flags.first_seed >= flags.seeds:
+        raise UserError(f"--first_seed {flags.first_seed}: expected below --seeds {flags.seeds}")
     study = Study(flags)
     rows = run_all(study)
+    if flags.first_seed:
+        print("the tables: the same command without --first_seed")
+        return 0
     found = tables(study, rows)
     split = "a held-out part of the training images" if flags.validation else "the test split"
     text = "\n\n".join(f"{title}\n\n{table}" for title, table in found.items())

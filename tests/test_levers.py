@@ -1,5 +1,8 @@
 """The named levers of train.py: rates apart, k-means start, recipes."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import write_set
@@ -74,3 +77,15 @@ def test_recipes_name_real_flags_and_parse(name):
     for field, value in RECIPES[name].items():
         assert getattr(flags, field) == value
     assert RECIPES["published"] == {}
+
+
+def test_a_distiller_goes_with_its_last_reference(tiny):
+    """Its table of views is too large to wait for a garbage collection."""
+    distiller = make_distiller(tiny)
+    gone = weakref.ref(distiller)
+    gc.disable()
+    try:
+        del distiller
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from utils.errors import UserError
 from utils.memory import SplitBatches, is_out_of_memory, out_of_memory_says
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Limited:
@@ -97,13 +99,15 @@ def test_a_real_allocation_that_cannot_be_met():
 
 
 FREED = """
+import os
 from pathlib import Path
 import torch
 from utils.device import resolve_device
 from utils.memory import keep_freed_memory
 
 def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
 
 start = resident()
 def freed():
@@ -125,8 +129,9 @@ def test_freed_memory_is_kept_on_a_cpu_unless_the_environment_says_otherwise(tun
     env = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k != "GLIBC_TUNABLES"}
     env |= {"MALLOC_TOP_PAD_": "131072"} if tuned else {}
     lines = subprocess.run(
-        [sys.executable, "-c", FREED], env=env, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
+        [sys.executable, "-c", FREED],
+        env=env, cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
     assert lines[-2] == str(not tuned)
     before, kept, returned, after = map(int, lines[-1].split())
     assert before < 100 and returned < 100 and after < 100

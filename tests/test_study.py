@@ -50,6 +50,20 @@ def test_study(quick, monkeypatch, capsys):
     assert Path("study/tiny/test_log/krr_st/results.jsonl").read_text() == log  # nothing again
 
 
+def test_repetitions_shared_by_processes(quick, capsys):
+    flags = [*FLAGS, "--levers=none", "--curve", "4", "8"]
+    assert study.main([*flags, "--seeds=2", "--first_seed=1"]) == 0
+    assert "without --first_seed" in capsys.readouterr().out
+    assert not Path("study/tiny/tables.md").exists()
+    assert study.main([*flags, "--seeds=2"]) == 0
+    log = Path("study/tiny/test_log/no pre-training/results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seed"] for line in log] == [1] * 3 + [0] * 3
+    # The first repetition alone: the other one's cells are there, but not in its tables.
+    assert study.main(flags) == 0
+    tables = Path("study/tiny/tables.md").read_text().splitlines()
+    assert not any("±" in line for line in tables if line.startswith("|"))
+
+
 def test_validation_never_reads_the_test_split(quick, monkeypatch):
     (Path("datasets/tiny/X_te_8.pth")).write_bytes(b"not to be read")
     whole = torch.load("datasets/tiny/X_tr_8.pth", weights_only=True)
@@ -66,7 +80,11 @@ def test_validation_never_reads_the_test_split(quick, monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--curve", "4"], "--curve needs two"), (["--levers", "magic"], "unknown lever 'magic'")],
+    [
+        (["--first_seed=1"], "--first_seed 1: expected below --seeds 1"),
+        (["--curve", "4"], "--curve needs two"),
+        (["--levers", "magic"], "unknown lever 'magic'"),
+    ],
 )
 def test_bad_flags(quick, capsys, flags, message):
     assert study.main([*FLAGS, *flags]) == 2
