@@ -2,7 +2,7 @@
 
     python -m benchmarks [--device cpu] [--out benchmarks/results/NAME.json] [--quick]
 
-Both sides of each ratio take turns in this process. Nothing else should run on the machine.
+The sides of each ratio take turns. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
