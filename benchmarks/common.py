@@ -8,9 +8,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from utils.memory import keep_freed_memory
 from utils.runlog import write_json
@@ -25,9 +26,7 @@ def synchronize(device: torch.device) -> None:
 def medians(
     sides: Mapping[str, Callable[[], Any]], device: torch.device, *, repeats: int, calls: int = 1
 ) -> dict[str, float]:
-    """Median seconds a call of each side; they take turns of one untimed call and two timings.
-
-    On a CPU every side but one named "plain" computes with freed memory kept, as the commands do.
+    """Median seconds a call of each side; they take turns, after one call each to warm up.
 
     Args:
         sides: name -> one unit of work.
@@ -35,86 +34,146 @@ def medians(
         repeats: timings a side.
         calls: calls a timing.
     """
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    while any(len(found) < repeats for found in times.values()):
-        for name, run in sides.items():
-            if device.type == "cpu":
-                keep_freed_memory(name != "plain")
-            run()
-            for _ in range(min(2, repeats - len(times[name]))):
-                synchronize(device)
-                began = time.perf_counter()
-                for _ in range(calls):
-                    run()
-                synchronize(device)
-                times[name].append((time.perf_counter() - began) / calls)
-    return {name: statistics.median(t) for name, t in times.items()}
+    for run in sides.values():
+        run()
+    times = [{n: seconds(run, device, calls) for n, run in sides.items()} for _ in range(repeats)]
+    return {name: statistics.median(turn[name] for turn in times) for name in sides}
 
 
-def medians_apart(
-    make: Callable[[], Mapping[str, Callable[[], Any]]],
+def seconds(run: Callable[[], Any], device: torch.device, calls: int) -> float:
+    """Seconds a call."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(calls):
+        run()
+    synchronize(device)
+    return (time.perf_counter() - began) / calls
+
+
+class Side(NamedTuple):
+    """A form to time.
+
+    Attributes:
+        make: builds it where it runs and gives one unit of work; picklable.
+        keep_memory: whether freed memory is kept on a CPU, as the commands do.
+    """
+
+    make: Callable[[], Callable[[], Any]]
+    keep_memory: bool = True
+
+
+class Timing(NamedTuple):
+    """What was seen of a side: the median of `times` (seconds a call), peak memory in bytes."""
+
+    median: float
+    times: list[float]
+    peak: int | None
+
+
+KEPT = "plain, memory kept"
+
+
+def contest(
+    plain: Callable[[], Callable[[], Any]],
+    ours: Mapping[str, Callable[[], Callable[[], Any]]],
     device: torch.device,
     *,
     repeats: int,
-) -> dict[str, float]:
-    """As `medians`; on a CPU each side in a process of its own: neither finds the other's memory.
+    calls: int = 1,
+) -> dict[str, Timing]:
+    """Forms against the plain one, in turns, after a call each to warm up.
+
+    On a CPU each has a process of its own, so that none finds memory that another has kept, and the
+    plain form runs twice: as Python starts, and with freed memory kept.
 
     Args:
-        make: picklable; builds the sides, "plain" and "ours".
+        plain: as in Side.
+        ours: name -> the same.
         device: synchronised around each timing.
         repeats: timings a side.
+        calls: calls a timing.
 
     Raises:
         RuntimeError: a side died.
     """
+    sides = {"plain": Side(plain, keep_memory=False), KEPT: Side(plain)}
+    sides |= {name: Side(make) for name, make in ours.items()}
     if device.type != "cpu":
-        return medians(make(), device, repeats=repeats)
-    context = torch.multiprocessing.get_context("spawn")
-    ends, processes = {}, {}
-    times: dict[str, list[float]] = {"plain": [], "ours": []}
-    try:
-        for name in times:
-            ends[name], theirs = context.Pipe()
-            processes[name] = context.Process(
-                target=_take_turns, args=(make, name, device, theirs), daemon=True
-            )
-            processes[name].start()
+        del sides[KEPT]
+        runs = {name: side.make() for name, side in sides.items()}
+        for run in runs.values():
+            run()
+        turns = [{n: seconds(r, device, calls) for n, r in runs.items()} for _ in range(repeats)]
+        peaks = {name: peak_on_cuda(run, device) for name, run in runs.items()}
+    else:
+        with Players(sides, device, calls) as players:
+            for name in sides:
+                players.turn(name)
+            played = [{name: players.turn(name) for name in sides} for _ in range(repeats)]
+        turns = [{name: taken for name, (taken, _) in turn.items()} for turn in played]
+        peaks = {name: peak for name, (_, peak) in played[-1].items()}
+    times = {name: [turn[name] for turn in turns] for name in sides}
+    return {n: Timing(statistics.median(times[n]), times[n], peaks[n]) for n in sides}
+
+
+class Players:
+    """Sides that wait in processes of their own for their turns; a context manager."""
+
+    def __init__(self, sides: Mapping[str, Side], device: torch.device, calls: int) -> None:
+        self._sides, self._rest = sides, (device, calls)
+        self._ends: dict[str, Any] = {}
+        self._processes: dict[str, Any] = {}
+
+    def __enter__(self) -> Players:
+        context = torch.multiprocessing.get_context("spawn")
+        for name, side in self._sides.items():
+            self._ends[name], theirs = context.Pipe()
+            process = context.Process(target=_play, args=(side, *self._rest, theirs), daemon=True)
+            process.start()
+            self._processes[name] = process
             theirs.close()  # so that a dead process is an EOFError here
-        for turn in range(1 + repeats):
-            for name, end in ends.items():
-                try:
-                    end.send(turn)
-                    seconds = end.recv()
-                except (EOFError, OSError):
-                    processes[name].join()
-                    code = processes[name].exitcode
-                    raise RuntimeError(f"the {name} side died with exit code {code}") from None
-                if turn:  # the first one warms up
-                    times[name].append(seconds)
-    finally:
-        for end in ends.values():
+        return self
+
+    def turn(self, name: str) -> tuple[float, int | None]:
+        """Seconds a call of one timing, and the process's peak so far.
+
+        Raises:
+            RuntimeError: the side died.
+        """
+        try:
+            self._ends[name].send(None)
+            return self._ends[name].recv()
+        except (EOFError, OSError):
+            self._processes[name].join()
+            code = self._processes[name].exitcode
+            raise RuntimeError(f"the side {name!r} died with exit code {code}") from None
+
+    def __exit__(self, *_: object) -> None:
+        for end in self._ends.values():
             end.close()
-        for process in processes.values():
+        for process in self._processes.values():
             process.join()
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
-def _take_turns(
-    make: Callable[[], Mapping[str, Callable[[], Any]]], name: str, device: torch.device, end: Any
-) -> None:
-    if device.type == "cpu" and name != "plain":
+def _play(side: Side, device: torch.device, calls: int, end: Any) -> None:
+    if side.keep_memory:
         keep_freed_memory()
-    run = make()[name]
+    run = side.make()
     while True:
         try:
             end.recv()
         except EOFError:
             return
-        synchronize(device)
-        began = time.perf_counter()
-        run()
-        synchronize(device)
-        end.send(time.perf_counter() - began)
+        end.send((seconds(run, device, calls), peak_of_process()))
+
+
+def torch_pooling(network: nn.Module) -> nn.Module:
+    """The network with torch's average pooling in place of the zoo's."""
+    for parent in network.modules():
+        for name, module in parent.named_children():
+            if isinstance(module, nn.AvgPool2d):
+                setattr(parent, name, nn.AvgPool2d(module.kernel_size))
+    return network
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
@@ -126,24 +185,21 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     return 2 * size**3 / seconds
 
 
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Largest memory during one call: allocated on CUDA, resident on Linux; None elsewhere."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    if keep_freed_memory(False):  # what was freed before goes back first
-        keep_freed_memory()
+def peak_on_cuda(run: Callable[[], Any], device: torch.device) -> int:
+    """Largest memory allocated during one call."""
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def peak_of_process() -> int | None:
+    """Largest resident memory of this process; None where the system does not tell."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is in use
-        run()
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        pass
-    return None
+        return None
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM:")), None)
 
 
 def machine(device: torch.device) -> dict[str, Any]:

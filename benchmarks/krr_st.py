@@ -2,16 +2,18 @@
 
     python -m benchmarks.krr_st [--m 100] [--b 128] [--repeats 7] [--out FILE]
 
-Sides take turns in one process; ratios of their medians are printed. The plain form: NCHW, float32,
-torch's DataLoader with kornia, target forward at every step, BatchNorm on its own, gradients of the
-pool network's parameters taken and thrown away. Before any timing both sides are checked to compute
-the same loss and gradients.
+Sides take turns, on a CPU each in a process of its own; ratios of medians are printed. The plain
+form: NCHW, float32, torch's DataLoader with kornia, target forward at every step, BatchNorm on its
+own, gradients of the pool network's parameters taken and thrown away. Before any timing both sides
+are checked to compute the same loss and gradients.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import machine, matmul_rate, medians, peak_bytes, report, shown
+from benchmarks.common import (
+    KEPT,
+    contest,
+    machine,
+    matmul_rate,
+    medians,
+    report,
+    shown,
+    torch_pooling,
+)  # fmt: skip
 from benchmarks.loader import kornia_batches
 from data.augment import normalize
 from data.load import ImageSet, ImageSplit
@@ -33,6 +44,7 @@ from krr_st.target_model import Representation
 from krr_st.views import OnlineTargets, TargetViews
 from models.fold import fold_frozen
 from utils.device import place, resolve_device
+from utils.errors import entry_point
 from utils.optim import make_optimizer
 from utils.precision import autocast, float32_mode
 from utils.seed import local_seed
@@ -147,7 +159,9 @@ def our_side(
 
 def plain_side(parts: dict[str, Any], batch: int, device: torch.device) -> PlainStep:
     """The plain form on the same tensors and networks."""
-    network = make_pool_network(ARCH, SHAPE, parts["target"].dim, device, 0, "contiguous")
+    network = torch_pooling(
+        make_pool_network(ARCH, SHAPE, parts["target"].dim, device, 0, "contiguous")
+    )
     images, stats = parts["image_set"].train.images, parts["image_set"].stats
     return PlainStep(
         parts["x_syn"], parts["y_syn"], copy.deepcopy(parts["target"]).to(device), network,
@@ -157,7 +171,7 @@ def plain_side(parts: dict[str, Any], batch: int, device: torch.device) -> Plain
 
 def differences(parts: dict[str, Any], batch: int, device: torch.device) -> dict[str, float]:
     """Largest relative difference of loss and gradients between the two forms on one batch."""
-    ours, plain = our_side(parts, batch, device, precision="fp32", table=False), None
+    ours = our_side(parts, batch, device, precision="fp32", table=False)
     plain = plain_side(parts, batch, device)
     (x, view), index = next(ours.loader.forever())
     theirs = plain.loss(x)
@@ -197,44 +211,61 @@ def measure(
     parts = make_parts(m, max(count, b), device)
     gap = differences(parts, b, device)
     assert max(gap.values()) < 2e-2, f"the two forms differ: {gap}"
-    sides: dict[str, Callable[[], Any]] = {"plain": plain_side(parts, b, device)}
     kinds = {
-        "online fp32": ("fp32", False), "online bf16": ("bf16", False),
-        "table fp32": ("fp32", True), "table bf16": ("bf16", True),
+        "online fp32": ("fp32", False, False), "online bf16": ("bf16", False, False),
+        "table fp32": ("fp32", True, False), "table bf16": ("bf16", True, False),
     }  # fmt: skip
     if device.type == "cuda":
-        kinds |= {"online tf32": ("tf32", False), "table tf32": ("tf32", True)}
-    for name, (precision, table) in kinds.items():
-        step = our_side(parts, b, device, precision=precision, table=table).step
-        sides[name] = in_mode(step, precision)
-        if compile and table:
-            step = our_side(parts, b, device, precision=precision, table=True, compile=True).step
-            sides[f"{name} compiled"] = in_mode(step, precision)
+        kinds |= {"online tf32": ("tf32", False, False), "table tf32": ("tf32", True, False)}
+    if compile:
+        kinds |= {
+            f"{name} compiled": (precision, True, True)
+            for name, (precision, table, _) in kinds.items() if table
+        }  # fmt: skip
+    build = functools.partial(make_step, m, b, max(count, b), device)
+    makers = {name: functools.partial(build, kind) for name, kind in kinds.items()}
+    plain = functools.partial(build, None)
+    flops = {
+        name: count_flops(make())
+        for name, make in {"plain": plain, **makers}.items() if "compiled" not in name
+    }  # fmt: skip
+    found = contest(plain, makers, device, repeats=repeats, calls=calls)
+    seconds = {name: timing.median for name, timing in found.items()}
     with float32_mode("fp32"):
-        seconds = medians(sides, device, repeats=repeats, calls=calls)
-        peaks = {name: peak_bytes(run, device) for name, run in sides.items()}
         rates = {d: matmul_rate(device, getattr(torch, d)) for d in ("float32", "bfloat16")}
-    flops = {name: count_flops(run) for name, run in sides.items() if "compiled" not in name}
     results: dict[str, Any] = {
         "setting": {"m": m, "b": b, "network": ARCH, "target": TARGET, "pixels": 32},
         "agreement with the plain form (relative)": gap,
         "seconds a step": seconds,
-        "ratio to plain": {k: seconds["plain"] / v for k, v in seconds.items() if k != "plain"},
+        "timings": {name: timing.times for name, timing in found.items()},
+        "ratio to plain": {name: seconds["plain"] / seconds[name] for name in makers},
+        "ratio to plain, memory kept": {
+            name: seconds[KEPT] / seconds[name] for name in makers if KEPT in seconds
+        },
         "matmul FLOP/s": rates,
         "FLOP a step": flops,
         "share of matmul rate": {
             k: f / seconds[k] / rates["bfloat16" if "bf16" in k else "float32"]
             for k, f in flops.items()
         },
-        "peak bytes": peaks,
+        "peak bytes": {name: timing.peak for name, timing in found.items()},
     }
     if grid:
         results["table fp32, seconds by (m, b)"] = growth(device, m, b, repeats)
     return results
 
 
-def in_mode(step: Callable[[], Any], precision: str) -> Callable[[], Any]:
-    """The step with float32 products as its precision says."""
+def make_step(
+    m: int, b: int, count: int, device: torch.device, kind: tuple[str, bool, bool] | None
+) -> Callable[[], None]:
+    """One outer step: ours of a kind (precision, table, compiled), or the plain form for None."""
+    parts = make_parts(m, count, device)
+    precision, table, compiled = kind or ("fp32", False, False)
+    step: Callable[[], Any]
+    if kind is None:
+        step = plain_side(parts, b, device)
+    else:
+        step = our_side(parts, b, device, precision=precision, table=table, compile=compiled).step
 
     def run() -> None:
         with float32_mode(precision):
@@ -254,26 +285,29 @@ def growth(device: torch.device, m: int, b: int, repeats: int) -> dict[str, floa
     return medians(sides, device, repeats=max(3, repeats // 2))
 
 
-def main() -> None:
+@entry_point
+def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--m", type=int, default=100)
     parser.add_argument("--b", type=int, default=128)
     parser.add_argument("--count", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = resolve_device(args.device)
     results = measure(
         device, m=args.m, b=args.b, count=args.count, repeats=args.repeats, compile=args.compile
     )
     print("seconds a step:", shown(results["seconds a step"], 4))
-    print("ratio to plain:", shown(results["ratio to plain"]))
+    for name in ("ratio to plain", "ratio to plain, memory kept"):
+        if results[name]:
+            print(f"{name}:", shown(results[name]))
     print("share of the matmul rate:", shown(results["share of matmul rate"]))
     report(args.out, {"machine": machine(device), "krr_st": results})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

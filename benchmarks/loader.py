@@ -9,6 +9,7 @@ turns, and the ratio of their median times a batch is printed.
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import kornia.augmentation as K
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.common import medians, shown
 from data.loader import ImagePipeline, TensorLoader
 from data.specs import KRR_SPECS
+from utils.device import resolve_device
+from utils.errors import entry_point
 
 
 def kornia_batches(images, labels, batch_size, stats, device):
@@ -62,20 +65,21 @@ def measure(
     }
 
 
-def main():
+@entry_point
+def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
+    parser.add_argument("--device", help="default: the best there is")
+    args = parser.parse_args(argv)
     results = measure(
-        torch.device(args.device), count=args.count, batch=args.batch, repeats=args.repeats
+        resolve_device(args.device), count=args.count, batch=args.batch, repeats=args.repeats
     )
     print("seconds a batch:", shown(results["seconds a batch"], 5))
     print(f"ratio {results['ratio']:.1f}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

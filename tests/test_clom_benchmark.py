@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import clom as benchmark
-from benchmarks.common import medians_apart
+from benchmarks.common import KEPT, contest
 from clom import layout
 
 CPU = torch.device("cpu")
@@ -20,18 +20,38 @@ def test_both_sides_compute_the_same(monkeypatch):
     assert found["evaluation"] <= 0.021  # one of 50 test images
 
 
-def sides_that_differ():
-    """The plain side takes longer."""
-    return {"plain": lambda: torch.randn(300_000).sort(), "ours": lambda: None}
+def sort():
+    """A side that takes long."""
+    return lambda: torch.randn(300_000).sort()
 
 
-def dies():
+def nothing():
+    """A side that takes no time."""
+    return lambda: None
+
+
+def die():
     """A side that does not come back."""
-    return {"plain": lambda: None, "ours": lambda: os._exit(3)}
+    return lambda: os._exit(3)
 
 
 def test_sides_in_processes_of_their_own():
-    seconds = medians_apart(sides_that_differ, torch.device("cpu"), repeats=3)
-    assert seconds["plain"] > 5 * seconds["ours"] > 0
-    with pytest.raises(RuntimeError, match="the ours side died with exit code 3"):
-        medians_apart(dies, torch.device("cpu"), repeats=1)
+    found = contest(sort, {"ours": nothing}, CPU, repeats=3)
+    assert list(found) == ["plain", KEPT, "ours"]
+    for name in ("plain", KEPT):
+        assert found[name].median > 5 * found["ours"].median > 0
+    assert all(len(timing.times) == 3 for timing in found.values())
+    assert benchmark.ratios(found)["plain"] > 5
+    with pytest.raises(RuntimeError, match="the side 'ours' died with exit code 3"):
+        contest(nothing, {"ours": die}, CPU, repeats=1)
+
+
+def hold_memory():
+    """A side that once holds 200 MB."""
+    return lambda: torch.ones(50_000_000).sum()
+
+
+def test_each_side_has_a_peak_of_its_own():
+    found = contest(nothing, {"large": hold_memory}, CPU, repeats=1)
+    if found["plain"].peak is not None:
+        assert found["large"].peak > found["plain"].peak + 150e6
