@@ -63,6 +63,8 @@ LEVERS: dict[str, dict[str, Any]] = {
     "pool 20": {"num_models": 20},
     "k-means start": {"init_images": "kmeans"},
     "bf16": {"precision": "bf16"},
+    "steps 4000": {"outer_iteration": 4000},
+    "steps 4000 lr_y 1e-1": {"outer_iteration": 4000, "outer_lr_y": 1e-1},
 }
 # Sets that need no distillation: row -> method of krr_st.baselines.
 SETS = {"random + features": "random_features", "k-means + features": "kmeans_features",

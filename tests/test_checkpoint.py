@@ -2,7 +2,10 @@
 
 import os
 import pickle
+import re
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +73,29 @@ def test_damaged_files_are_named(tmp_path):
         checkpoint.load(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         checkpoint.load(tmp_path / "none.pt")
+
+
+LOAD_WITH_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from utils import checkpoint
+from utils.errors import UserError
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + (16 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    checkpoint.load(sys.argv[1], what="tensor file")
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+def test_a_file_larger_than_the_memory_is_not_called_truncated(tmp_path):
+    torch.save(torch.zeros(16 << 20), tmp_path / "large.pt")
+    command = [sys.executable, "-c", LOAD_WITH_LITTLE_MEMORY, str(tmp_path / "large.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert re.search(r"tensor file \S+large\.pt does not fit into the memory", done.stdout), done
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -20,6 +20,7 @@ from torch import nn
 
 from utils.errors import UserError
 from utils.locks import in_use, is_left_over
+from utils.memory import is_out_of_memory
 
 # Old `res_*.pt` files keep accuracies as NumPy float64 scalars; these only rebuild a number.
 _SAFE_GLOBALS = [
@@ -98,7 +99,8 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
         mmap: map the storage instead of reading it (large tensors).
 
     Raises:
-        UserError: missing, truncated, not a torch file, or it names a global that is not allowed.
+        UserError: missing, truncated, not a torch file, too large for the memory, or it names a
+            global that is not allowed.
     """
     path = Path(path)
     if not path.exists():
@@ -126,6 +128,10 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
         raise UserError(f"{what} {path} cannot be read: permission denied") from None
     except Exception as error:  # the readers below torch.load raise a dozen types on a torn file
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        if is_out_of_memory(error):
+            raise UserError(
+                f"{what} {path} does not fit into the memory, or is damaged ({reason})"
+            ) from None
         raise UserError(f"{what} {path} is truncated or not a torch file ({reason})") from None
 
 
