@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -249,7 +250,30 @@ def distill(
         # None: no bar where nobody watches, lines instead.
         disable=None if first else True, dynamic_ncols=True,
     )  # fmt: skip
+
+    def evaluates(step: int) -> bool:
+        return step == steps or (step > 0 and step % eval_every == 0)
+
+    def evaluate(step: int) -> None:
+        """The linear evaluation that is due after this step, if any; all must be saved before."""
+        if not (first and evaluates(step)) or any(e["step"] == step for e in evaluations):
+            return
+        # Several processes leave together or not at all.
+        alone = distiller.group.ranks == 1
+        where = f"in the evaluation after step {step} of {steps}"
+        with stop.at_once(where) if alone else nullcontext():
+            accuracy = linear_evaluation(
+                distiller.x_syn.detach(), distiller.y_syn.detach(), image_set,
+                arch=test_model, pretraining=pretraining, classifier=classifier,
+                device=device, seed=run.seed, step=step,
+            )  # fmt: skip
+        if accuracy is not None:
+            evaluations.append({"step": step, "linear_accuracy": accuracy})
+            run.log(**evaluations[-1])
+            bar.write(f"step {step}: linear accuracy {accuracy:.2f} %")
+
     with StopRequest() as stop:
+        evaluate(start)  # the last start may have been stopped in it
         for step in bar:
             rate = distiller.schedule.get_last_lr()[0]
             loss = distiller.step()
@@ -274,24 +298,15 @@ def distill(
                         flush=True,
                     )
                 mark = time.perf_counter()
-            if first and (step % eval_every == 0 or last):
-                guard.flush()
-                accuracy = linear_evaluation(
-                    distiller.x_syn.detach(), distiller.y_syn.detach(), image_set,
-                    arch=test_model, pretraining=pretraining, classifier=classifier,
-                    device=device, seed=run.seed, step=step,
-                )  # fmt: skip
-                if accuracy is not None:
-                    evaluations.append({"step": step, "linear_accuracy": accuracy})
-                    run.log(**evaluations[-1])
-                    bar.write(f"step {step}: linear accuracy {accuracy:.2f} %")
-                    mark = time.perf_counter()
-            if timer.due(step) or last or leaving:
+            if timer.due(step) or evaluates(step) or leaving:
                 guard.flush()
                 distiller.targets.flush()
                 if first:
                     save_set(distiller, run)
                     save_run(run.state_path, step, parts)
+            if evaluates(step):
+                evaluate(step)
+                mark = time.perf_counter()
             if leaving and not last:
                 bar.close()
                 stop.leave(f"after step {step} of {steps}")

@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: the run saves, says how to go on, and does."""
 
+import json
 import os
 import signal
 import threading
@@ -109,6 +110,39 @@ def test_a_stopped_run_saves_and_goes_on(inputs, monkeypatch, capsys, name, numb
     assert "going on after" in capsys.readouterr().out  # though --save_every was far away
     first, second = (plain(checkpoint.load(inputs / f / made)) for f in ("whole", "stopped"))
     assert first == second
+
+
+@pytest.mark.parametrize("call", [1, 2])  # after 4 steps, after the last one
+def test_a_linear_evaluation_is_not_waited_for(inputs, monkeypatch, capsys, call):
+    """The signal leaves at once; the next start makes the evaluation that is missing."""
+    flags = [*COMMANDS["train"][1].split(), "--eval_every", "4"]
+    ended = []
+
+    def evaluation(*args, **more):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+            ended.append(1)
+        return linear_evaluation(*args, **more)
+
+    calls, linear_evaluation = [], distill.linear_evaluation
+    monkeypatch.chdir(inputs / "whole")
+    assert train.main(flags) == 0
+    monkeypatch.chdir(inputs / "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "linear_evaluation", evaluation)
+        assert train.main(flags) == CODES[signal.SIGTERM]
+    assert not ended
+    line = f"stopped in the evaluation after step {4 * call} of 8 by SIGTERM"
+    assert line in capsys.readouterr().err
+    assert train.main(flags) == 0
+    results = [
+        json.loads((inputs / f / "results/run/results.json").read_text())
+        for f in ("whole", "stopped")
+    ]
+    whole, stopped = (found["linear_evaluations"] for found in results)
+    assert whole == stopped and [e["step"] for e in whole] == [4, 8]
+    assert results[0]["loss"] == results[1]["loss"]
 
 
 def test_a_second_ctrl_c_ends_at_once():
