@@ -7,10 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from clom.foundation import PREFIX
 from clom.loss import CE_FORMS, DISTANCES
 from clom.matching import METRICS
-from clom.teachers import pair_alphas
+from clom.teachers import PREFIX, pair_alphas
 from clom.training import check_strategy, no_augmentation
 from data.dsa import without_flip
 from data.specs import DC_SPECS

@@ -10,13 +10,13 @@ from torch import nn
 
 import data
 from clom.config import CommonFlags, DistillFlags
-from clom.foundation import PREFIX, load_foundation
 from clom.layout import arranged
 from clom.loss import CLoM
 from clom.real import FeatureCache, RealImages
-from clom.teachers import Space, TeacherPool, load_family, pair_alphas
+from clom.teachers import PREFIX, TeacherPool, load_family, load_foundation, pair_alphas
 from data.load import ImageSet, default_size, tensor_path
 from data.meta import read_meta
+from data.space import Space
 from data.specs import DC_SPECS, KRR_SPECS
 from models import get_network
 from utils.errors import UserError

@@ -15,12 +15,11 @@ from typing import Any
 
 from clom.config import DistillFlags, resolve
 from clom.evaluate import published_augmentation, published_training
-from clom.foundation import PREFIX
 from clom.inputs import keeps_meaning_mirrored, load_data
 from clom.published import RANDOM
 from clom.run import FREE_FLAGS
 from clom.table_config import TablesFlags, Variant, parse_variant
-from clom.teachers import find_checkpoints
+from clom.teachers import PREFIX, find_checkpoints
 from utils import checkpoint, cli
 from utils.cells import CellStore
 from utils.distributed import local_gpu

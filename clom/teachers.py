@@ -9,49 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clom.layout import arranged
-from data.augment import denormalize, normalize
+from data.space import Space, convert
 from data.specs import DC_SPECS, Stats
 from models import get_network
+from models.foundation import load_hf
 from utils import checkpoint
 from utils.errors import UserError
 
-
-@dataclass(frozen=True)
-class Space:
-    """The form of image batches: normalisation, channels (1 or 3), height and width."""
-
-    stats: Stats
-    channels: int
-    size: tuple[int, int]
-
-
-def convert(x: Tensor, source: Space, target: Space, mode: str = "bilinear") -> Tensor:
-    """Bring normalised images from one space into another, differentiably.
-
-    De-normalise, one channel to three equal ones (or three to their mean), resize (antialiased),
-    normalise. Equal spaces return x itself.
-
-    Args:
-        x: (B, C, H, W) float in `source`.
-        source: where x lives.
-        target: where it should.
-        mode: interpolation, bilinear or bicubic.
-
-    Returns:
-        (B, C', H', W') in `target`.
-    """
-    if source == target:
-        return x
-    x = denormalize(x, source.stats)
-    if source.channels != target.channels:
-        x = x.expand(-1, 3, -1, -1) if target.channels == 3 else x.mean(1, keepdim=True)
-    if source.size != target.size:
-        x = F.interpolate(x, target.size, mode=mode, align_corners=False, antialias=True)
-    return normalize(x, target.stats)
+PREFIX = "hf:"  # of a foundation model among the names of a pool
 
 
 class Teacher(nn.Module):
@@ -203,6 +171,27 @@ def load_family(
         checkpoint.apply_state(network, state, origin=path)
         teachers.append(Teacher(arranged(network, device), own, given))
     return Family(model, alpha, tuple(teachers)), num_classes
+
+
+def load_foundation(name: str, *, alpha: float, given: Space, device: torch.device) -> Family:
+    """Load `hf:NAME_OR_FOLDER` for images of the space `given`.
+
+    Images are de-normalised, made three-channel, resized (antialiased, differentiable) to the
+    model's input size and normalised with the model's own statistics.
+
+    Args:
+        name: with its prefix.
+        alpha: weight of CLoM under this model.
+        given: space of real and synthetic images.
+        device: where to compute.
+
+    Raises:
+        UserError: as `models.foundation.load_hf`.
+    """
+    found = load_hf(name.removeprefix(PREFIX))
+    own = Space(Stats(found.mean, found.std), 3, found.size)
+    teacher = Teacher(found.network, own, given, found.mode)
+    return Family(name, alpha, (teacher.to(device),))
 
 
 def source_space(path: Path, dataset: str) -> tuple[Space, int]:

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.space import Space, convert
 from data.specs import Stats
-from krr_st.foreign_targets import load_hf, load_torchvision
 from models import get_model
 from models.base import Classifier
 from models.fold import fold_frozen
+from models.foundation import Foundation, load_hf, load_torchvision
 from utils import checkpoint
 from utils.device import place
 from utils.errors import UserError, pick
@@ -27,11 +28,43 @@ def _resnet50(channel: int) -> Classifier:
 # Architectures that serve as target models only; all others are zoo A's.
 TARGET_ONLY: dict[str, Callable[[int], Classifier]] = {"resnet50": _resnet50}
 
-# `prefix:NAME` -> (NAME, local checkpoint, img_shape, the images' statistics) -> network.
-FOREIGN: dict[str, Callable[[str, Path | None, tuple[int, int, int], Stats], nn.Module]] = {
-    "hf": load_hf,
+
+def _hf(name: str, path: Path | None) -> Foundation:
+    if path is not None:
+        raise UserError(f"--target_ckpt {path} has no meaning for hf:{name}, which has its own")
+    return load_hf(name)
+
+
+# `prefix:NAME` -> (NAME, local checkpoint) -> network.
+FOREIGN: dict[str, Callable[[str, Path | None], Foundation]] = {
+    "hf": _hf,
     "torchvision": load_torchvision,
 }
+
+
+class ForeignTarget(nn.Module):
+    """A network from elsewhere as a map from data-set-normalised images to features.
+
+    The images are brought into the form it was made for; all of it is differentiable in them.
+
+    Args:
+        found: the network.
+        img_shape: (C, H, W) of the data set.
+        stats: what its images are normalised with.
+
+    Attributes:
+        dim: width of the features.
+    """
+
+    def __init__(self, found: Foundation, img_shape: tuple[int, int, int], stats: Stats) -> None:
+        super().__init__()
+        self.network, self.dim, self.mode = found.network, found.dim, found.mode
+        self.given = Space(stats, img_shape[0], tuple(img_shape[1:]))
+        self.own = Space(Stats(found.mean, found.std), 3, found.size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) normalised images -> (B, dim)."""
+        return self.network(convert(x, self.given, self.own, self.mode))
 
 
 class Representation(nn.Module):
@@ -103,7 +136,8 @@ def load_target(
     if colon:
         if stats is None:
             raise ValueError(f"{arch} needs the statistics its images are normalised with")
-        model = pick(FOREIGN, family, "kind of target model")(name, path, img_shape, stats)
+        found = pick(FOREIGN, family, "kind of target model")(name, path)
+        model = ForeignTarget(found, img_shape, stats)
         return place(model, device, layout).eval().requires_grad_(False)
     model = Representation(arch, img_shape)
     if not path.exists():

@@ -17,8 +17,8 @@ import train
 from data.specs import Stats
 from krr_st import baselines
 from krr_st.config import resolve_preset
-from krr_st.foreign_targets import IMAGENET
 from krr_st.target_model import Representation, load_target, resolve_checkpoint
+from models.foundation import IMAGENET
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -28,19 +28,26 @@ OWN = Stats((0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
 LAYERS = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 SMALL = LAYERS | dict(image_size=16, patch_size=8)
 PROCESSORS = {
-    "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}},
+    "vit": {
+        "image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16},
+        "resample": 2,
+    },
     "clip": {
-        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 20},
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 20}, "resample": 3,
         "do_center_crop": True, "crop_size": {"height": 16, "width": 16},
     },
     "dinov2": {
-        "image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 20},
+        "image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 20}, "resample": 3,
         "do_center_crop": True, "crop_size": {"height": 24, "width": 24},
     },
-    "convnext": {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32}},
+    "convnext": {
+        "image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32},
+        "resample": 2,
+    },
 }  # fmt: skip
 PROCESSORS["swin"] = PROCESSORS["mae"] = PROCESSORS["vit"]
 PROCESSORS["resnet"] = PROCESSORS["convnext"]
+MODES = {2: "bilinear", 3: "bicubic"}
 SIDES = {
     "vit": 16, "clip": 16, "dinov2": 24, "convnext": 32, "swin": 16, "mae": 16, "resnet": 32,
 }  # fmt: skip
@@ -77,12 +84,13 @@ def build(kind):
 def expected(kind, network, x):
     """The features by hand, of images already normalised with the network's values."""
     if kind == "clip":
-        return network.vision_model(pixel_values=x).pooler_output
+        return network.visual_projection(network.vision_model(pixel_values=x).pooler_output)
     if kind == "mae":  # all patches, in a random order: attention does not mind
         network.config.mask_ratio = 0.0
     hidden = network(pixel_values=x).last_hidden_state
     if kind in ("convnext", "resnet"):
-        return hidden.mean((2, 3))
+        mean = hidden.mean((2, 3))
+        return network.layernorm(mean) if kind == "convnext" else mean
     return hidden.mean(1) if kind == "swin" else hidden[:, 0]
 
 
@@ -99,9 +107,9 @@ def rows(values):
     return torch.tensor(values).view(1, 3, 1, 1)
 
 
-def prepared(x, side, own):
+def prepared(x, side, own, mode="bilinear"):
     pixels = x * rows(STATS.std) + rows(STATS.mean)
-    pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True)
+    pixels = F.interpolate(pixels, (side, side), mode=mode, antialias=True)
     return (pixels - rows(own.mean)) / rows(own.std)
 
 
@@ -112,9 +120,9 @@ def load(name, path=None, shape=SHAPE, stats=STATS):
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_transformers_networks(kind, tmp_path):
     network, x = save(kind, tmp_path), torch.randn(3, *SHAPE)
-    target = load(f"hf:{tmp_path}")
+    target, mode = load(f"hf:{tmp_path}"), MODES[PROCESSORS[kind]["resample"]]
     with torch.no_grad():
-        got, wanted = target(x), expected(kind, network, prepared(x, SIDES[kind], OWN))
+        got, wanted = target(x), expected(kind, network, prepared(x, SIDES[kind], OWN, mode))
     assert got.shape == (3, target.dim) and torch.allclose(got, wanted, atol=1e-5)
     assert not torch.allclose(got[0], got[1], atol=1e-4)
     with torch.no_grad():
@@ -131,7 +139,7 @@ def test_image_tower_alone_without_a_processor(tmp_path, capsys):
     target = load(f"hf:{tmp_path}")  # ImageNet's values, the network's size
     assert "ImageNet" in capsys.readouterr().out
     with torch.no_grad():
-        wanted = tower(pixel_values=prepared(x, 16, IMAGENET)).pooler_output
+        wanted = tower(pixel_values=prepared(x, 16, Stats(*IMAGENET), "bicubic")).pooler_output
         assert torch.allclose(target(x), wanted, atol=1e-5)
 
 
@@ -197,7 +205,9 @@ def test_missing_weights_are_an_error(workspace):
     network = save("vit", workspace / "m")
     state = {k: v for k, v in network.state_dict().items() if "layernorm" not in k}
     network.save_pretrained("m", state_dict=state)
-    with pytest.raises(UserError, match=r"hf:m: the checkpoint lacks \d+ weights .*layernorm"):
+    with pytest.raises(
+        UserError, match=r"hf:m: the checkpoint lacks \d+ weights, such as .*layernorm"
+    ):
         load("hf:m")
 
 
@@ -254,7 +264,7 @@ def test_torchvision_from_a_state_dict_or_the_net(tmp_path, monkeypatch):
     target = load("torchvision:resnet18", path)
     network.fc = torch.nn.Identity()
     with torch.no_grad():
-        assert torch.allclose(target(x), network(prepared(x, 224, IMAGENET)), atol=1e-4)
+        assert torch.allclose(target(x), network(prepared(x, 224, Stats(*IMAGENET))), atol=1e-4)
     assert target.dim == 512 and not target.training
     state = {k: v for k, v in network.state_dict().items() if k != "layer1.0.conv1.weight"}
     checkpoint.save(state, path)

@@ -1,0 +1,265 @@
+"""Pre-trained networks from elsewhere: any image network of transformers or torchvision.
+
+What comes with them is the form of the images they were made for: pixels in [0, 1], resized to
+their input size and normalised with their own mean and std.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from utils import checkpoint
+from utils.errors import UserError, pick
+from utils.seed import local_seed
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_BILINEAR = 2  # PIL's number
+
+
+@dataclass(frozen=True)
+class Foundation:
+    """A network from elsewhere, in eval mode.
+
+    Attributes:
+        network: (B, 3, *size) normalised with mean and std -> (B, dim) features.
+        dim: width of the features.
+        size: (height, width) of its images.
+        mean: of each channel, for pixels in [0, 1].
+        std: the same.
+        mode: how images are resized, bilinear or bicubic.
+    """
+
+    network: nn.Module
+    dim: int
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    mode: str
+
+
+class ImageTower(nn.Module):
+    """The image side of a transformers model.
+
+    Uses the projected image embedding where the model has one (CLIP, SigLIP), else the pooled
+    output if it was trained, else the class token, else the mean over positions. A masked
+    autoencoder sees every patch.
+
+    Args:
+        model: any vision or vision-language model.
+        missing: its weights that the checkpoint lacks.
+
+    Raises:
+        UserError: the image side lacks weights other than a pooler's.
+    """
+
+    def __init__(self, model: nn.Module, missing: set[str] = frozenset()) -> None:
+        super().__init__()
+        self.joint = hasattr(model, "get_image_features")
+        if self.joint and hasattr(model, "text_model"):
+            model.text_model = nn.Identity()  # never asked; its weights would only take memory
+        self.masked = hasattr(model.config, "mask_ratio")
+        if self.masked:
+            model.config.mask_ratio = 0.0
+        needed = {key for key in missing if not self.joint or key.startswith("vis")}
+        # Checkpoints of classifiers have no pooler: a random one would be no pre-trained feature.
+        self.pooled = not any(key.startswith("pooler.") for key in needed)
+        needed = {k for k in needed if not k.startswith("pooler.") and not k.endswith("mask_token")}
+        if needed:
+            shown = ", ".join(sorted(needed)[:3])
+            raise UserError(f"the checkpoint lacks {len(needed)} weights, such as {shown}")
+        names = [name for name, _ in model.named_parameters()]
+        self.has_token = any(name.endswith(("cls_token", "class_embedding")) for name in names)
+        self.model = model
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> features (B, D)."""
+        ask = self.model.get_image_features if self.joint else self.model
+        out = ask(pixel_values=x, **self._mask(x))
+        if not isinstance(out, Tensor):
+            pooled = getattr(out, "pooler_output", None) if self.pooled else None
+            out = self._from_positions(out.last_hidden_state) if pooled is None else pooled
+        return out.flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """There are no logits; the same as `embed`."""
+        return self.embed(x)
+
+    def _mask(self, x: Tensor) -> dict[str, Tensor]:
+        """Patches are ordered by this noise, which would be drawn: a ramp keeps their order."""
+        if not self.masked:
+            return {}
+        patches = self.model.embeddings.patch_embeddings.num_patches
+        return {"noise": torch.arange(patches, device=x.device).expand(len(x), -1)}
+
+    def _from_positions(self, hidden: Tensor) -> Tensor:
+        """(B, T, D) tokens or (B, D, h, w) maps -> (B, D)."""
+        if hidden.dim() == 4:
+            return hidden.mean((2, 3))
+        return hidden[:, 0] if self.has_token else hidden.mean(1)
+
+
+def load_hf(name: str) -> Foundation:
+    """A transformers network, from a local folder or the hub; no code of the checkpoint is run.
+
+    Args:
+        name: folder as `save_pretrained` writes it (used offline), or a name on the hub.
+
+    Raises:
+        UserError: unknown name, no network, damaged or missing weights, or no image network.
+    """
+    where = f"hf:{name}"
+    if not name:
+        raise UserError("hf: is to be followed by a folder or a name on the Hugging Face hub")
+    folder = Path(name).expanduser()
+    local = folder.is_dir()
+    if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{where}: the folder {folder} does not exist")
+    source = str(folder) if local else name
+    options = {"trust_remote_code": False, "local_files_only": local}
+    try:
+        from transformers import AutoModel  # slow to import, and only this needs it
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry
+        if not local:
+            print(f"{where}: no folder of that name, so the Hugging Face hub is asked", flush=True)
+        with local_seed(0):  # weights that the checkpoint lacks are drawn; ImageTower judges them
+            model, report = AutoModel.from_pretrained(source, output_loading_info=True, **options)
+    except Exception as error:  # transformers and its hub client raise a dozen types
+        _refuse(f"{where} cannot be loaded", error)
+    try:
+        network = ImageTower(model.float(), set(report["missing_keys"])).eval()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    processor = _processor(source, local, options, where)
+    size = _input_size(processor, getattr(model.config, "vision_config", model.config))
+    mean, std = _processor_stats(processor, where)
+    bilinear = getattr(processor, "resample", None) == _BILINEAR
+    return Foundation(
+        network, _feature_width(network, size, where), size, mean, std,
+        "bilinear" if bilinear else "bicubic",
+    )  # fmt: skip
+
+
+def _refuse(what: str, error: Exception) -> NoReturn:
+    """One line out of whatever another library raised."""
+    lines = str(error).strip().splitlines() or [""]
+    raise UserError(f"{what} ({type(error).__name__}: {lines[0][:300]})") from None
+
+
+def _feature_width(network: nn.Module, size: tuple[int, int], where: str) -> int:
+    """Width of the features, found by two passes over noise, which must agree."""
+    noise = torch.randn((2, 3, *size), generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            once, again = network(noise), network(noise)
+    except Exception as error:  # whatever a network raises on inputs it is not made for
+        _refuse(f"{where} cannot take images of {size[0]} x {size[1]}", error)
+    if not once.isfinite().all():
+        raise UserError(f"{where}: its features are not finite; the checkpoint is damaged")
+    if once.dim() != 2 or not torch.allclose(once, again, atol=1e-4, rtol=1e-3):
+        raise UserError(f"{where}: its features of an image are no fixed vector")
+    return once.shape[1]
+
+
+def _processor(source: str, local: bool, options: dict[str, Any], where: str) -> Any | None:
+    """The image processor; None for a folder without one."""
+    if local and not any((Path(source) / file).exists() for file in _PROCESSOR_FILES):
+        print(f"{where} has no image processor: ImageNet's mean and std are used")
+        return None
+    try:
+        from transformers import AutoImageProcessor
+
+        return AutoImageProcessor.from_pretrained(source, **options)
+    except Exception as error:
+        _refuse(f"the image processor of {where} cannot be loaded", error)
+
+
+def _input_size(processor: Any | None, config: Any) -> tuple[int, int]:
+    """(height, width) after the processor's crop or resize, else the network's own, else 224."""
+    sizes = [getattr(config, "image_size", None), 224]
+    if processor is not None:
+        crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
+        sizes = [crop, getattr(processor, "size", None), *sizes]
+    for size in sizes:
+        if isinstance(size, int):
+            return size, size
+        if isinstance(size, (list, tuple)) and len(size) == 2:
+            return int(size[0]), int(size[1])
+        sides = dict(size) if size is not None else {}
+        if sides.get("height") and sides.get("width"):
+            return int(sides["height"]), int(sides["width"])
+        if sides.get("shortest_edge"):
+            return int(sides["shortest_edge"]), int(sides["shortest_edge"])
+    raise AssertionError("224 always fits")
+
+
+def _processor_stats(
+    processor: Any | None, where: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of pixels in [0, 1] that amount to the processor's rescaling and normalising."""
+    if processor is None:
+        return IMAGENET
+    white = 255 * processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0
+    if not getattr(processor, "do_normalize", True):
+        return (0.0,) * 3, (1 / white,) * 3
+    mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    try:
+        mean, std = (tuple(float(v) / white for v in values) for values in (mean, std))
+        if len(mean) == len(std) == 3:
+            return mean, std
+    except TypeError:
+        pass
+    raise UserError(
+        f"{where}: its image processor has image_mean {mean} and image_std {std}; expected three "
+        "numbers each"
+    )
+
+
+def load_torchvision(name: str, path: Path | None = None) -> Foundation:
+    """A torchvision classifier without its last linear layer.
+
+    Args:
+        name: as in `torchvision.models`.
+        path: a state dict of that network; None: torchvision's default weights, downloaded once.
+
+    Raises:
+        UserError: unknown name, failed download, a state dict that does not fit, no linear layer.
+    """
+    import torchvision  # slow to import, and only this needs it
+
+    where = f"torchvision:{name}"
+    known = torchvision.models.list_models(module=torchvision.models)
+    pick(dict.fromkeys(known), name, "torchvision model")
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        network = torchvision.models.get_model(name, weights=weights if path is None else None)
+    except Exception as error:  # network, disk or a damaged download
+        _refuse(f"the weights of {where} cannot be fetched; a file: --target_ckpt", error)
+    linear = [key for key, part in network.named_modules() if isinstance(part, nn.Linear)]
+    if not linear:
+        raise UserError(f"{where} has no linear layer to take the features from")
+    if path is not None:
+        state = checkpoint.load_state(path, what="target checkpoint")
+        try:
+            checkpoint.apply_state(network, state, origin=path, skip=(f"{linear[-1]}.",))
+        except UserError:
+            raise
+        except Exception as error:  # mnasnet asks for more than names and tensors
+            _refuse(f"{path} cannot be put into {where}", error)
+    network.set_submodule(linear[-1], nn.Identity())
+    recipe = weights.transforms()
+    size = recipe.crop_size[0], recipe.crop_size[-1]
+    return Foundation(
+        network, _feature_width(network.eval(), size, where), size, tuple(recipe.mean),
+        tuple(recipe.std), "bilinear" if recipe.interpolation.value == "bilinear" else "bicubic",
+    )  # fmt: skip
