@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
+from data.synthetic import SyntheticSet
 from evaluation.recipes import GAUSSIAN, KD, Recipe, finetune_recipe, pretrain_recipe
 from krr_st.config import PRESETS, KdFlags, ScratchFlags, TablesFlags, TestFlags
 from krr_st.kd import run_kd
@@ -12,7 +14,9 @@ from krr_st.transfer import SCRATCH, run_transfer
 from models import get_model
 from utils import flops
 from utils.cells import read_cells
+from utils.checkpoint import fingerprint
 from utils.distributed import local_gpu
+from utils.errors import UserError
 from utils.jobs import Job
 
 
@@ -57,8 +61,16 @@ def _batch(recipe: Recipe, count: int) -> int:
 
 
 def missing_jobs(layout: Layout, flags: TablesFlags) -> list[Job]:
-    """One job for each method and network whose targets lack some of `num_test` seeds."""
-    found = collect(layout, read_cells(flags.log_dir / "results.jsonl"), flags.steps_scale)
+    """One job for each method and network whose targets lack some of `num_test` seeds.
+
+    Cells of a synthetic set that has been replaced since do not count.
+    """
+    sets = {m: current_set(flags.synthetic_data_dir / layout.source / m) for m in layout.methods}
+    cells = [
+        cell for cell in read_cells(flags.log_dir / "results.jsonl")
+        if sets.get(cell.get("method")) in (None, cell.get("synthetic_set"))
+    ]  # fmt: skip
+    found = collect(layout, cells, flags.steps_scale)
     lacking: dict[tuple[str, str], list[str]] = {}
     for place in places(layout):
         if len(found.get(place.key, [])) < flags.num_test:
@@ -72,6 +84,15 @@ def missing_jobs(layout: Layout, flags: TablesFlags) -> list[Job]:
         )
         for (method, model), targets in lacking.items()
     ]
+
+
+def current_set(folder: Path) -> str | None:
+    """The fingerprint that cells of the synthetic set in `folder` carry; None without a set."""
+    try:
+        synthetic = SyntheticSet.load(folder)
+    except UserError:
+        return None
+    return fingerprint(synthetic.images, synthetic.targets)
 
 
 def run_job(

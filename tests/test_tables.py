@@ -2,16 +2,19 @@
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
 
 from evaluation.recipes import pretrain_recipe
 from krr_st import table_runs, tables
-from krr_st.config import FULL_TARGETS, TablesFlags
+from krr_st.config import FULL_TARGETS, TablesFlags, TestFlags
 from krr_st.published import load_published
 from krr_st.table_layouts import LAYOUTS, Layout, collect, places
 from krr_st.table_runs import estimate, forward_flops, missing_jobs
+from krr_st.transfer import cell_settings, load_pretraining
+from utils import checkpoint
 from utils.cells import CellStore
 from utils.errors import UserError
 from utils.jobs import run_missing
@@ -224,6 +227,36 @@ def test_seeds_of_different_sets_are_not_averaged():
     new = [cell("krr_st", "dogs", s, 2.0, synthetic_set="new") for s in range(2)]
     assert collect(LAYOUT, [*old, *new])["krr_st", "base", "dogs"] == new
     assert collect(LAYOUT, [*new, *old])["krr_st", "base", "dogs"] == old
+
+
+def test_a_replaced_set_is_measured_again(log, tmp_path):
+    layout = Layout("cifar100", ("scratch", "krr_st"), ("base",), ("dogs",))
+    flags = TablesFlags(log_dir=tmp_path, num_test=1, synthetic_data_dir=tmp_path / "sets")
+    place = tmp_path / "sets/cifar100/krr_st"
+
+    def write(value):
+        checkpoint.save(torch.full((4, 3, 32, 32), value), place / "x_syn.pt")
+        checkpoint.save(torch.zeros(4, 5), place / "y_syn.pt")
+
+    def measure():  # as test.py files it
+        test = TestFlags("cifar100", method="krr_st", synthetic_data_dir=tmp_path / "sets")
+        settings = cell_settings(test, "krr_st", BASE, 32, load_pretraining(test, 32, BASE))
+        log(cell("krr_st", "dogs", 0, 1.0, synthetic_set=settings["synthetic_set"]))
+
+    def missing():
+        return [job.name.split(": ")[1].split(",")[0] for job in missing_jobs(layout, flags)]
+
+    log(cell("scratch", "dogs", 0, 1.0))
+    write(0.0)
+    assert missing() == ["krr_st"]
+    measure()
+    assert missing() == []
+    write(1.0)
+    assert missing() == ["krr_st"]
+    measure()
+    assert missing() == []
+    shutil.rmtree(place)  # what was measured counts where no set says otherwise
+    assert missing() == []
 
 
 def test_interrupted_run_goes_on_without_repeating_or_losing(log, stand_in, capsys):
