@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torchvision import datasets
@@ -110,10 +111,29 @@ def _pixels_last(images: np.ndarray) -> np.ndarray:
     return images
 
 
+class _Listed(NamedTuple):
+    """Files and labels of a torchvision split, and the names of its classes."""
+
+    pairs: list[tuple[str, int]]
+    classes: list[Any]
+
+
+def _listed(kind: Callable[..., Any], *args: Any, **options: Any) -> _Listed:
+    """What a torchvision class lists, without opening the pictures."""
+    if "loader" in inspect.signature(kind).parameters:
+        dataset = kind(*args, loader=str, **options)
+        pairs = [dataset[i] for i in range(len(dataset))]
+    else:  # torchvision 0.21 opens the pictures itself; only its private lists have the paths
+        dataset = kind(*args, **options)
+        pairs = getattr(dataset, "_samples", None)
+        pairs = pairs or list(zip(dataset._image_files, dataset._labels, strict=True))
+    return _Listed(pairs, list(getattr(dataset, "classes", [])))
+
+
 def _file_set(
     name: str,
     inside: str,
-    build: Callable[[Path, str, bool], Any],
+    build: Callable[[Path, str, bool], _Listed],
     splits: dict[str, tuple[str, ...]],
 ) -> Callable[[Path, bool], Source]:
     """Reader of a torchvision class that lists picture files.
@@ -121,8 +141,7 @@ def _file_set(
     Args:
         name: of the set.
         inside: what the root folder has to hold.
-        build: (root, torchvision's split, download) -> dataset made with `loader=str`, so that
-            an item is (path, label).
+        build: (root, torchvision's split, download) -> what it lists.
         splits: our split -> torchvision's splits, put one after the other.
     """
 
@@ -133,23 +152,28 @@ def _file_set(
             files, labels = [], []
             for part in theirs:
                 with _one_line(name, root, inside, download):
-                    dataset = build(root, part, download)
-                    pairs = [dataset[i] for i in range(len(dataset))]
-                files += [Path(path) for path, _ in pairs]
-                labels += [int(label) for _, label in pairs]
+                    listed = build(root, part, download)
+                files += [Path(path) for path, _ in listed.pairs]
+                labels += [int(label) for _, label in listed.pairs]
             require_pictures(files, f"the {split} list of {root / inside}")
             found[split] = (files, labels)
-        names = [n if isinstance(n, str) else n[0] for n in dataset.classes]
+        names = [n if isinstance(n, str) else n[0] for n in listed.classes]
         return file_source(f"torchvision {name}", names, **found)
 
     return read
 
 
-def _imagenette(root: Path, split: str, download: bool) -> Any:
+def _imagenette(root: Path, split: str, download: bool) -> _Listed:
     """The largest of the three releases that is there; --download takes the 320-pixel one."""
     sizes = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
     size = next((size for size, inside in sizes.items() if (root / inside).is_dir()), "320px")
-    return datasets.Imagenette(root, split, size, download=download, loader=str)
+    return _listed(datasets.Imagenette, root, split, size, download=download)
+
+
+def _flowers(root: Path, split: str, download: bool) -> _Listed:
+    """With numbers for names where torchvision (0.21) has none."""
+    listed = _listed(datasets.Flowers102, root, split, download=download)
+    return listed if listed.classes else listed._replace(classes=[str(i + 1) for i in range(102)])
 
 
 def read_imagewoof(raw: Path, download: bool) -> Source:
@@ -189,15 +213,13 @@ read_cifar100 = _array_set(
 # 6667 pictures of train and val together, as usual for this benchmark; 3333 for test.
 read_aircraft = _file_set(
     "FGVC-Aircraft", "fgvc-aircraft-2013b",
-    lambda root, split, get: datasets.FGVCAircraft(root, split, download=get, loader=str),
+    lambda root, split, get: _listed(datasets.FGVCAircraft, root, split, download=get),
     {"train": ("trainval",), "test": ("test",)},
 )  # fmt: skip
 # 1020 + 1020 pictures of train and val together, 6149 for test.
 read_flowers = _file_set(
-    "Flowers-102", "flowers-102",
-    lambda root, split, get: datasets.Flowers102(root, split, download=get, loader=str),
-    {"train": ("train", "val"), "test": ("test",)},
-)  # fmt: skip
+    "Flowers-102", "flowers-102", _flowers, {"train": ("train", "val"), "test": ("test",)}
+)
 read_imagenette = _file_set(
     "Imagenette", "imagenette2-320", _imagenette, {"train": ("train",), "test": ("val",)}
 )

@@ -165,8 +165,8 @@ def test_grey_images_and_gradients(tmp_path):
     x = torch.randn(2, 1, 8, 8, requires_grad=True)
     colour = load(f"hf:{tmp_path}", stats=Stats((0.5,) * 3, (0.25,) * 3))
     assert torch.allclose(grey(x), colour(x.expand(-1, 3, -1, -1)), atol=1e-6)
-    grey(x).sum().backward()
-    assert x.grad.abs().sum() > 0
+    grey(x)[:, 0].sum().backward()  # all of them always sum to zero after a LayerNorm
+    assert x.grad.abs().sum() > 1e-3
 
 
 class Bomb:
