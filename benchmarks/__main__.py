@@ -3,7 +3,7 @@
     python -m benchmarks [--repeats 5] [--out benchmarks/results/NAME.json] [--quick]
 
 The sides of each ratio take turns, on a CPU each in a process of its own (seven at once, about
-10 GB). Nothing else should run on the machine.
+10 GB; the loader's two share one). Nothing else should run on the machine.
 """
 
 from __future__ import annotations

@@ -21,6 +21,8 @@ def synchronize(device: torch.device) -> None:
     """Wait for what is queued on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def medians(
@@ -84,7 +86,7 @@ def contest(
     """Forms against the plain one, in turns, after a call each to warm up.
 
     On a CPU each has a process of its own, so that none finds memory that another has kept, and the
-    plain form runs twice: as Python starts, and with freed memory kept.
+    plain form runs twice: as Python starts, and with freed memory kept (where that can be had).
 
     Args:
         plain: as in Side.
@@ -98,13 +100,14 @@ def contest(
     """
     sides = {"plain": Side(plain, keep_memory=False), KEPT: Side(plain)}
     sides |= {name: Side(make) for name, make in ours.items()}
-    if device.type != "cpu":
+    if device.type != "cpu" or not keep_freed_memory():  # glibc alone can
         del sides[KEPT]
+    if device.type != "cpu":
         runs = {name: side.make() for name, side in sides.items()}
         for run in runs.values():
             run()
         turns = [{n: seconds(r, device, calls) for n, r in runs.items()} for _ in range(repeats)]
-        peaks = {name: peak_on_cuda(run, device) for name, run in runs.items()}
+        peaks = {name: peak_of_call(run, device) for name, run in runs.items()}
     else:
         with Players(sides, device, calls) as players:
             for name in sides:
@@ -185,8 +188,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
     return 2 * size**3 / seconds
 
 
-def peak_on_cuda(run: Callable[[], Any], device: torch.device) -> int:
-    """Largest memory allocated during one call."""
+def peak_of_call(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Largest memory allocated on a CUDA device during one call; None on others."""
+    if device.type != "cuda":
+        return None
     torch.cuda.reset_peak_memory_stats(device)
     run()
     synchronize(device)

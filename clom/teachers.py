@@ -176,8 +176,8 @@ def load_family(
 def load_foundation(name: str, *, alpha: float, given: Space, device: torch.device) -> Family:
     """Load `hf:NAME_OR_FOLDER` for images of the space `given`.
 
-    Images are de-normalised, made three-channel, resized (antialiased, differentiable) to the
-    model's input size and normalised with the model's own statistics.
+    Images are de-normalised, given the model's number of channels, resized (antialiased,
+    differentiable) to its input size and normalised with its own statistics.
 
     Args:
         name: with its prefix.
@@ -189,7 +189,7 @@ def load_foundation(name: str, *, alpha: float, given: Space, device: torch.devi
         UserError: as `models.foundation.load_hf`.
     """
     found = load_hf(name.removeprefix(PREFIX))
-    own = Space(Stats(found.mean, found.std), 3, found.size)
+    own = Space.of(Stats(found.mean, found.std), found.size)
     teacher = Teacher(found.network, own, given, found.mode)
     return Family(name, alpha, (teacher.to(device),))
 

@@ -19,6 +19,12 @@ class Space:
     channels: int
     size: tuple[int, int]
 
+    @classmethod
+    def of(cls, stats: Stats, size: tuple[int, ...]) -> Space:
+        """As many channels as the statistics have."""
+        height, width = size
+        return cls(stats, len(stats.mean), (height, width))
+
 
 def convert(x: Tensor, source: Space, target: Space, mode: str = "bilinear") -> Tensor:
     """Bring normalised images from one space into another, differentiably.

@@ -15,9 +15,8 @@ from data.load import ImageSet
 from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
 from evaluation.protocols import outputs
-from evaluation.recipes import Recipe
 from krr_st.baselines import kmeans_indices
-from krr_st.linear_eval import linear_evaluation
+from krr_st.linear_eval import LinearEvaluations
 from krr_st.loss import krr_loss
 from krr_st.pool import ModelPool
 from krr_st.views import RealBatch, TargetFunction, Targets
@@ -54,6 +53,8 @@ class Distiller:
         precision: of the networks; the kernel solve and the updates are in float32 or better.
         group: the processes that share the real batch; each averages its gradients with the rest.
         compile: compile the networks' passes.
+        target_sample: the target model's features (D,) of one fixed image, by which a saved state
+            knows its target model.
 
     Source: Lee et al., arXiv 2310.06511, alg. 1.
     """
@@ -76,7 +77,9 @@ class Distiller:
         lr_y: float | None = None,
         group: Group = ALONE,
         compile: bool = False,
+        target_sample: Tensor | None = None,
     ) -> None:
+        self.target_sample = target_sample
         self.x_syn = x_syn.clone().requires_grad_()
         self.y_syn = y_syn.clone().requires_grad_()
         self.targets, self.pool, self.loader = targets, pool, loader
@@ -123,10 +126,21 @@ class Distiller:
             "schedule": self.schedule.state_dict(),
             "pool": self.pool.state_dict(),
             "loader": self.loader.state_dict(),
+            "target_sample": self.target_sample,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Put back what `state_dict` gave.
+
+        Raises:
+            ValueError: it belongs to another target model.
+        """
+        before, now = state.get("target_sample"), self.target_sample
+        if before is not None and now is not None:
+            # Not bit by bit: the run may have moved to another device.
+            now = now.to(before)
+            if now.shape != before.shape or (now - before).norm() > 0.05 * before.norm():
+                raise ValueError("the target model gives other features than before")
         with torch.no_grad():
             self.x_syn.copy_(state["x_syn"])
             self.y_syn.copy_(state["y_syn"])
@@ -198,16 +212,12 @@ def real_loader(
 
 def distill(
     distiller: Distiller,
-    image_set: ImageSet,
     run: RunFolder,
     *,
     steps: int,
     print_every: int,
     save_every: str | int,
-    eval_every: int,
-    test_model: str,
-    pretraining: Recipe,
-    classifier: Recipe,
+    evaluations: LinearEvaluations,
     stats: Stats,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -215,15 +225,11 @@ def distill(
 
     Args:
         distiller: at its initial state; restored from the run's state if there is one.
-        image_set: the source, for evaluation and for its statistics.
         run: folder of log, state and results.
         steps: outer steps in all.
         print_every: steps between log lines.
         save_every: steps (or seconds: "300s") between saves of the set and of the run state.
-        eval_every: steps between linear evaluations (labelled sources only); one more at the end.
-        test_model: zoo-A network of the evaluations.
-        pretraining: how it is trained on the synthetic set.
-        classifier: how the linear classifier is trained.
+        evaluations: linear evaluations, the first process's.
         stats: what undoes the normalisation of X_s, for its picture.
         device: where to compute.
 
@@ -242,8 +248,8 @@ def distill(
     else:
         distiller.pool.warm_up(distiller.x_syn.detach(), distiller.y_syn.detach(), progress=first)
     run.truncate_log(start)
-    evaluations = [e for e in run.read_log() if "linear_accuracy" in e]
-    began = mark = time.perf_counter()
+    evaluations.made = [e for e in run.read_log() if "linear_accuracy" in e]
+    began = time.perf_counter()
     printed = start
     bar = tqdm(
         range(start + 1, steps + 1), desc="distilling", initial=start, total=steps,
@@ -251,29 +257,22 @@ def distill(
         disable=None if first else True, dynamic_ncols=True,
     )  # fmt: skip
 
-    def evaluates(step: int) -> bool:
-        return step == steps or (step > 0 and step % eval_every == 0)
-
     def evaluate(step: int) -> None:
-        """The linear evaluation that is due after this step, if any; all must be saved before."""
-        if not (first and evaluates(step)) or any(e["step"] == step for e in evaluations):
+        """The evaluation that is due after this step, if any; all must be saved before."""
+        if not (first and evaluations.due(step)):
             return
-        # Several processes leave together or not at all.
-        alone = distiller.group.ranks == 1
         where = f"in the evaluation after step {step} of {steps}"
-        with stop.at_once(where) if alone else nullcontext():
-            accuracy = linear_evaluation(
-                distiller.x_syn.detach(), distiller.y_syn.detach(), image_set,
-                arch=test_model, pretraining=pretraining, classifier=classifier,
-                device=device, seed=run.seed, step=step,
-            )  # fmt: skip
-        if accuracy is not None:
-            evaluations.append({"step": step, "linear_accuracy": accuracy})
-            run.log(**evaluations[-1])
-            bar.write(f"step {step}: linear accuracy {accuracy:.2f} %")
+        # Several processes leave together or not at all.
+        with stop.at_once(where) if distiller.group.ranks == 1 else nullcontext():
+            entry = evaluations.make(
+                step, distiller.x_syn.detach(), distiller.y_syn.detach(), run.seed
+            )
+        run.log(**entry)
+        bar.write(f"step {step}: linear accuracy {entry['linear_accuracy']:.2f} %")
 
     with StopRequest() as stop:
         evaluate(start)  # the last start may have been stopped in it
+        mark = time.perf_counter()
         for step in bar:
             rate = distiller.schedule.get_last_lr()[0]
             loss = distiller.step()
@@ -298,22 +297,22 @@ def distill(
                         flush=True,
                     )
                 mark = time.perf_counter()
-            if timer.due(step) or evaluates(step) or leaving:
+            if timer.due(step) or evaluations.due(step) or last or leaving:
                 guard.flush()
                 distiller.targets.flush()
                 if first:
                     save_set(distiller, run)
                     save_run(run.state_path, step, parts)
-            if evaluates(step):
-                evaluate(step)
-                mark = time.perf_counter()
             if leaving and not last:
                 bar.close()
                 stop.leave(f"after step {step} of {steps}")
+            if evaluations.due(step):
+                evaluate(step)
+                mark = time.perf_counter()
     results = {
         "steps": steps,
         "loss": window.mean(),
-        "linear_evaluations": evaluations,
+        "linear_evaluations": evaluations.made,
         "seconds": time.perf_counter() - began,
         "steps_in_this_start": steps - start,
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +22,53 @@ from utils.seed import derive_seed, local_seed, make_generator
 _CACHE_BYTES = 4 << 30
 
 
+@dataclass
+class LinearEvaluations:
+    """The linear evaluations of one run: when they are due, and what they gave.
+
+    Attributes:
+        image_set: the source; without labels none is ever due.
+        every: steps between them; one more at the end.
+        steps: length of the run.
+        arch: zoo-A network.
+        pretraining: how it is trained on the synthetic set.
+        classifier: how the linear layer is trained.
+        device: where to compute.
+        made: log entries of those that are made.
+    """
+
+    image_set: ImageSet
+    every: int
+    steps: int
+    arch: str
+    pretraining: Recipe
+    classifier: Recipe
+    device: torch.device
+    made: list[dict[str, Any]] = field(default_factory=list)
+
+    def due(self, step: int) -> bool:
+        """Whether one belongs after this step and is not made yet."""
+        wanted = step == self.steps or (step > 0 and step % self.every == 0)
+        return (
+            wanted and is_labelled(self.image_set)
+            and all(entry["step"] != step for entry in self.made)
+        )  # fmt: skip
+
+    def make(self, step: int, x_syn: Tensor, y_syn: Tensor, seed: int) -> dict[str, Any]:
+        """Evaluate the set after this step of the run with this seed; returns the log entry."""
+        accuracy = linear_evaluation(
+            x_syn, y_syn, self.image_set, arch=self.arch, pretraining=self.pretraining,
+            classifier=self.classifier, device=self.device, seed=seed, step=step,
+        )  # fmt: skip
+        self.made.append({"step": step, "linear_accuracy": accuracy})
+        return self.made[-1]
+
+
+def is_labelled(image_set: ImageSet) -> bool:
+    """Whether a classifier can be trained on the set."""
+    return image_set.num_classes is not None and image_set.train.labels is not None
+
+
 def linear_evaluation(
     x_syn: Tensor,
     y_syn: Tensor,
@@ -30,7 +80,7 @@ def linear_evaluation(
     device: torch.device,
     seed: int,
     step: int,
-) -> float | None:
+) -> float:
     """Accuracy in % of a linear classifier on frozen features of a freshly pre-trained network.
 
     Without a test split (imagenet at 64 pixels) the training split stands in.
@@ -46,13 +96,8 @@ def linear_evaluation(
         seed: of the run.
         step: of the run; each evaluation has its own random stream and leaves the others alone.
 
-    Returns:
-        None for an unlabelled source.
-
     Source: Lee et al., arXiv 2310.06511, sec. 4 (linear evaluation on the source).
     """
-    if image_set.num_classes is None or image_set.train.labels is None:
-        return None
     with local_seed(derive_seed(seed, "evaluation", step)):
         model = place(get_model(arch, image_set.img_shape, y_syn.shape[1]), device)
         linear = nn.Linear(model.num_features, image_set.num_classes).to(device)

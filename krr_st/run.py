@@ -18,6 +18,7 @@ from data.specs import Stats
 from evaluation.recipes import Recipe
 from krr_st.config import TrainFlags, resolve_preset
 from krr_st.distill import Distiller, distill, initial_set, real_loader
+from krr_st.linear_eval import LinearEvaluations, is_labelled
 from krr_st.pool import ModelPool
 from krr_st.target_model import load_target, resolve_checkpoint
 from krr_st.views import DTYPES, TargetFunction, Targets, make_targets, plan_views
@@ -120,7 +121,7 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group, held: ExitSt
     if run.finished:
         print(f"{run.path} holds the finished run of these flags; --overwrite runs it again")
         return 0
-    if image_set.num_classes is None:
+    if not is_labelled(image_set):
         print(f"{flags.data_name} has no labels: linear evaluation is skipped")
     elif image_set.test is None:
         print(f"{flags.data_name} has no test split: evaluations use the training images")
@@ -150,24 +151,40 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group, held: ExitSt
         wd=flags.outer_wd,
         grad_norm=flags.outer_grad_norm, steps=flags.outer_iteration, precision=flags.precision,
         group=group, compile=flags.compile,
+        target_sample=target_sample(represent, image_set, device),
     )  # fmt: skip
     results = distill(
-        distiller, image_set, run, steps=flags.outer_iteration, print_every=flags.print_every,
-        save_every=flags.save_every, eval_every=flags.eval_every, test_model=flags.test_model,
-        pretraining=Recipe(
-            "mse", flags.pre_opt, flags.pre_lr, flags.pre_wd, "constant",
-            flags.pre_batch_size, epochs=flags.pre_epoch,
-        ),
-        classifier=Recipe(
-            "cross_entropy", flags.test_opt, flags.test_lr, flags.test_wd, "constant",
-            flags.test_batch_size, steps=flags.test_iteration,
-        ),
-        stats=stats,
-        device=device,
+        distiller, run, steps=flags.outer_iteration, print_every=flags.print_every,
+        save_every=flags.save_every, evaluations=planned_evaluations(flags, image_set, device),
+        stats=stats, device=device,
     )  # fmt: skip
     run.finish(results)
     print(f"synthetic set: {run.path}/x_syn.pt, y_syn.pt; picture: {run.path}/x_syn.png")
     return 0
+
+
+def planned_evaluations(
+    flags: TrainFlags, image_set: ImageSet, device: torch.device
+) -> LinearEvaluations:
+    """The linear evaluations that the flags ask for."""
+    pretraining = Recipe(
+        "mse", flags.pre_opt, flags.pre_lr, flags.pre_wd, "constant", flags.pre_batch_size,
+        epochs=flags.pre_epoch,
+    )  # fmt: skip
+    classifier = Recipe(
+        "cross_entropy", flags.test_opt, flags.test_lr, flags.test_wd, "constant",
+        flags.test_batch_size, steps=flags.test_iteration,
+    )  # fmt: skip
+    return LinearEvaluations(
+        image_set, flags.eval_every, flags.outer_iteration, flags.test_model, pretraining,
+        classifier, device,
+    )  # fmt: skip
+
+
+def target_sample(represent: TargetFunction, image_set: ImageSet, device: torch.device) -> Tensor:
+    """The target's features (D,) of the first training image: what it computes, wherever from."""
+    x = normalize(to_float(image_set.train.images[:1]), image_set.stats).to(device)
+    return represent(x.expand(16, -1, -1, -1))[0].float()
 
 
 def open_run(
@@ -213,11 +230,9 @@ def make_run_targets(
     print(f"targets: {plan.kind} ({plan.why})")
     about = {}
     if plan.kind == "file":
-        x = normalize(to_float(images[:1]), image_set.stats).to(device)
         about = {
             "target_model": flags.target_model,
-            # What the network computes, wherever its weights came from.
-            "target": checkpoint.fingerprint(represent(x.expand(16, -1, -1, -1))[0]),
+            "target": checkpoint.fingerprint(target_sample(represent, image_set, device)),
             "images": checkpoint.fingerprint(images),
             "stats": [image_set.stats.mean, image_set.stats.std],
             "pad": pad, "hflip": image_set.hflip, "precision": flags.precision,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from krr_st.config import FULL_TARGETS, PRESETS
@@ -75,18 +77,22 @@ def network(layout: Layout, model: str) -> str:
 
 
 def collect(
-    layout: Layout, cells: list[Cell], steps_scale: float | None = None
+    layout: Layout,
+    cells: list[Cell],
+    steps_scale: float | None = None,
+    sets: Mapping[str, str | None] = MappingProxyType({}),
 ) -> dict[Key, list[Cell]]:
     """The cells that belong to each place of the table, one a seed (the latest).
 
     A place is matched by source, method, network, target, protocol and label budget. Cells of
-    other synthetic sets, teachers or lengths are not mixed: those of the latest cell count, and of
-    all lengths the one nearest to the published.
+    other synthetic sets, teachers or lengths are not mixed: those of the method's present set
+    count, else of the latest cell, and of all lengths the one nearest to the published.
 
     Args:
         layout: of the table.
         cells: oldest first.
         steps_scale: take only this length.
+        sets: method -> fingerprint of its present synthetic set, where there is one.
     """
     found: dict[Key, dict[tuple, dict[int, Cell]]] = {}
     for cell in cells:
@@ -105,11 +111,12 @@ def collect(
                 groups = found.setdefault((cell["method"], model, cell["target"]), {})
                 group = groups.pop(_origin(cell), {})
                 groups[_origin(cell)] = {**group, cell["seed"]: cell}  # the latest group is last
-    return {
-        key: [by_seed[s] for s in sorted(by_seed)]
-        for key, groups in found.items()
-        for by_seed in [groups[min(reversed(groups), key=lambda origin: abs(origin[0] - 1))]]
-    }
+    chosen = {}
+    for key, groups in found.items():
+        present = sets.get(key[0])
+        best = min(reversed(groups), key=lambda o: (o[1] != present, abs(o[0] - 1)))
+        chosen[key] = [groups[best][seed] for seed in sorted(groups[best])]
+    return chosen
 
 
 def _origin(cell: Cell) -> tuple:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def missing_jobs(layout: Layout, flags: TablesFlags) -> list[Job]:
 
     Cells of a synthetic set that has been replaced since do not count.
     """
-    sets = {m: current_set(flags.synthetic_data_dir / layout.source / m) for m in layout.methods}
+    sets = present_sets(layout, flags.synthetic_data_dir)
     cells = [
         cell for cell in read_cells(flags.log_dir / "results.jsonl")
         if sets.get(cell.get("method")) in (None, cell.get("synthetic_set"))
@@ -86,13 +87,14 @@ def missing_jobs(layout: Layout, flags: TablesFlags) -> list[Job]:
     ]
 
 
-def current_set(folder: Path) -> str | None:
-    """The fingerprint that cells of the synthetic set in `folder` carry; None without a set."""
-    try:
-        synthetic = SyntheticSet.load(folder)
-    except UserError:
-        return None
-    return fingerprint(synthetic.images, synthetic.targets)
+def present_sets(layout: Layout, folder: Path) -> dict[str, str]:
+    """Method -> the fingerprint that cells of its synthetic set carry, where there is one."""
+    found = {}
+    for method in layout.methods:
+        with contextlib.suppress(UserError):  # none, or a damaged one: its job will say so
+            synthetic = SyntheticSet.load(folder / layout.source / method)
+            found[method] = fingerprint(synthetic.images, synthetic.targets)
+    return found
 
 
 def run_job(

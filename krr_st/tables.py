@@ -10,13 +10,14 @@ on one node or several, shares the work.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from krr_st.config import TablesFlags
 from krr_st.published import load_published
 from krr_st.table_layouts import LAYOUTS, Cell, Layout, collect, places
-from krr_st.table_runs import missing_jobs
+from krr_st.table_runs import missing_jobs, present_sets
 from utils import cli
 from utils.cells import read_cells
 from utils.errors import entry_point, pick
@@ -27,9 +28,15 @@ from utils.paper_table import NOTE, Entry, Published, write_table
 from utils.table import mean_std
 
 
-def entries(name: str, layout: Layout, cells: list[Cell], published: Published) -> list[Entry]:
-    """One entry a place, with the accuracies of its seeds."""
-    found = collect(layout, cells)
+def entries(
+    name: str,
+    layout: Layout,
+    cells: list[Cell],
+    published: Published,
+    sets: Mapping[str, str] = MappingProxyType({}),
+) -> list[Entry]:
+    """One entry a place, with the accuracies of its seeds; `sets` as in `collect`."""
+    found = collect(layout, cells, sets=sets)
     made = []
     for place in places(layout):
         mine = found.get(place.key, [])
@@ -51,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     published = load_published(flags.published)
     if flags.run:
         run_missing(lambda: missing_jobs(layout, flags), Claims(flags.log_dir / "claims"))
-    table = entries(flags.table, layout, read_cells(flags.log_dir / "results.jsonl"), published)
+    cells = read_cells(flags.log_dir / "results.jsonl")
+    sets = present_sets(layout, flags.synthetic_data_dir)
+    table = entries(flags.table, layout, cells, published, sets)
     stem = flags.log_dir / f"table_{flags.table}"
     write_table(table, stem)
     print(f"test accuracy in %, source {layout.source}, {layout.protocol}; {NOTE}")

@@ -59,8 +59,8 @@ class ForeignTarget(nn.Module):
     def __init__(self, found: Foundation, img_shape: tuple[int, int, int], stats: Stats) -> None:
         super().__init__()
         self.network, self.dim, self.mode = found.network, found.dim, found.mode
-        self.given = Space(stats, img_shape[0], tuple(img_shape[1:]))
-        self.own = Space(Stats(found.mean, found.std), 3, found.size)
+        self.given = Space.of(stats, img_shape[1:])
+        self.own = Space.of(Stats(found.mean, found.std), found.size)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) normalised images -> (B, dim)."""

@@ -7,6 +7,7 @@ their input size and normalised with their own mean and std.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,8 @@ from utils.seed import local_seed
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _BILINEAR = 2  # PIL's number
+# How weights of a vision-language model begin that its image side does without.
+_NOT_OF_IMAGES = ("text", "logit", "multimodal", "image_to_mm", "itm", "mm_text")
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,10 @@ class Foundation:
     """A network from elsewhere, in eval mode.
 
     Attributes:
-        network: (B, 3, *size) normalised with mean and std -> (B, dim) features.
+        network: (B, 1 or 3, *size) normalised with mean and std -> (B, dim) features.
         dim: width of the features.
         size: (height, width) of its images.
-        mean: of each channel, for pixels in [0, 1].
+        mean: of each of its channels, for pixels in [0, 1].
         std: the same.
         mode: how images are resized, bilinear or bicubic.
     """
@@ -64,10 +67,10 @@ class ImageTower(nn.Module):
         self.joint = hasattr(model, "get_image_features")
         if self.joint and hasattr(model, "text_model"):
             model.text_model = nn.Identity()  # never asked; its weights would only take memory
-        self.masked = hasattr(model.config, "mask_ratio")
+        self.masked = model.config.model_type == "vit_mae"
         if self.masked:
             model.config.mask_ratio = 0.0
-        needed = {key for key in missing if not self.joint or key.startswith("vis")}
+        needed = {key for key in missing if not (self.joint and key.startswith(_NOT_OF_IMAGES))}
         # Checkpoints of classifiers have no pooler: a random one would be no pre-trained feature.
         self.pooled = not any(key.startswith("pooler.") for key in needed)
         needed = {k for k in needed if not k.startswith("pooler.") and not k.endswith("mask_token")}
@@ -143,11 +146,9 @@ def load_hf(name: str) -> Foundation:
     processor = _processor(source, local, options, where)
     size = _input_size(processor, getattr(model.config, "vision_config", model.config))
     mean, std = _processor_stats(processor, where)
+    dim = _feature_width(network, (len(mean), *size), where)
     bilinear = getattr(processor, "resample", None) == _BILINEAR
-    return Foundation(
-        network, _feature_width(network, size, where), size, mean, std,
-        "bilinear" if bilinear else "bicubic",
-    )  # fmt: skip
+    return Foundation(network, dim, size, mean, std, "bilinear" if bilinear else "bicubic")
 
 
 def _refuse(what: str, error: Exception) -> NoReturn:
@@ -156,14 +157,14 @@ def _refuse(what: str, error: Exception) -> NoReturn:
     raise UserError(f"{what} ({type(error).__name__}: {lines[0][:300]})") from None
 
 
-def _feature_width(network: nn.Module, size: tuple[int, int], where: str) -> int:
+def _feature_width(network: nn.Module, img_shape: tuple[int, int, int], where: str) -> int:
     """Width of the features, found by two passes over noise, which must agree."""
-    noise = torch.randn((2, 3, *size), generator=torch.Generator().manual_seed(0))
+    noise = torch.randn((2, *img_shape), generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
             once, again = network(noise), network(noise)
     except Exception as error:  # whatever a network raises on inputs it is not made for
-        _refuse(f"{where} cannot take images of {size[0]} x {size[1]}", error)
+        _refuse(f"{where} cannot take images of {img_shape[1]} x {img_shape[2]}", error)
     if not once.isfinite().all():
         raise UserError(f"{where}: its features are not finite; the checkpoint is damaged")
     if once.dim() != 2 or not torch.allclose(once, again, atol=1e-4, rtol=1e-3):
@@ -209,19 +210,20 @@ def _processor_stats(
     """Mean and std of pixels in [0, 1] that amount to the processor's rescaling and normalising."""
     if processor is None:
         return IMAGENET
-    white = 255 * processor.rescale_factor if getattr(processor, "do_rescale", True) else 1.0
-    if not getattr(processor, "do_normalize", True):
-        return (0.0,) * 3, (1 / white,) * 3
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
+    if not getattr(processor, "do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    factor = processor.rescale_factor if getattr(processor, "do_rescale", True) else 1 / 255
     try:
-        mean, std = (tuple(float(v) / white for v in values) for values in (mean, std))
-        if len(mean) == len(std) == 3:
-            return mean, std
-    except TypeError:
+        shift, scale = (tuple(float(v) / (255 * factor) for v in values) for values in (mean, std))
+        fit = len(shift) == len(scale) in (1, 3) and all(0 < v < math.inf for v in scale)
+        if fit and all(map(math.isfinite, shift)):
+            return shift, scale
+    except (TypeError, ValueError, ZeroDivisionError):
         pass
     raise UserError(
-        f"{where}: its image processor has image_mean {mean} and image_std {std}; expected three "
-        "numbers each"
+        f"{where}: its image processor has image_mean {mean}, image_std {std} and rescale_factor "
+        f"{factor}; expected one or three numbers each, and positive ones of the last two"
     )
 
 
@@ -260,6 +262,6 @@ def load_torchvision(name: str, path: Path | None = None) -> Foundation:
     recipe = weights.transforms()
     size = recipe.crop_size[0], recipe.crop_size[-1]
     return Foundation(
-        network, _feature_width(network.eval(), size, where), size, tuple(recipe.mean),
+        network, _feature_width(network.eval(), (3, *size), where), size, tuple(recipe.mean),
         tuple(recipe.std), "bilinear" if recipe.interpolation.value == "bilinear" else "bicubic",
     )  # fmt: skip

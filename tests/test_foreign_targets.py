@@ -169,6 +169,33 @@ def test_grey_images_and_gradients(tmp_path):
     assert x.grad.abs().sum() > 1e-3
 
 
+def test_networks_of_one_channel(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**SMALL, intermediate_size=16, num_channels=1)
+    network = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    network.save_pretrained(tmp_path)
+    own = {"image_mean": [0.4], "image_std": [0.3], **PROCESSORS["vit"]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(own))
+    grey, x = load(f"hf:{tmp_path}", shape=(1, 16, 16), stats=Stats((0.5,), (0.25,))), draw_grey()
+    with torch.no_grad():
+        wanted = network(pixel_values=(x * 0.25 + 0.5 - 0.4) / 0.3).last_hidden_state[:, 0]
+        assert torch.allclose(grey(x), wanted, atol=1e-5)
+
+
+def draw_grey():
+    return torch.randn(2, 1, 16, 16)
+
+
+def test_masked_pretraining_is_not_taken_for_a_masked_autoencoder(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.HieraConfig(
+        image_size=[32, 32], embed_dim=8, depths=[1, 1], num_heads=[1, 1], masked_unit_size=[2, 2],
+        query_stride=[2, 2], num_query_pool=1,
+    )  # fmt: skip
+    transformers.HieraModel(config).save_pretrained(tmp_path)
+    assert load(f"hf:{tmp_path}")(torch.randn(3, *SHAPE)).shape == (3, 16)
+
+
 class Bomb:
     def __reduce__(self):
         return Path.touch, (Path("exploded"),)
@@ -215,9 +242,15 @@ def test_broken_weights_and_processors_are_one_line(workspace):
     network = save("vit", workspace / "m")
     path, whole = Path("m/preprocessor_config.json"), network.state_dict()
     given = json.loads(path.read_text())
-    for value in (0.5, None):
+    for value in (0.5, None, ["a", "b", "c"], [0.5, 0.5], [0.5, 0.5, float("nan")]):
         path.write_text(json.dumps({**given, "image_mean": value}))
-        with pytest.raises(UserError, match=f"hf:m: its image processor has image_mean {value}"):
+        with pytest.raises(UserError, match="hf:m: its image processor has image_mean") as error:
+            load("hf:m")
+        shown = tuple(value) if isinstance(value, list) else value
+        assert f"image_mean {shown}, image_std" in str(error.value)
+    for change in ({"image_std": [0, 0.5, 0.5]}, {"rescale_factor": 0}, {"rescale_factor": None}):
+        path.write_text(json.dumps({**given, **change}))
+        with pytest.raises(UserError, match=r"hf:m: its image processor has .* rescale_factor"):
             load("hf:m")
     path.write_text(json.dumps(given))
     network.save_pretrained("m", state_dict={k: v * torch.nan for k, v in whole.items()})

@@ -15,7 +15,7 @@ import train
 import train_original_models
 from clom.distribution_matching import DistributionMatching
 from data.loader import TensorLoader
-from krr_st import distill, kd_teacher, target
+from krr_st import distill, kd_teacher, linear_eval, target
 from krr_st.target_model import Representation
 from utils import checkpoint
 from utils.errors import entry_point
@@ -125,12 +125,12 @@ def test_a_linear_evaluation_is_not_waited_for(inputs, monkeypatch, capsys, call
             ended.append(1)
         return linear_evaluation(*args, **more)
 
-    calls, linear_evaluation = [], distill.linear_evaluation
+    calls, linear_evaluation = [], linear_eval.linear_evaluation
     monkeypatch.chdir(inputs / "whole")
     assert train.main(flags) == 0
     monkeypatch.chdir(inputs / "stopped")
     with monkeypatch.context() as patch:
-        patch.setattr(distill, "linear_evaluation", evaluation)
+        patch.setattr(linear_eval, "linear_evaluation", evaluation)
         assert train.main(flags) == CODES[signal.SIGTERM]
     assert not ended
     line = f"stopped in the evaluation after step {4 * call} of 8 by SIGTERM"
@@ -143,6 +143,33 @@ def test_a_linear_evaluation_is_not_waited_for(inputs, monkeypatch, capsys, call
     whole, stopped = (found["linear_evaluations"] for found in results)
     assert whole == stopped and [e["step"] for e in whole] == [4, 8]
     assert results[0]["loss"] == results[1]["loss"]
+
+
+def test_another_target_model_is_refused(inputs, monkeypatch, capsys):
+    monkeypatch.chdir(inputs / "stopped")
+    command, flags, step, _ = COMMANDS["train"]
+    with monkeypatch.context() as patch:
+        signal_at(patch, *step, signal.SIGTERM)
+        assert command.main(flags.split()) == CODES[signal.SIGTERM]
+    path = f"teacher_ckpt/barlow_twins_{NET}_tiny.pt"
+    state = checkpoint.load(path)
+    checkpoint.save({k: v.flip(0) if v.dim() == 4 else v for k, v in state.items()}, path)
+    capsys.readouterr()
+    assert command.main(flags.split()) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "state.pt" in line and "the target model gives other features than before" in line
+    checkpoint.save(state, path)
+    assert command.main(flags.split()) == 0
+
+
+def test_nothing_to_evaluate_is_no_reason_to_leave(inputs, monkeypatch):
+    """A signal in the last step of a run on unlabelled images: the run is finished."""
+    monkeypatch.chdir(inputs / "stopped")
+    for path in Path("datasets/tiny").glob("Y_*"):
+        path.unlink()
+    signal_at(monkeypatch, distill.Distiller, "step", signal.SIGTERM, call=8)
+    assert train.main(COMMANDS["train"][1].split()) == 0
+    assert json.loads(Path("results/run/results.json").read_text())["steps"] == 8
 
 
 def test_a_second_ctrl_c_ends_at_once():

@@ -12,10 +12,10 @@ from krr_st import table_runs, tables
 from krr_st.config import FULL_TARGETS, TablesFlags, TestFlags
 from krr_st.published import load_published
 from krr_st.table_layouts import LAYOUTS, Layout, collect, places
-from krr_st.table_runs import estimate, forward_flops, missing_jobs
+from krr_st.table_runs import estimate, forward_flops, missing_jobs, present_sets
 from krr_st.transfer import cell_settings, load_pretraining
 from utils import checkpoint
-from utils.cells import CellStore
+from utils.cells import CellStore, read_cells
 from utils.errors import UserError
 from utils.jobs import run_missing
 from utils.locks import Claims
@@ -255,6 +255,11 @@ def test_a_replaced_set_is_measured_again(log, tmp_path):
     assert missing() == ["krr_st"]
     measure()
     assert missing() == []
+    write(0.0)  # back again: what is known of it is shown, though other cells are later
+    assert missing() == []
+    cells, sets = read_cells(tmp_path / "results.jsonl"), present_sets(layout, tmp_path / "sets")
+    (one,) = collect(layout, cells, sets=sets)["krr_st", "base", "dogs"]
+    assert one["synthetic_set"] == cells[1]["synthetic_set"] != cells[2]["synthetic_set"]
     shutil.rmtree(place)  # what was measured counts where no set says otherwise
     assert missing() == []
 

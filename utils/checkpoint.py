@@ -129,10 +129,14 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
     except Exception as error:  # the readers below torch.load raise a dozen types on a torn file
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         if is_out_of_memory(error):
-            raise UserError(
-                f"{what} {path} does not fit into the memory, or is damaged ({reason})"
-            ) from None
+            raise _too_large(what, path, error) from None
         raise UserError(f"{what} {path} is truncated or not a torch file ({reason})") from None
+
+
+def _too_large(what: str, path: Path | str, error: BaseException) -> UserError:
+    wanted = re.search(r"(tried to allocate|unable to mmap) (\d+) bytes", str(error))
+    shown = f" ({wanted[2]} bytes were asked for)" if wanted else ""
+    return UserError(f"{what} {path} does not fit into the memory{shown}, or is damaged")
 
 
 def check_sums(path: Path | str, *, what: str = "file") -> None:
@@ -146,6 +150,8 @@ def check_sums(path: Path | str, *, what: str = "file") -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             torn = archive.testzip()
+    except MemoryError as error:
+        raise _too_large(what, path, error) from None
     except Exception as error:  # zipfile raises half a dozen types on a damaged header
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{what} {path} is damaged ({reason})") from None

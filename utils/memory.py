@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,7 +54,8 @@ def keep_freed_memory(keep: bool = True) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host could not give memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError)
+        and re.search(r"can't allocate memory|Cannot allocate memory", str(error)) is not None
     )
 
 
