@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from clom.distillers import Distiller
 from clom.real import RealImages
 from utils.errors import UserError
 from utils.finite import FiniteGuard
+from utils.progress import Progress
 from utils.resume import has_state, load_run, read_state, save_run
 from utils.runlog import LossWindow, RunFolder
 from utils.saving import SaveTimer
@@ -115,11 +115,8 @@ def run_experiment(
     offset = experiment * (schedule.steps + 1)  # log steps go on growing over experiments
     run.truncate_log(offset + start)
     accuracies = logged_accuracies(run, offset + start)
-    began = mark = time.perf_counter()
-    bar = tqdm(
-        total=schedule.steps, initial=start, desc=f"experiment {experiment}",
-        disable=None, dynamic_ncols=True,
-    )  # fmt: skip
+    began = time.perf_counter()
+    progress = Progress(f"experiment {experiment}", "iteration", start, schedule.steps)
     timer, saved = SaveTimer(schedule.save_every), start
     with StopRequest() as stop:
         for step in range(start, schedule.steps + 1):
@@ -128,10 +125,10 @@ def run_experiment(
                 if saved != step:
                     save_run(run.state_path, step, parts, experiment=experiment)
                     saved = step
-                with stop.at_once(f"in the evaluation after iteration {step} of {schedule.steps}"):
+                where = f"in the evaluation after iteration {step} of {schedule.steps}"
+                with progress.paused(), stop.at_once(where):
                     accuracies = evaluate(step, distiller.x_syn.detach())
                 run.log(step=offset + step, experiment=experiment, iteration=step, test=accuracies)
-                mark = time.perf_counter()
             if step == schedule.steps:
                 break
             try:
@@ -142,39 +139,26 @@ def run_experiment(
             for name, window in windows.items():
                 window.add(losses[name])
             done = step + 1
-            bar.update()
+            progress.advance()
             if done % schedule.print_every == 0 or done == schedule.steps:
-                now = time.perf_counter()
                 means = {name: window.mean() for name, window in windows.items()}
-                speed = min(schedule.print_every, done - start) / (now - mark + 1e-9)
                 run.log(step=offset + done, experiment=experiment, iteration=done, **means)
-                _report(bar, done, schedule.steps, means, speed, distiller.clom is not None)
-                mark = time.perf_counter()
+                clom = "" if distiller.clom is None else f", CLoM {means['clom']:.4g}"
+                progress.report(done, f"loss {means['loss']:.4g}{clom}")
             if timer.due(done) or done == schedule.steps or stop:
                 guard.flush()
                 save_run(run.state_path, done, parts, experiment=experiment)
                 saved = done
             if stop:
-                bar.close()
+                progress.close()
                 stop.leave(f"after iteration {done} of {schedule.steps}")
-    bar.close()
+    progress.close()
     return {
         "images": distiller.x_syn.detach().cpu(),
         "labels": distiller.y_syn.cpu(),
         "accuracies": accuracies,
         "seconds": time.perf_counter() - began,
     }
-
-
-def _report(
-    bar: tqdm, done: int, steps: int, means: dict[str, float], speed: float, has_clom: bool
-) -> None:
-    """A progress bar where someone watches, else one line."""
-    shown = f"loss {means['loss']:.4g}" + (f", CLoM {means['clom']:.4g}" if has_clom else "")
-    bar.set_postfix_str(shown)
-    if bar.disable:
-        left = (steps - done) / speed
-        print(f"iteration {done}/{steps}: {shown}, {speed:.2g}/s, {left:.0f} s left", flush=True)
 
 
 def state_belongs(run: RunFolder, experiment: int) -> bool:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from data.augment import default_padding, denormalize, normalize, to_float
 from data.load import ImageSet
@@ -27,6 +26,7 @@ from utils.images import save_curve, save_grid
 from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule
 from utils.precision import autocast, compiled
+from utils.progress import Progress
 from utils.resume import has_state, load_run, save_run
 from utils.runlog import LossWindow, RunFolder
 from utils.saving import SaveTimer
@@ -250,12 +250,7 @@ def distill(
     run.truncate_log(start)
     evaluations.made = [e for e in run.read_log() if "linear_accuracy" in e]
     began = time.perf_counter()
-    printed = start
-    bar = tqdm(
-        range(start + 1, steps + 1), desc="distilling", initial=start, total=steps,
-        # None: no bar where nobody watches, lines instead.
-        disable=None if first else True, dynamic_ncols=True,
-    )  # fmt: skip
+    progress = Progress("distilling", "step", start, steps, bar=first)
 
     def evaluate(step: int) -> None:
         """The evaluation that is due after this step, if any; all must be saved before."""
@@ -263,40 +258,31 @@ def distill(
             return
         where = f"in the evaluation after step {step} of {steps}"
         # Several processes leave together or not at all.
-        with stop.at_once(where) if distiller.group.ranks == 1 else nullcontext():
+        leaving = stop.at_once(where) if distiller.group.ranks == 1 else nullcontext()
+        with progress.paused(), leaving:
             entry = evaluations.make(
                 step, distiller.x_syn.detach(), distiller.y_syn.detach(), run.seed
             )
         run.log(**entry)
-        bar.write(f"step {step}: linear accuracy {entry['linear_accuracy']:.2f} %")
+        progress.write(f"step {step}: linear accuracy {entry['linear_accuracy']:.2f} %")
 
     with StopRequest() as stop:
         evaluate(start)  # the last start may have been stopped in it
-        mark = time.perf_counter()
-        for step in bar:
+        for step in range(start + 1, steps + 1):
             rate = distiller.schedule.get_last_lr()[0]
             loss = distiller.step()
             guard.check(loss, step)
             window.add(loss)
+            progress.advance()
             last, printing = step == steps, step % print_every == 0
             # Several processes have to leave at the same step; agreeing costs a message.
             leaving = bool(stop) and distiller.group.ranks == 1
             if printing or last:
                 guard.flush()
                 leaving = distiller.group.any(bool(stop))
-                now = time.perf_counter()
-                speed, printed = (step - printed) / max(now - mark, 1e-9), step
                 mean = window.mean()
+                speed = progress.report(step, f"loss {mean:.4g}")
                 run.log(step=step, loss=mean, lr=rate, steps_per_second=speed)
-                bar.set_postfix(loss=f"{mean:.4g}")
-                if bar.disable:
-                    left = (steps - step) / speed
-                    print(
-                        f"step {step}/{steps}: loss {mean:.4g}, {speed:.1f} steps/s, "
-                        f"{left:.0f} s left",
-                        flush=True,
-                    )
-                mark = time.perf_counter()
             if timer.due(step) or evaluations.due(step) or last or leaving:
                 guard.flush()
                 distiller.targets.flush()
@@ -304,11 +290,10 @@ def distill(
                     save_set(distiller, run)
                     save_run(run.state_path, step, parts)
             if leaving and not last:
-                bar.close()
+                progress.close()
                 stop.leave(f"after step {step} of {steps}")
-            if evaluations.due(step):
-                evaluate(step)
-                mark = time.perf_counter()
+            evaluate(step)
+    progress.close()
     results = {
         "steps": steps,
         "loss": window.mean(),
