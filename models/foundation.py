@@ -87,8 +87,8 @@ class ImageTower(nn.Module):
         out = ask(pixel_values=x, **self._mask(x))
         if not isinstance(out, Tensor):
             pooled = getattr(out, "pooler_output", None) if self.pooled else None
-            out = self._from_positions(out.last_hidden_state) if pooled is None else pooled
-        return out.flatten(1)
+            out = out.last_hidden_state if pooled is None else pooled
+        return self._from_positions(out)
 
     def forward(self, x: Tensor) -> Tensor:
         """There are no logits; the same as `embed`."""
@@ -102,7 +102,9 @@ class ImageTower(nn.Module):
         return {"noise": torch.arange(patches, device=x.device).expand(len(x), -1)}
 
     def _from_positions(self, hidden: Tensor) -> Tensor:
-        """(B, T, D) tokens or (B, D, h, w) maps -> (B, D)."""
+        """(B, D) features, (B, T, D) tokens or (B, D, h, w) maps -> (B, D)."""
+        if hidden.dim() == 2:
+            return hidden
         if hidden.dim() == 4:
             return hidden.mean((2, 3))
         return hidden[:, 0] if self.has_token else hidden.mean(1)
@@ -144,7 +146,8 @@ def load_hf(name: str) -> Foundation:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     processor = _processor(source, local, options, where)
-    size = _input_size(processor, getattr(model.config, "vision_config", model.config))
+    parts = (getattr(model.config, name, None) for name in ("vision_config", "image_config"))
+    size = _input_size(processor, next((part for part in parts if part), model.config))
     mean, std = _processor_stats(processor, where)
     dim = _feature_width(network, (len(mean), *size), where)
     bilinear = getattr(processor, "resample", None) == _BILINEAR
