@@ -80,7 +80,7 @@ def collect(
     layout: Layout,
     cells: list[Cell],
     steps_scale: float | None = None,
-    sets: Mapping[str, str | None] = MappingProxyType({}),
+    sets: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[Key, list[Cell]]:
     """The cells that belong to each place of the table, one a seed (the latest).
 

@@ -23,7 +23,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _BILINEAR = 2  # PIL's number
 # How weights of a vision-language model begin that its image side does without.
-_NOT_OF_IMAGES = ("text", "logit", "multimodal", "image_to_mm", "itm", "mm_text")
+_NOT_OF_IMAGES = ("text", "logit", "multimodal", "image_to_mm")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """Files: read without running code, written whole or not at all, refused with what is wrong."""
 
+import errno
 import os
 import pickle
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 from utils import checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, entry_point
 from utils.images import save_curve, save_grid
 from utils.resume import load_run, save_run
 
@@ -73,6 +75,29 @@ def test_damaged_files_are_named(tmp_path):
         checkpoint.load(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         checkpoint.load(tmp_path / "none.pt")
+
+
+def test_what_is_wrong_with_the_disk_is_not_called_a_damaged_file(tmp_path, monkeypatch):
+    checkpoint.save(torch.zeros(2), tmp_path / "a.pt")
+
+    def failing(*args, **kwargs):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(UserError, match=r"file \S+a\.pt cannot be read: too many open files"):
+        checkpoint.load(tmp_path / "a.pt")
+
+
+def test_a_signal_while_a_file_is_read_is_no_damaged_file(tmp_path, monkeypatch):
+    checkpoint.save(torch.zeros(2), tmp_path / "a.pt")
+    real = torch.load
+
+    def signalled(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", signalled)
+    assert entry_point(lambda argv: checkpoint.load(tmp_path / "a.pt"))() == 143
 
 
 LOAD_WITH_LITTLE_MEMORY = """

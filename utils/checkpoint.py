@@ -124,8 +124,9 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
                 "expected tensors and plain containers only"
             ) from None
         raise UserError(f"{what} {path} is not a torch file") from None
-    except PermissionError:
-        raise UserError(f"{what} {path} cannot be read: permission denied") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"{what} {path} cannot be read: {reason}") from None
     except Exception as error:  # the readers below torch.load raise a dozen types on a torn file
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         if is_out_of_memory(error):

@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from types import FrameType
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A run that was asked to stop has saved; the message says how to go on.
+
+    Like KeyboardInterrupt no Exception: it may arise anywhere, and what a handler of all errors
+    would make of it (a damaged file, a failed download) is not what happened.
 
     Args:
         message: for the user.
