@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -124,10 +125,11 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
                 "expected tensors and plain containers only"
             ) from None
         raise UserError(f"{what} {path} is not a torch file") from None
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"{what} {path} cannot be read: {reason}") from None
     except Exception as error:  # the readers below torch.load raise a dozen types on a torn file
+        # EINVAL is one of them: a torn file makes a reader seek to a place that cannot be.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            reason = os.strerror(error.errno).lower()
+            raise UserError(f"{what} {path} cannot be read: {reason}") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         if is_out_of_memory(error):
             raise _too_large(what, path, error) from None
