@@ -17,8 +17,9 @@ from utils.errors import entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and distil."""
     flags = cli.parse(
-        TrainFlags, argv, prog="python train.py", description=__doc__, recipes=RECIPES
-    )
+        TrainFlags, argv, prog="python train.py", description=__doc__, recipes=RECIPES,
+        no_effect={"num_workers": "images stay in memory, no processes load them"},
+    )  # fmt: skip
     return run_distillation(flags)
 
 

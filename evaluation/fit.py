@@ -120,9 +120,9 @@ def fit(
     for step in tqdm(
         range(start + 1, steps + 1), desc=what, disable=None if progress else True, leave=False
     ):
-        x, y = next(iterator)
         rate = optimizer.param_groups[0]["lr"]
         try:
+            x, y = next(iterator)  # a teacher in train mode may label it
             loss = train_step(model, x, y, loss_fn, optimizer, part)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):

@@ -55,10 +55,13 @@ class Recipe:
         """What is set, in one line: `loss mse, optimizer sgd, lr 0.1, ...`."""
         return ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(self).items() if v)
 
+    def epoch_steps(self, count: int) -> int:
+        """Optimiser steps of one pass over `count` images."""
+        return -(-count // self.batch_size)
+
     def total_steps(self, count: int, scale: float = 1.0) -> int:
         """Optimiser steps on `count` images, times `scale`, at least one."""
-        per_epoch = -(-count // min(self.batch_size, count))
-        return max(1, round(scale * (self.steps or self.epochs * per_epoch)))
+        return max(1, round(scale * (self.steps or self.epochs * self.epoch_steps(count))))
 
     def override(self, **values: object) -> Recipe:
         """A copy with every value that is not None put in; setting one length drops the other."""
@@ -79,18 +82,25 @@ _VECTORS = Recipe(
 )  # fmt: skip
 _FEATURES = Recipe("mse", "sgd", 0.1, 1e-3, "constant", 256, epochs=1000)
 
+SCRATCH = "scratch"  # no pre-training
+RANDOM_FEATURES = "random_features"
 GAUSSIAN = "gaussian"
 
 PRETRAIN: dict[str, Recipe] = {
     **dict.fromkeys(("random", "kmeans", "dc", "dsa", "dm", "mtt"), _LABELS),
     **dict.fromkeys(("kip", "frepo"), _VECTORS),
-    **dict.fromkeys(("krr_st", "random_features", "kmeans_features", GAUSSIAN), _FEATURES),
-}
+    **dict.fromkeys(
+        ("krr_st", "mkdt", RANDOM_FEATURES, "kmeans_features", GAUSSIAN), _FEATURES
+    ),
+}  # fmt: skip
 
-# Distillation from a teacher (Table 4), on the synthetic images of a method or on noise; the
-# cross-entropy is the one against the teacher's distribution, `evaluation.fit.kd_loss`.
+# Distillation from a teacher (Table 4), on the synthetic images of a method or on plain noise; the
+# cross-entropy is the one against the teacher's distribution, `evaluation.fit.kd_loss`, and its
+# cosine moves once an epoch.
 _KD = Recipe("cross_entropy", "adam", 1e-4, 0.0, "cosine", 512, epochs=1000, dsa=DSA_STRATEGY)
-KD: dict[str, Recipe] = {**dict.fromkeys(PRETRAIN, _KD), GAUSSIAN: _KD.override(lr=1e-3)}
+KD: dict[str, Recipe] = {
+    **dict.fromkeys((SCRATCH, *PRETRAIN), _KD), GAUSSIAN: _KD.override(lr=1e-3, dsa="none"),
+}  # fmt: skip
 
 # Lengths of the vector recipe that the paper sets by source.
 _VECTOR_STEPS = {"tinyimagenet": 40000, "imagenette": 1000}
@@ -99,8 +109,14 @@ _SHORT_FINETUNE = 5000
 _LONG_FINETUNE = {"cifar10", "cifar100", "tinyimagenet"}
 
 
-def pretrain_recipe(method: str, source: str, model: str) -> Recipe:
+def pretrain_recipe(method: str, source: str, model: str, *, kd: bool = False) -> Recipe:
     """How `method`'s synthetic set of `source` trains the network `model`.
+
+    Args:
+        method: whose set it is.
+        source: what it was distilled from.
+        model: the network.
+        kd: whether distillation from a teacher follows; one published batch differs.
 
     Raises:
         UserError: unknown method.
@@ -111,7 +127,7 @@ def pretrain_recipe(method: str, source: str, model: str) -> Recipe:
         if source == "imagenette":
             recipe = recipe.override(batch_size=10)
         elif source == "tinyimagenet" and model == "mobilenet":
-            recipe = recipe.override(batch_size=256)
+            recipe = recipe.override(batch_size=128 if kd else 256)
     return recipe
 
 

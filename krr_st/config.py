@@ -186,7 +186,7 @@ class TrainFlags(CommonFlags):
     test_opt: str = flag("sgd", "optimiser of the linear classifier", choices=("sgd", "adam"))
     test_iteration: int = flag(5000, "steps of the linear classifier", minimum=1)
     test_batch_size: int = flag(512, "batch of the linear classifier", minimum=1)
-    test_lr: float = flag(0.2, "learning rate of the linear classifier", above=0)
+    test_lr: float = flag(0.2, "its learning rate, falls to 0 by a cosine", above=0)
     test_wd: float = flag(0.0, "weight decay of the linear classifier", minimum=0)
 
 
@@ -291,11 +291,12 @@ class MeasureFlags(CommonFlags):
 class PretrainFlags:
     """Flags that name a synthetic set and how it trains a network."""
 
+    source_data_name: str = flag("tinyimagenet", "source: sets the image size and base network")
     method: str = flag(
         "krr_st",
-        "whose synthetic set: random, kmeans, dc, dsa, dm, mtt, kip, frepo, krr_st, "
-        "random_features, kmeans_features, gaussian (in test_kd.py fresh noise, no set); it "
-        "decides the pre-training recipe",
+        "whose synthetic set: random, kmeans, dc, dsa, dm, mtt, kip, frepo, krr_st, mkdt, "
+        "random_features, kmeans_features, gaussian (in test_kd.py fresh noise, no set), test_kd.py "
+        "only: scratch (images of random_features, no pre-training); it decides how to pre-train",
     )
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "its {source}/{method}/ is read")
     synthetic_path: Path | None = flag(None, "a set anywhere instead (e.g. results/EXP)")
@@ -352,20 +353,20 @@ class TestFlags(PretrainFlags, ScratchFlags):
     __test__ = False  # not a pytest class
 
 
+_KD_BN = (
+    "BatchNorm of the teacher and of the tested student: running statistics, or as released the "
+    "statistics of the batch at hand (of the student both accuracies are reported)"
+)
+
+
 @dataclass(frozen=True)
 class KdFlags(PretrainFlags, MeasureFlags):
     """Flags of test_kd.py."""
 
-    source_data_name: str = flag("tinyimagenet", "source: sets the image size and base network")
     target_data_name: str = flag("cifar10", "target: only its test split is read")
     teacher_ckpt: Path | None = flag(None, "default: teacher_ckpt/teacher_{target_data_name}.pt")
     teacher_arch: str = flag("resnet18", "architecture of the teacher (zoo A)")
-    kd_bn: str = flag(
-        "running",
-        "student's BatchNorm in the headline accuracy: running statistics, or the test batch's as "
-        "released (both are reported)",
-        choices=("batch", "running"),
-    )
+    kd_bn: str = flag("running", _KD_BN, choices=("batch", "running"))
     kd_epoch: int | None = flag(None, "distillation epochs; default: table", minimum=1)
     kd_lr: float | None = flag(None, "distillation learning rate; default: table", above=0)
     kd_batch_size: int | None = flag(None, "distillation batch; default: table", minimum=1)
@@ -391,6 +392,7 @@ class TablesFlags(CommonFlags):
     run: bool = flag(False, "first run what is missing, cheapest first")
     log_dir: Path = flag(Path("./test_log"), "folder of the cells; the table is written there")
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "where the synthetic sets are")
+    kd_bn: str = flag("running", f"table 4: {_KD_BN}", choices=("batch", "running"))
     published: Path | None = flag(None, "JSON file of published numbers to print beside ours")
     num_test: int = flag(3, "seeds a cell", minimum=1)
     seed: int = flag(0, "first seed", minimum=0)

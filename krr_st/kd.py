@@ -11,7 +11,7 @@ import itertools
 import shlex
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ import data
 from data.dsa import diff_augment, without_flip
 from data.load import ImageSet
 from data.loader import TensorLoader
+from data.synthetic import SyntheticSet
 from evaluation.fit import accuracy, fit, kd_loss, supervised
 from evaluation.protocols import outputs
-from evaluation.recipes import GAUSSIAN, KD, Recipe
+from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, Recipe
 from krr_st.config import KdFlags, resolve_preset
 from krr_st.transfer import Pretraining, build_backbone, load_pretraining, may_mirror
 from models import get_model
@@ -62,16 +63,15 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 def noise_batches(
     count: int,
     img_shape: tuple[int, int, int],
-    recipe: Recipe,
+    batch_size: int,
     *,
     device: torch.device,
     generator: torch.Generator,
 ) -> Iterator[tuple[Tensor, None]]:
     """Fresh N(0, 1) images at every step, in the batch sizes of passes over `count` images."""
-    sizes = [len(part) for part in torch.arange(count).split(recipe.batch_size)]
+    sizes = [len(part) for part in torch.arange(count).split(batch_size)]
     for size in itertools.cycle(sizes):
-        x = torch.randn((size, *img_shape), generator=generator).to(device)
-        yield diff_augment(x, recipe.dsa, generator=generator, align_corners=True), None
+        yield torch.randn((size, *img_shape), generator=generator).to(device), None
 
 
 def synthetic_batches(
@@ -99,7 +99,7 @@ def taught(
 
 
 def load_teacher(flags: KdFlags, target: ImageSet) -> nn.Module:
-    """The frozen teacher, on the CPU in eval mode.
+    """The teacher with frozen weights, on the CPU in eval mode.
 
     Raises:
         UserError: no checkpoint (with the command that makes it), or one that does not fit.
@@ -130,15 +130,17 @@ class Distillation:
     target: ImageSet
     teacher: nn.Module
     arch: str
-    pretraining: Pretraining | None  # None: gaussian
+    synthetic: SyntheticSet | None  # None: gaussian
+    pretraining: Pretraining | None  # None: scratch, gaussian
     count: int  # synthetic images, or how many noise images make an epoch
     recipe: Recipe
     dropout: float
     scale: float
     device: torch.device
+    kd_bn: str
 
     def student(self, seed: int) -> nn.Module:
-        """The pre-trained backbone with a fresh head for the target's classes."""
+        """The backbone, pre-trained if at all, with a fresh head for the target's classes."""
         shape, classes = self.target.img_shape, self.target.num_classes
         backbone = build_backbone(
             self.arch, shape, self.pretraining, dropout=self.dropout, seed=seed, device=self.device
@@ -151,25 +153,27 @@ class Distillation:
     def run(self, seed: int) -> dict[str, float]:
         """Train one student; its test accuracies in % by BatchNorm mode."""
         student, generator = self.student(seed), make_generator(seed, "distillation")
-        if self.pretraining is None:
+        recipe, steps = self.recipe, self.recipe.total_steps(self.count, self.scale)
+        if self.synthetic is None:
             batches = noise_batches(
-                self.count, self.target.img_shape, self.recipe,
+                self.count, self.target.img_shape, recipe.batch_size,
                 device=self.device, generator=generator,
             )  # fmt: skip
         else:
             batches = synthetic_batches(
-                self.pretraining.synthetic.images, self.recipe,
-                device=self.device, generator=generator,
-            )  # fmt: skip
-        recipe, steps = self.recipe, self.recipe.total_steps(self.count, self.scale)
+                self.synthetic.images, recipe, device=self.device, generator=generator
+            )
         optimizer = make_optimizer(
             recipe.optimizer, student.parameters(), lr=recipe.lr, wd=recipe.wd
         )
+        schedule = make_schedule(
+            recipe.schedule, optimizer, steps, every=recipe.epoch_steps(self.count)
+        )
+        self.teacher.train(self.kd_bn == "batch")  # its running statistics drift, as released
         with local_seed(derive_seed(seed, "dropout")):
             fit(
                 student, taught(batches, self.teacher), supervised(kd_loss), optimizer,
-                make_schedule(recipe.schedule, optimizer, steps), steps=steps, what="distillation",
-                progress=True,
+                schedule, steps=steps, what="distillation", progress=True,
             )  # fmt: skip
         found = {"accuracy_running": self.measure(student)}
         with batch_statistics(student):
@@ -199,18 +203,22 @@ def prepare(flags: KdFlags) -> Distillation:
         raise UserError(f"{target.test.path.parent} has no labels; a target needs them")
     if not (target.hflip and may_mirror(flags.source_data_name, flags.data_dir)):
         recipe = recipe.override(dsa=without_flip(recipe.dsa))
-    pretraining, count = None, preset.num_images
+    synthetic, pretraining, count = None, None, preset.num_images
     if flags.method != GAUSSIAN:
-        pretraining = load_pretraining(flags, preset.size, arch)
-        count = len(pretraining.synthetic)
-        shape = tuple(pretraining.synthetic.images.shape[1:])
+        untrained = flags.method == SCRATCH
+        source = replace(flags, method=RANDOM_FEATURES) if untrained else flags
+        pretraining = load_pretraining(source, preset.size, arch)
+        synthetic, count = pretraining.synthetic, len(pretraining.synthetic)
+        pretraining = None if untrained else pretraining
+        shape = tuple(synthetic.images.shape[1:])
         if shape != target.img_shape:
             raise UserError(f"synthetic images are {shape}, those of the target {target.img_shape}")
     get_model(arch, target.img_shape, target.num_classes)  # an unknown name fails now
     teacher = place(load_teacher(flags, target), device)
     return Distillation(
-        target, teacher, arch, pretraining, count, recipe, flags.dropout, flags.steps_scale, device
-    )
+        target, teacher, arch, synthetic, pretraining, count, recipe, flags.dropout,
+        flags.steps_scale, device, flags.kd_bn,
+    )  # fmt: skip
 
 
 def cell_settings(flags: KdFlags, shared: Distillation) -> dict[str, Any]:
@@ -220,13 +228,14 @@ def cell_settings(flags: KdFlags, shared: Distillation) -> dict[str, Any]:
         "source": flags.source_data_name, "method": flags.method, "model": shared.arch,
         "size": shared.target.size, "protocol": "kd", "target": shared.target.name,
         "dropout": shared.dropout, "steps_scale": shared.scale, "count": shared.count,
-        "distillation": asdict(shared.recipe), "teacher_arch": flags.teacher_arch,
+        "distillation": asdict(shared.recipe), "kd_bn": shared.kd_bn,
+        "teacher_arch": flags.teacher_arch,
         "teacher": fingerprint(*(state[key] for key in sorted(state))),
     }  # fmt: skip
     if shared.pretraining is not None:
-        synthetic = shared.pretraining.synthetic
         settings["pretraining"] = asdict(shared.pretraining.recipe)
-        settings["synthetic_set"] = fingerprint(synthetic.images, synthetic.targets)
+    if shared.synthetic is not None:
+        settings["synthetic_set"] = fingerprint(shared.synthetic.images, shared.synthetic.targets)
     return settings
 
 
@@ -242,12 +251,12 @@ def run_kd(flags: KdFlags) -> int:
     settings = cell_settings(flags, shared)
     if shared.pretraining is not None:
         print(f"pre-training: {shared.pretraining.recipe}")
-    print(f"distillation: {shared.recipe}")
+    print(f"distillation: {shared.recipe}; teacher: {shared.kd_bn} statistics")
     headline, teacher_accuracy, cells = f"accuracy_{flags.kd_bn}", None, []
     for seed in range(first, first + flags.num_test):
         key = {**settings, "seed": seed}
-        kept = store.get(key)
-        if kept is None:
+        kept = cell = store.get(key)
+        if cell is None:
             began = time.perf_counter()
             if teacher_accuracy is None:
                 teacher_accuracy = shared.measure(shared.teacher)
@@ -255,11 +264,9 @@ def run_kd(flags: KdFlags) -> int:
             with out_of_memory_says(shared.device, "lower --pre_batch_size or --kd_batch_size"):
                 found = shared.run(seed)
             cell = store.add(
-                key, accuracy=found[headline], kd_bn=flags.kd_bn, **found,
+                key, accuracy=found[headline], **found,
                 teacher_accuracy=teacher_accuracy, seconds=time.perf_counter() - began,
             )  # fmt: skip
-        else:  # both accuracies are there: --kd_bn only chooses
-            cell = {**kept, "accuracy": kept[headline], "kd_bn": flags.kd_bn}
         cells.append(cell)
         print(
             f"{shared.target.name}, seed {seed}: {cell['accuracy_running']:.2f} % (running), "
@@ -297,6 +304,7 @@ def table(cells: list[dict[str, Any]], flags: KdFlags) -> str:
     name = f"{cell['method']}, {cell['model']}, {cell['target']}"
     note = f"test accuracy in %, mean ± std over {flags.num_test} seeds"
     note += f"; the teacher has {cell['teacher_accuracy']:.2f}"
+    note += f" and labels by {flags.kd_bn} statistics"
     if flags.steps_scale != 1:
         note += f"; lengths scaled by {flags.steps_scale}, not the table's"
     return f"{markdown(['student', *heads], [[name, *values]])}\n{note}"

@@ -172,7 +172,7 @@ def planned_evaluations(
         epochs=flags.pre_epoch,
     )  # fmt: skip
     classifier = Recipe(
-        "cross_entropy", flags.test_opt, flags.test_lr, flags.test_wd, "constant",
+        "cross_entropy", flags.test_opt, flags.test_lr, flags.test_wd, "cosine",
         flags.test_batch_size, steps=flags.test_iteration,
     )  # fmt: skip
     return LinearEvaluations(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from evaluation.recipes import GAUSSIAN, RANDOM_FEATURES, SCRATCH
 from krr_st.config import FULL_TARGETS, PRESETS
-from krr_st.transfer import SCRATCH
 
 _TABLE_1 = ("random", "kmeans", "dsa", "dm", "mtt", "kip", "frepo", "krr_st")
 _TABLE_2 = tuple(m for m in _TABLE_1 if m != "kip")
@@ -31,6 +31,7 @@ class Layout:
         protocol: finetune, kd or probe.
         fraction: label fraction of the probe tables.
         pre_epoch: length of pre-training where the table sets one.
+        kd_bn: BatchNorm mode of table 4.
     """
 
     source: str
@@ -40,14 +41,19 @@ class Layout:
     protocol: str = "finetune"
     fraction: float | None = None
     pre_epoch: int | None = None
+    kd_bn: str | None = None
+
+    def set_folder(self, method: str) -> str:
+        """Whose synthetic images a method trains on: without pre-training those of real images."""
+        return RANDOM_FEATURES if method == SCRATCH and self.protocol == "kd" else method
 
 
 # Every table has two rows more than the published ones: without them no gain can be read.
-_EXTRA = (SCRATCH, "random_features")
+_EXTRA = (SCRATCH, RANDOM_FEATURES)
 
 
 def _probe(source: str, percent: int) -> Layout:
-    methods = (*_EXTRA, "krr_st")
+    methods = (*_EXTRA, "krr_st", "mkdt")
     return Layout(source, methods, ("base",), _PROBE_TARGETS, "probe", percent / 100, 20)
 
 
@@ -57,7 +63,9 @@ LAYOUTS: dict[str, Layout] = {
     "3": Layout(
         "imagenet", (*_EXTRA, "random", "frepo", "krr_st"), ("base",), FULL_TARGETS["imagenet"]
     ),
-    "4": Layout("tinyimagenet", ("gaussian", *_TABLE_2), _FIVE, ("cifar10",), "kd"),
+    "4": Layout(
+        "tinyimagenet", (GAUSSIAN, *_EXTRA, *_TABLE_2), _FIVE, ("cifar10",), "kd", kd_bn="running"
+    ),
     "fig3": Layout("tinyimagenet", (*_EXTRA, *_TABLE_2), _FIVE[1:], _FINE_GRAINED),
     "probe_cifar10_1": _probe("cifar10", 1),
     "probe_cifar10_5": _probe("cifar10", 5),
@@ -84,9 +92,9 @@ def collect(
 ) -> dict[Key, list[Cell]]:
     """The cells that belong to each place of the table, one a seed (the latest).
 
-    A place is matched by source, method, network, target, protocol and label budget. Cells of
-    other synthetic sets, teachers or lengths are not mixed: those of the method's present set
-    count, else of the latest cell, and of all lengths the one nearest to the published.
+    A place is matched by source, method, network, target, protocol, label budget and `kd_bn`.
+    Cells of other synthetic sets, teachers or lengths are not mixed: those of the method's present
+    set count, else of the latest cell, and of all lengths the one nearest to the published.
 
     Args:
         layout: of the table.
@@ -103,6 +111,7 @@ def collect(
                 and cell.get("target") in layout.targets
                 and cell.get("protocol") == layout.protocol
                 and cell.get("label_fraction") == layout.fraction
+                and cell.get("kd_bn") == layout.kd_bn
                 and cell.get("shots", "all") == "all"
                 and steps_scale in (None, cell.get("steps_scale", 1.0))
                 and _fits_pretraining(layout, cell)

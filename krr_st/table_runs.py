@@ -7,11 +7,18 @@ import functools
 from pathlib import Path
 
 from data.synthetic import SyntheticSet
-from evaluation.recipes import GAUSSIAN, KD, Recipe, finetune_recipe, pretrain_recipe
+from evaluation.recipes import (
+    GAUSSIAN,
+    KD,
+    SCRATCH,
+    Recipe,
+    finetune_recipe,
+    pretrain_recipe,
+)
 from krr_st.config import PRESETS, KdFlags, ScratchFlags, TablesFlags, TestFlags
 from krr_st.kd import run_kd
 from krr_st.table_layouts import Layout, collect, network, places
-from krr_st.transfer import SCRATCH, run_transfer
+from krr_st.transfer import run_transfer
 from models import get_model
 from utils import flops
 from utils.cells import read_cells
@@ -44,7 +51,7 @@ def estimate(
     preset, arch = PRESETS[layout.source], network(layout, model)
     recipes = []
     if method not in (SCRATCH, GAUSSIAN):
-        recipe = pretrain_recipe(method, layout.source, arch)
+        recipe = pretrain_recipe(method, layout.source, arch, kd=layout.protocol == "kd")
         recipes.append(recipe.override(epochs=layout.pre_epoch))
     if layout.protocol == "finetune":
         recipes += [finetune_recipe(target, arch, preset.size) for target in targets]
@@ -92,7 +99,7 @@ def present_sets(layout: Layout, folder: Path) -> dict[str, str]:
     found = {}
     for method in layout.methods:
         with contextlib.suppress(UserError):  # none, or a damaged one: its job will say so
-            synthetic = SyntheticSet.load(folder / layout.source / method)
+            synthetic = SyntheticSet.load(folder / layout.source / layout.set_folder(method))
             found[method] = fingerprint(synthetic.images, synthetic.targets)
     return found
 
@@ -112,7 +119,14 @@ def run_job(
         seed=flags.seed, steps_scale=flags.steps_scale,
     )  # fmt: skip
     if layout.protocol == "kd":
-        run_kd(KdFlags(**shared, method=method, synthetic_data_dir=flags.synthetic_data_dir))
+        run_kd(
+            KdFlags(
+                **shared,
+                method=method,
+                kd_bn=layout.kd_bn,
+                synthetic_data_dir=flags.synthetic_data_dir,
+            )
+        )
         return
     shared.update(protocol=layout.protocol, label_fraction=layout.fraction)
     if method == SCRATCH:

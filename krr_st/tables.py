@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run what is missing if asked, then write and print the table."""
     flags = cli.parse(TablesFlags, argv, prog="python -m krr_st.tables", description=__doc__)
     layout = pick(LAYOUTS, flags.table, "table")
+    if layout.protocol == "kd":
+        layout = replace(layout, kd_bn=flags.kd_bn)
     published = load_published(flags.published)
     if flags.run:
         run_missing(lambda: missing_jobs(layout, flags), Claims(flags.log_dir / "claims"))

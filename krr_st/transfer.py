@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from data.specs import KRR_SPECS
 from data.synthetic import SyntheticSet
 from evaluation.probe import few_shot_indices, label_fraction_indices
 from evaluation.protocols import finetune, frozen_accuracy, outputs, pretrain
-from evaluation.recipes import Recipe, finetune_recipe, pretrain_recipe
-from krr_st.config import ScratchFlags, TestFlags, resolve_preset, resolve_targets
+from evaluation.recipes import SCRATCH, Recipe, finetune_recipe, pretrain_recipe
+from krr_st.config import KdFlags, ScratchFlags, TestFlags, resolve_preset, resolve_targets
 from models import get_model
 from utils import cli
 from utils.cells import CellStore
@@ -30,8 +30,6 @@ from utils.memory import out_of_memory_says
 from utils.runlog import environment, write_json
 from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
 from utils.table import format_mean_std, markdown, mean_std
-
-SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)
@@ -141,13 +139,21 @@ def may_mirror(name: str, data_dir: Path) -> bool:
     return spec.hflip if spec else bool(read_meta(Path(data_dir) / name).get("hflip", True))
 
 
-def load_pretraining(flags: TestFlags, size: int, arch: str) -> Pretraining:
+def source_classes(name: str, data_dir: Path) -> int:
+    """How many classes a source has by its row, else its meta.json; 0 where neither says it."""
+    spec = KRR_SPECS.get(name)
+    return spec.num_classes if spec else len(read_meta(data_dir / name).get("class_names") or ())
+
+
+def load_pretraining(flags: TestFlags | KdFlags, size: int, arch: str) -> Pretraining:
     """The synthetic set of a method and the recipe that belongs to it, with the flags put in.
 
     Raises:
-        UserError: unknown method, missing or damaged set, one of another image size.
+        UserError: unknown method, missing or damaged set, one of another image size or with
+            labels that the source does not have.
     """
-    recipe = pretrain_recipe(flags.method, flags.source_data_name, arch).override(
+    kd = isinstance(flags, KdFlags)
+    recipe = pretrain_recipe(flags.method, flags.source_data_name, arch, kd=kd).override(
         epochs=flags.pre_epoch, steps=flags.pre_iteration, optimizer=flags.pre_opt,
         lr=flags.pre_lr, wd=flags.pre_wd, batch_size=flags.pre_batch_size, dsa=flags.pre_dsa,
         momentum=flags.pre_momentum, schedule=flags.pre_schedule, warmup=flags.pre_warmup,
@@ -166,14 +172,21 @@ def load_pretraining(flags: TestFlags, size: int, arch: str) -> Pretraining:
     wanted = "class indices" if recipe.loss == "cross_entropy" else "float vectors"
     if synthetic.soft == (recipe.loss == "cross_entropy"):
         raise UserError(f"{path}: method {flags.method} is pre-trained on {wanted}, found others")
-    width = synthetic.targets.shape[1] if synthetic.soft else int(synthetic.targets.max()) + 1
-    return Pretraining(synthetic, recipe, width, flags.steps_scale)
+    if synthetic.soft:
+        return Pretraining(synthetic, recipe, synthetic.targets.shape[1], flags.steps_scale)
+    seen = int(synthetic.targets.max()) + 1
+    classes = source_classes(flags.source_data_name, flags.data_dir) or seen
+    if seen > classes:
+        raise UserError(
+            f"{path} holds label {seen - 1}, but {flags.source_data_name} has {classes} classes"
+        )
+    return Pretraining(synthetic, recipe, classes, flags.steps_scale)
 
 
 def load_targets(
     names: tuple[str, ...], size: int, data_dir: Path, img_shape: tuple[int, ...] | None
 ) -> list[ImageSet]:
-    """Read every target once.
+    """Read every target once; of a set that has no test split the training split stands in.
 
     Args:
         names: of the targets.
@@ -187,6 +200,9 @@ def load_targets(
     targets: list[ImageSet] = []
     for name in names:
         target = data.load(name, size, data_dir)
+        if target.test is None and name in KRR_SPECS and not KRR_SPECS[name].has_test:
+            print(f"{name} has no test split: accuracies on it are those of its training images")
+            target = replace(target, test=target.train)
         if target.num_classes is None or target.test is None or target.test.labels is None:
             what = "test split" if target.test is None else "labels in each split"
             raise UserError(f"{target.train.path.parent} has no {what}; a target needs both")
@@ -300,6 +316,8 @@ def run_repetition(
             key = {**settings, "target": target.name, "shots": count, "seed": seed}
             if flags.protocol == "finetune":
                 key["finetuning"] = asdict(recipe)
+            if target.test is target.train:
+                key["tested_on"] = "training images"
             cell = store.get(key)
             if cell is not None:
                 print(f"{target.name}, seed {seed}, {count} shots: {cell['accuracy']:.2f} % (kept)")
@@ -349,7 +367,8 @@ def table(cells: list[dict[str, Any]], flags: ScratchFlags) -> str:
 
     rows = []
     for name in names:
-        row = [name]
+        stand_in = {c.get("tested_on") for c in cells if c["target"] == name} - {None}
+        row = [" on ".join([name, *stand_in])]
         for budget in budgets:
             values = [c["accuracy"] for c in cells if (c["target"], c["shots"]) == (name, budget)]
             row.append(format_mean_std(values))

@@ -116,6 +116,7 @@ def parse(
     prog: str,
     description: str,
     recipes: Mapping[str, Mapping[str, Any]] | None = None,
+    no_effect: Mapping[str, str] | None = None,
 ) -> C:
     """Parse `argv` (default: the process's) into one frozen `config_class`.
 
@@ -126,15 +127,26 @@ def parse(
         description: what it does, for --help.
         recipes: what each value of `--recipe` puts in place of other flags' defaults; a flag that
             is given wins.
+        no_effect: flags of published command lines that change nothing here, and why; one that is
+            given is answered with one line.
 
     Raises:
         SystemExit: code 2 after one line for a bad flag, code 0 after --help.
     """
     parser = build_parser(config_class, prog=prog, description=description)
+    no_effect = no_effect or {}
+    for name, why in no_effect.items():
+        parser.add_argument(
+            f"--{name}", nargs="?", default=argparse.SUPPRESS, help=f"no effect: {why}"
+        )
     given = vars(parser.parse_args(argv))
     if recipes is not None:
         parser.set_defaults(**recipes[given["recipe"]])
         given = vars(parser.parse_args(argv))
+    for name, why in no_effect.items():
+        if name in given:
+            print(f"--{name} has no effect: {why}")
+            del given[name]
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 

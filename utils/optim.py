@@ -127,7 +127,7 @@ SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
 
 
 def make_schedule(
-    name: str, optimizer: torch.optim.Optimizer, steps: int, warmup: int = 0
+    name: str, optimizer: torch.optim.Optimizer, steps: int, warmup: int = 0, every: int = 1
 ) -> LambdaLR:
     """Learning-rate schedule over `steps` optimiser steps, stepped once after each.
 
@@ -136,6 +136,7 @@ def make_schedule(
         optimizer: whose rates to scale.
         steps: length of the run.
         warmup: warm-up steps (cosine only).
+        every: steps for which the rate stays as it is, those of an epoch where it moves by epochs.
     """
     factor = pick(SCHEDULES, name, "schedule")
-    return LambdaLR(optimizer, lambda step: factor(step, steps, warmup))
+    return LambdaLR(optimizer, lambda step: factor(step // every * every, steps, warmup))
