@@ -295,8 +295,8 @@ class PretrainFlags:
     method: str = flag(
         "krr_st",
         "whose synthetic set: random, kmeans, dc, dsa, dm, mtt, kip, frepo, krr_st, mkdt, "
-        "random_features, kmeans_features, gaussian (in test_kd.py fresh noise, no set), test_kd.py "
-        "only: scratch (images of random_features, no pre-training); it decides how to pre-train",
+        "random_features, kmeans_features, gaussian (in test_kd.py fresh noise, no set), in "
+        "test_kd.py scratch (random_features without pre-training); it decides the recipe",
     )
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "its {source}/{method}/ is read")
     synthetic_path: Path | None = flag(None, "a set anywhere instead (e.g. results/EXP)")

@@ -23,13 +23,12 @@ import torch
 import data
 from data.load import tensor_path
 from evaluation.equivalence import worth
-from evaluation.recipes import PRETRAIN, finetune_recipe
+from evaluation.recipes import PRETRAIN, SCRATCH, finetune_recipe
 from krr_st import baselines, target
 from krr_st.config import TestFlags, TrainFlags
 from krr_st.run import run_distillation
 from krr_st.target_model import default_checkpoint
 from krr_st.transfer import (
-    SCRATCH,
     TargetTask,
     build_backbone,
     labelled_indices,

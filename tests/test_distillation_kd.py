@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ import data
 import test_kd
 from data.synthetic import SyntheticSet
 from evaluation.fit import kd_loss
-from evaluation.recipes import DSA_STRATEGY, KD, PRETRAIN
+from evaluation.recipes import DSA_STRATEGY, KD, PRETRAIN, pretrain_recipe
 from krr_st import epochs, kd, kd_teacher
+from krr_st.config import TestFlags
 from models import get_model
 from utils import checkpoint
 from utils.errors import UserError
+from utils.seed import make_generator
 
 NET, CPU = "convnet_4_8_bn", torch.device("cpu")
 ARGV = [
@@ -65,13 +68,30 @@ def test_kd_loss_is_the_cross_entropy_of_the_distributions():
 
 
 def test_recipes():
-    assert KD.keys() == PRETRAIN.keys() | {"gaussian"}
+    assert KD.keys() == PRETRAIN.keys() | {"gaussian", "scratch"}
     for method, recipe in KD.items():
         assert (recipe.loss, recipe.optimizer, recipe.wd) == ("cross_entropy", "adam", 0)
         assert (recipe.schedule, recipe.epochs, recipe.batch_size) == ("cosine", 1000, 512)
-        assert recipe.dsa == DSA_STRATEGY and not recipe.steps and not recipe.warmup
-        assert recipe.lr == (1e-3 if method == "gaussian" else 1e-4)
+        assert not recipe.steps and not recipe.warmup
+        noise = (1e-3, "none")
+        assert (recipe.lr, recipe.dsa) == (noise if method == "gaussian" else (1e-4, DSA_STRATEGY))
     assert KD["krr_st"].total_steps(2000) == 4000
+    for method, other in (("frepo", 500), ("kip", 500), ("krr_st", 256), ("dsa", 256)):
+        wide = method in ("frepo", "kip")
+        for source, model in (("tinyimagenet", "mobilenet"), ("tinyimagenet", "vgg"),
+                              ("cifar100", "mobilenet")):  # fmt: skip
+            odd = wide and (source, model) == ("tinyimagenet", "mobilenet")
+            found = [pretrain_recipe(method, source, model, kd=kd).batch_size for kd in (0, 1)]
+            assert found == ([256, 128] if odd else [other, other])
+
+
+def test_published_batch_of_mobilenet_is_the_commands(workspace):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 3, 64, 64, generator=generator), torch.ones(2, 200)
+    SyntheticSet(x, y).save(Path("synthetic_data/tinyimagenet/frepo"))
+    flags = {"method": "frepo", "test_model": "mobilenet"}
+    for make, batch in ((kd.KdFlags, 128), (TestFlags, 256)):
+        assert kd.load_pretraining(make(**flags), 64, "mobilenet").recipe.batch_size == batch
 
 
 def test_the_whole_command(goal, capsys):
@@ -104,26 +124,51 @@ def test_a_restart_keeps_finished_cells(goal, capsys, monkeypatch):
         assert again["accuracy_batch"] == whole["accuracy_batch"]
     assert Path(CELLS).read_text().startswith(before)
 
-    monkeypatch.setattr(kd.Distillation, "run", None)  # training again would fail
-    assert test_kd.main([*ARGV, "--kd_bn", "batch"]) == 0
+    assert test_kd.main([*ARGV, "--kd_bn", "batch"]) == 0  # the teacher differs: other cells
     result = json.loads(Path(RESULTS).read_text())
-    assert [c["accuracy"] for c in result["cells"]] == [c["accuracy_batch"] for c in cells()]
+    assert len(cells()) == 4 and result["cells"] == cells()[2:]
+    assert all(cell["accuracy"] == cell["accuracy_batch"] for cell in cells()[2:])
     assert result["summary"][0]["mean"] == result["summary"][0]["mean_batch"]
+    monkeypatch.setattr(kd.Distillation, "run", None)  # training again would fail
+    assert test_kd.main([*ARGV, "--kd_bn", "batch"]) == test_kd.main(ARGV) == 0
+
+
+def test_batch_mode_keeps_the_teacher_in_train_mode(goal, monkeypatch):
+    """As released: it labels by the batch's statistics while its running statistics drift."""
+    calls, shared = recorded(monkeypatch), []
+    real = kd.prepare
+    monkeypatch.setattr(kd, "prepare", lambda flags: shared.append(real(flags)) or shared[-1])
+    argv = [*ARGV, "--num_test", "1", "--kd_batch_size", "4", "--kd_bn"]
+    assert test_kd.main([*argv, "batch"]) == test_kd.main([*argv, "running"]) == 0
+    teacher = get_model(NET, (3, 8, 8), 4)
+    state = torch.load("teacher_ckpt/teacher_goal.pt")
+    teacher.load_state_dict(state)
+    teacher.train()
+    for x, logits in calls[0][3]:
+        assert torch.allclose(teacher(x), logits, atol=1e-6)
+    drifted, kept = (one.teacher.state_dict() for one in shared)
+    assert not torch.equal(drifted["layers.0.block.1.running_mean"],
+                           state["layers.0.block.1.running_mean"])  # fmt: skip
+    for key, value in teacher.state_dict().items():
+        assert torch.allclose(drifted[key], value, atol=1e-6)
+        assert torch.equal(kept[key], state[key])
+    assert not torch.allclose(calls[0][3][0][1], calls[1][3][0][1], atol=1e-3)
 
 
 def recorded(monkeypatch):
-    """What `fit` gets: (model, optimizer, steps, batches it was trained on)."""
+    """What `fit` gets: (model, optimizer, steps, batches it was trained on, rate of each)."""
     calls, real = [], kd.fit
 
     def spy(model, batches, loss_fn, optimizer, schedule, *, steps, **kwargs):
-        seen = []
+        seen, rates = [], []
 
         def watched():
             for x, y in batches:
                 seen.append((x.clone(), y.clone()))
+                rates.append(optimizer.param_groups[0]["lr"])
                 yield x, y
 
-        calls.append((model, optimizer, steps, seen))
+        calls.append((model, optimizer, steps, seen, rates))
         return real(model, watched(), loss_fn, optimizer, schedule, steps=steps, **kwargs)
 
     monkeypatch.setattr(kd, "fit", spy)
@@ -133,11 +178,13 @@ def recorded(monkeypatch):
 def test_student_sees_synthetic_images_under_dsa_and_the_teachers_logits(goal, monkeypatch):
     calls = recorded(monkeypatch)
     assert test_kd.main([*ARGV, "--num_test", "1", "--kd_batch_size", "4"]) == 0
-    _, optimizer, steps, seen = calls[0]
+    _, optimizer, steps, seen, rates = calls[0]
     recipe = KD["krr_st"].override(epochs=3, batch_size=4)
     assert cells()[0]["distillation"] == dataclasses.asdict(recipe)
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["lr"] == 1e-4
     assert optimizer.param_groups[0]["lr"] < 1e-8  # the cosine has ended
+    by_epoch = [1e-4 * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
+    assert rates == pytest.approx([rate for rate in by_epoch for _ in range(2)], rel=1e-12)
     assert steps == 6 and [len(x) for x, _ in seen] == [4, 2] * 3
     teacher = get_model(NET, (3, 8, 8), 4)
     teacher.load_state_dict(torch.load("teacher_ckpt/teacher_goal.pt"))
@@ -156,15 +203,18 @@ def test_gaussian_draws_fresh_noise_and_needs_no_synthetic_set(goal, monkeypatch
     calls = recorded(monkeypatch)
     argv = [*ARGV, "--method", "gaussian", "--num_test", "1", "--synthetic_data_dir", "nowhere"]
     assert test_kd.main(argv) == 0
-    model, optimizer, steps, seen = calls[0]
+    model, optimizer, steps, seen, _ = calls[0]
     assert optimizer.defaults["lr"] == 1e-3 and steps == 3
     assert [x.shape for x, _ in seen] == [(100, 3, 8, 8)] * 3  # m of the preset at this size
-    assert not torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[1][0], seen[2][0])
+    generator = make_generator(0, "distillation")
+    for x, _ in seen:  # plain noise, fresh at every step
+        assert torch.equal(x, torch.randn(100, 3, 8, 8, generator=generator))
     assert model.training is False
     (cell,) = cells()
     assert "pretraining" not in cell and "synthetic_set" not in cell
-    plain = kd.noise_batches(5000, (3, 8, 8), KD["gaussian"].override(dsa="none"), device=CPU,
-                             generator=torch.Generator().manual_seed(0))  # fmt: skip
+    plain = kd.noise_batches(
+        5000, (3, 8, 8), 512, device=CPU, generator=torch.Generator().manual_seed(0)
+    )
     first, second = next(plain)[0], next(plain)[0]
     assert len(first) == 512 and float((first * second).mean().abs()) < 0.02
     assert float(first.mean().abs()) < 0.02 and float(first.std()) == pytest.approx(1, abs=0.02)
@@ -179,6 +229,33 @@ def test_gaussian_student_starts_untrained(goal, monkeypatch):
     assert test_kd.main(argv) == 0
     with pytest.raises(AssertionError):
         test_kd.main([*ARGV, "--num_test", "1"])
+
+
+def test_scratch_differs_from_random_features_by_its_pre_training(goal, monkeypatch, capsys):
+    argv = [*ARGV, "--num_test", "1", "--method", "scratch"]
+    assert test_kd.main(argv) == 2
+    assert "synthetic_data/tiny/random_features" in capsys.readouterr().err
+    x, y = torch.randn(6, 3, 8, 8), torch.randn(6, 5)
+    SyntheticSet(x, y).save(Path("synthetic_data/tiny/random_features"))
+    shared = kd.prepare(
+        kd.KdFlags(
+            source_data_name="tiny", target_data_name="goal", img_size=8, device="cpu",
+            test_model=NET, teacher_arch=NET, method="scratch",
+        )
+    )  # fmt: skip
+    student = shared.student(3).state_dict()
+    untrained = kd.build_backbone(NET, (3, 8, 8), None, dropout=0.0, seed=3, device=CPU)
+    for key, value in untrained.state_dict().items():
+        assert key.startswith("fc.") or torch.equal(student[key], value)
+    calls = recorded(monkeypatch)
+    assert test_kd.main(argv) == 0
+    assert test_kd.main([*argv, "--method", "random_features", "--pre_epoch", "1"]) == 0
+    (_, *_, without, _), (_, *_, pretrained, _) = calls
+    for (a, _), (b, _) in zip(without, pretrained, strict=True):
+        assert torch.equal(a, b)  # the same images under the same augmentation
+    scratch, features = cells()
+    assert scratch["synthetic_set"] == features["synthetic_set"]
+    assert "pretraining" not in scratch and "pretraining" in features
 
 
 def test_student_keeps_the_pre_trained_backbone_and_gets_a_fresh_head(goal):

@@ -58,7 +58,7 @@ def test_layouts_are_the_papers():
     assert LAYOUTS["fig3"].models == ("vgg", "alexnet", "mobilenet", "resnet10")
     assert LAYOUTS["4"].methods[0] == "gaussian" and LAYOUTS["4"].targets == ("cifar10",)
     for layout in LAYOUTS.values():
-        assert "krr_st" in layout.methods
+        assert {"krr_st", "scratch", "random_features"} <= set(layout.methods)
 
 
 def test_cells_find_their_place_and_others_do_not():
@@ -98,6 +98,52 @@ def test_published_numbers_of_the_probe():
     assert published["probe_cifar100_5", "krr_st", "flowers"] == (4.85, 0.75)
     assert published["probe_tinyimagenet_5", "mkdt", "tinyimagenet"] == (13.47, 0.35)
     assert len(published) == 5 * 3 * 7
+    shown = {(name, p.row, p.column) for name, layout in LAYOUTS.items() for p in places(layout)}
+    assert published.keys() <= shown
+
+
+def test_published_rows_stand_beside_ours(log, capsys):
+    base = dict(source="cifar10", protocol="probe", label_fraction=0.01)
+    folder = log(
+        cell("krr_st", "cifar10", 0, 42.14, pretraining={"epochs": 20}, **base),
+        cell("mkdt", "cifar100", 0, 11.0, pretraining={"epochs": 20}, **base),
+    )
+    assert tables.main(["--table", "probe_cifar10_1", "--log_dir", str(folder)]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if "|" in line]
+    rows = {row[0].strip(): [text.strip() for text in row[1:]] for row in rows}
+    assert rows["krr_st"][0] == "42.14 [22.14 ± 1.30, +20.00]"
+    assert rows["mkdt"][:2] == ["– [41.42 ± 0.42]", "11.00 [10.97 ± 0.85, +0.03]"]
+    assert pretrain_recipe("mkdt", "cifar10", BASE) == pretrain_recipe("krr_st", "cifar10", BASE)
+
+
+def test_batchnorm_modes_of_table_4_are_not_mixed(log, capsys):
+    base = dict(source="tinyimagenet", model="vgg", protocol="kd")
+    folder = log(
+        *(cell("gaussian", "cifar10", s, 10.0 + s, kd_bn="running", **base) for s in (0, 1)),
+        *(cell("gaussian", "cifar10", s, 20.0, kd_bn="batch", **base) for s in (1, 2)),
+    )
+    for argv, n, shown in ([], 2, "10.50 ± 0.50"), (["--kd_bn", "batch"], 2, "20.00 ± 0.00"):
+        assert tables.main(["--table", "4", "--log_dir", str(folder), *argv]) == 0
+        assert f" {shown} |" in capsys.readouterr().out
+        records = csv.DictReader((folder / "table_4.csv").open())
+        assert [int(r["n"]) for r in records if r["n"] != "0"] == [n]
+
+
+def test_table_4_measures_what_it_prints(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(table_runs, "run_kd", asked.append)
+    flags = TablesFlags(log_dir=tmp_path)
+    for method in ("scratch", "random_features"):
+        table_runs.run_job(LAYOUTS["4"], method, "vgg", ("cifar10",), flags)
+    assert [(f.method, f.kd_bn) for f in asked] == [
+        ("scratch", "running"), ("random_features", "running"),
+    ]  # fmt: skip
+    place = tmp_path / "tinyimagenet/random_features"
+    checkpoint.save(torch.zeros(4, 3, 64, 64), place / "x_syn.pt")
+    checkpoint.save(torch.zeros(4, 5), place / "y_syn.pt")
+    sets = present_sets(LAYOUTS["4"], tmp_path)
+    assert sets.keys() == {"scratch", "random_features"} and len(set(sets.values())) == 1
+    assert "scratch" not in present_sets(LAYOUTS["2"], tmp_path)
 
 
 def test_published_file_of_the_user(tmp_path):
@@ -239,7 +285,9 @@ def test_a_replaced_set_is_measured_again(log, tmp_path):
         checkpoint.save(torch.zeros(4, 5), place / "y_syn.pt")
 
     def measure():  # as test.py files it
-        test = TestFlags("cifar100", method="krr_st", synthetic_data_dir=tmp_path / "sets")
+        test = TestFlags(
+            source_data_name="cifar100", method="krr_st", synthetic_data_dir=tmp_path / "sets"
+        )
         settings = cell_settings(test, "krr_st", BASE, 32, load_pretraining(test, 32, BASE))
         log(cell("krr_st", "dogs", 0, 1.0, synthetic_set=settings["synthetic_set"]))
 

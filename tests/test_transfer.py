@@ -88,6 +88,42 @@ def test_test_labels_are_needed(tiny, capsys):
         fails(capsys, test_scratch, argv, "datasets/half", "labels in each split")
 
 
+def test_training_images_stand_in_where_a_row_has_no_test_split(workspace, capsys):
+    write_set("datasets", "imagenet", size=64, train=8, test=0)
+    argv = ["--source_data_name", "imagenet", "--target_data_name", "imagenet", "--test_model", NET,
+            "--device", "cpu", "--num_test", "1"]  # fmt: skip
+    assert test_scratch.main([*argv, "--protocol", "linear"]) == 0
+    printed = capsys.readouterr().out
+    assert "imagenet has no test split: accuracies on it are those of its training" in printed
+    assert "| imagenet on training images |" in printed
+    (cell,) = cells()
+    assert cell["accuracy"] == 100.0 and cell["tested_on"] == "training images"
+    write_set("datasets", "cifar10", size=64, train=8, test=0)  # its row has one
+    argv[3] = "cifar10"
+    assert test_scratch.main(argv) == 2
+    assert "cifar10 has no test split" in capsys.readouterr().err
+
+
+def test_head_has_the_sources_classes(tiny):
+    """Not as many as labels happen to be seen: few images of cifar100 leave the last ones out."""
+    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def width(source, labels):
+        folder = Path("synthetic_data", source, "random")
+        SyntheticSet(x, torch.tensor(labels)).save(folder)
+        flags = TestFlags(source_data_name=source, method="random", data_dir=Path("datasets"))
+        return transfer.load_pretraining(flags, 8, NET).outputs
+
+    few = [0, 1, 2, 3, 4, 5]
+    assert width("cifar100", few) == 100 and width("tinyimagenet", few) == 200
+    assert width("tiny", few) == 6  # nothing says how many it has
+    path = Path("datasets/tiny/meta.json")
+    path.write_text(json.dumps({"sizes": {}, "class_names": list("abcdefghi")}))
+    assert width("tiny", few) == 9
+    with pytest.raises(UserError, match=r"cifar100/random holds label 100, but cifar100 has 100"):
+        width("cifar100", [0, 1, 2, 3, 4, 100])
+
+
 def test_what_cannot_be_measured_fails_before_anything_is_trained(tiny, capsys):
     write_set("datasets", "few", train=8)
     argv = [*SHARED, "--target_data_name", "tiny_few", *SHORT]
