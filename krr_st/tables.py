@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     table = entries(flags.table, layout, cells, published, sets)
     stem = flags.log_dir / f"table_{flags.table}"
     write_table(table, stem)
-    print(f"test accuracy in %, source {layout.source}, {layout.protocol}; {NOTE}")
+    mode = f" (BatchNorm: {layout.kd_bn} statistics)" if layout.kd_bn else ""
+    print(f"test accuracy in %, source {layout.source}, {layout.protocol}{mode}; {NOTE}")
     if flags.table == "fig3":
         draw_bars(layout, table, stem.with_suffix(".png"))
         print(f"picture: {stem.with_suffix('.png')}")

@@ -258,6 +258,13 @@ def test_batchnorm_over_one_value_is_one_clear_line():
         fit(model, batches, supervised(nn.functional.mse_loss), optimizer, steps=1,
             what="pre-training")  # fmt: skip
 
+    def labelled():
+        yield torch.ones(1, 2), model(torch.ones(1, 2))  # by a teacher in train mode
+
+    with pytest.raises(UserError, match=r"distillation: a batch of one image .*batch size"):
+        fit(nn.Linear(2, 3), labelled(), supervised(nn.functional.mse_loss), optimizer, steps=1,
+            what="distillation")  # fmt: skip
+
     def broken(model, x, y):
         raise ValueError("something else")
 
