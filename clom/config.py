@@ -44,6 +44,12 @@ class CommonFlags:
     gpu: int = flag(0, "which GPU, where CUDA is present", minimum=0)
     dry_run: bool = flag(False, "print the resolved configuration and stop")
 
+    def __post_init__(self) -> None:
+        """Names of listed sets get their published spelling: files and folders carry it."""
+        for name in ("dataset", "source_dataset"):
+            if getattr(self, name, None) is not None:
+                object.__setattr__(self, name, DC_SPECS.spelling(getattr(self, name)))
+
 
 @dataclass(frozen=True)
 class DistillFlags(CommonFlags):

@@ -32,14 +32,14 @@ _NUMBERS: dict[tuple[str, str], dict[int, str]] = {
     ("CIFAR100", "DC"): {1: "12.8 .3", 10: "25.2 .3"},
     ("CIFAR100", "DSA"): {1: "13.9 .3", 10: "32.3 .3", 50: "42.8 .4"},
     ("CIFAR100", "DM"): {1: "11.4 .3", 10: "29.7 .3", 50: "43.6 .4"},
-    ("TinyImageNet", RANDOM): {1: "1.4 .1", 10: "5.0 .2", 50: "15.0 .4"},
-    ("TinyImageNet", "DM"): {1: "3.9 .2", 10: "12.9 .4", 50: "24.1 .3"},
+    ("tinyimagenet", RANDOM): {1: "1.4 .1", 10: "5.0 .2", 50: "15.0 .4"},
+    ("tinyimagenet", "DM"): {1: "3.9 .2", 10: "12.9 .4", 50: "24.1 .3"},
 }  # fmt: skip
 
 FULL_DATA: dict[str, Number] = {
     "CIFAR10": (84.8, 0.1),
     "CIFAR100": (56.2, 0.3),
-    "TinyImageNet": (37.6, 0.4),
+    "tinyimagenet": (37.6, 0.4),
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clom.config import METHODS, DistillFlags
+from data.specs import DC_SPECS
 from utils.cli import flag
 from utils.errors import UserError, pick
 
@@ -116,3 +117,7 @@ class TablesFlags:
     device: str | None = _as_distilled("device")
     gpu: int = _as_distilled("gpu")
     save_every: int = _as_distilled("save_every")
+
+    def __post_init__(self) -> None:
+        """Names of listed sets get their published spelling, as in main.py."""
+        object.__setattr__(self, "datasets", tuple(map(DC_SPECS.spelling, self.datasets)))

@@ -1,18 +1,18 @@
 """The older augmentation of dataset condensation (DC), batched on the device of the images.
 
 Source: Zhao et al., "Dataset Condensation with Gradient Matching", arXiv 2006.05929; the published
-code loops over images on the CPU. It only feeds the training of evaluation networks.
+code loops over images on the CPU, with the same arithmetic (its draws come from NumPy's global
+state, here from a generator). It only feeds the training of evaluation networks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from data.dsa import affine_sample, translate
 from utils.errors import pick
 
 CROP_PIXELS = 4
@@ -34,15 +34,15 @@ def dc_strategy(dataset: str, model: str) -> str:
 def dc_augment(x: Tensor, strategy: str, generator: torch.Generator) -> Tensor:
     """Change every image by one operation of `strategy`, drawn for it at random.
 
-    - crop: pad by 4 pixels of the channel mean, crop back at a random place;
-    - scale: height and width each times U(0.8, 1.2), resampled bilinearly about the centre at the
-      same size (align_corners False), the channel mean outside;
-    - rotate: by a whole number of degrees in [-45, 45) about the centre, bilinear, the channel mean
-      outside;
+    - crop: pad by 4 pixels of the channel means, crop back at an offset of 0 to 7 in each axis (8,
+      the last place there is, is never drawn);
+    - scale: height and width each times U(0.8, 1.2), cut to whole pixels, nearest neighbour; in the
+      middle of zeros, of which the middle H×W is kept;
+    - rotate: by a whole number of degrees in [-45, 45) about the centre, cubic spline, the mean of
+      the channel means outside;
     - noise: plus 0.001·N(0, 1).
 
-    The channel mean is each image's own. Resampling about the centre is this module's reading of
-    "scale each side"; the published code resizes and then crops or pads.
+    The channel means are those of the whole batch.
 
     Args:
         x: B×C×H×W float, normalised.
@@ -62,51 +62,140 @@ def dc_augment(x: Tensor, strategy: str, generator: torch.Generator) -> Tensor:
         return x
     operations = [pick(OPERATIONS, name, "DC operation") for name in strategy.split("_")]
     drawn = torch.randint(len(operations), (len(x),), generator=generator)
+    mean = x.mean((0, 2, 3))
     out = x.clone()
     for number, operation in enumerate(operations):
         members = (drawn == number).nonzero().flatten()
         if len(members):
             members = members.to(x.device)
-            out[members] = operation(x[members], generator)
+            out[members] = operation(x[members], mean, generator)
     return out
 
 
-def _crop(x: Tensor, generator: torch.Generator) -> Tensor:
-    mean = x.mean((2, 3), keepdim=True)
-    x = x - mean  # `translate` fills with zero, which is then the mean
-    for axis in (2, 3):
-        shift = torch.randint(-CROP_PIXELS, CROP_PIXELS + 1, (len(x),), generator=generator)
-        x = translate(x, shift.to(x.device), axis)
-    return x + mean
+def _crop(x: Tensor, mean: Tensor, generator: torch.Generator) -> Tensor:
+    offsets = [torch.randint(2 * CROP_PIXELS, (len(x),), generator=generator) for _ in range(2)]
+    places = (
+        torch.arange(side) + offset[:, None] - CROP_PIXELS
+        for side, offset in zip(x.shape[2:], offsets, strict=True)
+    )
+    return _read(x, *places, mean.view(-1, 1, 1))
 
 
-def _scale(x: Tensor, generator: torch.Generator) -> Tensor:
-    factors = 1 + SCALE_LIMIT * (2 * torch.rand((2, len(x)), generator=generator) - 1)
-    height, width = factors.to(x.device)
-    zero = torch.zeros_like(height)
-    # The picture grows by the factor, so that the place to read from shrinks by it.
-    return _sample(x, 1 / width, zero, zero, 1 / height)
+def _scale(x: Tensor, mean: Tensor, generator: torch.Generator) -> Tensor:
+    sides = torch.tensor(x.shape[2:])
+    factors = torch.rand((2, len(x)), generator=generator, dtype=torch.float64)
+    scaled = ((1 + SCALE_LIMIT * (2 * factors - 1)) * sides[:, None]).long()
+    canvas = torch.cat([scaled, sides[:, None].expand_as(scaled)]).amax(0)
+    places = []
+    for side, new in zip(sides.tolist(), scaled, strict=True):
+        # Pixel of the kept middle -> pixel of the canvas -> pixel of the scaled picture.
+        at = torch.arange(side) + ((canvas - side) // 2 - (canvas - new) // 2)[:, None]
+        # torch.nn.functional.interpolate computes the nearest pixel in float32, too.
+        source = (at * (torch.tensor(float(side)) / new.float())[:, None]).floor().long()
+        outside = (at < 0) | (at >= new[:, None])
+        places.append(source.clamp(max=side - 1).masked_fill(outside, -1))
+    return _read(x, *places, torch.zeros_like(mean).view(-1, 1, 1))
 
 
-def _rotate(x: Tensor, generator: torch.Generator) -> Tensor:
+def _read(x: Tensor, rows: Tensor, columns: Tensor, fill: Tensor) -> Tensor:
+    """Pixels of each image at its own rows (n, H) and columns (n, W); `fill` outside of it."""
+    height, width = x.shape[2:]
+    inside = ((rows >= 0) & (rows < height))[:, :, None]
+    inside = inside & ((columns >= 0) & (columns < width))[:, None, :]
+    index = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
+    return torch.where(inside[:, None].to(x.device), _gather(x, index), fill)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Pixels (n, C, H, W) at flat positions `index` (n, H, W), the same in every channel."""
+    flat = index.to(x.device).flatten(1)[:, None].expand(-1, x.shape[1], -1)
+    return x.flatten(2).gather(2, flat).view(*x.shape[:2], *index.shape[1:])
+
+
+def _rotate(x: Tensor, mean: Tensor, generator: torch.Generator) -> Tensor:
     degrees = torch.randint(-ROTATE_DEGREES, ROTATE_DEGREES, (len(x),), generator=generator)
-    turn = degrees.to(x.device) * (math.pi / 180)
-    return _sample(x, turn.cos(), -turn.sin(), turn.sin(), turn.cos())
+    return rotate(x, degrees, mean.mean())
 
 
-def _noise(x: Tensor, generator: torch.Generator) -> Tensor:
+def rotate(x: Tensor, degrees: Tensor, fill: Tensor) -> Tensor:
+    """`scipy.ndimage.rotate` (order 3) of every image, cut back to its size about the centre.
+
+    Args:
+        x: n×C×H×W float.
+        degrees: n whole numbers on the CPU; positive turns the first axis towards the second.
+        fill: value outside the picture, a scalar tensor.
+
+    Returns:
+        n×C×H×W.
+    """
+    height, width = x.shape[2:]
+    to_coefficients = [_spline_filter(side).to(x) for side in (height, width)]
+    coefficients = to_coefficients[0] @ x @ to_coefficients[1].mT
+    rows, columns = _read_places(degrees, height, width)
+    inside = (rows >= 0) & (rows <= height - 1) & (columns >= 0) & (columns <= width - 1)
+    out = torch.zeros_like(x)
+    for row, row_weight in _taps(rows, height):
+        for column, column_weight in _taps(columns, width):
+            weight = (row_weight * column_weight)[:, None].to(x)
+            out += weight * _gather(coefficients, row * width + column)
+    return torch.where(inside[:, None].to(x.device), out, fill)
+
+
+def _read_places(degrees: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Row and column (n, H, W) float64 of the picture that each pixel of the result shows.
+
+    As in SciPy the picture is turned on a canvas that holds all of it; its middle H×W is kept.
+    """
+    angle = degrees.double() * (math.pi / 180)
+    cos, sin = angle.cos(), angle.sin()
+    tall = (height * cos.abs() + width * sin.abs() + 0.5).long()
+    wide = (height * sin.abs() + width * cos.abs() + 0.5).long()
+
+    def from_centre(canvas: Tensor, side: int) -> Tensor:
+        cut = torch.div(canvas - side, 2, rounding_mode="trunc")
+        return torch.arange(side) + (cut - (canvas - 1) / 2)[:, None]
+
+    v, u = from_centre(tall, height)[:, :, None], from_centre(wide, width)[:, None, :]
+    cos, sin = cos[:, None, None], sin[:, None, None]
+    rows = cos * v + sin * u + (height - 1) / 2
+    columns = cos * u - sin * v + (width - 1) / 2
+    # What lies on the edge of the picture belongs to it, whichever way the last bit was rounded.
+    return tuple(torch.where((p - p.round()).abs() < 1e-9, p.round(), p) for p in (rows, columns))
+
+
+def _spline_filter(side: int) -> Tensor:
+    """Pixels of one line -> the coefficients of the cubic B-spline through them, mirrored ends."""
+    if side == 1:
+        return torch.ones((1, 1), dtype=torch.float64)
+    line = torch.eye(side, dtype=torch.float64) * 4
+    line += torch.diag(torch.ones(side - 1, dtype=torch.float64), 1)
+    line += torch.diag(torch.ones(side - 1, dtype=torch.float64), -1)
+    line[0, 1] = line[-1, -2] = 2  # the neighbour beyond the end is the one before it
+    return torch.linalg.inv(line / 6)
+
+
+def _taps(at: Tensor, side: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The four coefficients around each place and their weights in the cubic B-spline."""
+    left = at.floor()
+    t = at - left
+    weights = (
+        (1 - t) ** 3 / 6,
+        (4 - 6 * t**2 + 3 * t**3) / 6,
+        (4 - 6 * (1 - t) ** 2 + 3 * (1 - t) ** 3) / 6,
+        t**3 / 6,
+    )
+    last = side - 1
+    for step, weight in zip(range(-1, 3), weights, strict=True):
+        mirrored = (left.long() + step).abs()
+        yield (last - (last - mirrored).abs()).clamp(0, last), weight
+
+
+def _noise(x: Tensor, mean: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
     return x + NOISE_STD * noise
 
 
-def _sample(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-    """Read each image at (a·u + b·v, c·u + d·v), u and v in pixels from the centre."""
-    height, width = x.shape[2:]
-    mean = x.mean((2, 3), keepdim=True)
-    return affine_sample(x - mean, a, b * height / width, c * width / height, d, False) + mean
-
-
-OPERATIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
+OPERATIONS: dict[str, Callable[[Tensor, Tensor, torch.Generator], Tensor]] = {
     "crop": _crop,
     "scale": _scale,
     "rotate": _rotate,

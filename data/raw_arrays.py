@@ -90,8 +90,9 @@ def _load_npz(path: Path, *keys: str) -> list[np.ndarray]:
 
 
 def read_imagenet(raw: Path, download: bool) -> Source:
-    """Down-sampled ImageNet batches (train only), or a folder of class sub-folders.
+    """Down-sampled ImageNet batches, or a folder of class sub-folders.
 
+    The test split is `val_data`, in the same folder or a `val` beside it, where it is there.
     Batches: `train_data_batch_1` to `_10`, pickled or .npz, each with `data` N×(3·S·S) uint8 and
     1-based `labels`. One batch lies in memory at a time. The label order is that of the release
     (its `map_clsloc.txt`, read for names if present), which is not the sorted WordNet order.
@@ -101,18 +102,20 @@ def read_imagenet(raw: Path, download: bool) -> Source:
         raise UserError(f"--download cannot fetch imagenet; {help}, and name them with --raw PATH")
     folders = [raw, *sorted(p for p in raw.glob("*") if p.is_dir())] if raw.is_dir() else []
     for folder in folders:
-        batches = [_batch_path(folder, number) for number in range(1, 11)]
+        batches = [_data_path(folder, f"train_data_batch_{number}") for number in range(1, 11)]
         missing = [number for number, path in enumerate(batches, 1) if path is None]
         if len(missing) == 10:
             continue
         if missing:
             raise UserError(f"{folder} has no train_data_batch_{missing[0]}; expected 1 to 10")
-        return Source(
-            "down-sampled ImageNet",
-            _imagenet_names(folder),
-            {"train": functools.partial(map, _read_batch, batches)},
-            {},
-        )
+        splits = {"train": batches}
+        held_out = [_data_path(place, "val_data") for place in (*folders, folder.parent / "val")]
+        if any(held_out):
+            splits["test"] = [next(filter(None, held_out))]
+        readers = {
+            name: functools.partial(map, _read_batch, found) for name, found in splits.items()
+        }
+        return Source("down-sampled ImageNet", _imagenet_names(folder), readers, {})
     for folder in folders:
         if (folder / "train").is_dir():
             return read_folder(folder / "train")
@@ -121,10 +124,10 @@ def read_imagenet(raw: Path, download: bool) -> Source:
     raise UserError(f"no raw imagenet in {raw}: {help}, and name their folder with --raw PATH")
 
 
-def _batch_path(folder: Path, number: int) -> Path | None:
-    """The file of one batch in either form."""
+def _data_path(folder: Path, stem: str) -> Path | None:
+    """The file of one batch, or of the validation data, in either form."""
     for suffix in ("", ".npz"):
-        path = folder / f"train_data_batch_{number}{suffix}"
+        path = folder / f"{stem}{suffix}"
         if path.is_file():
             return path
     return None

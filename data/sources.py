@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data import raw_arrays, raw_lists, raw_torchvision
 from data.raw import Source
+from data.raw_subsets import SUBSETS, subset_reader
 
 # (raw folder, whether to download) -> source, by the name of the prepared folder.
 SOURCES: dict[str, Callable[[Path, bool], Source]] = {
@@ -20,6 +21,7 @@ SOURCES: dict[str, Callable[[Path, bool], Source]] = {
     "flowers": raw_torchvision.read_flowers,
     "imagenette": raw_torchvision.read_imagenette,
     "imagewoof": raw_torchvision.read_imagewoof,
+    **{folder: subset_reader(folder) for folder in SUBSETS},
     "pathmnist": raw_arrays.read_pathmnist,
     "imagenet": raw_arrays.read_imagenet,
     "tinyimagenet": raw_lists.read_tinyimagenet,

@@ -115,17 +115,44 @@ def _dc(folder: str, num_classes: int, size: int, mean: str, std: str, **other) 
 
 _IMAGENET = (".485 .456 .406", ".229 .224 .225")
 
+
+class SpecTable(dict[str, DatasetSpec]):
+    """Rows by published name, found in any case (the release mixes spellings)."""
+
+    def spelling(self, name: str) -> str:
+        """The published spelling of `name`; `name` as it is where no row has it."""
+        if super().__contains__(name) or not isinstance(name, str):
+            return name
+        return next((known for known in self if known.lower() == name.lower()), name)
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(self.spelling(name))
+
+    def __getitem__(self, name: str) -> DatasetSpec:
+        return super().__getitem__(self.spelling(name))
+
+    def get(self, name: str, default: DatasetSpec | None = None) -> DatasetSpec | None:
+        """The row, or `default`."""
+        return super().get(self.spelling(name), default)
+
+
+# Down-sampled, 32 pixels. Its test split is there where the raw set had val_data.
+_IMAGENET_32 = _dc("imagenet", 1000, 32, *_IMAGENET, has_test=False)
+
 # DC family (`--dataset`): the same prepared tensors, read with this family's statistics.
-DC_SPECS: dict[str, DatasetSpec] = {
+DC_SPECS = SpecTable({
     "MNIST": _dc("mnist", 10, 28, ".1307", ".3081", hflip=False),
     "FashionMNIST": _dc("fashionmnist", 10, 28, ".2861", ".3530"),
     "SVHN": _dc("svhn", 10, 32, ".4377 .4438 .4728", ".1980 .2010 .1970", hflip=False),
     "CIFAR10": _dc("cifar10", 10, 32, ".4914 .4822 .4465", ".2023 .1994 .2010"),
     "CIFAR100": _dc("cifar100", 100, 32, ".5071 .4866 .4409", ".2673 .2564 .2762"),
-    "TinyImageNet": _dc("tinyimagenet", 200, 64, *_IMAGENET),
-    "ImageNet-32": _dc("imagenet", 1000, 32, *_IMAGENET, has_test=False),
-    "PathMNIST": _dc("pathmnist", 9, 28, ".7406 .5330 .7059", ".1237 .1767 .1244"),
-    "ImageNette": _dc("imagenette", 10, 224, *_IMAGENET),
-    "ImageWoof": _dc("imagewoof", 10, 224, *_IMAGENET),
-}
-DC_SPECS["tinyimagenet"] = DC_SPECS["TinyImageNet"]  # both spellings were published
+    "tinyimagenet": _dc("tinyimagenet", 200, 64, *_IMAGENET),
+    "ImageNet": _IMAGENET_32,
+    "ImageNet-32": _IMAGENET_32,
+    "pathmnist": _dc("pathmnist", 9, 28, ".7406 .5330 .7059", ".1237 .1767 .1244"),
+    **{
+        name: _dc(name.lower(), 10, 224, *_IMAGENET)
+        for name in ("ImageNette", "ImageWoof", "ImageFruit", "ImageYellow", "ImageMeow",
+                     "ImageSquawk")
+    },
+})  # fmt: skip

@@ -45,7 +45,8 @@ class SyntheticSet:
 
     Attributes:
         images: m×C×H×W float32 in normalised space, m >= 1.
-        targets: (m,) int64 class indices, or (m, D) float32 target vectors.
+        targets: (m,) int64 class indices, or (m, D) float32 target vectors; other number types
+            are cast to these.
         stats: mean and std that undo the normalisation; None if unknown.
         data_name: the set it was distilled from; None if unknown.
         info: JSON-able facts (method, accuracies, ...).
@@ -171,26 +172,35 @@ def _checked_targets(targets: Tensor, count: int) -> Tensor:
     if not isinstance(targets, Tensor) or targets.layout is not torch.strided:
         raise UserError(f"targets are {type(targets).__name__}, expected dense {wanted}")
     described = f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}"
-    shape_fits = (
-        targets.dim() == (2 if targets.is_floating_point() else 1) and 0 not in targets.shape
-    )
+    # A column of whole numbers is more likely a list of classes than vectors of one entry.
+    vectors = targets.dim() == 2 and (targets.is_floating_point() or targets.shape[1] > 1)
+    shape_fits = (targets.dim() == 1 or vectors) and 0 not in targets.shape
     if not shape_fits or targets.is_complex() or targets.dtype == torch.bool:
         raise UserError(f"{described}, expected {wanted}")
     if len(targets) != count:
         raise UserError(f"{described}, but there are {count} images")
-    if targets.is_floating_point():
-        targets = targets.detach().float()
-        _check_finite(targets, "targets")
-        return targets
-    if int(targets.min()) < 0:
-        raise UserError(f"targets hold class index {int(targets.min())}, expected 0 or more")
-    return targets.long()
+    # The shape says what they are: the number type is cast, as the release does.
+    targets = targets.detach()
+    values = targets.float()
+    _check_finite(values, "targets")
+    if vectors:
+        return values
+    indices = targets.long()
+    odd = (indices != targets).nonzero().flatten()
+    if len(odd):
+        row = int(odd[0])
+        raise UserError(
+            f"targets hold {float(targets[row]):g} in row {row}, expected whole numbers"
+        )
+    if int(indices.min()) < 0:
+        raise UserError(f"targets hold class index {int(indices.min())}, expected 0 or more")
+    return indices
 
 
 def _check_finite(values: Tensor, what: str) -> None:
-    bad = ~torch.isfinite(values)
+    bad = ~torch.isfinite(values).reshape(len(values), -1)
     if bad.any():
-        first = int(bad.flatten(1).any(1).nonzero()[0])
+        first = int(bad.any(1).nonzero()[0])
         raise UserError(
             f"{what} hold {int(bad.sum())} non-finite values (NaN or inf), first in row {first}"
         )

@@ -196,7 +196,7 @@ def prepare(flags: KdFlags) -> Distillation:
         epochs=flags.kd_epoch, lr=flags.kd_lr, batch_size=flags.kd_batch_size
     )
     preset = resolve_preset(flags.source_data_name, flags.data_dir, flags.img_size)
-    arch = preset.network if flags.test_model == "base" else flags.test_model
+    arch = preset.network if flags.test_model == "base" else flags.test_model.lower()
     device = resolve_device(flags.device, flags.gpu_id)
     target = data.load(flags.target_data_name, preset.size, flags.data_dir, splits=("test",))
     if target.num_classes is None:

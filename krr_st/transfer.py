@@ -239,7 +239,7 @@ def run_transfer(flags: ScratchFlags) -> int:
     """
     shots = ("all",) if flags.label_fraction is not None else parse_shots(flags.shots)
     preset = resolve_preset(flags.source_data_name, flags.data_dir, flags.img_size)
-    arch = preset.network if flags.test_model == "base" else flags.test_model
+    arch = preset.network if flags.test_model == "base" else flags.test_model.lower()
     method = flags.method if isinstance(flags, TestFlags) else SCRATCH
     device = resolve_device(flags.device, flags.gpu_id)
     seed = resolve_seed(flags.seed)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from utils.errors import UserError
@@ -15,6 +14,9 @@ from utils.errors import UserError
 class Classifier(nn.Module):
     """Shared contract: `forward(x) == head(dropout(embed(x)))`.
 
+    As in the release, dropout takes part in the names: with it the head's keys are `fc.1.*`,
+    without it `fc.*`. Either network loads the other's state dict.
+
     A subclass builds its layers, implements `forward_features` and calls `set_head` last.
 
     Attributes:
@@ -22,14 +24,12 @@ class Classifier(nn.Module):
         global_pool: `embed` averages the feature map over space instead of flattening it.
         num_features: width of `embed(x)`.
         num_pooled: width of `pooled(x)`.
-        drop_rate: dropout probability before the head, in training mode.
     """
 
     head_name: str = "fc"
     global_pool: bool = False
     num_features: int
     num_pooled: int
-    drop_rate: float = 0.0
 
     def set_head(
         self,
@@ -52,13 +52,31 @@ class Classifier(nn.Module):
         self.num_pooled = num_pooled
         self.num_features = num_pooled * (1 if self.global_pool else map_size[0] * map_size[1])
         self.head_name = head_name
-        self.drop_rate = dropout
-        setattr(self, head_name, nn.Linear(self.num_features, num_classes))
+        linear = nn.Linear(self.num_features, num_classes)
+        setattr(self, head_name, nn.Sequential(nn.Dropout(dropout), linear) if dropout else linear)
 
     @property
     def head(self) -> nn.Module:
         """The last linear layer."""
-        return getattr(self, self.head_name)
+        last = getattr(self, self.head_name)
+        return last[1] if isinstance(last, nn.Sequential) else last
+
+    def renamed(
+        self, state: Mapping[str, torch.Tensor], prefix: str = ""
+    ) -> dict[str, torch.Tensor]:
+        """A state dict of this network, with or without dropout, under this one's head keys."""
+        plain = f"{prefix}{self.head_name}."
+        other, own = f"{plain}1.", plain
+        if isinstance(getattr(self, self.head_name), nn.Sequential):
+            other, own = own, other
+        names = {other + leaf: own + leaf for leaf in ("weight", "bias") if own + leaf not in state}
+        return {names.get(key, key): value for key, value in state.items()}
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        renamed = self.renamed(state_dict, prefix)
+        state_dict.clear()
+        state_dict.update(renamed)  # in place: torch hands this very dict on to the children
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) -> the last feature map (B, num_pooled, h, w).
@@ -78,8 +96,7 @@ class Classifier(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, C, H, W) -> logits (B, num_classes)."""
-        # A functional dropout has no place in the state dict: the keys are the same at any rate.
-        return self.head(F.dropout(self.embed(x), self.drop_rate, self.training))
+        return getattr(self, self.head_name)(self.embed(x))
 
 
 def map_size(

@@ -56,7 +56,7 @@ MODELS: dict[str, Callable[..., Classifier]] = {
 # Each row says what differs from the default: three blocks of 128, instance norm, ReLU, average.
 _CONVNETS: dict[str, dict] = {
     "ConvNet": {},
-    **{f"ConvNetD{depth}": dict(widths=(128,) * depth) for depth in range(1, 6)},
+    **{f"ConvNetD{depth}": dict(widths=(128,) * depth) for depth in range(1, 7)},
     **{f"ConvNetW{width}": dict(widths=(width,) * 3) for width in (32, 64, 128, 256)},
     "ConvNetAS": dict(act="sigmoid"),
     "ConvNetAR": dict(act="relu"),
@@ -112,7 +112,7 @@ def get_model(
     """A freshly initialised network of the KRR-ST zoo; its last layer is `fc`.
 
     Args:
-        name: key of MODELS, or a ConvNet such as convnet_128_256_512_bn.
+        name: key of MODELS, or a ConvNet such as convnet_128_256_512_bn, in any case.
         img_shape: (channels, height, width) of the images.
         num_classes: outputs of `fc`.
         dropout: probability in [0, 1) of the Dropout before `fc`.
@@ -121,9 +121,10 @@ def get_model(
         UserError: unknown name, or images too small for the network.
     """
     channel, *im_size = img_shape
-    key = CONVNET_PATTERN if _CONVNET_NAME.fullmatch(name) else name
-    build = pick(MODELS, key, "model")
-    return build(channel, num_classes, tuple(im_size), name=name, dropout=dropout)
+    lower = name.lower()
+    key = CONVNET_PATTERN if _CONVNET_NAME.fullmatch(lower) else lower
+    build = pick(MODELS, key if key in MODELS else name, "model")  # an error shows what was given
+    return build(channel, num_classes, tuple(im_size), name=lower, dropout=dropout)
 
 
 def get_network(

@@ -35,9 +35,9 @@ class SmallStemResNet(Classifier, torchvision.models.ResNet):
     ) -> None:
         super().__init__(BasicBlock, list(blocks), zero_init_residual=True)
         map_size(name, im_size, lambda side: (side + 9) // 8)  # any size of 1 or more
-        # Padding 2, not 1: 32x32 images give 34x34 maps in the published networks.
+        # Padding 2, not 1: 32x32 images give 34x34 maps in the published networks. Put in after
+        # torchvision's Kaiming loop, so that it keeps PyTorch's default initialisation, as there.
         self.conv1 = nn.Conv2d(channel, 64, 3, padding=2, bias=False)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.maxpool = nn.Identity()
         self.set_head(num_classes, 512, dropout=dropout)
 

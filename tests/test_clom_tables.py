@@ -56,7 +56,7 @@ def test_published_numbers_and_their_places():
     assert published["CIFAR10", "DM", "10"] == (48.9, 0.6)
     assert published["CIFAR100", "DSA", "50"] == (42.8, 0.4)
     assert published["SVHN", "DC", "1"] == (31.2, 1.4)
-    assert published["TinyImageNet", RANDOM, "50"] == (15.0, 0.4)
+    assert published["tinyimagenet", RANDOM, "50"] == (15.0, 0.4)
     assert ("CIFAR100", "DC", "50") not in published  # nobody printed it
     flags = TablesFlags(datasets=("MNIST", "CIFAR10", "CIFAR100"))
     shown = {(p.dataset, p.row, str(p.ipc)) for p in places(flags)}
@@ -73,6 +73,15 @@ def test_table_without_a_run(workspace, capsys):
     for other in (["--model", "ConvNetD2"], ["--img_size", "16"]):
         assert tables.main(["--datasets", "CIFAR10", "--ipcs", "10", *other]) == 0
         assert "48.90" not in capsys.readouterr().out
+
+
+def test_published_rows_are_found_in_any_spelling(workspace, capsys):
+    argv = ["--ipcs", "1", "--methods", "DM", "--variants", "none", "--datasets"]
+    assert tables.main([*argv, "tinyimagenet"]) == 0
+    assert "[3.90 ± 0.20]" in capsys.readouterr().out
+    before = (LOG / "table.md").read_bytes()
+    assert tables.main([*argv, "TinyImageNet"]) == 0
+    assert (LOG / "table.md").read_bytes() == before
 
 
 def test_cells_run_are_kept_and_pooled(tiny, capsys):

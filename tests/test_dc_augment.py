@@ -1,12 +1,12 @@
-"""DC's older augmentation against a per-image loop with explicit arithmetic."""
-
-import math
+"""DC's older augmentation against the published loop over images, on SciPy and interpolate."""
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy import ndimage
 
-from data.dc_augment import dc_augment, dc_strategy
+from data.dc_augment import dc_augment, dc_strategy, rotate
 from utils.errors import UserError
 
 
@@ -14,27 +14,27 @@ def images(b=12, c=2, h=9, w=9):
     return torch.randn(b, c, h, w, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-def sample(image, source):
-    """Bilinear reading at source(v, u) in pixels from the centre; the channel mean outside."""
-    channels, h, w = image.shape
-    mean = image.reshape(channels, -1).mean(1)
-    out = np.zeros_like(image)
-    for i in range(h):
-        for j in range(w):
-            v, u = source(i - (h - 1) / 2, j - (w - 1) / 2)
-            py, px = v + (h - 1) / 2, u + (w - 1) / 2
-            y0, x0 = math.floor(py), math.floor(px)
-            for yy in (y0, y0 + 1):
-                for xx in (x0, x0 + 1):
-                    inside = 0 <= yy < h and 0 <= xx < w
-                    weight = (1 - abs(py - yy)) * (1 - abs(px - xx))
-                    out[:, i, j] += weight * (image[:, yy, xx] if inside else mean)
-    return out
+def place_in_the_middle(picture, h, w):
+    """On a square of zeros that holds both sizes, of which the middle h x w is cut out."""
+    _, sh, sw = picture.shape
+    side = max(sh, sw, h, w)
+    canvas = np.zeros((len(picture), side, side), picture.dtype)
+    r, c = int((side - sh) / 2), int((side - sw) / 2)
+    canvas[:, r : r + sh, c : c + sw] = picture
+    return cut_middle(canvas, h, w)
+
+
+def cut_middle(canvas, h, w):
+    r, c = int((canvas.shape[1] - h) / 2), int((canvas.shape[2] - w) / 2)
+    return canvas[:, r : r + h, c : c + w]
 
 
 def naive(x, strategy, generator):
+    """The published loop over images, with the draws of `generator` in their order."""
     ops = strategy.split("_")
     drawn = torch.randint(len(ops), (len(x),), generator=generator).tolist()
+    channels, h, w = x.shape[1:]
+    mean = [float(x[:, c].mean()) for c in range(channels)]
     out = x.numpy().copy()
     for number, op in enumerate(ops):
         members = [i for i, d in enumerate(drawn) if d == number]
@@ -42,30 +42,29 @@ def naive(x, strategy, generator):
         if not n:
             continue
         if op == "crop":
-            top = torch.randint(-4, 5, (n,), generator=generator).tolist()
-            left = torch.randint(-4, 5, (n,), generator=generator).tolist()
+            top = torch.randint(8, (n,), generator=generator).tolist()
+            left = torch.randint(8, (n,), generator=generator).tolist()
         elif op == "scale":
-            scale = (0.8 + 0.4 * torch.rand((2, n), generator=generator)).tolist()
+            draws = torch.rand((2, n), generator=generator, dtype=torch.float64)
+            scale = (0.8 + 0.4 * draws).tolist()
         elif op == "rotate":
             degrees = torch.randint(-45, 45, (n,), generator=generator).tolist()
         else:
             noise = torch.randn((n, *x.shape[1:]), generator=generator).double().numpy()
         for k, i in enumerate(members):
             image = x[i].numpy()
-            channels, h, w = image.shape
             if op == "crop":
                 padded = np.empty((channels, h + 8, w + 8))
-                padded[:] = image.reshape(channels, -1).mean(1)[:, None, None]
-                padded[:, 4:-4, 4:-4] = image
-                y, z = 4 + top[k], 4 + left[k]
-                out[i] = padded[:, y : y + h, z : z + w]
+                padded[:] = np.array(mean)[:, None, None]
+                padded[:, 4 : 4 + h, 4 : 4 + w] = image
+                out[i] = padded[:, top[k] : top[k] + h, left[k] : left[k] + w]
             elif op == "scale":
-                sy, sx = scale[0][k], scale[1][k]
-                out[i] = sample(image, lambda v, u, sy=sy, sx=sx: (v / sy, u / sx))
+                size = int(scale[0][k] * h), int(scale[1][k] * w)
+                scaled = F.interpolate(x[i : i + 1], size)[0].numpy()
+                out[i] = place_in_the_middle(scaled, h, w)
             elif op == "rotate":
-                t = math.radians(degrees[k])
-                c, s = math.cos(t), math.sin(t)
-                out[i] = sample(image, lambda v, u, c=c, s=s: (s * u + c * v, c * u - s * v))
+                turned = ndimage.rotate(image, degrees[k], axes=(-2, -1), cval=np.mean(mean))
+                out[i] = cut_middle(turned, h, w)
             else:
                 out[i] = image + 0.001 * noise[k]
     return torch.from_numpy(out)
@@ -74,21 +73,47 @@ def naive(x, strategy, generator):
 @pytest.mark.parametrize(
     "strategy", ["crop", "scale", "rotate", "noise", "crop_scale_rotate", "crop_noise"]
 )
-@pytest.mark.parametrize("shape", [(12, 2, 9, 9), (5, 1, 6, 8)])
+@pytest.mark.parametrize("shape", [(300, 2, 9, 9), (9, 1, 13, 15), (200, 1, 28, 28)])
 def test_equals_the_loop_over_images(strategy, shape):
     x = images(*shape)
     copy = x.clone()
     mine, theirs = (torch.Generator().manual_seed(4) for _ in range(2))
     got = dc_augment(x, strategy, mine)
-    torch.testing.assert_close(got, naive(x, strategy, theirs), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, naive(x, strategy, theirs), rtol=0, atol=1e-9)
     assert torch.equal(x, copy)
     assert torch.equal(mine.get_state(), theirs.get_state())
 
 
-def test_constant_images_stay_constant_under_geometry():
-    x = torch.arange(1.0, 41).view(20, 2, 1, 1).expand(20, 2, 12, 12)
-    got = dc_augment(x, "crop_scale_rotate", torch.Generator().manual_seed(0))
-    torch.testing.assert_close(got, x.contiguous())
+@pytest.mark.parametrize("size", [(28, 28), (9, 9), (13, 15), (2, 2), (1, 1)])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+def test_rotation_is_scipys_at_every_angle(size, dtype, atol):
+    degrees = torch.arange(-45, 45)
+    x = torch.randn(90, 2, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    got = rotate(x, degrees, torch.tensor(0.37, dtype=dtype))
+    assert got.dtype == dtype
+    for image, angle, mine in zip(x.numpy(), degrees.tolist(), got.numpy(), strict=True):
+        turned = ndimage.rotate(image, angle, axes=(-2, -1), cval=0.37)
+        np.testing.assert_allclose(mine, cut_middle(turned, *size), rtol=0, atol=atol)
+
+
+def test_offsets_of_the_crop_are_0_to_7():
+    """A single bright pixel moves by -3 to 4: offset 8, the last place there is, is never drawn."""
+    x = torch.zeros(2000, 1, 11, 11)
+    x[:, :, 5, 5] = 1
+    got = dc_augment(x, "crop", torch.Generator().manual_seed(0))
+    places = {tuple(p) for p in (got[:, 0] == 1).nonzero()[:, 1:].tolist()}
+    assert places == {(5 + r, 5 + c) for r in range(-3, 5) for c in range(-3, 5)}
+
+
+def test_what_fills_the_outside():
+    """Channel means of the batch around a crop, zeros around a scaled picture."""
+    x = torch.arange(1.0, 41).view(20, 2, 1, 1).expand(20, 2, 12, 12).contiguous()
+    for strategy, fills in (("crop", x.mean((0, 2, 3)).tolist()), ("scale", [0, 0])):
+        got = dc_augment(x, strategy, torch.Generator().manual_seed(0))
+        for channel, fill in enumerate(fills):
+            values = {v for v, i in zip(got[:, channel], x[:, channel, 0, 0], strict=True)
+                      for v in v.unique().tolist() if v != i}  # fmt: skip
+            assert values == {fill}
 
 
 def test_every_image_gets_one_operation_drawn_for_it():

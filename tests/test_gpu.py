@@ -8,6 +8,7 @@ import torch
 from benchmarks import krr_st as bench
 from clom.loss import clom_cosine
 from clom.matching import gradient_distance
+from data.dc_augment import dc_augment
 from data.dsa import diff_augment
 from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
@@ -148,6 +149,15 @@ def test_dsa_draws_the_same_on_both_devices():
     strategy = "color_crop_cutout_flip_scale_rotate"
     ours, wanted = (
         diff_augment(x.to(device), strategy, generator=torch.Generator().manual_seed(3)).cpu()
+        for device in (CUDA, CPU)
+    )
+    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_older_augmentation_draws_the_same_on_both_devices():
+    x = draw(64, 1, 28, 28).float()
+    ours, wanted = (
+        dc_augment(x.to(device), "crop_scale_rotate_noise", torch.Generator().manual_seed(3)).cpu()
         for device in (CUDA, CPU)
     )
     torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)

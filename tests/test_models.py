@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
+from krr_st.target_model import Representation
 from models import MODELS, get_model
 from models.plain import AveragePool
+from utils.checkpoint import apply_state
 from utils.errors import UserError
 from utils.seed import local_seed
 
@@ -148,14 +150,27 @@ def test_resnet_initialisation():
     model = build("resnet18")
     last = [m.bn2.weight for m in model.modules() if hasattr(m, "bn2")]
     assert len(last) == 8 and not any(weight.any() for weight in last)
-    for conv, fan_out in ((model.conv1, 64 * 9), (model.layer3[1].conv1, 256 * 9)):
-        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+    std = model.layer3[1].conv1.weight.std().item()
+    assert std == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("model", [
+    lambda: build("resnet10").conv1, lambda: build("resnet18").conv1,
+    lambda: Representation("resnet18", (3, 32, 32)).backbone.conv1,
+])  # fmt: skip
+def test_the_stem_has_the_default_initialisation(model):
+    """Uniform within 1/sqrt(fan in), as PyTorch documents; Kaiming fan-out is half as wide."""
+    with local_seed(0):
+        weight = model().weight
+    bound = 27**-0.5
+    assert 0.99 * bound < weight.abs().max().item() <= bound
+    assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
 def mobilenet_blocks():
     """(index, in, inner, out, stride) written out from the table of the zoo."""
     rows = [(1, 16, 1, 1), (2, 24, 2, 1), (2, 32, 3, 2), (2, 64, 4, 2), (2, 96, 3, 1)]
-    rows += [(2, 160, 3, 2), (1, 320, 1, 1)]
+    rows += [(2, 160, 3, 2), (2, 320, 1, 1)]
     index, c_in = 0, 32
     for expansion, c, n, stride in rows:
         for i in range(n):
@@ -221,20 +236,47 @@ def test_parameter_counts():
     assert count(on_paper("vgg")) == 9_220_480 + 2 * 2752 + 512 * 10 + 10
 
 
-@pytest.mark.parametrize(
-    "name", ["convnet_8_16_bn", "convnet_8_16_none", "alexnet", "resnet10", "mobilenet"]
-)
-def test_dropout_changes_no_key_and_only_training(name):
-    plain, dropping = get_model(name, dropout=0.0), get_model(name, dropout=0.5)
-    assert list(plain.state_dict()) == list(dropping.state_dict())
-    dropping.load_state_dict(plain.state_dict(), strict=True)
-    plain.eval(), dropping.eval()
+@pytest.mark.parametrize("name", [*ZOO_A, "convnet_128_256_512_bn"])
+def test_dropout_names_the_head_as_the_release_does(name):
+    """A Dropout `fc.0` and a Linear `fc.1`; all other keys, and what loads, stay the same."""
+    plain, dropping = build(name), get_model(name, dropout=0.5)
+    keys = [re.sub(r"^fc\.(?=weight|bias)", "fc.1.", key) for key in plain.state_dict()]
+    assert list(dropping.state_dict()) == keys and keys[-2:] == ["fc.1.weight", "fc.1.bias"]
     with torch.no_grad():
-        assert torch.equal(plain(images()), dropping(images()))
-        if name.startswith("convnet_8"):
-            dropping.drop_rate = 0.999999
-            dropping.train()
-            torch.testing.assert_close(dropping(images())[0], dropping.fc.bias)
+        expected = plain.eval()(images())
+        for load in (
+            lambda model, state: model.load_state_dict(state, strict=True),
+            lambda model, state: apply_state(model, state, origin="file"),
+        ):
+            first, back = get_model(name, dropout=0.5).eval(), get_model(name).eval()
+            load(first, plain.state_dict())
+            assert torch.equal(first(images()), expected)
+            load(back, first.state_dict())
+            assert torch.equal(back(images()), expected)
+            load(first, first.state_dict())
+    with pytest.raises(RuntimeError, match=r"[Uu]nexpected key.*fc.1.weight"):
+        plain.load_state_dict(plain.state_dict() | {"fc.1.weight": plain.fc.weight}, strict=True)
+
+
+def test_a_part_of_another_module_loads_either_head():
+    whole = torch.nn.ModuleDict({"net": get_model("convnet_8_in", dropout=0.5)})
+    state = {f"net.{k}": v for k, v in get_model("convnet_8_in").state_dict().items()}
+    whole.load_state_dict(state, strict=True)
+    assert torch.equal(whole["net"].head.weight, state["net.fc.weight"])
+
+
+def test_dropout_acts_in_training_only():
+    model = get_model("convnet_8_16_none", dropout=0.999999)
+    torch.testing.assert_close(model.train()(images())[0], model.head.bias)
+    assert not torch.allclose(model.eval()(images())[0], model.head.bias)
+
+
+@pytest.mark.parametrize(
+    ("spelt", "name"),
+    [("VGG", "vgg"), ("ResNet10", "resnet10"), ("ConvNet_8_16_BN", "convnet_8_16_bn")],
+)
+def test_zoo_a_names_without_case(spelt, name):
+    assert shapes(on_paper(spelt)) == shapes(on_paper(name))
 
 
 @pytest.mark.parametrize("name", ZOO_A)

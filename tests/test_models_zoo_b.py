@@ -16,6 +16,7 @@ CONVNETS = {
     "ConvNetD3": ([128] * 3, "relu", "instance", "avg"),
     "ConvNetD4": ([128] * 4, "relu", "instance", "avg"),
     "ConvNetD5": ([128] * 5, "relu", "instance", "avg"),
+    "ConvNetD6": ([128] * 6, "relu", "instance", "avg"),
     "ConvNetW32": ([32] * 3, "relu", "instance", "avg"),
     "ConvNetW64": ([64] * 3, "relu", "instance", "avg"),
     "ConvNetW128": ([128] * 3, "relu", "instance", "avg"),
@@ -47,7 +48,13 @@ POOLS = {"avg": F.avg_pool2d, "max": F.max_pool2d, "none": lambda x, _: x}
 BN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-def build(name, channel=3, num_classes=10, size=(32, 32)):
+def published_side(name):
+    """32 pixels, but five poolings leave nothing of them for ConvNetD6's sixth."""
+    return 64 if name == "ConvNetD6" else 32
+
+
+def build(name, channel=3, num_classes=10, size=None):
+    size = size or (published_side(name),) * 2
     with local_seed(0):
         return get_network(name, channel, num_classes, size).eval()
 
@@ -114,8 +121,9 @@ def test_the_table_is_complete():
 def test_convnet_keys_and_output(name):
     widths, act, norm, pool = CONVNETS[name]
     model = build(name)
-    keys, at, c_in, side = {}, 0, 3, 32
-    state, x = shuffled(model), images()
+    keys, at, c_in, side = {}, 0, 3, published_side(name)
+    state, x = shuffled(model), images(size=(side, side))
+    given = x
     for c in widths:
         keys |= {f"features.{at}.weight": (c, c_in, 3, 3), f"features.{at}.bias": (c,)}
         x = F.conv2d(x, state[f"features.{at}.weight"], state[f"features.{at}.bias"], padding=1)
@@ -134,7 +142,7 @@ def test_convnet_keys_and_output(name):
     assert model.num_features == c_in * side * side and model.num_pooled == c_in
     expected = x.flatten(1) @ state["classifier.weight"].T + state["classifier.bias"]
     with torch.no_grad():
-        torch.testing.assert_close(model(images()), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(given), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_mlp_and_lenet_keys_and_output():
@@ -227,10 +235,11 @@ def test_resnet_keys_and_output(name, norm):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_28x28_single_channel(name):
     """The first convolution pads to 32; ResNet18BN_AP does not and keeps 3x3."""
-    model = on_paper(name, 1, 10, (28, 28))
-    colour = on_paper(name, 3, 10, (32, 32)).num_features
+    size = (published_side(name) - 4,) * 2
+    model = on_paper(name, 1, 10, size)
+    colour = on_paper(name).num_features
     assert model.num_features == (512 * 9 if name == "ResNet18BN_AP" else colour)
-    assert model.embed(paper_images(1, (28, 28))).shape == (2, model.num_features)
+    assert model.embed(paper_images(1, size)).shape == (2, model.num_features)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +281,7 @@ def test_single_channel_of_other_sizes(name):
     [
         ("ConvNetD5", 3, (16, 16), 32),
         ("ConvNetD5", 1, (16, 16), 28),
+        ("ConvNetD6", 3, (32, 32), 64),
         ("ConvNet", 3, (32, 7), 8),
         ("ConvNetNP", 3, (1, 1), 2),
         ("VGG11", 3, (16, 16), 32),

@@ -185,7 +185,8 @@ def test_absent_raw_data_is_one_clear_line(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["cars", "cub2011", "dogs", "imagenet", "imagewoof", "pathmnist", "tinyimagenet"]
+    "name",
+    ["cars", "cub2011", "dogs", "imagefruit", "imagenet", "imagewoof", "pathmnist", "tinyimagenet"],
 )
 def test_sets_that_cannot_be_fetched_say_so(name, tmp_path):
     with pytest.raises(UserError, match=r"--download cannot fetch .*--raw PATH"):

@@ -12,8 +12,12 @@ import pytest
 from raw_drawing import content, draw
 from scipy.io import savemat
 from torchvision import datasets
+from torchvision.models._meta import _IMAGENET_CATEGORIES
 
-from data import raw_arrays, raw_torchvision
+from clom.config import DistillFlags
+from clom.inputs import load_data
+from data import prepare, raw_arrays, raw_torchvision
+from data.raw_subsets import SUBSETS, subset_reader
 from utils.errors import UserError
 
 
@@ -48,6 +52,48 @@ def test_imagenet_batches(batches):
     for n, c, h, w in ((0, 0, 0, 0), (7, 1, 2, 3), (29, 2, 3, 1)):
         assert images[n, h, w, c] == data[n, c * 16 + h * 4 + w]
     assert np.array_equal(np.concatenate([part.labels for part in parts]), labels - 1)
+
+
+@pytest.mark.parametrize("place", ["val_data", "val/val_data.npz", "train/../val/val_data"])
+def test_imagenet_validation_data_is_the_test_split(batches, place):
+    """Of the same folder or of `val` beside `train`, as the release reads it."""
+    root, data, labels = batches
+    raw = root
+    if place.startswith("train"):
+        raw = root / "train"
+        raw.mkdir()
+        for path in root.glob("train_data_batch_*"):
+            path.rename(raw / path.name)
+    rows = {"data": data[::-1][:4], "labels": labels[::-1][:4].tolist()}
+    path = raw.parent / "val" / "val_data" if raw is not root else root / place
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, **rows) if path.suffix else path.write_bytes(pickle.dumps(rows))
+    for given in {raw, root}:
+        source = raw_arrays.read_imagenet(given, False)
+        assert set(source.splits) == {"train", "test"}
+        (part,) = source.splits["test"]()
+        pictures = data[::-1][:4].reshape(4, 3, 4, 4).transpose(0, 2, 3, 1)
+        assert np.array_equal(part.images, pictures)
+        assert part.labels.tolist() == (labels[::-1][:4] - 1).tolist()
+        assert len(list(source.splits["train"]())) == 10
+
+
+def test_prepared_imagenet_32_is_tested_on_its_validation_data(batches, capsys):
+    root, values, labels = batches
+    argv = ["--data_name", "imagenet", "--size", "4", "--raw", str(root), "--data_dir",
+            str(root / "prepared"), "--workers", "1"]  # fmt: skip
+    assert prepare.main(argv) == 0
+    flags = DistillFlags(dataset="ImageNet", data_path=root / "prepared", img_size=4)
+    assert load_data(flags).test is None
+    assert "accuracies are on the training images" in capsys.readouterr().out
+    rows = {"data": values[:5], "labels": labels[:5].tolist()}
+    (root / "val_data").write_bytes(pickle.dumps(rows))
+    assert prepare.main([*argv, "--overwrite"]) == 0
+    capsys.readouterr()
+    image_set = load_data(flags)
+    assert np.array_equal(image_set.test.images, values[:5].reshape(5, 3, 4, 4))
+    assert image_set.test.labels.tolist() == (labels[:5] - 1).tolist()
+    assert len(image_set.train) == 30 and "accuracies" not in capsys.readouterr().out
 
 
 def test_imagenet_class_names_follow_the_release_order(batches):
@@ -228,6 +274,34 @@ def test_imagenette_and_imagewoof(tmp_path):
     assert content(source, "test") == [("b.JPEG", 0), ("b.JPEG", 1)]
     source = raw_torchvision.read_imagewoof(tmp_path / "woof", False)
     assert content(source, "train") == [("a.JPEG", 0), ("a.JPEG", 1)]
+
+
+# The published class numbers of each subset, among torchvision's 1000 in the order of WordNet ids.
+PUBLISHED_CLASSES = {
+    "imagefruit": [953, 954, 949, 950, 951, 957, 952, 945, 943, 948],
+    "imageyellow": [309, 986, 954, 951, 987, 779, 599, 291, 72, 11],
+    "imagemeow": [281, 282, 283, 284, 285, 291, 292, 290, 289, 287],
+    "imagesquawk": [84, 130, 88, 144, 145, 22, 96, 9, 100, 89],
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_CLASSES)
+def test_imagenet_subsets(name, tmp_path):
+    wnids, names = zip(*SUBSETS[name], strict=True)
+    numbers = PUBLISHED_CLASSES[name]
+    found = [_IMAGENET_CATEGORIES[number].removesuffix(" cat") for number in numbers]
+    assert [n.removesuffix(" cat") for n in names] == found
+    assert np.argsort(wnids).tolist() == np.argsort(numbers).tolist()
+    for split, picture in (("train", "a"), ("val", "b")):
+        for wnid in (*wnids, "n00000001"):  # the rest of ImageNet may lie there, too
+            draw(tmp_path / "top" / split / wnid / f"{picture}_{wnid}.JPEG")
+    source = subset_reader(name)(tmp_path, False)
+    assert source.class_names == names and set(SUBSETS) == set(PUBLISHED_CLASSES)
+    assert content(source, "train") == [(f"a_{w}.JPEG", i) for i, w in enumerate(wnids)]
+    assert content(source, "test") == [(f"b_{w}.JPEG", i) for i, w in enumerate(wnids)]
+    (tmp_path / "top" / "val" / wnids[3] / f"b_{wnids[3]}.JPEG").unlink()
+    with pytest.raises(UserError, match=f"class folder .*val/{wnids[3]} holds no pictures"):
+        subset_reader(name)(tmp_path, False)
 
 
 def test_failed_download_is_one_line(tmp_path, monkeypatch):

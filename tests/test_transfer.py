@@ -63,6 +63,43 @@ def test_target_names(tmp_path):
     assert resolve_targets("cifar100", "cars_dogs_cars", tmp_path) == ("cars", "dogs")
 
 
+@pytest.mark.parametrize(
+    ("method", "stored", "expected"),
+    [
+        ("dsa", torch.tensor([3.0, 0.0, 2.0]), torch.tensor([3, 0, 2])),
+        ("dsa", torch.tensor([3.0, 0.0, 2.0], dtype=torch.float64), torch.tensor([3, 0, 2])),
+        ("dsa", torch.tensor([3, 0, 2], dtype=torch.int32), torch.tensor([3, 0, 2])),
+        ("kip", torch.eye(3, dtype=torch.int64), torch.eye(3)),
+        ("kip", torch.eye(3, dtype=torch.uint8), torch.eye(3)),
+        ("frepo", torch.eye(3, dtype=torch.float64), torch.eye(3)),
+    ],
+)
+def test_targets_of_any_number_type_are_cast_for_the_method(tiny, method, stored, expected):
+    """As published: `.long()` for class indices, `.float()` for vectors."""
+    folder = Path("synthetic_data/tiny") / method
+    checkpoint.save(torch.zeros(3, 3, 8, 8), folder / "x_syn.pt")
+    checkpoint.save(stored, folder / "y_syn.pt")
+    flags = TestFlags(source_data_name="tiny", method=method)
+    found = transfer.load_pretraining(flags, 8, NET).synthetic.targets
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+def test_class_indices_that_are_not_whole_are_refused(tiny, capsys):
+    checkpoint.save(torch.zeros(2, 3, 8, 8), Path("synthetic_data/tiny/dsa/x_syn.pt"))
+    checkpoint.save(torch.tensor([1.0, 0.5]), Path("synthetic_data/tiny/dsa/y_syn.pt"))
+    argv = [*SHARED, "--target_data_name", "tiny", "--method", "dsa", *SHORT]
+    fails(capsys, test_command, argv, "synthetic_data/tiny/dsa", "0.5 in row 1", "whole numbers")
+
+
+def test_networks_are_named_without_case(tiny, capsys):
+    argv = [*SHARED, "--target_data_name", "tiny", "--finetune_iteration", "1"]
+    argv[argv.index(NET)] = "ConvNet_4_8_BN"
+    assert test_scratch.main(argv) == 0
+    assert [cell["model"] for cell in cells()] == [NET]
+    argv[argv.index("ConvNet_4_8_BN")] = NET
+    assert test_scratch.main(argv) == 0 and "(kept)" in capsys.readouterr().out
+
+
 def test_a_name_with_underscores_is_one_target(tiny):
     write_set("datasets", "my_set")
     argv = [*SHARED, "--finetune_iteration", "2", "--target_data_name", "my_set_tiny_tiny"]

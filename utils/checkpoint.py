@@ -193,9 +193,12 @@ def apply_state(
 ) -> None:
     """Load `state` into `model`; keys under the prefixes in `skip` (the head) are left alone.
 
+    A model that has `renamed(state)` brings the names of published variants to its own first.
+
     Raises:
         UserError: any other missing, unexpected or differently shaped key, each one named.
     """
+    state = getattr(model, "renamed", dict)(state)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(skip)}
     given = {k: v for k, v in state.items() if not k.startswith(skip)}
     problems = [f"missing {k}" for k in own.keys() - given.keys()]
