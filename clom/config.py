@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clom.loss import CE_FORMS, DISTANCES
 from clom.matching import METRICS
-from clom.teachers import PREFIX, pair_alphas
+from clom.teachers import PREFIX, TEACHER_STATS, pair_alphas
 from clom.training import check_strategy, no_augmentation
 from data.dsa import without_flip
 from data.specs import DC_SPECS
@@ -99,6 +99,11 @@ class DistillFlags(CommonFlags):
     epoch: int = flag(150, "their epoch", minimum=0)
     source_dataset: str | None = flag(None, "what they were trained on; default: dataset")
     pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the pre-trained models")
+    CLoM_teacher_stats: str = flag(
+        "own", "images for them are normalised as in their training (own), or stay in the "
+        "normalisation of dataset as in the released code (target); hf: models: own",
+        choices=TEACHER_STATS,
+    )  # fmt: skip
 
     seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
     print_every: int = flag(10, "iterations between log lines", minimum=1)

@@ -95,7 +95,8 @@ def cell_flags(flags: TablesFlags, place: Place) -> DistillFlags:
     """
     names = {f.name for f in dataclasses.fields(DistillFlags)}
     shared = {k: v for k, v in vars(flags).items() if k in names - {"num_exp", "seed"}}
-    pool = ("models_pool", "model_num", "epoch", "CLoM_batch_size", "source_dataset")
+    pool = ("models_pool", "model_num", "epoch", "CLoM_batch_size", "source_dataset",
+            "CLoM_teacher_stats")  # fmt: skip
     if not place.variant.flags["CLoM"]:  # what is not used must not make another cell
         shared = {k: v for k, v in shared.items() if k not in pool}
     elif place.variant.flags["CLoM_distance"] == "ce":

@@ -112,6 +112,7 @@ class TablesFlags:
         None, "what the models of cos were trained on; default: the cell's data set"
     )
     pretrained_path: Path = _as_distilled("pretrained_path")
+    CLoM_teacher_stats: str = _as_distilled("CLoM_teacher_stats")
     data_path: Path | None = _as_distilled("data_path")
     device: str | None = _as_distilled("device")
     gpu: int = _as_distilled("gpu")

@@ -208,6 +208,8 @@ def test_identity_of_a_cell(tiny):
             identity(gpu=1), identity(num_exp=9), identity(data_path=Path("datasets"))]  # fmt: skip
     assert {base, *same} == {base}
     assert identity(variants=("ce",), source_dataset="CIFAR100") == ce
+    assert identity(CLoM_teacher_stats="target") == base
+    assert identity(variants=("cos",), CLoM_teacher_stats="target") != cos
     write_set("datasets", "cifar10", size=32, train=30, test=20, classes=10, seed=1)
     data_facts.cache_clear()
     assert identity() != base
