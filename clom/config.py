@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,13 @@ from data.dsa import without_flip
 from data.specs import DC_SPECS
 from evaluation.recipes import DSA_STRATEGY
 from models import EVAL_MODES, NETWORKS, eval_pool
-from utils.cli import flag
+from utils.cli import flag, same_flag
 from utils.errors import UserError, pick
 from utils.runlog import TENSORBOARD
 from utils.saving import Every
 
 METHODS = ("DC", "DSA", "DM")
+LONGEST_NAME = 150
 
 # (outer_loop, inner_loop) by ipc, as published.
 LOOPS: dict[int, tuple[int, int]] = {
@@ -121,9 +123,15 @@ class DistillFlags(CommonFlags):
 
 @dataclass(frozen=True)
 class MatchDMFlags(DistillFlags):
-    """Flags of methods/DC_DSA_DM/main_DM.py: DM unless told otherwise."""
+    """Flags of methods/DC_DSA_DM/main_DM.py: DM unless told otherwise, and its own defaults."""
 
-    method: str = flag("DM", "distiller", choices=METHODS)
+    method: str = same_flag(DistillFlags, "method", default="DM")
+    ipc: int = same_flag(DistillFlags, "ipc", default=50)
+    eval_mode: str = same_flag(DistillFlags, "eval_mode", default="SS")
+    eval_interval: int = same_flag(DistillFlags, "eval_interval", default=2000)
+    epoch_eval_train: int | None = same_flag(
+        DistillFlags, "epoch_eval_train", default=1000, help="epochs of each of them"
+    )
 
 
 @dataclass(frozen=True)
@@ -238,12 +246,20 @@ def check_pool(flags: DistillFlags) -> None:
 
 
 def default_run_folder(flags: DistillFlags) -> Path:
-    """./condensed/{dataset}/{method}/{model}_ipc{ipc}[_clom-...], safe to type in a shell."""
+    """./condensed/{dataset}/{method}/{model}_ipc{ipc}[_clom-...], safe to type in a shell.
+
+    With CLoM it names distance, source, models_pool, alphas, model_num and epoch.
+    """
     name = f"{flags.model}_ipc{flags.ipc}"
     if flags.CLoM:
-        pool = "+".join(flags.models_pool)
-        name += f"_clom-{flags.CLoM_distance}-{flags.source_dataset or flags.dataset}-{pool}"
-    safe = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)[:150]
+        pool, alphas = "+".join(flags.models_pool), "+".join(f"{a:.10g}" for a in flags.alphas)
+        name += (
+            f"_clom-{flags.CLoM_distance}-{flags.source_dataset or flags.dataset}-{pool}"
+            f"_alpha{alphas}_num{flags.model_num}_epoch{flags.epoch}"
+        )
+    safe = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
+    if len(safe) > LONGEST_NAME:  # the whole name's digest in place of the rest
+        safe = f"{safe[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return Path("./condensed") / flags.dataset / flags.method / safe
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clom.config import METHODS, DistillFlags
-from utils.cli import flag
+from utils.cli import flag, same_flag
 from utils.errors import UserError, pick
 
 # Variant -> what it sets of main.py's flags, and its heading.
@@ -65,10 +66,8 @@ def parse_variant(text: str) -> Variant:
     return Variant(name, alpha)
 
 
-def _as_distilled(name: str) -> Any:
-    """The flag of main.py of that name: one default, one range, one help text."""
-    original = DistillFlags.__dataclass_fields__[name]
-    return field(default=original.default, metadata=original.metadata)
+# A flag of main.py: one default, one range, one help text.
+_as_distilled = functools.partial(same_flag, DistillFlags)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ def test_the_published_commands_one_after_another(tiny):
             "--source_dataset", "CIFAR10", "--CLoM_batch_size", "8196"]  # fmt: skip
     script = "methods/DC_DSA_DM/main.py"
     command(script, "--method", "DC", *DISTILL, *clom, "--CLoM_distance", "ce", "--alphas", "1000")
-    folder = tiny / "condensed/CIFAR10/DC/ConvNetD1_ipc1_clom-ce-CIFAR10-ConvNetD1"
+    folder = tiny / "condensed/CIFAR10/DC"
+    folder /= "ConvNetD1_ipc1_clom-ce-CIFAR10-ConvNetD1_alpha1000_num2_epoch2"
     res = torch.load(folder / "res_DC_CIFAR10_ConvNetD1_1ipc.pt")
     assert set(res) == {"data", "accs_all_exps"} and len(res["data"]) == 1
     images, labels = res["data"][0]
