@@ -138,7 +138,7 @@ class MatchDMFlags(DistillFlags):
 class OriginalFlags(CommonFlags):
     """Flags of train_original_models.py."""
 
-    num: int = flag(10, "networks to train", minimum=1)
+    num: int = flag(1, "networks to train", minimum=1)
     normalize_data: bool = flag(False, "train on normalised images (recorded beside the model)")
     epochs: int = flag(150, "passes over the data", minimum=1)
     batch_size: int = flag(256, "images a step", minimum=1)
@@ -149,7 +149,7 @@ class OriginalFlags(CommonFlags):
     save_every: int = flag(1, "epochs between checkpoints", minimum=1)
     random_seed: int | None = flag(None, "the published name of --seed", minimum=0)
     seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
-    multigpu: bool = flag(False, "split batches over all GPUs")
+    multigpu: str | None = flag(None, "GPUs that share each batch, such as 0,1; wins over --gpu")
     pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the models")
     tensorboard: bool = flag(False, TENSORBOARD)
     resume: bool = flag(False, "count networks that these flags have finished towards num")
@@ -182,9 +182,19 @@ class ValidateFlags(CommonFlags):
     dsa: bool = flag(False, "train with DSA")
     dsa_strategy: str = flag(DSA_STRATEGY, "DSA operations joined by _")
     align_corners: bool = flag(False, "DSA samples with align_corners (the KRR-ST convention)")
-    save_model: bool = flag(False, "save the networks")
+    save_model: bool = flag(
+        False, "save the networks at each test in save_path, the first one's last in "
+        "pretrained_path, too"
+    )  # fmt: skip
+    pretrained_path: Path = same_flag(OriginalFlags, "pretrained_path")
     save_path: Path = flag(Path("./test_log/validate"), "where results are written")
-    seed: int = flag(0, "seed of the first network; the next ones add 1", minimum=0)
+    random_seed: int | None = same_flag(OriginalFlags, "random_seed")
+    seed: int | None = flag(
+        None, "seed of the first network, the next ones add 1; default: 0", minimum=0
+    )
+    multigpu: str | None = flag(
+        None, "GPUs such as 0,1, of which the first is used: the networks are small"
+    )
 
 
 def resolve(flags: DistillFlags, hflip: bool = True) -> DistillFlags:
@@ -266,6 +276,11 @@ def default_run_folder(flags: DistillFlags) -> Path:
 def result_name(method: str, dataset: str, model: str, ipc: int) -> str:
     """The published name of a file of synthetic sets."""
     return f"res_{method}_{dataset}_{model}_{ipc}ipc.pt"
+
+
+def given_seed(flags: OriginalFlags | ValidateFlags) -> int | None:
+    """--seed, or its published name."""
+    return flags.random_seed if flags.seed is None else flags.seed
 
 
 def parse_epochs(text: str, name: str) -> tuple[int, ...]:

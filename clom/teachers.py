@@ -97,14 +97,14 @@ def pair_alphas(names: Sequence[str], alphas: Sequence[float]) -> list[float]:
     return list(alphas)
 
 
-def model_folder(root: Path, dataset: str, model: str) -> Path:
-    """Where the models of one architecture trained on `dataset` lie, in folders index_{i}."""
-    return Path(root) / dataset / "original" / model
+def model_folder(root: Path, dataset: str, model: str, kind: str = "original") -> Path:
+    """Where models of one architecture lie: of real images ("original", in folders index_{i})."""
+    return Path(root) / dataset / kind / model
 
 
-def checkpoint_name(dataset: str, model: str, epoch: int | str) -> str:
+def checkpoint_name(dataset: str, model: str, epoch: int | str, kind: str = "original") -> str:
     """File name of a state dict after `epoch` epochs."""
-    return f"{dataset}_{model}_original_epoch{epoch}.pth"
+    return f"{dataset}_{model}_{kind}_epoch{epoch}.pth"
 
 
 def index_folders(folder: Path) -> list[Path]:
