@@ -22,7 +22,7 @@ from utils.runlog import TENSORBOARD
 from utils.saving import Every
 
 METHODS = ("DC", "DSA", "DM")
-LONGEST_NAME = 150
+LONGEST_NAME = 150  # characters of a default run folder's name
 
 # (outer_loop, inner_loop) by ipc, as published.
 LOOPS: dict[int, tuple[int, int]] = {

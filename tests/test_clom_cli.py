@@ -116,9 +116,9 @@ def test_the_published_commands_one_after_another(tiny):
          "--synthesis_data_path PATH --save_model --random_seed 1 --multigpu 0,1 --gpu 0"),
         (train_original_models, "--normalize_data --dataset CIFAR10 --model ConvNet "
          "--multigpu 0,1 --lr_decay_step 50,100 --save_every 1"),
-        (main, "--method DM --dataset CIFAR10 --model ConvNet --ipc 10 --CLoM --CLoM_distance cos "
-         "--models_pool ConvNet ResNet18 --alphas 1000 --model_num 1 --epoch 150 "
-         "--source_dataset CIFAR100 --CLoM_batch_size 8196"),
+        (main, "--method DC --dataset CIFAR10 --model ConvNet --ipc 10 --CLoM --CLoM_distance cos "
+         "--models_pool ConvNet --alphas 1000 --model_num 1 --epoch 150 --source_dataset CIFAR100 "
+         "--CLoM_batch_size 8196"),
         (main_dm, ""),
     ],
 )  # fmt: skip
@@ -131,7 +131,9 @@ def test_methods_and_distances_in_process(tiny):
     assert train_original_models.main([*TRAIN, "--num", "1", "--save_every", "2"]) == 0
     clom = ["--CLoM", "--CLoM_distance", "cos", "--epoch", "2", "--models_pool", "ConvNetD1",
             "--alphas", "10", "--CLoM_batch_size", "16"]  # fmt: skip
-    assert main.main(["--method", "DSA", *DISTILL, *clom]) == 0
+    for more in ([], ["--alphas", "20"]):  # the same command with another weight is another run
+        assert main.main(["--method", "DSA", *DISTILL, *clom, *more]) == 0
+    assert len(list(Path("condensed/CIFAR10/DSA").glob("ConvNetD1*/results.json"))) == 2
     assert main.main(["--method", "DM", *DISTILL, *clom, "--CLoM_distance", "ce",
                       "--CLoM_ce_form", "classification"]) == 0  # fmt: skip
     assert main.main(["--method", "DM", *DISTILL, "--save_path", "a"]) == 0
