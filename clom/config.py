@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from clom.loss import CE_FORMS, DISTANCES
 from clom.matching import METRICS
-from clom.teachers import PREFIX, pair_alphas
+from clom.teachers import PREFIX, TEACHER_STATS, pair_alphas
 from clom.training import check_strategy, no_augmentation
 from data.dsa import without_flip
 from data.specs import DC_SPECS
 from evaluation.recipes import DSA_STRATEGY
 from models import EVAL_MODES, NETWORKS, eval_pool
-from utils.cli import flag
+from utils.cli import flag, same_flag
 from utils.errors import UserError, pick
 from utils.runlog import TENSORBOARD
 from utils.saving import Every
 
 METHODS = ("DC", "DSA", "DM")
+LONGEST_NAME = 150  # characters of a default run folder's name
 
 # (outer_loop, inner_loop) by ipc, as published.
 LOOPS: dict[int, tuple[int, int]] = {
@@ -105,6 +107,11 @@ class DistillFlags(CommonFlags):
     epoch: int = flag(150, "their epoch", minimum=0)
     source_dataset: str | None = flag(None, "what they were trained on; default: dataset")
     pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the pre-trained models")
+    CLoM_teacher_stats: str = flag(
+        "own", "images for them are normalised as in their training (own), or stay in the "
+        "normalisation of dataset as in the released code (target); hf: models: own",
+        choices=TEACHER_STATS,
+    )  # fmt: skip
 
     seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
     print_every: int = flag(10, "iterations between log lines", minimum=1)
@@ -122,16 +129,22 @@ class DistillFlags(CommonFlags):
 
 @dataclass(frozen=True)
 class MatchDMFlags(DistillFlags):
-    """Flags of methods/DC_DSA_DM/main_DM.py: DM unless told otherwise."""
+    """Flags of methods/DC_DSA_DM/main_DM.py: DM unless told otherwise, and its own defaults."""
 
-    method: str = flag("DM", "distiller", choices=METHODS)
+    method: str = same_flag(DistillFlags, "method", default="DM")
+    ipc: int = same_flag(DistillFlags, "ipc", default=50)
+    eval_mode: str = same_flag(DistillFlags, "eval_mode", default="SS")
+    eval_interval: int = same_flag(DistillFlags, "eval_interval", default=2000)
+    epoch_eval_train: int | None = same_flag(
+        DistillFlags, "epoch_eval_train", default=1000, help="epochs of each of them"
+    )
 
 
 @dataclass(frozen=True)
 class OriginalFlags(CommonFlags):
     """Flags of train_original_models.py."""
 
-    num: int = flag(10, "networks to train", minimum=1)
+    num: int = flag(1, "networks to train", minimum=1)
     normalize_data: bool = flag(False, "train on normalised images (recorded beside the model)")
     epochs: int = flag(150, "passes over the data", minimum=1)
     batch_size: int = flag(256, "images a step", minimum=1)
@@ -142,7 +155,7 @@ class OriginalFlags(CommonFlags):
     save_every: int = flag(1, "epochs between checkpoints", minimum=1)
     random_seed: int | None = flag(None, "the published name of --seed", minimum=0)
     seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
-    multigpu: bool = flag(False, "split batches over all GPUs")
+    multigpu: str | None = flag(None, "GPUs that share each batch, such as 0,1; wins over --gpu")
     pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the models")
     tensorboard: bool = flag(False, TENSORBOARD)
     resume: bool = flag(False, "count networks that these flags have finished towards num")
@@ -175,9 +188,19 @@ class ValidateFlags(CommonFlags):
     dsa: bool = flag(False, "train with DSA")
     dsa_strategy: str = flag(DSA_STRATEGY, "DSA operations joined by _")
     align_corners: bool = flag(False, "DSA samples with align_corners (the KRR-ST convention)")
-    save_model: bool = flag(False, "save the networks")
+    save_model: bool = flag(
+        False, "save the networks at each test in save_path, the first one's last in "
+        "pretrained_path, too"
+    )  # fmt: skip
+    pretrained_path: Path = same_flag(OriginalFlags, "pretrained_path")
     save_path: Path = flag(Path("./test_log/validate"), "where results are written")
-    seed: int = flag(0, "seed of the first network; the next ones add 1", minimum=0)
+    random_seed: int | None = same_flag(OriginalFlags, "random_seed")
+    seed: int | None = flag(
+        None, "seed of the first network, the next ones add 1; default: 0", minimum=0
+    )
+    multigpu: str | None = flag(
+        None, "GPUs such as 0,1, of which the first is used: the networks are small"
+    )
 
 
 def resolve(flags: DistillFlags, hflip: bool = True) -> DistillFlags:
@@ -239,18 +262,31 @@ def check_pool(flags: DistillFlags) -> None:
 
 
 def default_run_folder(flags: DistillFlags) -> Path:
-    """./condensed/{dataset}/{method}/{model}_ipc{ipc}[_clom-...], safe to type in a shell."""
+    """./condensed/{dataset}/{method}/{model}_ipc{ipc}[_clom-...], safe to type in a shell.
+
+    With CLoM it names distance, source, models_pool, alphas, model_num and epoch.
+    """
     name = f"{flags.model}_ipc{flags.ipc}"
     if flags.CLoM:
-        pool = "+".join(flags.models_pool)
-        name += f"_clom-{flags.CLoM_distance}-{flags.source_dataset or flags.dataset}-{pool}"
-    safe = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)[:150]
+        pool, alphas = "+".join(flags.models_pool), "+".join(f"{a:.10g}" for a in flags.alphas)
+        name += (
+            f"_clom-{flags.CLoM_distance}-{flags.source_dataset or flags.dataset}-{pool}"
+            f"_alpha{alphas}_num{flags.model_num}_epoch{flags.epoch}"
+        )
+    safe = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
+    if len(safe) > LONGEST_NAME:  # the whole name's digest in place of the rest
+        safe = f"{safe[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return Path("./condensed") / flags.dataset / flags.method / safe
 
 
 def result_name(method: str, dataset: str, model: str, ipc: int) -> str:
     """The published name of a file of synthetic sets."""
     return f"res_{method}_{dataset}_{model}_{ipc}ipc.pt"
+
+
+def given_seed(flags: OriginalFlags | ValidateFlags) -> int | None:
+    """--seed, or its published name."""
+    return flags.random_seed if flags.seed is None else flags.seed
 
 
 def parse_epochs(text: str, name: str) -> tuple[int, ...]:

@@ -125,6 +125,7 @@ def load_pool(flags: DistillFlags, image_set: ImageSet, device: torch.device) ->
         family, num_classes = load_family(
             flags.pretrained_path, flags.source_dataset, name, epoch=flags.epoch,
             count=flags.model_num, alpha=alpha, given=given, device=device,
+            stats=flags.CLoM_teacher_stats,
         )  # fmt: skip
         families.append(family)
         if flags.CLoM_distance == "ce" and not same_labels(flags, image_set, num_classes):

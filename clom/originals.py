@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from clom.config import OriginalFlags, parse_epochs
+from clom.config import OriginalFlags, given_seed, parse_epochs
 from clom.inputs import load_data, network_factory
 from clom.teachers import checkpoint_name, index_folders, model_folder
 from clom.training import Trainer, Training, share_correct
@@ -19,7 +19,7 @@ from data.load import ImageSet
 from data.loader import ImagePipeline, TensorLoader
 from data.specs import Stats
 from utils import checkpoint, cli
-from utils.device import resolve_device
+from utils.device import resolve_gpus
 from utils.memory import out_of_memory_says
 from utils.resume import has_state, load_run, save_run
 from utils.runlog import RunFolder, claim_run, run_claims
@@ -42,14 +42,14 @@ def train_originals(flags: OriginalFlags) -> int:
         flags.epochs, flags.lr, flags.momentum, flags.weight_decay, flags.batch_size, decay
     )
     print(json.dumps(cli.as_json(flags), indent=2))
-    device = resolve_device(flags.device, flags.gpu)
+    device, gpus = resolve_gpus(flags.device, flags.gpu, flags.multigpu)
     if flags.dry_run:
         return 0
     image_set = in_space(load_data(flags), flags.normalize_data)
     if not flags.normalize_data:
         print("images stay in [0, 1]; the published command has --normalize_data")
     new_network = network_factory(flags.model, image_set, device)
-    seed = resolve_seed(flags.random_seed if flags.seed is None else flags.seed)
+    seed = resolve_seed(given_seed(flags))
     folder = model_folder(flags.pretrained_path, flags.dataset, flags.model)
     identity = {k: v for k, v in cli.as_json(flags).items() if k not in FREE_FLAGS}
     earlier = earlier_folders(folder, identity)
@@ -69,7 +69,7 @@ def train_originals(flags: OriginalFlags) -> int:
                        "num_classes": image_set.num_classes},
             )  # fmt: skip
             model = new_network(derive_seed(run.seed, "network"))
-            train_one(model, image_set, training, run, flags, device)
+            train_one(model, image_set, training, run, flags, device, gpus)
     return 0
 
 
@@ -107,6 +107,7 @@ def train_one(
     run: RunFolder,
     flags: OriginalFlags,
     device: torch.device,
+    gpus: tuple[int, ...] = (),
 ) -> None:
     """Train one network; state dicts every `save_every` epochs and at the end, tests with them."""
     loader = TensorLoader(
@@ -114,8 +115,8 @@ def train_one(
         device=device, generator=make_generator(run.seed, "batches"),
         transform=ImagePipeline(image_set.stats),
     )  # fmt: skip
-    several = flags.multigpu and device.type == "cuda" and torch.cuda.device_count() > 1
-    trainer = Trainer(nn.DataParallel(model) if several else model, loader, training)
+    parallel = nn.DataParallel(model, list(gpus)) if len(gpus) > 1 else model
+    trainer = Trainer(parallel, loader, training)
     if has_state(run.state_path):
         epoch, _ = load_run(run.state_path, {"trainer": trainer})
         print(f"{run.path.name}: going on after epoch {epoch} of {training.epochs}")

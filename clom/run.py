@@ -132,10 +132,7 @@ def run_experiments(
 ) -> None:
     """Run what is missing of `num_exp` experiments; write the res file after each."""
     names = eval_pool(flags.eval_mode, flags.model)
-    schedule = Schedule(
-        flags.Iteration, print_every=flags.print_every, save_every=flags.save_every,
-        eval_every=flags.eval_interval if flags.eval_mode in ("S", "SS") else None,
-    )  # fmt: skip
+    schedule = make_schedule(flags)
     done = []
     for experiment in range(flags.num_exp):
         path = experiment_path(flags, run, experiment)
@@ -160,6 +157,14 @@ def run_experiments(
     run.finish(results)
     print(table(results["networks"]))
     print(f"synthetic set: {path}")
+
+
+def make_schedule(flags: DistillFlags) -> Schedule:
+    """When the run logs, saves and evaluates: other networks than its own only at the end."""
+    return Schedule(
+        flags.Iteration, print_every=flags.print_every, save_every=flags.save_every,
+        eval_every=flags.eval_interval if flags.eval_mode in ("S", "SS") else None,
+    )  # fmt: skip
 
 
 def make_distiller(

@@ -20,6 +20,7 @@ from clom.published import RANDOM
 from clom.run import FREE_FLAGS
 from clom.table_config import TablesFlags, Variant, parse_variant
 from clom.teachers import PREFIX, find_checkpoints
+from data.specs import DC_SPECS
 from utils import checkpoint, cli
 from utils.cells import CellStore
 from utils.distributed import local_gpu
@@ -95,7 +96,8 @@ def cell_flags(flags: TablesFlags, place: Place) -> DistillFlags:
     """
     names = {f.name for f in dataclasses.fields(DistillFlags)}
     shared = {k: v for k, v in vars(flags).items() if k in names - {"num_exp", "seed"}}
-    pool = ("models_pool", "model_num", "epoch", "CLoM_batch_size", "source_dataset")
+    pool = ("models_pool", "model_num", "epoch", "CLoM_batch_size", "source_dataset",
+            "CLoM_teacher_stats")  # fmt: skip
     if not place.variant.flags["CLoM"]:  # what is not used must not make another cell
         shared = {k: v for k, v in shared.items() if k not in pool}
     elif place.variant.flags["CLoM_distance"] == "ce":
@@ -106,12 +108,36 @@ def cell_flags(flags: TablesFlags, place: Place) -> DistillFlags:
         shared["epoch_eval_train"] = published_length(flags, place)[1]
     for name in ("Iteration", "epoch_eval_train"):
         shared[name] = max(1, round(flags.steps_scale * shared[name]))
+    for name, value in published_settings(place).items():
+        if shared[name] is None:
+            shared[name] = value
     shared["gpu"] = local_gpu(flags.gpu)
     given = DistillFlags(
         **shared, **place.variant.flags, dataset=place.dataset, ipc=place.ipc,
         method=place.method, eval_interval=shared["Iteration"],
     )  # fmt: skip
     return resolve(given, hflip=keeps_meaning_mirrored(given))
+
+
+def published_settings(place: Place) -> dict[str, Any]:
+    """What the published cells set otherwise than main.py's defaults."""
+    if place.method == "DSA":
+        return {"init": "real"}
+    if place.method == "DM" and place.dataset == "CIFAR10" and place.ipc >= 100:
+        return {"lr_img": 10.0}
+    return {}
+
+
+def as_published(flags: TablesFlags, place: Place) -> bool:
+    """Whether a place's network, size, start, rate and real batch are those of the published cell.
+
+    Its length is not asked about: shortened cells are marked.
+    """
+    spec = DC_SPECS.get(place.dataset)
+    own_size = flags.img_size is None or (spec is not None and flags.img_size in spec.sizes)
+    names = ("model", "init") if place.start else ("model", "init", "lr_img", "batch_real")
+    mine, theirs = cell_flags(flags, place), cell_flags(TablesFlags(), place)
+    return own_size and all(getattr(mine, name) == getattr(theirs, name) for name in names)
 
 
 def published_length(flags: TablesFlags, place: Place) -> tuple[int, int]:

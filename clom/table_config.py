@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clom.config import METHODS, DistillFlags
 from data.specs import DC_SPECS
-from utils.cli import flag
+from utils.cli import flag, same_flag
 from utils.errors import UserError, pick
 
 # Variant -> what it sets of main.py's flags, and its heading.
@@ -66,10 +67,8 @@ def parse_variant(text: str) -> Variant:
     return Variant(name, alpha)
 
 
-def _as_distilled(name: str) -> Any:
-    """The flag of main.py of that name: one default, one range, one help text."""
-    original = DistillFlags.__dataclass_fields__[name]
-    return field(default=original.default, metadata=original.metadata)
+# A flag of main.py: one default, one range, one help text.
+_as_distilled = functools.partial(same_flag, DistillFlags)
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,7 @@ class TablesFlags:
         None, "what the models of cos were trained on; default: the cell's data set"
     )
     pretrained_path: Path = _as_distilled("pretrained_path")
+    CLoM_teacher_stats: str = _as_distilled("CLoM_teacher_stats")
     data_path: Path | None = _as_distilled("data_path")
     device: str | None = _as_distilled("device")
     gpu: int = _as_distilled("gpu")

@@ -16,10 +16,9 @@ from __future__ import annotations
 import sys
 
 from clom.published import FULL_DATA, published_numbers
-from clom.table_cells import Cell, Place, collect, is_shortened
+from clom.table_cells import Cell, Place, as_published, collect, is_shortened, places
 from clom.table_config import TablesFlags
 from clom.table_runs import RESULTS, missing_jobs
-from data.specs import DC_SPECS
 from utils import cli
 from utils.cells import read_cells
 from utils.errors import entry_point
@@ -42,12 +41,9 @@ def entries(flags: TablesFlags, cells: list[Cell], published: Published) -> list
 
 
 def published_number(flags: TablesFlags, place: Place, published: Published) -> Number | None:
-    """The number to print beside ours, if it was measured with this network at this size."""
-    spec = DC_SPECS.get(place.dataset)
-    own_size = flags.img_size is None or (spec is not None and flags.img_size in spec.sizes)
-    if flags.model != "ConvNet" or not own_size:
-        return None
-    return published.get((place.dataset, place.row, str(place.ipc)))
+    """The number to print beside ours, if it was measured with these settings."""
+    number = published.get((place.dataset, place.row, str(place.ipc)))
+    return number if as_published(flags, place) else None
 
 
 @entry_point
@@ -68,8 +64,11 @@ def caption(flags: TablesFlags) -> str:
     """What the numbers are."""
     text = f"test accuracy in % of {flags.model} after the last iteration and epoch; {NOTE}"
     full = [f"{name} {FULL_DATA[name][0]}" for name in flags.datasets if name in FULL_DATA]
-    if flags.model != "ConvNet":
-        return f"{text}; the published numbers are of ConvNet, so none are shown"
+    if not all(as_published(flags, place) for place in places(flags)):
+        text += (
+            "; no published number where it belongs to another network (it is ConvNet's), size, "
+            "--init, --lr_img or --batch_real"
+        )
     return f"{text}; published for the full data: {', '.join(full)}" if full else text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from utils import checkpoint
 from utils.errors import UserError
 
 PREFIX = "hf:"  # of a foundation model among the names of a pool
+TEACHER_STATS = ("own", "target")
 
 
 class Teacher(nn.Module):
@@ -96,14 +97,14 @@ def pair_alphas(names: Sequence[str], alphas: Sequence[float]) -> list[float]:
     return list(alphas)
 
 
-def model_folder(root: Path, dataset: str, model: str) -> Path:
-    """Where the models of one architecture trained on `dataset` lie, in folders index_{i}."""
-    return Path(root) / dataset / "original" / model
+def model_folder(root: Path, dataset: str, model: str, kind: str = "original") -> Path:
+    """Where models of one architecture lie: of real images ("original", in folders index_{i})."""
+    return Path(root) / dataset / kind / model
 
 
-def checkpoint_name(dataset: str, model: str, epoch: int | str) -> str:
+def checkpoint_name(dataset: str, model: str, epoch: int | str, kind: str = "original") -> str:
     """File name of a state dict after `epoch` epochs."""
-    return f"{dataset}_{model}_original_epoch{epoch}.pth"
+    return f"{dataset}_{model}_{kind}_epoch{epoch}.pth"
 
 
 def index_folders(folder: Path) -> list[Path]:
@@ -154,8 +155,21 @@ def load_family(
     alpha: float,
     given: Space,
     device: torch.device,
+    stats: str = "own",
 ) -> tuple[Family, int]:
     """Load `count` zoo networks trained on `dataset`, ready for images of the space `given`.
+
+    Args:
+        root: folder of the pre-trained models.
+        dataset: what they were trained on.
+        model: their architecture.
+        epoch: of the state dicts.
+        count: how many.
+        alpha: weight of CLoM under them.
+        given: space of real and synthetic images.
+        device: where to compute.
+        stats: "own" normalises images as in the models' training; "target" leaves them in the
+            normalisation of `given`, as the released code does.
 
     Returns:
         The family, and the number of classes its models know.
@@ -169,8 +183,15 @@ def load_family(
         network = get_network(model, own.channels, num_classes, own.size)
         state = checkpoint.load_state(path, what="pre-trained model")
         checkpoint.apply_state(network, state, origin=path)
-        teachers.append(Teacher(arranged(network, device), own, given))
+        spaces = (own, given) if stats == "own" else (unnormalized(own), unnormalized(given))
+        teachers.append(Teacher(arranged(network, device), *spaces))
     return Family(model, alpha, tuple(teachers)), num_classes
+
+
+def unnormalized(space: Space) -> Space:
+    """The space with statistics that change nothing."""
+    zeros = (0.0,) * space.channels
+    return replace(space, stats=Stats(zeros, tuple(1.0 for _ in zeros)))
 
 
 def load_foundation(name: str, *, alpha: float, given: Space, device: torch.device) -> Family:

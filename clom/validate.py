@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clom.config import ValidateFlags, parse_epochs, result_name
+from clom.config import ValidateFlags, given_seed, parse_epochs, result_name
 from clom.evaluate import Augmentation, Score, score_network
 from clom.inputs import load_data, network_factory
 from clom.originals import in_space
+from clom.teachers import checkpoint_name, model_folder
 from clom.training import Training, check_strategy
 from data.augment import denormalize, normalize
 from data.load import ImageSet
@@ -25,7 +26,7 @@ from evaluation.side_by_side import side_by_side
 from models import eval_pool
 from utils import checkpoint, cli
 from utils.cells import CellStore
-from utils.device import resolve_device
+from utils.device import resolve_gpus
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
 from utils.runlog import environment, write_json
@@ -50,7 +51,9 @@ def validate(flags: ValidateFlags) -> int:
     )
     names = [flags.model] if flags.eval_mode is None else eval_pool(flags.eval_mode, flags.model)
     print(json.dumps(cli.as_json(flags), indent=2))
-    device = resolve_device(flags.device, flags.gpu)
+    device, gpus = resolve_gpus(flags.device, flags.gpu, flags.multigpu)
+    if len(gpus) > 1:
+        print(f"--multigpu {flags.multigpu}: only GPU {gpus[0]} is used, the networks are small")
     if flags.dry_run:
         return 0
     image_set = load_data(flags)
@@ -73,10 +76,11 @@ def validate(flags: ValidateFlags) -> int:
         score_one, images=images, targets=synthetic.targets, image_set=image_set,
         training=training, augmentation=augmentation, flags=flags, folder=folder, device=device,
     )  # fmt: skip
+    first = given_seed(flags) or 0
     jobs = [
         (name, seed, {**settings, "network": name, "seed": seed})
         for name in names
-        for seed in range(flags.seed, flags.seed + flags.num_eval)
+        for seed in range(first, first + flags.num_eval)
     ]
     missing = [job for job in jobs if flags.save_model or store.get(job[2]) is None]
     tasks = [lambda check, n=name, s=seed: score(n, s, on_step=check) for name, seed, _ in missing]
@@ -115,11 +119,16 @@ def score_one(
     on_step: Callable[[], None],
 ) -> Score:
     """One network, with its state dicts if wanted."""
+    kind = f"{flags.method}_ipc{flags.ipc}"
+    published = model_folder(flags.pretrained_path, flags.dataset, name, kind)
 
     def save(epoch: int, model: nn.Module, accuracy: float) -> None:
-        if flags.save_model:
-            state = {k: v.cpu() for k, v in model.state_dict().items()}
-            checkpoint.save(state, folder / f"{name}_seed{seed}_epoch{epoch}.pth")
+        if not flags.save_model:
+            return
+        state = {k: v.cpu() for k, v in model.state_dict().items()}
+        checkpoint.save(state, folder / f"{name}_seed{seed}_epoch{epoch}.pth")
+        if epoch == training.epochs and seed == (given_seed(flags) or 0):
+            checkpoint.save(state, published / checkpoint_name(flags.dataset, name, epoch, kind))
 
     return score_network(
         network_factory(name, image_set, device), images, targets, image_set, training,

@@ -93,8 +93,9 @@ class TensorLoader:
         max_device_bytes: how much of the device the images may take; None: half of what is free on
             CUDA, no bound elsewhere.
         with_index: batches carry the row numbers (int64, on the CPU) in place of targets.
-        shard: (rank, ranks): each batch is dealt to the ranks row by row; needs drop_last and a
-            batch size that the number of ranks divides.
+        shard: (rank, ranks): each batch of the endless stream is dealt to the ranks row by row, to
+            each equally many; the number of ranks divides the batch size. An incomplete last batch
+            is dealt as far as it divides, too: at most ranks - 1 images of a pass are left out.
 
     Raises:
         ValueError: images and targets differ in length, the batch size is below 1, or the shard
@@ -124,7 +125,7 @@ class TensorLoader:
         self.transform, self.shuffle, self.drop_last = transform, shuffle, drop_last
         self.batch_size = min(batch_size, len(images))
         self.with_index, self.shard = with_index, shard
-        if shard[1] > 1 and (not drop_last or self.batch_size % shard[1]):
+        if self.batch_size % shard[1]:
             raise ValueError(f"a batch of {self.batch_size} cannot be dealt to {shard[1]} ranks")
         self.targets = None if targets is None else targets.to(self.device)
         self.resident = self._fits(images, max_device_bytes)
@@ -180,13 +181,14 @@ class TensorLoader:
         position, order_state = self._position, self._order_state
         self._order_generator.set_state(order_state)
         orders = self._new_order() if position >= 0 else None
-        needed = self.batch_size if self.drop_last else 1
         rank, ranks = self.shard
+        needed = self.batch_size if self.drop_last else ranks
         while True:
             if orders is None or position + needed > len(orders[0]):
                 order_state = self._order_generator.get_state()
                 orders, position = self._new_order(), 0
-            end = min(position + self.batch_size, len(orders[0]))
+            count = min(self.batch_size, len(orders[0]) - position)
+            end = position + count - count % ranks  # as many rows for every rank
             own = (order[position + rank : end : ranks] for order in orders)
             yield _Slice(*own, order_state, end)
             position = end

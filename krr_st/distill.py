@@ -192,7 +192,9 @@ def real_loader(
     generator: torch.Generator,
     shard: tuple[int, int] = (0, 1),
 ) -> TensorLoader:
-    """Endless full batches of the training images, crop, flip, normalise: ((x, views), index).
+    """Endless batches of the training images, crop, flip, normalise: ((x, views), index).
+
+    The last, smaller batch of each pass is kept, as in the released code.
 
     Args:
         image_set: the source; labels are not read.
@@ -206,7 +208,7 @@ def real_loader(
     )
     return TensorLoader(
         image_set.train.images, None, batch_size=batch_size, device=device, generator=generator,
-        transform=pipeline, drop_last=True, with_index=True, shard=shard,
+        transform=pipeline, with_index=True, shard=shard,
     )  # fmt: skip
 
 

@@ -55,6 +55,14 @@ class Targets(Protocol):
         """Make what was computed outlast this process, where it is meant to."""
 
 
+def on_enough_rows(target: TargetFunction, x: Tensor) -> Tensor:
+    """`target(x)`, computed on at least _LEAST_ROWS rows."""
+    filling = max(0, _LEAST_ROWS - len(x))
+    if filling:
+        x = torch.cat([x, x[:1].expand(filling, *x.shape[1:])])
+    return target(x)[: len(x) - filling]
+
+
 class OnlineTargets:
     """The target model's forward pass at every step, as published.
 
@@ -68,7 +76,7 @@ class OnlineTargets:
 
     def __call__(self, batch: RealBatch) -> Tensor:
         """(b, D)."""
-        return self.target(batch.x).to(self.dtype).float()
+        return on_enough_rows(self.target, batch.x).to(self.dtype).float()
 
     def flush(self) -> None:
         """Nothing is kept."""
@@ -146,9 +154,8 @@ class TargetViews:
         return self.table[rows.to(self.table.device, non_blocking=True)]
 
     def _compute(self, x: Tensor, places: Tensor, rows: Tensor) -> None:
-        padded = torch.cat([places, places[:1].expand(max(0, _LEAST_ROWS - len(places)))])
-        y = self.target(x[padded.to(x.device, non_blocking=True)])
-        self._store(rows, y[: len(rows)])
+        missing = x[places.to(x.device, non_blocking=True)]
+        self._store(rows, on_enough_rows(self.target, missing))
 
     def _store(self, rows: Tensor, y: Tensor) -> None:
         where = rows.to(self.table.device, non_blocking=True)

@@ -20,6 +20,8 @@ from data.augment import denormalize
 from data.specs import DC_SPECS, KRR_SPECS
 from data.synthetic import SyntheticSet
 from utils import checkpoint, cli
+from utils.device import resolve_gpus
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["--dataset", "CIFAR10", "--model", "ConvNetD1", "--device", "cpu"]
@@ -77,7 +79,8 @@ def test_the_published_commands_one_after_another(tiny):
             "--source_dataset", "CIFAR10", "--CLoM_batch_size", "8196"]  # fmt: skip
     script = "methods/DC_DSA_DM/main.py"
     command(script, "--method", "DC", *DISTILL, *clom, "--CLoM_distance", "ce", "--alphas", "1000")
-    folder = tiny / "condensed/CIFAR10/DC/ConvNetD1_ipc1_clom-ce-CIFAR10-ConvNetD1"
+    folder = tiny / "condensed/CIFAR10/DC"
+    folder /= "ConvNetD1_ipc1_clom-ce-CIFAR10-ConvNetD1_alpha1000_num2_epoch2"
     res = torch.load(folder / "res_DC_CIFAR10_ConvNetD1_1ipc.pt")
     assert set(res) == {"data", "accs_all_exps"} and len(res["data"]) == 1
     images, labels = res["data"][0]
@@ -109,6 +112,14 @@ def test_the_published_commands_one_after_another(tiny):
          "--normalize_data --dataset CIFAR10 --model ConvNet --num 10 --gpu 0 --random_seed 1"),
         (validate, "--normalize_data --dataset CIFAR10 --model ConvNet --dsa --method DC --ipc 10 "
          "--synthesis_data_path PATH"),
+        (validate, "--normalize_data --dataset CIFAR10 --model ConvNet --dsa --method DC --ipc 10 "
+         "--synthesis_data_path PATH --save_model --random_seed 1 --multigpu 0,1 --gpu 0"),
+        (train_original_models, "--normalize_data --dataset CIFAR10 --model ConvNet "
+         "--multigpu 0,1 --lr_decay_step 50,100 --save_every 1"),
+        (main, "--method DC --dataset CIFAR10 --model ConvNet --ipc 10 --CLoM --CLoM_distance cos "
+         "--models_pool ConvNet --alphas 1000 --model_num 1 --epoch 150 --source_dataset CIFAR100 "
+         "--CLoM_batch_size 8196"),
+        (main_dm, ""),
     ],
 )  # fmt: skip
 def test_published_lines_parse(workspace, command, line):
@@ -120,7 +131,9 @@ def test_methods_and_distances_in_process(tiny):
     assert train_original_models.main([*TRAIN, "--num", "1", "--save_every", "2"]) == 0
     clom = ["--CLoM", "--CLoM_distance", "cos", "--epoch", "2", "--models_pool", "ConvNetD1",
             "--alphas", "10", "--CLoM_batch_size", "16"]  # fmt: skip
-    assert main.main(["--method", "DSA", *DISTILL, *clom]) == 0
+    for more in ([], ["--alphas", "20"]):  # the same command with another weight is another run
+        assert main.main(["--method", "DSA", *DISTILL, *clom, *more]) == 0
+    assert len(list(Path("condensed/CIFAR10/DSA").glob("ConvNetD1*/results.json"))) == 2
     assert main.main(["--method", "DM", *DISTILL, *clom, "--CLoM_distance", "ce",
                       "--CLoM_ce_form", "classification"]) == 0  # fmt: skip
     assert main.main(["--method", "DM", *DISTILL, "--save_path", "a"]) == 0
@@ -200,6 +213,36 @@ def test_validate_reads_every_form_alike(res, capsys):
     assert sorted(p.name for p in folder.glob("*.pth")) == [
         "ConvNetD1_seed0_epoch2.pth", "ConvNetD1_seed1_epoch2.pth",
     ]  # fmt: skip
+    (published,) = Path("pretrained_model").rglob("*.pth")  # one file, of the first network
+    assert published == Path(
+        "pretrained_model/CIFAR10/DM_ipc1/ConvNetD1/CIFAR10_ConvNetD1_DM_ipc1_epoch2.pth"
+    )
+    assert published.read_bytes() == (folder / "ConvNetD1_seed0_epoch2.pth").read_bytes()
+
+
+def test_published_seeds_and_gpus(res, capsys, monkeypatch):
+    given = []
+    for seed in (["--random_seed", "5"], ["--seed", "5"], ["--seed", "5", "--random_seed", "1"]):
+        argv = [*VALIDATE, "--synthesis_data_path", RES, "--multigpu", "0,1", *seed]
+        assert validate.main(argv) == 0
+        given.append([(cell["seed"], cell["final"]) for cell in results()["cells"]])
+    assert given[0] == given[1] == given[2] and [seed for seed, _ in given[0]] == [5, 6]
+    printed = capsys.readouterr().out
+    assert printed.count("--multigpu has no effect on cpu\n") == 3
+    assert config.OriginalFlags().num == 1
+    for bad in ("0,x", "0,", "1,1", "-1"):
+        fails(capsys, train_original_models, [*TRAIN, f"--multigpu={bad}"], "--multigpu", "0,1")
+    for name, value in {"is_available": True, "device_count": 2, "set_device": None,
+                        "get_device_name": "GPU"}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *a, value=value: value)
+    assert resolve_gpus(None, 0, "1,0") == (torch.device("cuda:1"), (1, 0))
+    assert resolve_gpus("cuda:1", 0, "1,0") == (torch.device("cuda:1"), (1, 0))
+    assert resolve_gpus("cpu", 0, "1,0") == (torch.device("cpu"), ())
+    assert resolve_gpus(None, 1, None) == (torch.device("cuda:1"), ())
+    with pytest.raises(UserError, match="--multigpu 0,2: this machine has 2 GPUs"):
+        resolve_gpus(None, 0, "0,2")
+    with pytest.raises(UserError, match="--device cuda:1"):
+        resolve_gpus("cuda:1", 0, "0,1")
 
 
 def test_validate_on_several_networks(res):

@@ -1,6 +1,8 @@
 """DC, DSA and DM at tiny size: what they match and draw, and that they go on where they stopped."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from conftest import write_set
 
 import data
 from clom import CLoM, distillers, gradient_distance, layout
-from clom.config import DistillFlags, default_run_folder, loops, resolve
+from clom.config import DistillFlags, MatchDMFlags, default_run_folder, loops, resolve
 from clom.distill import initial_images
 from clom.distribution_matching import DistributionMatching, embed_real
 from clom.evaluate import (
@@ -22,6 +24,7 @@ from clom.gradient_matching import GradientMatching
 from clom.inputs import keeps_meaning_mirrored
 from clom.layout import batch_norms
 from clom.real import RealImages
+from clom.run import make_schedule
 from clom.training import Training, dc_evaluation, train_on
 from data.dsa import diff_augment
 from models import get_network
@@ -241,10 +244,39 @@ def test_defaults_by_method_and_ipc():
     ]  # fmt: skip
     assert resolve(DistillFlags(method="DSA"), hflip=False).dsa_strategy == DSA.replace("_flip", "")
     assert resolve(DistillFlags(method="DSA", dsa_strategy="None")).dsa_strategy == "none"
-    folder = default_run_folder(
-        DistillFlags(CLoM=True, CLoM_distance="cos", models_pool=("ConvNet", "hf:a/b c"))
+
+
+def test_main_dm_has_the_published_defaults():
+    dm = resolve(MatchDMFlags())
+    assert (dm.method, dm.ipc, dm.eval_mode, dm.num_exp, dm.num_eval) == ("DM", 50, "SS", 1, 20)
+    assert (dm.epoch_eval_train, dm.Iteration, dm.lr_img, dm.init) == (1000, 20000, 1.0, "real")
+    schedule = make_schedule(dm)
+    assert [s for s in range(0, 20001, 500) if schedule.evaluates(s)] == list(range(0, 20001, 2000))
+    at_the_end = make_schedule(resolve(MatchDMFlags(eval_mode="M")))
+    assert [s for s in range(0, 20001, 500) if at_the_end.evaluates(s)] == [20000]
+
+
+def test_default_run_folders_tell_published_commands_apart():
+    def name(**changes):
+        base = dict(CLoM=True, CLoM_distance="cos", models_pool=("ConvNet", "hf:a/b c"))
+        return str(default_run_folder(DistillFlags(**{**base, **changes})))
+
+    assert name() == (
+        "condensed/CIFAR10/DC/"
+        "ConvNet_ipc1_clom-cos-CIFAR10-ConvNet+hf-a-b-c_alpha1000_num1_epoch150"
     )
-    assert str(folder) == "condensed/CIFAR10/DC/ConvNet_ipc1_clom-cos-CIFAR10-ConvNet+hf-a-b-c"
+    changes = [
+        dict(alphas=(0.5,)), dict(alphas=(1000.0, 0.5)), dict(alphas=(1234567.0,)),
+        dict(alphas=(1234568.0,)), dict(model_num=2), dict(epoch=100), dict(CLoM_distance="ce"),
+        dict(source_dataset="SVHN"), dict(models_pool=("ConvNet",)), dict(ipc=10),
+        dict(method="DM"), dict(CLoM=False),
+    ]  # fmt: skip
+    long = dict(models_pool=tuple(f"hf:some/model-{i}" for i in range(20)))
+    changes += [long, {**long, "epoch": 2}, {**long, "alphas": (7.0,)}]
+    names = [name(), *(name(**change) for change in changes)]
+    assert len(set(names)) == len(names)
+    for path in map(Path, names):
+        assert re.fullmatch(r"[A-Za-z0-9._+-]+", path.name) and len(path.name) <= 150
 
 
 def test_default_strategy_mirrors_only_where_it_may(workspace):

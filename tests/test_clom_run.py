@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import write_set
 
+from clom import run
 from clom.config import DistillFlags
 from clom.distribution_matching import DistributionMatching
 from clom.gradient_matching import GradientMatching
@@ -62,6 +63,28 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tiny, monkeypatch, metho
     logs = [(tiny / folder / "log.jsonl").read_text().splitlines() for folder in ("whole", "parts")]
     assert [json.loads(line) for line in logs[0]] == [json.loads(line) for line in logs[1]]
     assert not (tiny / "parts" / "state.pt").exists()
+
+
+@pytest.mark.parametrize("method", ["DC", "DM"])
+def test_saved_images_are_the_evaluated_ones(tiny, monkeypatch, method):
+    """The released code makes one more update between its last evaluation and its save."""
+    evaluate, seen = run.evaluate_images, []
+
+    def record(*args):
+        accuracies = evaluate(*args)
+        *_, experiment, _, step, x_syn = args
+        seen.append((experiment, step, x_syn.clone(), accuracies["ConvNetD1"]))
+        return accuracies
+
+    monkeypatch.setattr(run, "evaluate_images", record)
+    assert run_distillation(flags(method=method, num_exp=2, num_eval=2, save_path="a")) == 0
+    assert [entry[:2] for entry in seen] == [(e, step) for e in (0, 1) for step in (0, 2, 4)]
+    res = torch.load(tiny / f"a/res_{method}_tiny_ConvNetD1_1ipc.pt")
+    last = [(images, accuracies) for _, step, images, accuracies in seen if step == 4]
+    for (saved, _), (images, _) in zip(res["data"], last, strict=True):
+        assert torch.equal(saved, images)
+    assert res["accs_all_exps"]["ConvNetD1"] == last[0][1] + last[1][1]
+    assert not torch.equal(seen[1][2], seen[2][2])
 
 
 def test_experiments_share_the_features_of_real_images(tiny, monkeypatch):

@@ -70,7 +70,8 @@ def test_table_without_a_run(workspace, capsys):
     rows = csv_rows()
     assert len(rows) == 1 + 3 * 4 and all(r["n"] == "0" for r in rows.values())
     # Another network or size than the published one: nothing to compare with.
-    for other in (["--model", "ConvNetD2"], ["--img_size", "16"]):
+    for other in (["--model", "ConvNetD2"], ["--img_size", "16"], ["--init", "noise"],
+                  ["--lr_img", "2"], ["--batch_real", "64"]):  # fmt: skip
         assert tables.main(["--datasets", "CIFAR10", "--ipcs", "10", *other]) == 0
         assert "48.90" not in capsys.readouterr().out
 
@@ -188,6 +189,30 @@ def test_scaled_lengths_are_marked():
     assert "flip" not in cell_flags(dsa, place).dsa_strategy
 
 
+def test_cells_have_the_published_settings():
+    """DSA and DM start from real images; DM's rate is 10 from 100 images a class on CIFAR-10."""
+
+    def settings(method, ipc, dataset="CIFAR10", **changes):
+        wanted = flags(methods=(method,), ipcs=(ipc,), datasets=(dataset,), **changes)
+        place = places(wanted)[-1]
+        cell = cell_flags(wanted, place)
+        return cell.init, cell.lr_img, tables.published_number(wanted, place, published_numbers())
+
+    assert settings("DSA", 1) == ("real", 0.1, (28.8, 0.7))
+    assert settings("DC", 1) == ("noise", 0.1, (28.3, 0.5))
+    assert settings("DM", 50) == ("real", 1.0, (63.0, 0.4))
+    assert settings("DM", 100) == ("real", 10.0, (67.0, 0.3))
+    assert settings("DM", 1000) == ("real", 10.0, (79.8, 0.3))
+    assert settings("DM", 100, "CIFAR100")[:2] == ("real", 1.0)
+    # What is given wins, and is not compared with a number of other settings.
+    assert settings("DSA", 1, init="noise") == ("noise", 0.1, None)
+    assert settings("DM", 100, lr_img=1.0) == ("real", 1.0, None)
+    assert settings("DM", 10, lr_img=1.0, init="real") == ("real", 1.0, (48.9, 0.6))
+    # The images before distillation do not depend on the rate.
+    start = flags(lr_img=2.0)
+    assert tables.published_number(start, places(start)[0], published_numbers()) == (15.4, 0.3)
+
+
 def flags(**changes):
     base = dict(datasets=("CIFAR10",), ipcs=(1,), methods=("DM",), variants=("none",))
     return TablesFlags(**{**base, **changes})
@@ -217,6 +242,8 @@ def test_identity_of_a_cell(tiny):
             identity(gpu=1), identity(num_exp=9), identity(data_path=Path("datasets"))]  # fmt: skip
     assert {base, *same} == {base}
     assert identity(variants=("ce",), source_dataset="CIFAR100") == ce
+    assert identity(CLoM_teacher_stats="target") == base
+    assert identity(variants=("cos",), CLoM_teacher_stats="target") != cos
     write_set("datasets", "cifar10", size=32, train=30, test=20, classes=10, seed=1)
     data_facts.cache_clear()
     assert identity() != base

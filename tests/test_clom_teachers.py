@@ -133,6 +133,32 @@ def test_sources_of_another_size_and_channel_count(workspace):
     assert x.grad.abs().sum() > 0
 
 
+def test_images_in_the_statistics_of_the_source_or_of_the_target(workspace):
+    """The released code gives models of another source the target's images as they are."""
+    model, cifar = save_model("ConvNetD1", "SVHN"), DC_SPECS["CIFAR10"].stats[32]
+    given, x = Space(cifar, 3, (32, 32)), torch.randn(2, 3, 32, 32)
+    own, target = (
+        load(source="SVHN", given=given, stats=s)[0].models[0] for s in ("own", "target")
+    )
+    mean, std, to_mean, to_std = (
+        torch.tensor(v).view(1, 3, 1, 1)
+        for stats in (cifar, DC_SPECS["SVHN"].stats[32])
+        for v in (stats.mean, stats.std)
+    )
+    moved = (x * std + mean - to_mean) / to_std
+    for ask in ("embed", "forward"):
+        expected, released = getattr(model, ask)(moved), getattr(model, ask)(x)
+        torch.testing.assert_close(getattr(own, ask)(x), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(getattr(target, ask)(x), released)
+        assert (expected - released).abs().max() > 0.01
+    gray = save_model("ConvNetD1", "MNIST", channel=1, size=32)
+    facts = {"img_shape": [1, 32, 32], "mean": GRAY.mean, "std": GRAY.std, "num_classes": 10}
+    path = "pretrained_model/MNIST/original/ConvNetD1/index_0/config.json"
+    checkpoint.write_text(path, json.dumps(facts))
+    (target,) = load(source="MNIST", given=given, stats="target")[0].models
+    torch.testing.assert_close(target(x), gray(x.mean(1, keepdim=True)))
+
+
 def test_config_beside_the_checkpoint_states_the_space(workspace):
     model = save_model("ConvNetD1", "mine", size=8)
     with pytest.raises(UserError, match="image size of mine is unknown"):

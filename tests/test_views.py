@@ -1,9 +1,11 @@
 """Target views: a table that says what the target model would."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,16 @@ def test_values_do_not_depend_on_what_else_is_missing():
     assert torch.equal(by([40]), by([1] * 40)) and torch.equal(by([40]), by([3, 17, 20]))
 
 
+def test_the_last_small_batch_of_a_pass_has_the_tables_values():
+    target = make_target()
+    x, rows = torch.randn(40, *SHAPE), torch.arange(40)
+    table, online = TargetViews(target, torch.empty(40, 4), 1), OnlineTargets(target)
+    whole = table(RealBatch(x, rows, torch.zeros_like(rows)))
+    for size in range(1, 20):
+        few = RealBatch(x[:size], rows[:size], torch.zeros_like(rows[:size]))
+        assert torch.equal(online(few), whole[:size]), size
+
+
 def test_a_bf16_table_and_online_agree():
     target = make_target()
     x = torch.randn(20, *SHAPE)
@@ -250,8 +262,16 @@ def test_tf32_needs_cuda(tiny, capsys):
 # --- several processes ---
 
 
-def test_shards_of_a_batch_are_the_batch(tiny):
+def stand_in(count):
+    """An image set of so many images; image i is i in base 256."""
+    digits = torch.arange(count)[:, None] // torch.tensor([1, 256, 65536]) % 256
+    images = digits.to(torch.uint8)[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
     image_set = data.load("tiny", 8, "datasets")
+    return replace(image_set, train=replace(image_set.train, images=images, labels=None))
+
+
+def test_shards_of_a_batch_are_the_batch(tiny):
+    image_set = stand_in(30)  # batches of 12, 12 and 6
 
     def batches(shard):
         loader = real_loader(image_set, 12, CPU, torch.Generator().manual_seed(0), shard).forever()
@@ -263,6 +283,47 @@ def test_shards_of_a_batch_are_the_batch(tiny):
             (own_x, own_view), own_index = parts[rank][step]
             assert torch.equal(own_x, x[rank::3]) and torch.equal(own_view, view[rank::3])
             assert torch.equal(own_index, index[rank::3])
+
+
+def test_a_pass_shows_every_image_once(tiny):
+    """CIFAR-100 in batches of 1024: 48 of them and one of 848."""
+    loader = real_loader(stand_in(50000), 1024, CPU, torch.Generator().manual_seed(0)).forever()
+    for _ in range(2):
+        indices = [next(loader)[1] for _ in range(49)]
+        assert [len(index) for index in indices] == [1024] * 48 + [848]
+        assert torch.cat(indices).sort().values.tolist() == list(range(50000))
+
+
+@pytest.mark.parametrize("count", [31, 30, 25])  # last batches of 7, 6 and 1 image
+def test_ranks_get_equal_shares_of_the_last_batch(tiny, count):
+    def loader(shard, seed=0):
+        return real_loader(stand_in(count), 12, CPU, torch.Generator().manual_seed(seed), shard)
+
+    whole = [12, 12, *([6] if count > 29 else [])]  # what three ranks can share alike
+    loaders = [loader((rank, 3)) for rank in range(3)]
+    streams = [own.forever() for own in loaders]
+    alone = loader((0, 1)).forever()
+    for _ in range(2):
+        shown = []
+        for size in whole:
+            parts = [next(stream) for stream in streams]
+            indices = [index for _, index in parts]
+            assert [len(index) for index in indices] == [size // 3] * 3
+            shown.append(torch.stack(indices, 1).flatten())
+        assert torch.cat(shown).unique().numel() == sum(whole)
+        order = torch.cat([next(alone)[1] for _ in range(3)])
+        assert len(order) == count and torch.equal(torch.cat(shown), order[: sum(whole)])
+    # A stream that is restored anywhere in a pass goes on with the same rows.
+    for stop in range(4):
+        first, other = loader((1, 3), 5), loader((1, 3), 6)
+        stream = first.forever()
+        for _ in range(stop):
+            next(stream)
+        other.load_state_dict(first.state_dict())
+        for ((x, view), index), ((x2, view2), index2) in zip(
+            itertools.islice(stream, 7), other.forever(), strict=False
+        ):
+            assert torch.equal(x, x2) and torch.equal(view, view2) and torch.equal(index, index2)
 
 
 def test_a_batch_that_cannot_be_dealt(tiny):

@@ -37,6 +37,12 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def same_flag(config_class: type, name: str, **changes: Any) -> Any:
+    """Declare a flag that another config has: its default, range and help, but for `changes`."""
+    original = config_class.__dataclass_fields__[name]
+    return flag(**{"default": original.default, **original.metadata, **changes})
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse whose error is one line; --help has the rest."""
 

@@ -54,6 +54,35 @@ def resolve_device(device: str | None, gpu_id: int = 0) -> torch.device:
     return chosen
 
 
+def resolve_gpus(
+    device: str | None, gpu_id: int, multigpu: str | None
+) -> tuple[torch.device, tuple[int, ...]]:
+    """`resolve_device` with the published `--multigpu 0,1`.
+
+    Returns:
+        The device, which is the first GPU of the list, and the list; empty without CUDA.
+
+    Raises:
+        UserError: no list of different GPU numbers, GPUs that are not there, or a `--device` that
+            is none of them.
+    """
+    if multigpu is None:
+        return resolve_device(device, gpu_id), ()
+    parts = [part.strip() for part in multigpu.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise UserError(f"--multigpu {multigpu!r}: expected GPU numbers such as 0,1")
+    numbers = tuple(map(int, parts))
+    chosen = resolve_device(device, numbers[0])
+    if chosen.type != "cuda":
+        print(f"--multigpu has no effect on {chosen}")
+        return chosen, ()
+    if max(numbers) >= torch.cuda.device_count():
+        raise UserError(f"--multigpu {multigpu}: this machine has {torch.cuda.device_count()} GPUs")
+    if chosen.index != numbers[0]:
+        raise UserError(f"--multigpu {multigpu} begins with another GPU than --device {device}")
+    return chosen, numbers
+
+
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 

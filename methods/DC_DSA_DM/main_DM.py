@@ -1,4 +1,4 @@
-"""Distil a labelled image set by DM (or --method DC, DSA): the same command as main.py.
+"""Distil a labelled image set by DM (or --method DC, DSA): main.py with DM's own defaults.
 
 python methods/DC_DSA_DM/main_DM.py --dataset CIFAR10 --model ConvNet --ipc 10
 """
