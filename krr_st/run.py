@@ -18,6 +18,7 @@ from data.specs import Stats
 from evaluation.recipes import Recipe
 from krr_st.config import TrainFlags, resolve_preset
 from krr_st.distill import Distiller, distill, initial_set, real_loader
+from krr_st.held_out import HeldOutLoss
 from krr_st.linear_eval import LinearEvaluations, is_labelled
 from krr_st.pool import ModelPool
 from krr_st.target_model import load_target, resolve_checkpoint
@@ -140,6 +141,14 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group, held: ExitSt
         generator=make_generator(run.seed, "pool"), reset=flags.pool_reset,
         precision=flags.precision, compile=flags.compile,
     )  # fmt: skip
+    held_out = None
+    if group.first:
+        held_out = HeldOutLoss(
+            image_set, represent, pool, x_syn, y_syn, ridge=flags.ridge,
+            steps=flags.outer_iteration, device=device,
+            generator=make_generator(run.seed, "held-out loss"),
+        )  # fmt: skip
+        print(f"held-out loss: {held_out}")
     distiller = Distiller(
         x_syn, y_syn, pool=pool,
         targets=make_run_targets(flags, image_set, represent, target.dim, device),
@@ -156,7 +165,7 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group, held: ExitSt
     results = distill(
         distiller, run, steps=flags.outer_iteration, print_every=flags.print_every,
         save_every=flags.save_every, evaluations=planned_evaluations(flags, image_set, device),
-        stats=stats, device=device,
+        held_out=held_out, stats=stats, device=device,
     )  # fmt: skip
     run.finish(results)
     print(f"synthetic set: {run.path}/x_syn.pt, y_syn.pt; picture: {run.path}/x_syn.png")
