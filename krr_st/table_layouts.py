@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from krr_st.config import FULL_TARGETS, PRESETS
+from krr_st.presets import FULL_TARGETS, PRESETS
 from krr_st.transfer import SCRATCH
 
 _TABLE_1 = ("random", "kmeans", "dsa", "dm", "mtt", "kip", "frepo", "krr_st")
@@ -104,6 +104,7 @@ def collect(
                 and cell.get("protocol") == layout.protocol
                 and cell.get("label_fraction") == layout.fraction
                 and cell.get("shots", "all") == "all"
+                and cell.get("probe_on", "body") == "body"
                 and steps_scale in (None, cell.get("steps_scale", 1.0))
                 and _fits_pretraining(layout, cell)
             )

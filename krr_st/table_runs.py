@@ -8,8 +8,9 @@ from pathlib import Path
 
 from data.synthetic import SyntheticSet
 from evaluation.recipes import GAUSSIAN, KD, Recipe, finetune_recipe, pretrain_recipe
-from krr_st.config import PRESETS, KdFlags, ScratchFlags, TablesFlags, TestFlags
+from krr_st.config import KdFlags, ScratchFlags, TablesFlags, TestFlags
 from krr_st.kd import run_kd
+from krr_st.presets import PRESETS
 from krr_st.table_layouts import Layout, collect, network, places
 from krr_st.transfer import SCRATCH, run_transfer
 from models import get_model
