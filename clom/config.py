@@ -66,7 +66,10 @@ class DistillFlags(CommonFlags):
         None, "epochs of each of them; default: 300, or 1000 with augmentation", minimum=0
     )
     eval_interval: int = flag(500, "iterations between evaluations (eval_mode S, SS)", minimum=1)
-    Iteration: int | None = flag(None, "iterations; default: 1000 (DM: 20000)", minimum=1)
+    Iteration: int | None = flag(
+        None, "iterations; default: 1000 (DM: 20000); 0: the start itself is evaluated (with "
+        "--init real, random real images)", minimum=0,
+    )  # fmt: skip
     lr_img: float | None = flag(
         None, "learning rate of the images; default: 0.1 (DM: 1.0)", above=0
     )
@@ -231,7 +234,7 @@ def resolve(flags: DistillFlags, hflip: bool = True) -> DistillFlags:
     return dataclasses.replace(
         flags,
         dsa_strategy="none" if no_augmentation(strategy) else strategy,
-        Iteration=flags.Iteration or (20000 if dm else 1000),
+        Iteration=(20000 if dm else 1000) if flags.Iteration is None else flags.Iteration,
         lr_img=flags.lr_img or (1.0 if dm else 0.1),
         init=flags.init or ("real" if dm else "noise"),
         outer_loop=flags.outer_loop or outer,

@@ -49,11 +49,33 @@ def label_fraction_indices(labels: Tensor, fraction: float, generator: torch.Gen
     return torch.cat(chosen).sort().values
 
 
+def _mean_and_scale(train: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and 1 / std of each column; constant columns have scale 0."""
+    mean, std = train.mean(0), train.std(0, correction=0)
+    return mean, torch.where(std > 1e-6 * (1 + mean.abs()), 1 / std, 0.0)
+
+
 def standardize(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Scale features to mean 0 and std 1 of the training rows; constant columns become 0."""
-    mean, std = train.mean(0), train.std(0, correction=0)
-    scale = torch.where(std > 1e-6 * (1 + mean.abs()), 1 / std, 0.0)
+    mean, scale = _mean_and_scale(train)
     return tuple((f - mean) * scale for f in (train, *others))
+
+
+def feature_error(predicted: Tensor, features: Tensor, train_features: Tensor) -> float:
+    """Mean squared error of predicted features, each dimension in units of its variance.
+
+    Args:
+        predicted: (N, D).
+        features: (N, D) the true ones.
+        train_features: (M, D) of the training images: the variances, 1/M Σ (y - mean)², are
+            theirs; dimensions that are constant there are left out.
+
+    Returns:
+        The mean over images and dimensions; about 1 for predicting the mean.
+    """
+    scale = _mean_and_scale(train_features)[1]
+    errors = ((predicted - features) * scale).square()
+    return float(errors[:, scale > 0].double().mean())
 
 
 def linear_probe(

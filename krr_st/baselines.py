@@ -9,7 +9,6 @@ nearest to each k-means centre, with labels or features. gaussian: N(0, 1) noise
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from data.augment import normalize, to_float
 from data.load import ImageSet
 from data.synthetic import SyntheticSet
 from evaluation.protocols import outputs
-from krr_st.config import BaselineFlags, resolve_preset
-from krr_st.target_model import load_target, resolve_checkpoint
+from krr_st.config import BaselineFlags
+from krr_st.presets import resolve_preset
+from krr_st.target_model import load_target, resolve_checkpoint, target_command
 from utils import cli
 from utils.device import resolve_device
 from utils.errors import UserError, entry_point, pick
@@ -172,11 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     target_model = flags.target_model or preset.target_model
     path = resolve_checkpoint(target_model, flags.target_ckpt, flags.data_name)
-    hint = shlex.join([
-        "python", "-m", "krr_st.target", "--data_name", flags.data_name,
-        "--img_size", str(preset.size), "--target_model", target_model,
-        "--data_dir", str(flags.data_dir),
-    ])  # fmt: skip
+    hint = target_command(target_model, flags.data_name, preset.size, flags.data_dir)
     request = Request(
         image_set, count, flags.kmeans_space, seed, device,
         lambda: load_target(

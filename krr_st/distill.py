@@ -15,14 +15,16 @@ from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
 from evaluation.protocols import outputs
 from krr_st.baselines import kmeans_indices
+from krr_st.held_out import HeldOutLoss
 from krr_st.linear_eval import LinearEvaluations
 from krr_st.loss import krr_loss
 from krr_st.pool import ModelPool
 from krr_st.views import RealBatch, TargetFunction, Targets
 from utils import checkpoint
+from utils.curves import read_series
 from utils.distributed import ALONE, Group
 from utils.finite import FiniteGuard
-from utils.images import save_curve, save_grid
+from utils.images import save_grid, save_lines
 from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule
 from utils.precision import autocast, compiled
@@ -220,6 +222,7 @@ def distill(
     print_every: int,
     save_every: str | int,
     evaluations: LinearEvaluations,
+    held_out: HeldOutLoss | None,
     stats: Stats,
     device: torch.device,
 ) -> dict[str, Any]:
@@ -232,6 +235,7 @@ def distill(
         print_every: steps between log lines.
         save_every: steps (or seconds: "300s") between saves of the set and of the run state.
         evaluations: linear evaluations, the first process's.
+        held_out: the loss under fixed networks, the first process's.
         stats: what undoes the normalisation of X_s, for its picture.
         device: where to compute.
 
@@ -244,12 +248,19 @@ def distill(
     guard, window = FiniteGuard("distillation"), LossWindow(print_every)
     parts, start, timer = {"distiller": distiller, "losses": window}, 0, SaveTimer(save_every)
     first = distiller.group.first
+
+    def measure(step: int) -> None:
+        """Log the loss under the fixed networks."""
+        run.log(step=step, held_out_loss=held_out(distiller.x_syn, distiller.y_syn))
+
     if has_state(run.state_path):
         start, _ = load_run(run.state_path, parts)
         print(f"going on after step {start} of {steps}")
     else:
         distiller.pool.warm_up(distiller.x_syn.detach(), distiller.y_syn.detach(), progress=first)
     run.truncate_log(start)
+    if first and not any("held_out_loss" in e for e in run.read_log()):
+        measure(start)
     evaluations.made = [e for e in run.read_log() if "linear_accuracy" in e]
     began = time.perf_counter()
     progress = Progress("distilling", "step", start, steps, bar=first)
@@ -285,6 +296,8 @@ def distill(
                 mean = window.mean()
                 speed = progress.report(step, f"loss {mean:.4g}")
                 run.log(step=step, loss=mean, lr=rate, steps_per_second=speed)
+            if first and (held_out.due(step) or last):
+                measure(step)  # before the save: a resumed run logs again what comes after its own
             if timer.due(step) or evaluations.due(step) or last or leaving:
                 guard.flush()
                 distiller.targets.flush()
@@ -306,7 +319,9 @@ def distill(
     if device.type == "cuda":
         results["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
     if first:
-        draw_artefacts(distiller, stats, run)
+        curve = [e["held_out_loss"] for e in run.read_log() if "held_out_loss" in e]
+        results["held_out_loss"] = {"of": str(held_out), "start": curve[0], "end": curve[-1]}
+        draw_artefacts(distiller, stats, run, str(held_out))
     return results
 
 
@@ -316,12 +331,21 @@ def save_set(distiller: Distiller, run: RunFolder) -> None:
     checkpoint.save(distiller.y_syn.detach().cpu(), run.path / "y_syn.pt")
 
 
-def draw_artefacts(distiller: Distiller, stats: Stats, run: RunFolder) -> None:
-    """Draw x_syn.png (de-normalised, at most 400 images) and loss.png."""
+def draw_artefacts(distiller: Distiller, stats: Stats, run: RunFolder, held_out: str) -> None:
+    """Draw x_syn.png (de-normalised, at most 400 images) and loss.png.
+
+    Args:
+        distiller: at the end of the run.
+        stats: what undoes the normalisation of its images.
+        run: folder of the log and the pictures.
+        held_out: what the loss under fixed networks is measured on.
+    """
     pixels = denormalize(distiller.x_syn.detach()[:400], stats)
     save_grid(pixels.clamp(0, 1), run.path / "x_syn.png")
-    log = [e for e in run.read_log() if "loss" in e]
-    save_curve(
-        [e["step"] for e in log], [e["loss"] for e in log], run.path / "loss.png",
-        x_label="outer step", y_label="KRR loss", log_y=True,
+    series = read_series(run.path / "log.jsonl")
+    save_lines(
+        {held_out: series["held_out_loss"], "real batches, networks of the pool": series["loss"]},
+        run.path / "loss.png", x_label="outer step", y_label="KRR loss", log_y=True,
+        title="Steps compare under the fixed networks; those of the pool age and follow the set",
+        legend="outside lower center",
     )  # fmt: skip

@@ -26,7 +26,8 @@ from data.synthetic import SyntheticSet
 from evaluation.fit import accuracy, fit, kd_loss, supervised
 from evaluation.protocols import outputs
 from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, Recipe
-from krr_st.config import KdFlags, resolve_preset
+from krr_st.config import KdFlags
+from krr_st.presets import resolve_preset
 from krr_st.transfer import Pretraining, build_backbone, load_pretraining, may_mirror
 from models import get_model
 from utils import checkpoint, cli

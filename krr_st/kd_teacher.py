@@ -18,8 +18,9 @@ from data.load import ImageSet
 from data.loader import ImagePipeline, TensorLoader
 from evaluation.fit import accuracy, supervised
 from evaluation.protocols import outputs
-from krr_st.config import KdTeacherFlags, resolve_preset
+from krr_st.config import KdTeacherFlags
 from krr_st.epochs import make_checkpoint, train_epochs
+from krr_st.presets import resolve_preset
 from models import get_model
 from utils import cli
 from utils.device import place, resolve_device

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,10 @@ class ModelPool:
         self.slots = [self._fresh() for _ in range(size)]
 
     def _fresh(self, age: int = 0) -> Slot:
-        model = self._make_model(draw_seed(self.generator))
+        return self._slot(draw_seed(self.generator), age)
+
+    def _slot(self, seed: int, age: int = 0) -> Slot:
+        model = self._make_model(seed)
         return Slot(model, self._make_optimizer(model), age)
 
     def warm_up(self, x_syn: Tensor, y_syn: Tensor, progress: bool = False) -> None:
@@ -84,6 +88,24 @@ class ModelPool:
             steps = int(torch.randint(1, max(2, self.max_steps), (1,), generator=self.generator))
             for _ in range(steps):
                 self._train(slot, x_syn, y_syn)
+
+    def aged_copies(
+        self, seed: int, ages: Sequence[int], x_syn: Tensor, y_syn: Tensor
+    ) -> list[nn.Module]:
+        """One network outside of the pool at several ages, frozen, in eval mode.
+
+        Args:
+            seed: of its weights; the pool's generator is left alone.
+            ages: steps on (x_syn, y_syn) before each copy, rising.
+            x_syn: (m, C, H, W).
+            y_syn: (m, D).
+        """
+        slot, copies = self._slot(seed), []
+        for age in ages:
+            while slot.age < age:
+                self._train(slot, x_syn, y_syn)
+            copies.append(copy.deepcopy(slot.model).eval().requires_grad_(False))
+        return copies
 
     def draw(self) -> Slot:
         """A uniformly drawn slot; its network is in eval mode with frozen parameters."""

@@ -12,15 +12,22 @@ import torch
 from torch import Tensor, nn
 
 import data
-from data.augment import count_views, default_padding, normalize, to_float
+from data.augment import count_views, default_padding
 from data.load import ImageSet
 from data.specs import Stats
 from evaluation.recipes import Recipe
-from krr_st.config import TrainFlags, resolve_preset
+from krr_st.config import TrainFlags
 from krr_st.distill import Distiller, distill, initial_set, real_loader
+from krr_st.held_out import HeldOutLoss
 from krr_st.linear_eval import LinearEvaluations, is_labelled
 from krr_st.pool import ModelPool
-from krr_st.target_model import load_target, resolve_checkpoint
+from krr_st.presets import resolve_preset
+from krr_st.target_model import (
+    load_target,
+    resolve_checkpoint,
+    target_command,
+    target_sample,
+)
 from krr_st.views import DTYPES, TargetFunction, Targets, make_targets, plan_views
 from models import get_model
 from utils import checkpoint, cli
@@ -104,8 +111,8 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group, held: ExitSt
         stats = Stats((0.0,) * image_set.channels, (1.0,) * image_set.channels)
     target = load_target(
         flags.target_model, flags.target_ckpt, img_shape, device,
-        f"python -m krr_st.target --data_name {flags.data_name} --img_size {flags.img_size} "
-        f"--target_model {flags.target_model} --data_dir {flags.data_dir}", image_set.stats,
+        target_command(flags.target_model, flags.data_name, flags.img_size, flags.data_dir),
+        image_set.stats,
         layout=flags.layout,
     )  # fmt: skip
 
@@ -140,6 +147,14 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group, held: ExitSt
         generator=make_generator(run.seed, "pool"), reset=flags.pool_reset,
         precision=flags.precision, compile=flags.compile,
     )  # fmt: skip
+    held_out = None
+    if group.first:
+        held_out = HeldOutLoss(
+            image_set, represent, pool, x_syn, y_syn, ridge=flags.ridge,
+            steps=flags.outer_iteration, device=device,
+            generator=make_generator(run.seed, "held-out loss"),
+        )  # fmt: skip
+        print(f"held-out loss: {held_out}")
     distiller = Distiller(
         x_syn, y_syn, pool=pool,
         targets=make_run_targets(flags, image_set, represent, target.dim, device),
@@ -156,7 +171,7 @@ def _distill(flags: TrainFlags, device: torch.device, group: Group, held: ExitSt
     results = distill(
         distiller, run, steps=flags.outer_iteration, print_every=flags.print_every,
         save_every=flags.save_every, evaluations=planned_evaluations(flags, image_set, device),
-        stats=stats, device=device,
+        held_out=held_out, stats=stats, device=device,
     )  # fmt: skip
     run.finish(results)
     print(f"synthetic set: {run.path}/x_syn.pt, y_syn.pt; picture: {run.path}/x_syn.png")
@@ -179,12 +194,6 @@ def planned_evaluations(
         image_set, flags.eval_every, flags.outer_iteration, flags.test_model, pretraining,
         classifier, device,
     )  # fmt: skip
-
-
-def target_sample(represent: TargetFunction, image_set: ImageSet, device: torch.device) -> Tensor:
-    """The target's features (D,) of the first training image: what it computes, wherever from."""
-    x = normalize(to_float(image_set.train.images[:1]), image_set.stats).to(device)
-    return represent(x.expand(16, -1, -1, -1))[0].float()
 
 
 def open_run(

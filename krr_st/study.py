@@ -26,6 +26,7 @@ from evaluation.equivalence import worth
 from evaluation.recipes import PRETRAIN, SCRATCH, finetune_recipe
 from krr_st import baselines, target
 from krr_st.config import TestFlags, TrainFlags
+from krr_st.measures import parse_shots
 from krr_st.run import run_distillation
 from krr_st.target_model import default_checkpoint
 from krr_st.transfer import (
@@ -34,7 +35,6 @@ from krr_st.transfer import (
     labelled_indices,
     load_pretraining,
     load_targets,
-    parse_shots,
 )
 from utils import checkpoint, cli
 from utils.cells import CellStore

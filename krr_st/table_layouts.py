@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from evaluation.recipes import GAUSSIAN, RANDOM_FEATURES, SCRATCH
-from krr_st.config import FULL_TARGETS, PRESETS
+from krr_st.presets import FULL_TARGETS, PRESETS
 
 _TABLE_1 = ("random", "kmeans", "dsa", "dm", "mtt", "kip", "frepo", "krr_st")
 _TABLE_2 = tuple(m for m in _TABLE_1 if m != "kip")
@@ -113,6 +113,7 @@ def collect(
                 and cell.get("label_fraction") == layout.fraction
                 and cell.get("kd_bn") == layout.kd_bn
                 and cell.get("shots", "all") == "all"
+                and cell.get("probe_on", "body") == "body"
                 and steps_scale in (None, cell.get("steps_scale", 1.0))
                 and _fits_pretraining(layout, cell)
             )

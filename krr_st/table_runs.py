@@ -15,8 +15,9 @@ from evaluation.recipes import (
     finetune_recipe,
     pretrain_recipe,
 )
-from krr_st.config import PRESETS, KdFlags, ScratchFlags, TablesFlags, TestFlags
+from krr_st.config import KdFlags, ScratchFlags, TablesFlags, TestFlags
 from krr_st.kd import run_kd
+from krr_st.presets import PRESETS
 from krr_st.table_layouts import Layout, collect, network, places
 from krr_st.transfer import run_transfer
 from models import get_model

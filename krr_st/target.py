@@ -13,8 +13,9 @@ from data.load import ImageSet
 from data.loader import TensorLoader
 from evaluation.protocols import frozen_accuracy, outputs
 from krr_st.barlow import TwoViews, barlow_twins_loss, projector
-from krr_st.config import TargetFlags, resolve_preset
+from krr_st.config import TargetFlags
 from krr_st.epochs import make_checkpoint, train_epochs
+from krr_st.presets import resolve_preset
 from krr_st.target_model import Representation, default_checkpoint
 from utils import cli
 from utils.device import place, resolve_device

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from data.augment import normalize, to_float
+from data.load import ImageSet
 from data.space import Space, convert
 from data.specs import Stats
+from krr_st.views import TargetFunction
 from models import get_model
 from models.base import Classifier
 from models.fold import fold_frozen
@@ -102,6 +106,20 @@ def resolve_checkpoint(arch: str, given: Path | None, data_name: str) -> Path | 
     if given is not None:
         return Path(given)
     return None if ":" in arch else default_checkpoint(arch, data_name)
+
+
+def target_command(arch: str, data_name: str, size: int, data_dir: Path) -> str:
+    """The command that makes the target model of a data set, for errors that miss it."""
+    return shlex.join([
+        "python", "-m", "krr_st.target", "--data_name", data_name, "--img_size", str(size),
+        "--target_model", arch, "--data_dir", str(data_dir),
+    ])  # fmt: skip
+
+
+def target_sample(represent: TargetFunction, image_set: ImageSet, device: torch.device) -> Tensor:
+    """The target's features (D,) of the first training image: what it computes, wherever from."""
+    x = normalize(to_float(image_set.train.images[:1]), image_set.stats).to(device)
+    return represent(x.expand(16, -1, -1, -1))[0].float()
 
 
 def load_target(

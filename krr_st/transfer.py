@@ -19,7 +19,11 @@ from data.synthetic import SyntheticSet
 from evaluation.probe import few_shot_indices, label_fraction_indices
 from evaluation.protocols import finetune, frozen_accuracy, outputs, pretrain
 from evaluation.recipes import SCRATCH, Recipe, finetune_recipe, pretrain_recipe
-from krr_st.config import KdFlags, ScratchFlags, TestFlags, resolve_preset, resolve_targets
+from krr_st.config import KdFlags, ScratchFlags, TestFlags
+from krr_st.measures import TARGET_ERROR, Measure, describe, summarize, table, wanted_measures
+from krr_st.presets import Preset, resolve_preset, resolve_targets
+from krr_st.target_error import TargetFeatures
+from krr_st.target_model import load_target, resolve_checkpoint, target_command
 from models import get_model
 from utils import cli
 from utils.cells import CellStore
@@ -29,7 +33,6 @@ from utils.errors import UserError
 from utils.memory import out_of_memory_says
 from utils.runlog import environment, write_json
 from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
-from utils.table import format_mean_std, markdown, mean_std
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,13 @@ def build_backbone(
     dropout: float,
     seed: int,
     device: torch.device,
+    width: int = 1,
 ) -> nn.Module:
-    """A network initialised from `seed`, pre-trained unless `pretraining` is None; eval mode."""
-    outputs_wanted = pretraining.outputs if pretraining else 1
+    """A network initialised from `seed`, pre-trained unless `pretraining` is None; eval mode.
+
+    `width` is the number of outputs where no pre-training says it.
+    """
+    outputs_wanted = pretraining.outputs if pretraining else width
     with local_seed(derive_seed(seed, "network")):
         model = place(get_model(arch, img_shape, outputs_wanted, dropout), device)
         if pretraining is not None:
@@ -88,32 +95,34 @@ def labelled_indices(target: ImageSet, shots: str, fraction: float | None, seed:
 
 
 class TargetTask:
-    """One target set met by one pre-trained network: features are extracted at most once."""
+    """One target set met by one pre-trained network: features are computed at most once."""
 
     def __init__(self, backbone: nn.Module, arch: str, target: ImageSet, device: torch.device):
         self.backbone, self.arch, self.target, self.device = backbone, arch, target, device
-        self._train: Tensor | None = None
-        self._test: Tensor | None = None
+        self._read = {"body": backbone.embed, "outputs": backbone}
+        self._kept: dict[tuple[str, str], Tensor] = {}
 
-    def frozen(self, protocol: str, index: Tensor) -> float:
+    def frozen(self, protocol: str, index: Tensor, on: str = "body") -> float:
         """Test accuracy in % of a classifier on frozen features of the images at `index`."""
         train, test = self.target.train, self.target.test
-        if self._test is None:
-            self._test = self._embed(test.images)
-        if self._train is not None:
-            features = self._train[index.to(self.device)]
-        elif 4 * len(index) < len(train):  # few: the others' features may never be asked for
-            features = self._embed(train.images[index])
+        if ("train", on) not in self._kept and 4 * len(index) < len(train):
+            # few: the others' features may never be asked for
+            features = self._compute(train.images[index], on)
         else:
-            self._train = self._embed(train.images)
-            features = self._train[index.to(self.device)]
+            features = self.features("train", on)[index.to(self.device)]
         return frozen_accuracy(
-            protocol, features, train.labels[index], self._test, test.labels,
+            protocol, features, train.labels[index], self.features("test", on), test.labels,
             self.target.num_classes,
         )  # fmt: skip
 
-    def _embed(self, images: Tensor) -> Tensor:
-        return outputs(self.backbone.embed, images, self.target, self.device)
+    def features(self, split: str, on: str) -> Tensor:
+        """Body features or outputs for a split, "train" or "test": (N, D) on the device."""
+        if (split, on) not in self._kept:
+            self._kept[split, on] = self._compute(getattr(self.target, split).images, on)
+        return self._kept[split, on]
+
+    def _compute(self, images: Tensor, on: str) -> Tensor:
+        return outputs(self._read[on], images, self.target, self.device)
 
     def finetuned(
         self, index: Tensor, recipe: Recipe, *, dropout: float, scale: float, seed: int
@@ -215,19 +224,6 @@ def load_targets(
     return targets
 
 
-def parse_shots(joined: str) -> tuple[str, ...]:
-    """`10_all` -> ("10", "all").
-
-    Raises:
-        UserError: an entry that is neither a positive number nor all.
-    """
-    parts = tuple(joined.split("_"))
-    for part in parts:
-        if part != "all" and not (part.isdecimal() and int(part) > 0):
-            raise UserError(f"--shots {joined}: {part!r} is neither a positive number nor 'all'")
-    return tuple(dict.fromkeys(parts))
-
-
 def run_transfer(flags: ScratchFlags) -> int:
     """Measure every (target, labels, seed) cell, print the table, write results.json.
 
@@ -237,7 +233,7 @@ def run_transfer(flags: ScratchFlags) -> int:
     Raises:
         UserError: bad flags, data or synthetic set; finished cells stay in results.jsonl.
     """
-    shots = ("all",) if flags.label_fraction is not None else parse_shots(flags.shots)
+    measures = wanted_measures(flags)
     preset = resolve_preset(flags.source_data_name, flags.data_dir, flags.img_size)
     arch = preset.network if flags.test_model == "base" else flags.test_model.lower()
     method = flags.method if isinstance(flags, TestFlags) else SCRATCH
@@ -251,8 +247,11 @@ def run_transfer(flags: ScratchFlags) -> int:
     targets = load_targets(names, preset.size, flags.data_dir, shape)
     for target in targets:  # what cannot be measured is said before anything is trained
         get_model(arch, target.img_shape, target.num_classes)
-        for count in shots:
-            labelled_indices(target, count, flags.label_fraction, seed)
+        for measure in measures:
+            labelled_indices(target, measure.shots, flags.label_fraction, seed)
+    features = {}
+    if flags.target_error or (pretraining is None and flags.probe_on != "body"):
+        features = load_target_features(flags, preset, targets, pretraining, device)
     store = CellStore(flags.log_dir / "results.jsonl")
     if pretraining is not None:
         print(f"pre-training: {pretraining.recipe}")
@@ -261,8 +260,9 @@ def run_transfer(flags: ScratchFlags) -> int:
     with out_of_memory_says(device, "lower --pre_batch_size or --finetune_batch_size"):
         for repetition in range(flags.num_test):
             cells += run_repetition(
-                seed + repetition, targets, shots, flags, arch, pretraining, settings, store, device
-            )
+                seed + repetition, targets, measures, features, flags, arch, pretraining, settings,
+                store, device,
+            )  # fmt: skip
     folder = flags.log_dir / flags.source_data_name / method / arch / flags.protocol
     write_json(folder / "results.json", {
         "flags": cli.as_json(flags), "environment": environment(device),
@@ -289,10 +289,40 @@ def cell_settings(
     return settings
 
 
+def load_target_features(
+    flags: ScratchFlags,
+    preset: Preset,
+    targets: list[ImageSet],
+    pretraining: Pretraining | None,
+    device: torch.device,
+) -> dict[str, TargetFeatures]:
+    """Name of a target set -> its features under the source's target model.
+
+    Raises:
+        UserError: no target model, or a pre-training that does not lead to its features.
+    """
+    name = flags.target_model or preset.target_model
+    path = resolve_checkpoint(name, flags.target_ckpt, flags.source_data_name)
+    hint = target_command(name, flags.source_data_name, preset.size, flags.data_dir)
+    found = {}
+    for target in targets:
+        model = load_target(name, path, target.img_shape, device, hint, target.stats)
+        found[target.name] = TargetFeatures(model, target, device)
+        if pretraining is None or (pretraining.synthetic.soft and pretraining.outputs == model.dim):
+            continue
+        kind = "target vectors" if pretraining.synthetic.soft else "class labels"
+        raise UserError(
+            f"--target_error: the synthetic set has {kind} for {pretraining.outputs} outputs; "
+            f"expected the {model.dim} features of target model {name}"
+        )
+    return found
+
+
 def run_repetition(
     seed: int,
     targets: list[ImageSet],
-    shots: tuple[str, ...],
+    measures: list[Measure],
+    features: dict[str, TargetFeatures],
     flags: ScratchFlags,
     arch: str,
     pretraining: Pretraining | None,
@@ -302,6 +332,7 @@ def run_repetition(
 ) -> list[dict[str, Any]]:
     """All cells of one seed: one pre-trained network serves every target."""
     cells, backbone = [], None
+    width = pretraining.outputs if pretraining else next((f.dim for f in features.values()), 1)
     for target in targets:
         task = None
         recipe = finetune_recipe(target.name, arch, target.size).override(
@@ -312,69 +343,43 @@ def run_repetition(
         if flags.protocol == "finetune":
             augmentation = "crop and flip" if target.hflip else "crop"
             print(f"fine-tuning on {target.name}: {recipe}, {augmentation}")
-        for count in shots:
-            key = {**settings, "target": target.name, "shots": count, "seed": seed}
-            if flags.protocol == "finetune":
+        for measure in measures:
+            key = {**settings, "protocol": measure.protocol, "target": target.name,
+                   "shots": measure.shots, "seed": seed}  # fmt: skip
+            if measure.on == "outputs":
+                key |= {
+                    "probe_on": "outputs",
+                    "width": pretraining.outputs if pretraining else width,
+                }
+            if measure.protocol == "finetune":
                 key["finetuning"] = asdict(recipe)
             if target.test is target.train:
                 key["tested_on"] = "training images"
+            if measure.protocol == TARGET_ERROR:
+                key |= {"target_model": features[target.name].digest, "label_fraction": None}
             cell = store.get(key)
             if cell is not None:
-                print(f"{target.name}, seed {seed}, {count} shots: {cell['accuracy']:.2f} % (kept)")
+                print(f"{describe(cell)} (kept)")
                 cells.append(cell)
                 continue
             began = time.perf_counter()
-            index = labelled_indices(target, count, flags.label_fraction, seed)
+            index = labelled_indices(target, measure.shots, flags.label_fraction, seed)
             if backbone is None:
                 backbone = build_backbone(
                     arch, target.img_shape, pretraining, dropout=flags.dropout,
-                    seed=seed, device=device,
+                    seed=seed, device=device, width=width,
                 )  # fmt: skip
             task = task or TargetTask(backbone, arch, target, device)
-            if flags.protocol == "finetune":
+            if measure.protocol == "finetune":
                 value = task.finetuned(
                     index, recipe, dropout=flags.dropout, scale=flags.steps_scale, seed=seed
                 )
+                found = {"accuracy": value, "labelled": len(index)}
+            elif measure.protocol == TARGET_ERROR:
+                found = {"error": features[target.name].error(task.features("test", "outputs"))}
             else:
-                value = task.frozen(flags.protocol, index)
-            seconds = time.perf_counter() - began
-            cells.append(store.add(key, accuracy=value, labelled=len(index), seconds=seconds))
-            print(f"{target.name}, seed {seed}, {count} shots: {value:.2f} %", flush=True)
+                value = task.frozen(measure.protocol, index, measure.on)
+                found = {"accuracy": value, "labelled": len(index)}
+            cells.append(store.add(key, **found, seconds=time.perf_counter() - began))
+            print(describe(cells[-1]), flush=True)
     return cells
-
-
-def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and population std over seeds for each (target, shots)."""
-    groups: dict[tuple[str, str], list[float]] = {}
-    for cell in cells:
-        groups.setdefault((cell["target"], cell["shots"]), []).append(cell["accuracy"])
-    return [
-        {"target": target, "shots": count, "n": len(values),
-         **dict(zip(("mean", "std"), mean_std(values), strict=True))}
-        for (target, count), values in groups.items()
-    ]  # fmt: skip
-
-
-def table(cells: list[dict[str, Any]], flags: ScratchFlags) -> str:
-    """Targets as rows, label budgets as columns, test accuracy in %."""
-    budgets = list(dict.fromkeys(cell["shots"] for cell in cells))
-    names = list(dict.fromkeys(cell["target"] for cell in cells))
-
-    def heading(budget: str) -> str:
-        if flags.label_fraction is not None:
-            return f"{100 * flags.label_fraction:g} % of labels"
-        return "all labels" if budget == "all" else f"{budget} labels a class"
-
-    rows = []
-    for name in names:
-        stand_in = {c.get("tested_on") for c in cells if c["target"] == name} - {None}
-        row = [" on ".join([name, *stand_in])]
-        for budget in budgets:
-            values = [c["accuracy"] for c in cells if (c["target"], c["shots"]) == (name, budget)]
-            row.append(format_mean_std(values))
-        rows.append(row)
-    text = markdown(["target", *map(heading, budgets)], rows)
-    note = f"test accuracy in %, {flags.protocol}, mean ± std over {flags.num_test} seeds"
-    if flags.steps_scale != 1:
-        note += f"; lengths scaled by {flags.steps_scale}, not the table's"
-    return f"{text}\n{note}"

@@ -16,7 +16,7 @@ from torch import nn
 
 from utils import checkpoint
 from utils.errors import UserError, entry_point
-from utils.images import save_curve, save_grid
+from utils.images import save_grid, save_lines
 from utils.resume import load_run, save_run
 
 
@@ -258,7 +258,8 @@ def test_pictures(tmp_path):
     picture = np.asarray(Image.open(tmp_path / "grid.png"))
     assert picture.shape == (8 + 4, 3 * 8 + 4 * 2, 3)
     assert [int(picture[6, 6 + 10 * i, 0]) for i in range(3)] == [0, 128, 255]
-    save_curve([1, 2], [1.0, 0.1], tmp_path / "c.png", x_label="x", y_label="y", log_y=True)
+    lines = {"a": ([1, 2], [1.0, 0.1]), "b": ([1], [0.5])}
+    save_lines(lines, tmp_path / "c.png", x_label="x", y_label="y", log_y=True, title="t")
     assert Image.open(tmp_path / "c.png").size[0] > 100
     with pytest.raises(UserError, match=r"cannot draw images of shape \(0, 3, 4, 4\)"):
         save_grid(torch.zeros(0, 3, 4, 4), tmp_path / "no.png")

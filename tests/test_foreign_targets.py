@@ -16,7 +16,7 @@ import data
 import train
 from data.specs import Stats
 from krr_st import baselines
-from krr_st.config import resolve_preset
+from krr_st.presets import resolve_preset
 from krr_st.target_model import Representation, load_target, resolve_checkpoint
 from models.foundation import IMAGENET
 from utils import checkpoint

@@ -9,7 +9,8 @@ import torch
 
 from evaluation.recipes import pretrain_recipe
 from krr_st import table_runs, tables
-from krr_st.config import FULL_TARGETS, TablesFlags, TestFlags
+from krr_st.config import TablesFlags, TestFlags
+from krr_st.presets import FULL_TARGETS
 from krr_st.published import load_published
 from krr_st.table_layouts import LAYOUTS, Layout, collect, places
 from krr_st.table_runs import estimate, forward_flops, missing_jobs, present_sets

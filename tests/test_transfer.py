@@ -16,7 +16,9 @@ from evaluation import protocols
 from evaluation.fit import fit, supervised
 from evaluation.recipes import DSA_STRATEGY, PRETRAIN, Recipe
 from krr_st import baselines, kd, transfer
-from krr_st.config import KdFlags, TestFlags, resolve_targets
+from krr_st.config import KdFlags, TestFlags
+from krr_st.measures import parse_shots
+from krr_st.presets import resolve_targets
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -105,7 +107,7 @@ def test_a_name_with_underscores_is_one_target(tiny):
     argv = [*SHARED, "--finetune_iteration", "2", "--target_data_name", "my_set_tiny_tiny"]
     assert test_scratch.main([*argv, "--shots", "2_2"]) == 0
     assert [cell["target"] for cell in cells()] == ["my_set", "tiny"]
-    assert transfer.parse_shots("10_all_10") == ("10", "all")
+    assert parse_shots("10_all_10") == ("10", "all")
 
 
 def test_grey_targets_of_colour_networks(tiny, capsys):

@@ -39,39 +39,6 @@ def save_grid(
         save_image(grid, temporary, format="PNG")
 
 
-def save_curve(
-    steps: Sequence[float],
-    values: Sequence[float],
-    path: Path | str,
-    *,
-    x_label: str,
-    y_label: str,
-    log_y: bool = False,
-) -> None:
-    """Draw one curve as a PNG.
-
-    Args:
-        steps: abscissae.
-        values: ordinates, as many.
-        path: the PNG to write, whole or not at all.
-        x_label: name and unit of the abscissa.
-        y_label: name and unit of the ordinate.
-        log_y: logarithmic ordinate.
-
-    Raises:
-        UserError: `path` cannot be written.
-    """
-    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
-
-    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, values, linewidth=1.2)
-    axes.set(xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
-    axes.grid(alpha=0.3)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
 def save_lines(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     path: Path | str,
@@ -79,6 +46,9 @@ def save_lines(
     x_label: str,
     y_label: str,
     log_x: bool = False,
+    log_y: bool = False,
+    title: str = "",
+    legend: str = "outside right upper",
 ) -> None:
     """Draw several lines as a PNG; a line of one point is drawn as a mark.
 
@@ -88,11 +58,14 @@ def save_lines(
         x_label: name and unit of the abscissa.
         y_label: name and unit of the ordinate.
         log_x: logarithmic abscissa.
+        log_y: logarithmic ordinate.
+        title: one line above.
+        legend: where the names go, as matplotlib says it.
 
     Raises:
         UserError: `path` cannot be written.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
 
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     axes = figure.subplots()
@@ -102,9 +75,13 @@ def save_lines(
             axes.plot(x, y, linewidth=1.4, marker=".", label=name)
         else:
             axes.plot(x, y, linestyle="", marker=next(marks), label=name)
-    axes.set(xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear")
+    axes.set_title(title, fontsize="medium")
+    axes.set(
+        xlabel=x_label, ylabel=y_label,
+        xscale="log" if log_x else "linear", yscale="log" if log_y else "linear",
+    )  # fmt: skip
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
+    figure.legend(loc=legend, fontsize="small")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 

@@ -28,7 +28,7 @@ def whole(request, tmp_path_factory):
     """A command, what its uninterrupted run leaves, its changes to files, its seconds."""
     command = SHORT[request.param].without_curve()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "save_curve", lambda *args, **kwargs: None)  # matplotlib is slow
+        patch.setattr(distill, "save_lines", lambda *args, **kwargs: None)  # matplotlib is slow
         yield command, *uninterrupted(command, tmp_path_factory.mktemp("whole"))
 
 

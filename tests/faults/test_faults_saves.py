@@ -25,7 +25,7 @@ def whole(request, tmp_path_factory):
     """A command, what it leaves, its changes to files."""
     command = SHORT[request.param].without_curve()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "save_curve", lambda *args, **kwargs: None)
+        patch.setattr(distill, "save_lines", lambda *args, **kwargs: None)
         wanted, changes, _ = uninterrupted(command, tmp_path_factory.mktemp("whole"))
         yield command, wanted, changes
 

@@ -1,0 +1,84 @@
+"""The loss that can be read: held-out images under networks that stay as they are.
+
+The running loss comes from the pool, whose networks age and follow the set, so that it may rise
+while the set gets better. Here nothing changes but the set.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from data.load import ImageSet
+from evaluation.protocols import outputs
+from krr_st.loss import krr_loss
+from krr_st.pool import ModelPool
+from krr_st.views import TargetFunction
+from utils.seed import draw_seed
+
+IMAGES = 256  # the loss is a mean over images and target dimensions: few are enough
+MEASUREMENTS = 8  # in a run, after the one of its start
+
+
+class HeldOutLoss:
+    """KRR loss of a synthetic set on fixed real images, under each of a few fixed networks.
+
+    The networks are one network of the pool's kind at the ages 0, T/4, T/2 and T, trained on the
+    initial set: a resumed run makes the same ones again.
+
+    Args:
+        image_set: images of its test split are used (no labels), or training images if it has none.
+        target: the frozen target model.
+        pool: makes and trains the networks; its own stay untouched.
+        x_syn: (m, C, H, W) initial images.
+        y_syn: (m, D) their targets.
+        ridge: as in the run.
+        steps: length of the run.
+        device: where to compute.
+        generator: CPU generator of its own, for the images and the networks.
+
+    Attributes:
+        ages: of the networks, in steps.
+        where: what the images are, in words.
+    """
+
+    def __init__(
+        self,
+        image_set: ImageSet,
+        target: TargetFunction,
+        pool: ModelPool,
+        x_syn: Tensor,
+        y_syn: Tensor,
+        *,
+        ridge: float,
+        steps: int,
+        device: torch.device,
+        generator: torch.Generator,
+    ) -> None:
+        split = image_set.test or image_set.train
+        images = split.images[torch.randperm(len(split), generator=generator)[:IMAGES]]
+        limit = pool.max_steps
+        self.ages = sorted({0, limit // 4, limit // 2, limit})
+        self.where = (
+            f"{len(images)} {'training' if split is image_set.train else 'held-out'} images"
+        )
+        self.ridge, self.every = ridge, max(1, steps // MEASUREMENTS)
+        self._networks = pool.aged_copies(draw_seed(generator), self.ages, x_syn, y_syn)
+        self._y_real = outputs(target, images, image_set, device).float()
+        self._f_real = [outputs(net.embed, images, image_set, device) for net in self._networks]
+
+    def due(self, step: int) -> bool:
+        """Whether it belongs after this step; the run's start and end are seen to by the run."""
+        return step % self.every == 0
+
+    @torch.no_grad()
+    def __call__(self, x_syn: Tensor, y_syn: Tensor) -> list[float]:
+        """The loss of a set under each network, youngest first."""
+        return [
+            float(krr_loss(f_real, self._y_real, net.embed(x_syn), y_syn, self.ridge))
+            for net, f_real in zip(self._networks, self._f_real, strict=True)
+        ]
+
+    def __str__(self) -> str:
+        """What is measured, in a few words."""
+        return f"{self.where}, fixed networks of ages {', '.join(map(str, self.ages))}"
