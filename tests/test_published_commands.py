@@ -11,7 +11,8 @@ import test_kd
 import test_scratch
 import train
 from evaluation.recipes import KD, pretrain_recipe
-from krr_st.config import FULL_TARGETS, KdFlags, TestFlags, resolve_preset, resolve_targets
+from krr_st.config import KdFlags, TestFlags
+from krr_st.presets import FULL_TARGETS, resolve_preset, resolve_targets
 from models import get_model
 
 METHODS = ("random", "kmeans", "dsa", "dm", "mtt", "kip", "frepo", "krr_st")
