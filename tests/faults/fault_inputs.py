@@ -240,7 +240,7 @@ def synthetic_sets(script: str, flags: str, folder: str, guards: str) -> Iterato
     bad_y = {
         "NaN": store(y * torch.nan), "one short": store(y[:-1]), "width 0": store(y[:, :0]),
         "three axes": store(y[None]), "bool": store(y.bool()), "complex": store(y + 0j),
-        "negative": store(torch.arange(6) - 1),
+        "negative": store(torch.arange(6) - 1), "half a class": store(torch.arange(6) + 0.5),
     }  # fmt: skip
     yield from over(
         script, flags, f"{folder}/x_syn.pt", TORCH_FILE | bad_x, guards=guards,

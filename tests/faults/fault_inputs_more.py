@@ -36,7 +36,7 @@ def validate_cases() -> Iterator[Case]:
         "labels beyond": store(res(data=[[x, y + 1]])),
         "labels below": store(res(data=[[x, y - 1]])),
         "labels short": store(res(data=[[x, y[:-1]]])),
-        "float labels": store(res(data=[[x, y.float()]])), "NaN": store(res(data=[[x / 0, y]])),
+        "half labels": store(res(data=[[x, y + 0.5]])), "NaN": store(res(data=[[x / 0, y]])),
         "grey": store(res(data=[[x[:, :1], y]])),
         "other size": store(res(data=[[x[..., :4, :4], y]])),
         "text for images": store(res(data=[["x", y]])),
