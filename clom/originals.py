@@ -13,11 +13,10 @@ from torch import nn
 
 from clom.config import OriginalFlags, given_seed, parse_epochs
 from clom.inputs import load_data, network_factory
-from clom.teachers import checkpoint_name, index_folders, model_folder
+from clom.teachers import checkpoint_name, index_folders, model_folder, pixel_stats
 from clom.training import Trainer, Training, share_correct
 from data.load import ImageSet
 from data.loader import ImagePipeline, TensorLoader
-from data.specs import Stats
 from utils import checkpoint, cli
 from utils.device import resolve_gpus
 from utils.memory import out_of_memory_says
@@ -77,8 +76,7 @@ def in_space(image_set: ImageSet, normalized: bool) -> ImageSet:
     """The set with its own statistics, or with those that leave pixels in [0, 1]."""
     if normalized:
         return image_set
-    channels = image_set.channels
-    return replace(image_set, stats=Stats((0.0,) * channels, (1.0,) * channels))
+    return replace(image_set, stats=pixel_stats(image_set.channels))
 
 
 def next_index(folder: Path) -> Path:

@@ -183,15 +183,16 @@ def load_family(
         network = get_network(model, own.channels, num_classes, own.size)
         state = checkpoint.load_state(path, what="pre-trained model")
         checkpoint.apply_state(network, state, origin=path)
-        spaces = (own, given) if stats == "own" else (unnormalized(own), unnormalized(given))
-        teachers.append(Teacher(arranged(network, device), *spaces))
+        source = given
+        if stats == "target":
+            own, source = (replace(s, stats=pixel_stats(s.channels)) for s in (own, given))
+        teachers.append(Teacher(arranged(network, device), own, source))
     return Family(model, alpha, tuple(teachers)), num_classes
 
 
-def unnormalized(space: Space) -> Space:
-    """The space with statistics that change nothing."""
-    zeros = (0.0,) * space.channels
-    return replace(space, stats=Stats(zeros, tuple(1.0 for _ in zeros)))
+def pixel_stats(channels: int) -> Stats:
+    """Statistics that change nothing."""
+    return Stats((0.0,) * channels, (1.0,) * channels)
 
 
 def load_foundation(name: str, *, alpha: float, given: Space, device: torch.device) -> Family:
