@@ -1,5 +1,6 @@
 """The commands as a user types them: one clear line and exit code 2 for every bad input."""
 
+import importlib
 import json
 import runpy
 import subprocess
@@ -292,15 +293,12 @@ def test_errors_as_a_process(argv, tmp_path):
 
 def in_this_process(title, argv, folder):
     """Instead of `demo.run_step`: the start of seventeen processes would take most of the time."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         if argv[0] == "-m":
-            patch.setattr(sys, "argv", argv[1:])
-            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+            assert importlib.import_module(argv[1]).main(argv[2:]) == 0, title
         else:
-            patch.setattr(sys, "argv", argv)
-            runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
-    assert stop.value.code == 0, title
+            assert runpy.run_path(str(ROOT / argv[0]))["main"](argv[1:]) == 0, title
 
 
 def test_demo_runs_ordinary_commands(tmp_path, capfd):
