@@ -1,7 +1,7 @@
-"""`python -m krr_st.demo` (`make demo`): the whole pipeline on scikit-learn's handwritten digits.
+"""`python -m krr_st.demo` (`make demo`): both families on scikit-learn's handwritten digits.
 
 Every step is an ordinary command of the project, printed as a user would type it. What is finished
-already is kept, so a second run only prints the table.
+already is kept, so a second run only prints the tables.
 """
 
 from __future__ import annotations
@@ -14,29 +14,37 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from data.augment import denormalize
+from data.synthetic import SyntheticSet
+from evaluation.equivalence import Worth, worth
 from utils import cli
 from utils.cli import flag
 from utils.errors import UserError, entry_point
-from utils.table import markdown
+from utils.images import save_grid
+from utils.table import format_mean_std, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-NETWORK = "convnet_32_64_128_bn"
-ROWS = {
-    "scratch": "no pre-training",
-    "random_features": "random real images + target features",
-    "krr_st": "KRR-ST",
-}
+# Networks of the labelled and of the unlabelled family.
+LABELLED, UNLABELLED = "ConvNetW32", "convnet_32_64_128_bn"
+RANDOM = (1, 2, 5, 10)  # real images a class that the ten distilled ones are compared with
+DISTILLED = {"dm": "DM", "dm_clom": "DM + CLoM"}
+MORE = 5  # random images with features, in multiples of the synthetic ones
 
 
 @dataclass(frozen=True)
 class DemoFlags:
-    """Flags of the demo. The settings were chosen on a validation part of the training digits."""
+    """Flags of the demo. The settings were chosen on a held-out part of the training digits."""
 
     folder: Path = flag(Path("."), "where data, checkpoints and results go")
-    num_images: int = flag(20, "synthetic images", minimum=1)
-    epochs: int = flag(25, "epochs of the target model", minimum=1)
-    outer_iteration: int = flag(1000, "outer steps of the distillation", minimum=1)
+    Iteration: int = flag(100, "iterations of DM", minimum=1)
+    epoch_eval_train: int = flag(200, "epochs of the networks that judge labelled sets", minimum=1)
+    num_images: int = flag(20, "synthetic images of KRR-ST", minimum=1, maximum=250)
+    epochs: int = flag(25, "epochs of the target model and of CLoM's model", minimum=1)
+    outer_iteration: int = flag(300, "outer steps of KRR-ST", minimum=1)
     online_iteration: int = flag(200, "age limit of the pool networks", minimum=1)
     pre_epoch: int = flag(300, "epochs of pre-training on the synthetic set", minimum=1)
     num_test: int = flag(3, "seeds a row", minimum=1)
@@ -44,36 +52,83 @@ class DemoFlags:
 
 def commands(flags: DemoFlags) -> list[tuple[str, list[str]]]:
     """(what it does, argv after `python`) for each step."""
-    data_target = f"--data_name digits --target_model {NETWORK} --seed 0"
-    shared = (
-        f"--source_data_name digits --protocol linear --shots 10_all --num_test {flags.num_test}"
-    )
-    pretraining = f"--pre_epoch {flags.pre_epoch}"
     steps = {
         "The embedded images as prepared tensors": "-m data.prepare --data_name digits",
+        **labelled(flags),
+        **unlabelled(flags),
+    }
+    return [(title, shlex.split(command)) for title, command in steps.items()]
+
+
+def labelled(flags: DemoFlags) -> dict[str, str]:
+    """Ten images with class labels, and random real ones under the same training."""
+    shared = (
+        f"methods/DC_DSA_DM/main.py --method DM --dataset digits --model {LABELLED} --seed 0 "
+        f"--num_exp {flags.num_test} --num_eval 1 --epoch_eval_train {flags.epoch_eval_train}"
+    )
+    dm = f"{shared} --ipc 1 --Iteration {flags.Iteration} --batch_real 64 --print_every 50"
+    clom = (
+        f"--CLoM --CLoM_distance cos --models_pool {LABELLED} --alphas 100 --epoch {flags.epochs} "
+        "--CLoM_batch_size 256"
+    )
+    steps = {
+        f"Random real images, {count} a class": (
+            f"{shared} --ipc {count} --Iteration 0 --save_path condensed/random_{count}"
+        )
+        for count in RANDOM
+    }
+    return steps | {
+        "One image a class distilled with DM": f"{dm} --save_path condensed/dm",
+        "The pre-trained model that guides CLoM": (
+            f"train_original_models.py --normalize_data --dataset digits --model {LABELLED} "
+            f"--num 1 --epochs {flags.epochs} --save_every {flags.epochs} --batch_size 64 "
+            "--lr_decay_step 15 --seed 0 --resume"
+        ),
+        "The same with DM + CLoM": f"{dm} {clom} --save_path condensed/dm_clom",
+    }
+
+
+def rows(flags: DemoFlags) -> dict[str, tuple[str, str]]:
+    """Folder of the results of an unlabelled row -> (its label, the command that judges it)."""
+    count, more = flags.num_images, MORE * flags.num_images
+    drawn = "test.py --method random_features --synthetic_data_dir synthetic_data/random_"
+    distilled = "test.py --method krr_st --synthetic_path results/demo"
+    return {
+        "scratch": ("no pre-training", "test_scratch.py"),
+        "random": (f"{count} random real images + target features", f"{drawn}{count}"),
+        "more": (f"{more} random real images + target features", f"{drawn}{more}"),
+        "krr_st": (f"{count} KRR-ST images", distilled),
+    }
+
+
+def unlabelled(flags: DemoFlags) -> dict[str, str]:
+    """A target model without labels, KRR-ST, and what pre-training on its images gives."""
+    data_target = f"--data_name digits --target_model {UNLABELLED} --seed 0"
+    steps = {
         "A self-supervised target model, trained without labels": (
             f"-m krr_st.target {data_target} --epochs {flags.epochs} --batch_size 128 "
-            "--projector_dim 512 --min_crop 0.3 --jitter 0.3 --eval_every 20"
+            f"--projector_dim 512 --min_crop 0.3 --jitter 0.3 --eval_every {flags.epochs}"
         ),
         f"Distillation into {flags.num_images} images (KRR-ST)": (
             f"train.py --exp_name demo {data_target} --num_images {flags.num_images} "
             f"--outer_iteration {flags.outer_iteration} --outer_batch_size 128 --outer_lr 1e-2 "
-            f"--num_models 5 --online_iteration {flags.online_iteration} "
-            f"{pretraining} --test_iteration 500"
-        ),
-        "The row to beat: random real images with target features": (
-            f"-m krr_st.baselines --method random_features {data_target} "
-            f"--num_images {flags.num_images}"
-        ),
-        "Linear probes: no pre-training": f"test_scratch.py {shared}",
-        "Linear probes: random real images": (
-            f"test.py --method random_features {shared} {pretraining}"
-        ),
-        "Linear probes: KRR-ST": (
-            f"test.py --method krr_st --synthetic_path results/demo {shared} {pretraining}"
+            f"--num_models 5 --online_iteration {flags.online_iteration} --print_every 25 "
+            f"--pre_epoch {flags.pre_epoch} --test_iteration 500"
         ),
     }
-    return [(title, shlex.split(command)) for title, command in steps.items()]
+    for count in (flags.num_images, MORE * flags.num_images):
+        steps[f"A row to beat: {count} random real images with target features"] = (
+            f"-m krr_st.baselines --method random_features {data_target} --num_images {count} "
+            f"--synthetic_data_dir synthetic_data/random_{count}"
+        )
+    for name, (label, command) in rows(flags).items():
+        pretraining = "" if name == "scratch" else f"--pre_epoch {flags.pre_epoch}"
+        steps[f"Judged on real images: {label}"] = (
+            f"{command} --source_data_name digits --protocol linear --shots 10_all "
+            f"--num_test {flags.num_test} --probe_on both --target_error "
+            f"--target_model {UNLABELLED} --log_dir test_log/{name} {pretraining}"
+        )
+    return steps
 
 
 def run_step(title: str, argv: list[str], folder: Path) -> None:
@@ -96,32 +151,117 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def final_table(folder: Path) -> str:
-    """One row a method from the results files of the test commands."""
-    rows = []
-    for method, label in ROWS.items():
-        path = folder / "test_log" / "digits" / method / NETWORK / "linear" / "results.json"
-        summary = {s["shots"]: s for s in json.loads(path.read_text())["summary"]}
-        cells = [f"{summary[k]['mean']:.2f} ± {summary[k]['std']:.2f}" for k in ("10", "all")]
-        rows.append([label, *cells])
-    return markdown(["pre-training", "10 labels a class", "all labels"], rows)
+def final_tables(flags: DemoFlags) -> str:
+    """Both tables and what they say, from the results files of the commands."""
+    what = f"mean ± std over {flags.num_test} seeds"
+    return (
+        f"What ten labelled images are worth: digits, test accuracy in %, {what}\n\n"
+        f"{labelled_table(flags.folder)}\n\n"
+        f"What {flags.num_images} unlabelled images are worth: digits, linear probe of frozen "
+        f"features, test accuracy in %, {what}\n\n{unlabelled_table(flags)}"
+    )
+
+
+def labelled_table(folder: Path) -> str:
+    """Real and distilled images: accuracy, and the number of random ones that is as good."""
+    found = {}
+    for name in [*(f"random_{count}" for count in RANDOM), *DISTILLED]:
+        (network,) = _read(folder / "condensed" / name / "results.json")["networks"]
+        found[name] = [100 * value for value in network["accuracies"]]
+    curve = {10 * count: _mean(found[f"random_{count}"]) for count in RANDOM}
+    lines = [
+        [f"{10 * count} random real images", format_mean_std(found[f"random_{count}"]), ""]
+        for count in RANDOM
+    ]
+    for name, label in DISTILLED.items():
+        equal = worth(curve, _mean(found[name]), 10)
+        lines.append(
+            [f"10 images by {label}", format_mean_std(found[name]),
+             _images(equal)]
+        )  # fmt: skip
+    header = ["a fresh network trained on", "test accuracy", "as good as so many random ones"]
+    return markdown(header, lines)
+
+
+def unlabelled_table(flags: DemoFlags) -> str:
+    """Pre-trainings by their error of target features and their probes; what the seeds say."""
+    columns = {
+        "error of target features, unseen images": ("target_error", "all", "outputs"),
+        "outputs, 10 labels a class": ("linear", "10", "outputs"),
+        "body, 10 labels a class": ("linear", "10", "body"),
+        "outputs, all labels": ("linear", "all", "outputs"),
+        "body, all labels": ("linear", "all", "body"),
+    }
+    values: dict[str, dict[str, list[float]]] = {}
+    for name in rows(flags):
+        (path,) = (flags.folder / "test_log" / name).glob("digits/*/*/linear/results.json")
+        cells: dict[tuple[str, ...], list[float]] = {}
+        for cell in _read(path)["cells"]:
+            key = cell["protocol"], cell["shots"], cell.get("probe_on", "body")
+            cells.setdefault(key, []).append(cell.get("error", cell.get("accuracy")))
+        values[name] = {title: cells[key] for title, key in columns.items()}
+    error, *probes = columns
+    lines = [
+        [label, format_mean_std(values[name][error], 3),
+         *(format_mean_std(values[name][title]) for title in probes)]
+        for name, (label, _) in rows(flags).items()
+    ]  # fmt: skip
+    curve = {
+        count: -_mean(values[name][error])
+        for name, count in (("random", flags.num_images), ("more", MORE * flags.num_images))
+    }
+    equal = worth(curve, -_mean(values["krr_st"][error]), flags.num_images)
+    ahead = []
+    for title in columns:
+        sign = -1 if title == error else 1
+        pairs = zip(values["krr_st"][title], values["random"][title], strict=True)
+        wins = sum(sign * (ours - theirs) > 0 for ours, theirs in pairs)
+        ahead.append(f"{title}: {wins} of {flags.num_test}")
+    return (
+        f"{markdown(['pre-training', *columns], lines)}\n\n"
+        "The error is in variances of the target's features (1: predicting their mean); by it the "
+        f"{flags.num_images} KRR-ST images are worth {_images(equal)} random ones.\n"
+        f"Seeds on which they beat {flags.num_images} random ones: {'; '.join(ahead)}."
+    )
+
+
+def _images(equal: Worth) -> str:
+    return f"{equal.bound} {equal.images:.0f}".strip()
+
+
+def draw_digits(folder: Path, path: Path) -> None:
+    """Ten real images, and what each distillation made of them, one row each."""
+    found = []
+    for name in ("random_1", *DISTILLED):
+        (res,) = (folder / "condensed" / name).glob("res_*.pt")
+        synthetic = SyntheticSet.load(res, experiment=0)
+        found.append(denormalize(synthetic.images, synthetic.stats))
+    save_grid(torch.cat(found), path, columns=10, scale=4)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
-    """Run every step and print the table."""
+    """Run every step and print the tables."""
     flags = cli.parse(DemoFlags, argv, prog="python -m krr_st.demo", description=__doc__)
     began = time.perf_counter()
     flags.folder.mkdir(parents=True, exist_ok=True)
     for title, command in commands(flags):
         run_step(title, command, flags.folder)
-    picture = flags.folder / "results" / "demo"
+    run = flags.folder / "results" / "demo"
+    draw_digits(flags.folder, flags.folder / "results" / "digits.png")
     print(
-        f"\nWhat {flags.num_images} images are worth: digits, linear probe on frozen features, "
-        f"test accuracy in %, mean ± std over {flags.num_test} seeds\n\n"
-        f"{final_table(flags.folder)}\n\n"
-        f"distilled images: {picture / 'x_syn.png'}\n"
-        f"loss curve:       {picture / 'loss.png'}\n"
+        f"\n{final_tables(flags)}\n\n"
+        f"real images, DM, DM + CLoM: {flags.folder / 'results' / 'digits.png'}\n"
+        f"KRR-ST images:              {run / 'x_syn.png'}\n"
+        f"loss curve:                 {run / 'loss.png'}\n"
         f"total: {time.perf_counter() - began:.0f} s"
     )
     return 0

@@ -1,6 +1,8 @@
 """The commands as a user types them: one clear line and exit code 2 for every bad input."""
 
+import importlib
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ import train
 from krr_st import baselines, demo, target
 from krr_st.target_model import Representation
 from utils import checkpoint
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NET = "convnet_4_8_bn"
@@ -288,17 +291,47 @@ def test_errors_as_a_process(argv, tmp_path):
     assert "--no_such_flag" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def test_demo_at_tiny_size(tmp_path):
-    argv = ["--folder", str(tmp_path), "--num_images", "5", "--epochs", "1",
-            "--outer_iteration", "3", "--online_iteration", "2", "--pre_epoch", "2",
-            "--num_test", "1"]  # fmt: skip
-    command = [sys.executable, "-m", "krr_st.demo", *argv]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=160)
-    assert done.returncode == 0, done.stderr
-    table = [line for line in done.stdout.splitlines() if line.startswith("|")][-3:]
-    assert [row.split("|")[1].strip() for row in table] == [
-        "no pre-training", "random real images + target features", "KRR-ST",
+def in_this_process(title, argv, folder):
+    """Instead of `demo.run_step`: the start of seventeen processes would take most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        if argv[0] == "-m":
+            assert importlib.import_module(argv[1]).main(argv[2:]) == 0, title
+        else:
+            assert runpy.run_path(str(ROOT / argv[0]))["main"](argv[1:]) == 0, title
+
+
+def test_demo_runs_ordinary_commands(tmp_path, capfd):
+    demo.run_step("A title", ["train.py", "--dry_run", "--data_name", "digits"], tmp_path)
+    printed = capfd.readouterr().out
+    assert printed.startswith("\n# A title\n$ python train.py --dry_run --data_name digits\n")
+    assert '"num_images": 20' in printed and not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="ended with 2"):
+        demo.run_step("A title", ["train.py", "--no_such_flag"], tmp_path)
+
+
+def test_demo_at_tiny_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run_step", in_this_process)
+    argv = ["--folder", str(tmp_path), "--num_images", "5", "--epochs", "1", "--Iteration", "1",
+            "--epoch_eval_train", "1", "--outer_iteration", "3", "--online_iteration", "2",
+            "--pre_epoch", "2", "--num_test", "1"]  # fmt: skip
+    assert demo.main(argv) == 0
+    printed = capsys.readouterr().out
+    printed = printed[printed.index("What ten labelled") :]
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    titles = [row.split("|")[1].strip() for row in table]
+    assert titles[2:8] == [
+        "10 random real images", "20 random real images", "50 random real images",
+        "100 random real images", "10 images by DM", "10 images by DM + CLoM",
     ]  # fmt: skip
+    assert titles[-4:] == [
+        "no pre-training", "5 random real images + target features",
+        "25 random real images + target features", "5 KRR-ST images",
+    ]  # fmt: skip
+    for row, probes in ((table[2], 1), (table[-1], 5)):
+        numbers = [cell.strip() for cell in row.split("|")[2:-1] if cell.strip()]
+        assert len([float(n) for n in numbers]) == probes
     for name in ("x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png", "results.json"):
         assert (tmp_path / "results" / "demo" / name).stat().st_size > 0
     assert torch.load(tmp_path / "results/demo/x_syn.pt").shape == (5, 3, 16, 16)
+    assert (tmp_path / "results" / "digits.png").stat().st_size > 0

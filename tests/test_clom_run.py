@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import write_set
 
+import data
 from clom import run
 from clom.config import DistillFlags
 from clom.distribution_matching import DistributionMatching
@@ -116,6 +117,30 @@ def test_more_experiments_go_on_from_the_finished_ones(tiny, capsys):
     assert len(res["accs_all_exps"]["ConvNetD1"]) == 2
     with pytest.raises(UserError, match="lr_net"):
         run_distillation(flags(method="DM", save_path="a", lr_net=0.5))
+
+
+def test_no_iteration_evaluates_random_real_images(tiny):
+    """The start that a longer run of the same seed has, two images a class."""
+    assert run_distillation(flags(method="DM", Iteration=0, ipc=2, num_exp=2, save_path="a")) == 0
+    res = torch.load(tiny / "a/res_DM_tiny_ConvNetD1_2ipc.pt")
+    stored = data.load("tiny", 8, tiny / "datasets", family="dc")
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (stored.stats.mean, stored.stats.std))
+    real = (stored.train.images.float() / 255 - mean) / std
+    for images, labels in res["data"]:
+        distance = (images[:, None] - real).abs().amax((2, 3, 4))  # (8, 46)
+        assert distance.min(1).values.max() < 1e-5
+        assert labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+        nearest = distance.argmin(1)
+        assert len(nearest.unique()) == 8
+        assert stored.train.labels[nearest].tolist() == labels.tolist()
+    assert len(res["accs_all_exps"]["ConvNetD1"]) == 2
+    log = [json.loads(line) for line in (tiny / "a/log.jsonl").read_text().splitlines()]
+    assert [(e["experiment"], e["iteration"], "loss" in e) for e in log] == [
+        (0, 0, False), (1, 0, False),
+    ]  # fmt: skip
+    assert run_distillation(flags(method="DM", Iteration=1, ipc=2, save_path="b")) == 0
+    longer = [json.loads(line) for line in (tiny / "b/log.jsonl").read_text().splitlines()]
+    assert longer[0]["test"] == log[0]["test"]
 
 
 def test_a_diverging_run_stops_and_says_where(tiny):
