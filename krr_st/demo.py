@@ -46,7 +46,7 @@ class DemoFlags:
     epochs: int = flag(25, "epochs of the target model and of CLoM's model", minimum=1)
     outer_iteration: int = flag(300, "outer steps of KRR-ST", minimum=1)
     online_iteration: int = flag(200, "age limit of the pool networks", minimum=1)
-    pre_epoch: int = flag(300, "epochs of pre-training on the synthetic set", minimum=1)
+    pre_epoch: int = flag(200, "epochs of pre-training on the synthetic set", minimum=1)
     num_test: int = flag(3, "seeds a row", minimum=1)
 
 
@@ -186,7 +186,7 @@ def labelled_table(folder: Path) -> str:
 def unlabelled_table(flags: DemoFlags) -> str:
     """Pre-trainings by their error of target features and their probes; what the seeds say."""
     columns = {
-        "error of target features, unseen images": ("target_error", "all", "outputs"),
+        "error of target features": ("target_error", "all", "outputs"),
         "outputs, 10 labels a class": ("linear", "10", "outputs"),
         "body, 10 labels a class": ("linear", "10", "body"),
         "outputs, all labels": ("linear", "all", "outputs"),
@@ -219,7 +219,8 @@ def unlabelled_table(flags: DemoFlags) -> str:
         ahead.append(f"{title}: {wins} of {flags.num_test}")
     return (
         f"{markdown(['pre-training', *columns], lines)}\n\n"
-        "The error is in variances of the target's features (1: predicting their mean); by it the "
+        "The error is that of the outputs on unseen images, in variances of the target's features "
+        "(1: predicting their mean); by it the "
         f"{flags.num_images} KRR-ST images are worth {_images(equal)} random ones.\n"
         f"Seeds on which they beat {flags.num_images} random ones: {'; '.join(ahead)}."
     )

@@ -296,7 +296,7 @@ def distill(
                 mean = window.mean()
                 speed = progress.report(step, f"loss {mean:.4g}")
                 run.log(step=step, loss=mean, lr=rate, steps_per_second=speed)
-            if first and (held_out.due(step) or last):
+            if first and held_out.due(step):
                 measure(step)  # before the save: a resumed run logs again what comes after its own
             if timer.due(step) or evaluations.due(step) or last or leaving:
                 guard.flush()
@@ -346,6 +346,6 @@ def draw_artefacts(distiller: Distiller, stats: Stats, run: RunFolder, held_out:
     save_lines(
         {held_out: series["held_out_loss"], "real batches, networks of the pool": series["loss"]},
         run.path / "loss.png", x_label="outer step", y_label="KRR loss", log_y=True,
-        title="Steps compare under the fixed networks; those of the pool age and follow the set",
+        title="Only the fixed networks compare step with step: the pool's age and follow the set",
         legend="outside lower center",
     )  # fmt: skip

@@ -62,14 +62,15 @@ class HeldOutLoss:
         self.where = (
             f"{len(images)} {'training' if split is image_set.train else 'held-out'} images"
         )
-        self.ridge, self.every = ridge, max(1, steps // MEASUREMENTS)
+        self.ridge = ridge
+        self._due = {round(k * steps / MEASUREMENTS) for k in range(1, MEASUREMENTS + 1)}
         self._networks = pool.aged_copies(draw_seed(generator), self.ages, x_syn, y_syn)
         self._y_real = outputs(target, images, image_set, device).float()
         self._f_real = [outputs(net.embed, images, image_set, device) for net in self._networks]
 
     def due(self, step: int) -> bool:
-        """Whether it belongs after this step; the run's start and end are seen to by the run."""
-        return step % self.every == 0
+        """Whether it belongs after this step; the start is seen to by the run."""
+        return step in self._due
 
     @torch.no_grad()
     def __call__(self, x_syn: Tensor, y_syn: Tensor) -> list[float]:

@@ -83,7 +83,7 @@ def test_a_run_logs_it_and_is_not_disturbed(tiny, monkeypatch, capsys):
         in capsys.readouterr().out
     )
     found = entries("a")
-    assert [e["step"] for e in found] == [*range(0, 21, 2)]
+    assert [e["step"] for e in found] == [0, 2, 5, 8, 10, 12, 15, 18, 20]
     kept = json.loads(Path("results/a/results.json").read_text())["held_out_loss"]
     assert kept["start"] == found[0]["held_out_loss"] and len(kept["start"]) == 3
     assert kept["end"] == found[-1]["held_out_loss"]
@@ -93,5 +93,5 @@ def test_a_run_logs_it_and_is_not_disturbed(tiny, monkeypatch, capsys):
     monkeypatch.setattr(used_by_runs, "__str__", lambda self: "nothing")
     monkeypatch.setattr(used_by_runs, "due", lambda self, step: False)
     assert run("without", "--outer_iteration", "20") == 0
-    assert [e["step"] for e in entries("without")] == [0, 20]
+    assert [e["step"] for e in entries("without")] == [0]
     assert same("a", "without")
