@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from krr_st.config import TestFlags
-from krr_st.transfer import run_transfer
+from evaluation.transfer import TestFlags, run_transfer
 from utils import cli
 from utils.errors import entry_point
 

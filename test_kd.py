@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from krr_st.config import KdFlags
-from krr_st.kd import run_kd
+from evaluation.kd import KdFlags, run_kd
 from utils import cli
 from utils.errors import entry_point
 

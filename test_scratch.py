@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from krr_st.config import ScratchFlags
-from krr_st.transfer import run_transfer
+from evaluation.transfer import ScratchFlags, run_transfer
 from utils import cli
 from utils.errors import entry_point
 
@@ -17,9 +16,12 @@ from utils.errors import entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and measure."""
     flags = cli.parse(
-        ScratchFlags, argv, prog="python test_scratch.py", description=__doc__,
+        ScratchFlags,
+        argv,
+        prog="python test_scratch.py",
+        description=__doc__,
         no_effect={"synthetic_data_dir": "a network from scratch has seen no synthetic set"},
-    )  # fmt: skip
+    )
     return run_transfer(flags)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from clom.config import OriginalFlags
-from clom.originals import train_originals
+from clom.pretrain import train_originals
 from utils import cli
 from utils.errors import entry_point
 
@@ -16,9 +16,7 @@ from utils.errors import entry_point
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and train."""
-    flags = cli.parse(
-        OriginalFlags, argv, prog="python train_original_models.py", description=__doc__
-    )
+    flags = cli.parse(OriginalFlags, argv, prog="python train_original_models.py", description=__doc__)
     return train_originals(flags)
 
 

@@ -26,11 +26,10 @@ def rows(results: dict[str, Any]) -> list[list[str]]:
     step, methods = results["krr_st"], results["clom"]
     shares, kept = step["share of matmul rate"], step["ratio to plain, memory kept"]
     table = [
-        [f"KRR-ST outer step, {name}", f"{ratio:.2f}", number(kept.get(name)),
-         f"{100 * shares[name]:.0f} %"]
+        [f"KRR-ST outer step, {name}", f"{ratio:.2f}", number(kept.get(name)), f"{100 * shares[name]:.0f} %"]
         for name, ratio in step["ratio to plain"].items()
         if name in shares
-    ]  # fmt: skip
+    ]
     kept = methods["ratios, memory kept"]
     table += [[n, f"{r:.2f}", number(kept.get(n)), ""] for n, r in methods["ratios"].items()]
     table.append(["batches of 1024 images", f"{results['loader']['ratio']:.2f}", "", ""])

@@ -25,25 +25,27 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common import KEPT, Timing, contest, machine, report, shown, torch_pooling
-from clom.distillers import STREAMS, Distiller
-from clom.distribution_matching import DistributionMatching
-from clom.evaluate import Augmentation, score_network
-from clom.gradient_matching import GradientMatching
-from clom.inputs import network_factory
-from clom.real import RealImages
-from clom.training import dc_evaluation
+from clom.base import MatchingDistiller
+from clom.config import DistillFlags
+from clom.source import network_factory
 from data.augment import normalize
-from data.dsa import diff_augment
+from data.augment.dsa import diff_augment
 from data.load import ImageSet, ImageSplit
+from data.real_data import RealImages
 from data.specs import DC_SPECS
-from evaluation.recipes import DSA_STRATEGY
-from evaluation.side_by_side import side_by_side
+from data.synthetic import SyntheticSet
+from distillation.problem import Problem
+from evaluation.parallel import in_parallel
+from evaluation.recipes import DSA_STRATEGY, dc_evaluation
+from evaluation.score import score_network
+from methods import METHODS
 from models import get_network
 from utils.device import resolve_device
 from utils.errors import entry_point
 from utils.seed import derive_seed, draw_seed, local_seed, make_generator
 
 CLASSES = 10
+STREAMS = ("networks", "real images", "augmentation", "inner loop")
 STRATEGIES = {"DC": "none", "DSA": DSA_STRATEGY, "DM": DSA_STRATEGY}
 
 
@@ -67,9 +69,14 @@ def plain_network(model: str, size: int, seed: int, device: torch.device) -> nn.
 
 
 def plain_training(
-    network: nn.Module, x: Tensor, y: Tensor, epochs: int, optimizer: torch.optim.Optimizer,
-    strategy: str, generator: torch.Generator,
-) -> None:  # fmt: skip
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epochs: int,
+    optimizer: torch.optim.Optimizer,
+    strategy: str,
+    generator: torch.Generator,
+) -> None:
     """Epochs of cross-entropy over a DataLoader, with the published counting of hits."""
     for _ in range(epochs):
         for x_batch, y_batch in DataLoader(TensorDataset(x, y), 256, shuffle=True):
@@ -85,21 +92,20 @@ def plain_training(
 class Plain:
     """The published loops; draws come from the same streams as the toolkit's."""
 
-    def __init__(
-        self, ours: Distiller, method: str, model: str, image_set: ImageSet, outer: int, inner: int
-    ) -> None:
+    def __init__(self, ours: MatchingDistiller) -> None:
         """Start where `ours` starts."""
-        self.device, self.ipc, self.batch_real = ours.x_syn.device, ours.ipc, ours.batch_real
+        flags, image_set = ours.flags, ours.problem.image_set
+        self.device, self.ipc, self.batch_real = ours.x_syn.device, ours.ipc, flags.batch_real
         self.images = normalize(image_set.train.images, image_set.stats).to(self.device)
         labels = image_set.train.labels
         self.rows = [(labels == c).nonzero()[:, 0] for c in range(CLASSES)]
         self.x_syn, self.y_syn = ours.x_syn.detach().clone().requires_grad_(), ours.y_syn
         lr = ours.optimizer.param_groups[0]["lr"]
         self.optimizer = torch.optim.SGD([self.x_syn], lr=lr, momentum=0.5)
-        self.strategy, self.model, self.size = STRATEGIES[method], model, image_set.size
-        self.outer, self.inner = outer, inner
+        self.strategy, self.model, self.size = flags.dsa_strategy, flags.model, image_set.size
+        self.outer, self.inner = flags.outer_loop, flags.inner_loop
         self.draws = {name: make_generator(0, name) for name in STREAMS}
-        self.step = self.match_features if method == "DM" else self.match_gradients
+        self.step = self.match_features if flags.method == "DM" else self.match_gradients
 
     def network(self) -> nn.Module:
         """A new random network."""
@@ -149,9 +155,14 @@ class Plain:
             self.update(loss)
             if outer < self.outer - 1:
                 plain_training(
-                    network, self.x_syn.detach().clone(), self.y_syn, self.inner, optimizer,
-                    self.strategy, self.draws["inner loop"],
-                )  # fmt: skip
+                    network,
+                    self.x_syn.detach().clone(),
+                    self.y_syn,
+                    self.inner,
+                    optimizer,
+                    self.strategy,
+                    self.draws["inner loop"],
+                )
 
     def label(self, c: int, x: Tensor) -> Tensor:
         """The label of every image of a class."""
@@ -159,55 +170,62 @@ class Plain:
 
 
 def sides(
-    method: str, ipc: int, image_set: ImageSet, device: torch.device, *, model: str = "ConvNet",
-    batch_real: int = 256, outer: int = 2, inner: int = 50,
-) -> tuple[Plain, Distiller]:  # fmt: skip
-    """Both forms of a distiller, at the same start; one image a class means one update."""
-    outer, inner = (1, 1) if ipc == 1 else (outer, inner)
-    noise = torch.Generator().manual_seed(0)
-    x_syn = torch.randn((CLASSES * ipc, *image_set.img_shape), generator=noise).to(device)
-    kind, options = DistributionMatching, {}
-    if method != "DM":
-        kind, options = GradientMatching, dict(outer_loop=outer, inner_loop=inner)
-    ours = kind(
-        x_syn, torch.arange(CLASSES, device=device).repeat_interleave(ipc),
-        RealImages.from_set(image_set, device), seed=0, lr_img=0.1, batch_real=batch_real,
-        new_network=network_factory(model, image_set, device), strategy=STRATEGIES[method],
-        **options,
-    )  # fmt: skip
-    return Plain(ours, method, model, image_set, outer, inner), ours
-
-
-def evaluation(
+    method: str,
+    ipc: int,
     image_set: ImageSet,
     device: torch.device,
     *,
-    epochs: int,
     model: str = "ConvNet",
-    networks: int = 2,
+    batch_real: int = 256,
+    outer: int = 2,
+    inner: int = 50,
+) -> tuple[Plain, MatchingDistiller]:
+    """Both forms of a distiller, at the same start; one image a class means one update."""
+    outer, inner = (1, 1) if ipc == 1 else (outer, inner)
+    flags = DistillFlags(
+        method=method,
+        model=model,
+        ipc=ipc,
+        init="noise",
+        lr_img=0.1,
+        batch_real=batch_real,
+        dsa_strategy=STRATEGIES[method],
+        outer_loop=outer,
+        inner_loop=inner,
+    )
+    problem = Problem(image_set, device, 0, real=RealImages.from_set(image_set, device))
+    ours = METHODS[method.lower()].distiller(problem, flags)
+    return Plain(ours), ours
+
+
+def evaluation(
+    image_set: ImageSet, device: torch.device, *, epochs: int, model: str = "ConvNet", networks: int = 2
 ) -> tuple[Callable[[], list[float]], Callable[[], list[float]]]:
     """Both forms of some networks' trainings on 100 images and their tests: the accuracies."""
     x = normalize(image_set.train.images[: 10 * CLASSES], image_set.stats).to(device)
     y = image_set.train.labels[: 10 * CLASSES].to(device)
-    training = dc_evaluation(epochs, 0.01, 256)
+    recipe = dc_evaluation(epochs, 0.01, 256)
 
     def ours() -> list[float]:
         def score(seed: int, check: Callable[[], None]) -> float:
             return score_network(
-                network_factory(model, image_set, device), x, y, image_set, training,
-                Augmentation("dsa", "none"), seed=seed, device=device, on_step=check,
-            ).final  # fmt: skip
+                network_factory(model, image_set, device),
+                SyntheticSet(x, y),
+                image_set,
+                recipe,
+                seed=seed,
+                device=device,
+                check=check,
+            ).final
 
         tasks = [lambda check, s=seed: score(s, check) for seed in range(networks)]
-        return list(side_by_side(tasks, device))
+        return list(in_parallel(tasks, device))
 
     def plain_one(seed: int) -> float:
         network = plain_network(model, image_set.size, derive_seed(seed, "network"), device)
-        rate, done = training.lr, 0
-        for stop in (*training.decay_after, training.epochs):
-            optimizer = torch.optim.SGD(
-                network.parameters(), rate, momentum=0.9, weight_decay=training.weight_decay
-            )
+        rate, done = recipe.lr, 0
+        for stop in (*recipe.decay_epochs, recipe.epochs):
+            optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9, weight_decay=recipe.wd)
             plain_training(network, x, y, stop - done, optimizer, "none", torch.Generator())
             rate, done = rate * 0.1, stop
         network.eval()
@@ -234,9 +252,8 @@ def differences(
     found = {}
     for method in STRATEGIES:
         plain, ours = sides(
-            method, 2, image_set, device, model=model, batch_real=batch_real,
-            inner=3 if method == "DC" else 0,
-        )  # fmt: skip
+            method, 2, image_set, device, model=model, batch_real=batch_real, inner=3 if method == "DC" else 0
+        )
         start = ours.x_syn.detach().clone()
         plain.step()
         ours.step()
@@ -260,9 +277,15 @@ def evaluation_side(which: int, device: torch.device, epochs: int) -> Callable[[
 
 
 def measure(
-    device: torch.device, *, quick: bool = False, repeats: int = 5, batch_real: int = 256,
-    outer: int = 2, inner: int = 50, epochs: int = 20,
-) -> dict[str, Any]:  # fmt: skip
+    device: torch.device,
+    *,
+    quick: bool = False,
+    repeats: int = 5,
+    batch_real: int = 256,
+    outer: int = 2,
+    inner: int = 50,
+    epochs: int = 20,
+) -> dict[str, Any]:
     """Seconds and ratios of every method at 1 and 10 images a class, and of an evaluation.
 
     Args:
@@ -285,15 +308,16 @@ def measure(
     assert all(agreement[name] <= limit for name, limit in limits.items()), agreement
     makers = {
         f"{method} iteration, ipc {ipc}": functools.partial(
-            method_side, method=method, ipc=ipc, device=device,
+            method_side,
+            method=method,
+            ipc=ipc,
+            device=device,
             lengths={"batch_real": batch_real, "outer": outer, "inner": inner},
         )
         for method in STRATEGIES
         for ipc in (1, 10)
-    }  # fmt: skip
-    makers["evaluation of 100 images"] = functools.partial(
-        evaluation_side, device=device, epochs=epochs
-    )
+    }
+    makers["evaluation of 100 images"] = functools.partial(evaluation_side, device=device, epochs=epochs)
     found = {}
     for name, make in makers.items():
         plain, ours = functools.partial(make, 0), functools.partial(make, 1)
@@ -329,9 +353,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
     results = measure(
-        device, quick=args.quick, repeats=args.repeats, batch_real=args.batch_real,
-        outer=args.outer, inner=args.inner, epochs=args.epochs,
-    )  # fmt: skip
+        device,
+        quick=args.quick,
+        repeats=args.repeats,
+        batch_real=args.batch_real,
+        outer=args.outer,
+        inner=args.inner,
+        epochs=args.epochs,
+    )
     for name, medians in results["seconds"].items():
         print(f"{name}, seconds: {shown(medians, 3)}")
     report(args.out, {"machine": machine(device), "clom": results})

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from utils.memory import keep_freed_memory
-from utils.runlog import write_json
+from utils.run_folder import write_json
 
 
 def synchronize(device: torch.device) -> None:

@@ -23,30 +23,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import (
-    KEPT,
-    contest,
-    machine,
-    matmul_rate,
-    medians,
-    report,
-    shown,
-    torch_pooling,
-)  # fmt: skip
+from benchmarks.common import KEPT, contest, machine, matmul_rate, medians, report, shown, torch_pooling
 from benchmarks.loader import kornia_batches
 from data.augment import normalize
 from data.load import ImageSet, ImageSplit
 from data.specs import KRR_SPECS
-from krr_st.distill import Distiller, real_loader
-from krr_st.pool import ModelPool
-from krr_st.run import make_pool_network
-from krr_st.target_model import Representation
-from krr_st.views import OnlineTargets, TargetViews
+from distillation.problem import Problem
+from evaluation.target import Representation
+from krr_st.config import TrainFlags
+from krr_st.krr_st import KRRST
+from krr_st.setup import FrozenTarget
+from krr_st.views import TargetViews
+from models import get_model
 from models.fold import fold_frozen
 from utils.device import place, resolve_device
 from utils.errors import entry_point
-from utils.optim import make_optimizer
-from utils.precision import autocast, float32_mode
+from utils.precision import float32_mode
 from utils.seed import local_seed
 
 ARCH, TARGET = "convnet_128_256_512_bn", "resnet18"
@@ -65,15 +57,12 @@ class PlainStep:
     """
 
     def __init__(
-        self, x_syn: Tensor, y_syn: Tensor, target: nn.Module, network: nn.Module,
-        batches: Iterator[Tensor],
-    ) -> None:  # fmt: skip
+        self, x_syn: Tensor, y_syn: Tensor, target: nn.Module, network: nn.Module, batches: Iterator[Tensor]
+    ) -> None:
         self.x_syn, self.y_syn = (t.clone().requires_grad_() for t in (x_syn, y_syn))
         self.target, self.network, self.batches = target, network, batches
         self.optimizer = torch.optim.AdamW([self.x_syn, self.y_syn], lr=1e-4, weight_decay=0.0)
-        self.inner = torch.optim.SGD(
-            network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3
-        )  # fmt: skip
+        self.inner = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
 
     def features(self, x: Tensor) -> Tensor:
         """Features with a constant 1; the layers one by one."""
@@ -118,66 +107,75 @@ def make_parts(m: int, count: int, device: torch.device) -> dict[str, Any]:
     target.eval().requires_grad_(False)
     x_syn = normalize(images[:m], stats).to(device)
     return {
-        "image_set": image_set, "target": target,
-        "x_syn": x_syn, "y_syn": torch.randn(m, target.dim, generator=generator).to(device),
-    }  # fmt: skip
+        "image_set": image_set,
+        "target": target,
+        "x_syn": x_syn,
+        "y_syn": torch.randn(m, target.dim, generator=generator).to(device),
+    }
 
 
 def our_side(
-    parts: dict[str, Any], batch: int, device: torch.device, *, precision: str, table: bool,
+    parts: dict[str, Any],
+    batch: int,
+    device: torch.device,
+    *,
+    precision: str,
+    table: bool,
     compile: bool = False,
-) -> Distiller:  # fmt: skip
-    """A Distiller with one pool network; with `table` all its targets are known."""
-    target = copy.deepcopy(parts["target"])
-    target.backbone = fold_frozen(target.backbone, torch.randn(2, *SHAPE))
-    target = place(target, device)
-    dim = target.dim
-
-    def represent(x: Tensor) -> Tensor:
-        with torch.no_grad(), autocast(precision, device):
-            return target(x)
-
-    targets: Any = OnlineTargets(represent)
-    if table:
-        rows = len(parts["image_set"].train) * 162
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        entries = torch.zeros(rows, dim, dtype=dtype, device=device)
-        targets = TargetViews(represent, entries, 162, torch.ones(rows, dtype=torch.bool))
-    pool = ModelPool(
-        lambda seed: make_pool_network(ARCH, SHAPE, dim, device, 0),
-        lambda model: make_optimizer("sgd", model.parameters(), lr=0.1, wd=1e-3),
-        size=1, max_steps=10**9, generator=torch.Generator().manual_seed(0), precision=precision,
+) -> KRRST:
+    """KRR-ST with one pool network; with `table` all its targets are known."""
+    image_set, model = parts["image_set"], copy.deepcopy(parts["target"])
+    model.backbone = fold_frozen(model.backbone, torch.randn(2, *SHAPE))
+    target = FrozenTarget(place(model, device), precision)
+    flags = TrainFlags(
+        train_model=ARCH,
+        num_images=len(parts["x_syn"]),
+        num_models=1,
+        online_iteration=10**9,
+        outer_iteration=10**6,
+        outer_lr=1e-4,
+        outer_batch_size=batch,
+        precision=precision,
         compile=compile,
-    )  # fmt: skip
-    return Distiller(
-        parts["x_syn"], parts["y_syn"], targets=targets, pool=pool,
-        loader=real_loader(parts["image_set"], batch, device, torch.Generator().manual_seed(0)),
-        ridge=1e-6, optimizer="adam", lr=1e-4, wd=0.0, grad_norm=0.0, steps=10**6,
-        precision=precision, compile=compile,
-    )  # fmt: skip
+        target_views="online",
+    )
+    distiller = KRRST(Problem(image_set, device, 0, target=target), flags)
+    with torch.no_grad():
+        distiller.x_syn.copy_(parts["x_syn"])
+        distiller.y_syn.copy_(parts["y_syn"])
+    if table:
+        rows = len(image_set.train) * 162
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        entries = torch.zeros(rows, target.dim, dtype=dtype, device=device)
+        known = torch.ones(rows, dtype=torch.bool)
+        distiller.targets = TargetViews(target, entries, 162, known)
+    return distiller
 
 
 def plain_side(parts: dict[str, Any], batch: int, device: torch.device) -> PlainStep:
-    """The plain form on the same tensors and networks."""
-    network = torch_pooling(
-        make_pool_network(ARCH, SHAPE, parts["target"].dim, device, 0, "contiguous")
-    )
+    """The plain form on the same tensors."""
+    with local_seed(0):
+        network = get_model(ARCH, SHAPE, parts["target"].dim)
     images, stats = parts["image_set"].train.images, parts["image_set"].stats
     return PlainStep(
-        parts["x_syn"], parts["y_syn"], copy.deepcopy(parts["target"]).to(device), network,
+        parts["x_syn"],
+        parts["y_syn"],
+        copy.deepcopy(parts["target"]).to(device),
+        torch_pooling(network).to(device),
         (x for x, _ in kornia_batches(images, torch.zeros(len(images)), batch, stats, device)),
-    )  # fmt: skip
+    )
 
 
 def differences(parts: dict[str, Any], batch: int, device: torch.device) -> dict[str, float]:
     """Largest relative difference of loss and gradients between the two forms on one batch."""
     ours = our_side(parts, batch, device, precision="fp32", table=False)
     plain = plain_side(parts, batch, device)
+    plain.network.load_state_dict(ours.pool.slots[0].model.state_dict())
     (x, view), index = next(ours.loader.forever())
     theirs = plain.loss(x)
     theirs.backward()
     ours._batches = iter([((x, view), index)])
-    loss = ours.step()
+    loss = ours.step()["loss"]
     found = {"loss": float((loss - theirs.detach()).abs() / theirs.detach())}
     for name in ("x_syn", "y_syn"):
         a, b = getattr(ours, name).grad, getattr(plain, name).grad
@@ -193,9 +191,16 @@ def count_flops(run: Callable[[], Any]) -> int:
 
 
 def measure(
-    device: torch.device, *, m: int = 100, b: int = 128, count: int = 1024, repeats: int = 7,
-    calls: int = 1, compile: bool = False, grid: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    device: torch.device,
+    *,
+    m: int = 100,
+    b: int = 128,
+    count: int = 1024,
+    repeats: int = 7,
+    calls: int = 1,
+    compile: bool = False,
+    grid: bool = True,
+) -> dict[str, Any]:
     """Times, ratios, rates and peak memory of one outer step.
 
     Args:
@@ -212,23 +217,27 @@ def measure(
     gap = differences(parts, b, device)
     assert max(gap.values()) < 2e-2, f"the two forms differ: {gap}"
     kinds = {
-        "online fp32": ("fp32", False, False), "online bf16": ("bf16", False, False),
-        "table fp32": ("fp32", True, False), "table bf16": ("bf16", True, False),
-    }  # fmt: skip
+        "online fp32": ("fp32", False, False),
+        "online bf16": ("bf16", False, False),
+        "table fp32": ("fp32", True, False),
+        "table bf16": ("bf16", True, False),
+    }
     if device.type == "cuda":
         kinds |= {"online tf32": ("tf32", False, False), "table tf32": ("tf32", True, False)}
     if compile:
         kinds |= {
             f"{name} compiled": (precision, True, True)
-            for name, (precision, table, _) in kinds.items() if table
-        }  # fmt: skip
+            for name, (precision, table, _) in kinds.items()
+            if table
+        }
     build = functools.partial(make_step, m, b, max(count, b), device)
     makers = {name: functools.partial(build, kind) for name, kind in kinds.items()}
     plain = functools.partial(build, None)
     flops = {
         name: count_flops(make())
-        for name, make in {"plain": plain, **makers}.items() if "compiled" not in name
-    }  # fmt: skip
+        for name, make in {"plain": plain, **makers}.items()
+        if "compiled" not in name
+    }
     found = contest(plain, makers, device, repeats=repeats, calls=calls)
     seconds = {name: timing.median for name, timing in found.items()}
     with float32_mode("fp32"):
@@ -245,8 +254,7 @@ def measure(
         "matmul FLOP/s": rates,
         "FLOP a step": flops,
         "share of matmul rate": {
-            k: f / seconds[k] / rates["bfloat16" if "bf16" in k else "float32"]
-            for k, f in flops.items()
+            k: f / seconds[k] / rates["bfloat16" if "bf16" in k else "float32"] for k, f in flops.items()
         },
         "peak bytes": {name: timing.peak for name, timing in found.items()},
     }
@@ -279,9 +287,7 @@ def growth(device: torch.device, m: int, b: int, repeats: int) -> dict[str, floa
     sides = {}
     for size, batch in ((m // 2, b), (m, b), (2 * m, b), (m, b // 2), (m, 2 * b)):
         parts = make_parts(size, max(512, 2 * b), device)
-        sides[f"m={size} b={batch}"] = our_side(
-            parts, batch, device, precision="fp32", table=True
-        ).step
+        sides[f"m={size} b={batch}"] = our_side(parts, batch, device, precision="fp32", table=True).step
     return medians(sides, device, repeats=max(3, repeats // 2))
 
 

@@ -26,9 +26,10 @@ from utils.errors import entry_point
 def kornia_batches(images, labels, batch_size, stats, device):
     """The plain form: float images, DataLoader, kornia on each batch on the device."""
     augment = torch.nn.Sequential(
-        K.RandomCrop((32, 32), padding=4), K.RandomHorizontalFlip(),
+        K.RandomCrop((32, 32), padding=4),
+        K.RandomHorizontalFlip(),
         K.Normalize(torch.tensor(stats.mean), torch.tensor(stats.std)),
-    ).to(device)  # fmt: skip
+    ).to(device)
     dataset = TensorDataset(images.float().div(255), labels)
     loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True)
     while True:
@@ -52,9 +53,14 @@ def measure(
     images = torch.randint(256, (count, 3, 32, 32), generator=generator).to(torch.uint8)
     labels = torch.randint(10, (count,), generator=generator)
     ours = TensorLoader(
-        images, labels, batch_size=batch, device=device, generator=generator,
-        transform=ImagePipeline(stats, pad=4, hflip=True), drop_last=True,
-    ).forever()  # fmt: skip
+        images,
+        labels,
+        batch_size=batch,
+        device=device,
+        generator=generator,
+        transform=ImagePipeline(stats, pad=4, hflip=True),
+        drop_last=True,
+    ).forever()
     plain = kornia_batches(images, labels, batch, stats, device)
     sides = {"TensorLoader": lambda: next(ours), "DataLoader + kornia": lambda: next(plain)}
     seconds = medians(sides, device, repeats=repeats, calls=4)
@@ -74,9 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", help="default: the best there is")
     args = parser.parse_args(argv)
-    results = measure(
-        resolve_device(args.device), count=args.count, batch=args.batch, repeats=args.repeats
-    )
+    results = measure(resolve_device(args.device), count=args.count, batch=args.batch, repeats=args.repeats)
     print("seconds a batch:", shown(results["seconds a batch"], 5))
     print(f"ratio {results['ratio']:.1f}")
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.convert import default_workers
+from data.prepare.write import default_workers
 from utils.cli import flag, parse
 
 
@@ -42,9 +42,7 @@ def draw_pictures(folder: Path, count: int) -> list[Path]:
     for i in range(count):
         width, height = generator.integers(200, 501, 2)
         coarse = generator.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize(
-            (int(width), int(height)), Image.Resampling.BICUBIC
-        )
+        picture = Image.fromarray(coarse).resize((int(width), int(height)), Image.Resampling.BICUBIC)
         path = folder / f"class_{i % 10}" / f"{i:06d}.{'png' if i % 3 == 0 else 'jpg'}"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path, quality=90, compress_level=3)
@@ -64,7 +62,7 @@ def plain_loop(paths: list[Path], size: int) -> tuple[float, float]:
 
 _CHILD = """
 import json, resource, sys, time
-from data.prepare import main
+from data.prepare.__main__ import main
 import sklearn.datasets, torchvision
 def peak():
     own, workers = (resource.getrusage(w).ru_maxrss for w in
@@ -88,9 +86,7 @@ def prepare_once(pictures: Path, out: Path, size: int) -> tuple[float, float, fl
 
 
 def main() -> None:
-    config = parse(
-        BenchmarkConfig, None, prog="python -m benchmarks.prepare", description=__doc__ or ""
-    )
+    config = parse(BenchmarkConfig, None, prog="python -m benchmarks.prepare", description=__doc__ or "")
     with tempfile.TemporaryDirectory() as scratch:
         pictures = Path(scratch) / "pictures"
         paths = draw_pictures(pictures, config.pictures)
@@ -107,9 +103,7 @@ def main() -> None:
     print(f"prepare     {run:6.2f} s  (all: {' '.join(f'{t:.2f}' for t, *_ in runs)})")
     print(f"speed-up    {loop / run:6.2f}    (promised {0.8 * cores:.2f})")
     print(f"CPU time    {run_cpu / loop_cpu:6.2f} x the loop's (what a busy machine cannot blur)")
-    print(
-        f"peak memory {peak / result:6.2f} x the result of {result / 2**20:.0f} MiB (promised 1.50)"
-    )
+    print(f"peak memory {peak / result:6.2f} x the result of {result / 2**20:.0f} MiB (promised 1.50)")
 
 
 if __name__ == "__main__":

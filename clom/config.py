@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clom.loss import CE_FORMS, DISTANCES
 from clom.matching import METRICS
-from clom.teachers import PREFIX, TEACHER_STATS, pair_alphas
-from clom.training import check_strategy, no_augmentation
-from data.dsa import without_flip
 from data.specs import DC_SPECS
+from distillation.base import RunFlags
 from evaluation.recipes import DSA_STRATEGY
-from models import EVAL_MODES, NETWORKS, eval_pool
-from utils.cli import flag, same_flag
+from models import EVAL_MODES, NETWORKS
+from utils.cli import DeviceFlags, flag, same_flag
 from utils.errors import UserError, pick
-from utils.runlog import TENSORBOARD
-from utils.saving import Every
+from utils.progress import Every
+from utils.run_folder import TENSORBOARD
 
-METHODS = ("DC", "DSA", "DM")
+PREFIX = "hf:"  # of a foundation model among the names of a pool
+TEACHER_STATS = ("own", "target")
 LONGEST_NAME = 150  # characters of a default run folder's name
 
 # (outer_loop, inner_loop) by ipc, as published.
 LOOPS: dict[int, tuple[int, int]] = {
-    1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10),
-}  # fmt: skip
+    1: (1, 1),
+    10: (10, 50),
+    20: (20, 25),
+    30: (30, 20),
+    40: (40, 15),
+    50: (50, 10),
+}
 
 
 @dataclass(frozen=True)
-class CommonFlags:
+class CommonFlags(DeviceFlags):
     """Flags of every command of this family."""
 
-    dataset: str = flag("CIFAR10", "data set: a listed name or a prepared set of yours")
+    dataset: str = flag("CIFAR10", "data set: a listed name or a prepared set of yours", also=("data_name",))
     model: str = flag("ConvNet", "network (DC zoo)")
     data_path: Path | None = flag(
-        None, "folder of the prepared sets; default: ./data/[dataset] if it holds one, ./datasets"
+        None,
+        "folder of the prepared sets; default: ./data/[dataset] if it holds one, ./datasets",
+        also=("data_dir",),
+        identity=False,
     )
-    img_size: int | None = flag(
-        None, "side in pixels; default: the published or only one", minimum=4
-    )
-    device: str | None = flag(None, "cpu, cuda, cuda:N or mps; default: the best there is")
-    gpu: int = flag(0, "which GPU, where CUDA is present", minimum=0)
-    dry_run: bool = flag(False, "print the resolved configuration and stop")
+    img_size: int | None = flag(None, "side in pixels; default: the published or only one", minimum=4)
+    dry_run: bool = flag(False, "print the resolved configuration and stop", identity=False)
 
     def __post_init__(self) -> None:
         """Names of listed sets get their published spelling: files and folders carry it."""
@@ -54,80 +57,85 @@ class CommonFlags:
 
 
 @dataclass(frozen=True)
-class DistillFlags(CommonFlags):
-    """Flags of methods/DC_DSA_DM/main.py."""
+class DistillFlags(RunFlags, CommonFlags):
+    """Flags of DC, DSA and DM."""
 
-    method: str = flag("DC", "distiller", choices=METHODS)
-    ipc: int = flag(1, "synthetic images a class", minimum=1)
+    method: str = same_flag(RunFlags, "method", default="DC")
+    ipc: int = flag(1, "synthetic images per class", minimum=1)
     eval_mode: str = flag("S", "networks of the evaluations (see models)", choices=EVAL_MODES)
-    num_exp: int = flag(1, "experiments with different draws", minimum=1)
-    num_eval: int = flag(20, "random networks an evaluation", minimum=1)
+    num_exp: int = flag(1, "experiments with different draws", minimum=1, identity=False)
+    num_eval: int = flag(20, "random networks per evaluation", minimum=1)
     epoch_eval_train: int | None = flag(
         None, "epochs of each of them; default: 300, or 1000 with augmentation", minimum=0
     )
     eval_interval: int = flag(500, "iterations between evaluations (eval_mode S, SS)", minimum=1)
     Iteration: int | None = flag(
-        None, "iterations; default: 1000 (DM: 20000); 0: the start itself is evaluated (with "
-        "--init real, random real images)", minimum=0,
-    )  # fmt: skip
+        None,
+        "iterations; default: 1000 (DM: 20000); 0: the start itself is evaluated (with "
+        "--init real, random real images)",
+        minimum=0,
+        also=("outer_iteration",),
+    )
     lr_img: float | None = flag(
-        None, "learning rate of the images; default: 0.1 (DM: 1.0)", above=0
+        None, "learning rate of the images; default: 0.1 (DM: 1.0)", above=0, also=("outer_lr",)
     )
     lr_net: float = flag(0.01, "learning rate of the networks", above=0)
-    batch_real: int = flag(256, "real images of a class a step (all, if it has fewer)", minimum=1)
-    batch_train: int = flag(256, "batch of network training", minimum=1)
-    init: str | None = flag(
-        None,
-        "start of the images; default: noise (DM: real)",
-        choices=("noise", "real"),
-    )
+    batch_real: int = flag(256, "real images of each class per step (all, if it has fewer)", minimum=1)
+    batch_train: int = flag(256, "batch size of network training", minimum=1)
+    init: str | None = flag(None, "start of the images; default: noise (DM: real)", choices=("noise", "real"))
     dsa_strategy: str | None = flag(
         None, f"DSA operations joined by _, or None; default: DSA and DM {DSA_STRATEGY}"
     )
     align_corners: bool = flag(False, "DSA samples with align_corners (the KRR-ST convention)")
-    save_path: Path | None = flag(None, "run folder; default: ./condensed/[dataset]/[method]/...")
+    save_path: Path | None = flag(
+        None, "run folder; default: ./condensed/[dataset]/[method]/...", identity=False
+    )
+    exp_name: str | None = flag(
+        None, "name of the run folder in ./results, in place of --save_path", identity=False
+    )
+    num_images: int | None = flag(
+        None,
+        "synthetic images in all, in place of --ipc: a multiple of the number of classes",
+        minimum=1,
+        identity=False,
+    )
     dis_metric: str = flag("ours", "distance of gradients", choices=tuple(METRICS))
-    outer_loop: int | None = flag(
-        None, "image updates an iteration (DC, DSA); default: by ipc", minimum=1
-    )
-    inner_loop: int | None = flag(
-        None, "network epochs between them (DC, DSA); default: by ipc", minimum=0
-    )
+    outer_loop: int | None = flag(None, "image updates per iteration (DC, DSA); default: by ipc", minimum=1)
+    inner_loop: int | None = flag(None, "network epochs between them (DC, DSA); default: by ipc", minimum=0)
 
     CLoM: bool = flag(False, "add the CLoM loss")
     CLoM_distance: str = flag("ce", "distance of CLoM", choices=DISTANCES)
     CLoM_ce_form: str = flag(
         "contrastive", "ce as defined in the paper, or as in the released code", choices=CE_FORMS
     )
-    CLoM_batch_size: int = flag(8196, "real images of CLoM a step", minimum=1)
+    CLoM_batch_size: int = flag(8196, "real images of CLoM per step", minimum=1)
     models_pool: tuple[str, ...] = flag(
         ("ConvNet",), "architectures of the pre-trained models: DC zoo, or hf:NAME_OR_FOLDER (cos)"
     )
-    alphas: tuple[float, ...] = flag(
-        (1000.0,), "weight of CLoM: one, or one per architecture", minimum=0
-    )
+    alphas: tuple[float, ...] = flag((1000.0,), "weight of CLoM: one, or one per architecture", minimum=0)
     model_num: int = flag(1, "pre-trained models of each architecture", minimum=1)
     epoch: int = flag(150, "their epoch", minimum=0)
     source_dataset: str | None = flag(None, "what they were trained on; default: dataset")
     pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the pre-trained models")
     CLoM_teacher_stats: str = flag(
-        "own", "images for them are normalised as in their training (own), or stay in the "
+        "own",
+        "images for them are normalised as in their training (own), or stay in the "
         "normalisation of dataset as in the released code (target); hf: models: own",
         choices=TEACHER_STATS,
-    )  # fmt: skip
-
-    seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
-    print_every: int = flag(10, "iterations between log lines", minimum=1)
-    save_every: Every = flag(
-        Every(100), "iterations between saves of the run state, or seconds such as 300s"
     )
-    tensorboard: bool = flag(False, TENSORBOARD)
-    resume: bool = flag(False, "insist on going on with a run (one that is there is gone on with)")
-    overwrite: bool = flag(False, "start again in a folder that holds a run")
+
+    print_every: int = flag(10, "iterations between log lines", minimum=1, identity=False)
+    save_every: Every = flag(
+        Every(100), "iterations between saves of the run, or seconds such as 300s", identity=False
+    )
+    resume: bool = flag(
+        False, "insist on resuming (a run that is there is resumed in any case)", identity=False
+    )
     export: str | None = flag(
-        None, "also write x_syn.pt, y_syn.pt for the KRR-ST tables, e.g. "
-        "synthetic_data/{source}/{method}"
-    )  # fmt: skip
+        None,
+        "also write x_syn.pt, y_syn.pt for the KRR-ST tables, e.g. synthetic_data/{source}/{method}",
+        identity=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -147,21 +155,23 @@ class MatchDMFlags(DistillFlags):
 class OriginalFlags(CommonFlags):
     """Flags of train_original_models.py."""
 
-    num: int = flag(1, "networks to train", minimum=1)
+    num: int = flag(1, "networks to train", minimum=1, identity=False)
     normalize_data: bool = flag(False, "train on normalised images (recorded beside the model)")
     epochs: int = flag(150, "passes over the data", minimum=1)
-    batch_size: int = flag(256, "images a step", minimum=1)
+    batch_size: int = flag(256, "images per step", minimum=1)
     lr: float = flag(0.01, "learning rate", above=0)
     momentum: float = flag(0.9, "momentum", minimum=0, maximum=1)
     weight_decay: float = flag(0.005, "weight decay", minimum=0)
     lr_decay_step: str = flag("50,100", "epochs after which the rate falls to a tenth")
-    save_every: int = flag(1, "epochs between checkpoints", minimum=1)
-    random_seed: int | None = flag(None, "the published name of --seed", minimum=0)
-    seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0)
-    multigpu: str | None = flag(None, "GPUs that share each batch, such as 0,1; wins over --gpu")
-    pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the models")
-    tensorboard: bool = flag(False, TENSORBOARD)
-    resume: bool = flag(False, "count networks that these flags have finished towards num")
+    save_every: int = flag(1, "epochs between checkpoints", minimum=1, identity=False)
+    random_seed: int | None = flag(None, "the published name of --seed", minimum=0, identity=False)
+    seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0, identity=False)
+    multigpu: str | None = flag(
+        None, "GPUs that share each batch, such as 0,1; wins over --gpu", identity=False
+    )
+    pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the models", identity=False)
+    tensorboard: bool = flag(False, TENSORBOARD, identity=False)
+    resume: bool = flag(False, "count networks that these flags have finished towards num", identity=False)
 
 
 @dataclass(frozen=True)
@@ -169,7 +179,7 @@ class ValidateFlags(CommonFlags):
     """Flags of validate.py."""
 
     method: str = flag("DC", "distiller of the set: names the default path and the results")
-    ipc: int = flag(1, "images a class of the set, checked against it", minimum=1)
+    ipc: int = flag(1, "images per class of the set, checked against it", minimum=1)
     synthesis_data_path: Path | None = flag(
         None,
         "res_*.pt, a folder with x_syn.pt and y_syn.pt, a .safetensors file, a PNG folder, or a "
@@ -182,7 +192,7 @@ class ValidateFlags(CommonFlags):
     )
     num_eval: int = flag(3, "networks with different seeds, for mean and std", minimum=1)
     epochs: int = flag(1000, "passes over the synthetic set", minimum=1)
-    batch_size: int = flag(256, "images a step", minimum=1)
+    batch_size: int = flag(256, "images per step", minimum=1)
     lr: float = flag(0.01, "learning rate", above=0)
     momentum: float = flag(0.9, "momentum", minimum=0, maximum=1)
     weight_decay: float = flag(5e-4, "weight decay", minimum=0)
@@ -192,61 +202,34 @@ class ValidateFlags(CommonFlags):
     dsa_strategy: str = flag(DSA_STRATEGY, "DSA operations joined by _")
     align_corners: bool = flag(False, "DSA samples with align_corners (the KRR-ST convention)")
     save_model: bool = flag(
-        False, "save the networks at each test in save_path, the first one's last in "
-        "pretrained_path, too"
-    )  # fmt: skip
+        False, "save the networks at each test in save_path, the first one's last in pretrained_path, too"
+    )
     pretrained_path: Path = same_flag(OriginalFlags, "pretrained_path")
     save_path: Path = flag(Path("./test_log/validate"), "where results are written")
     random_seed: int | None = same_flag(OriginalFlags, "random_seed")
-    seed: int | None = flag(
-        None, "seed of the first network, the next ones add 1; default: 0", minimum=0
-    )
-    multigpu: str | None = flag(
-        None, "GPUs such as 0,1, of which the first is used: the networks are small"
-    )
-
-
-def resolve(flags: DistillFlags, hflip: bool = True) -> DistillFlags:
-    """Fill in what the method and ipc decide; check what can be checked without data.
-
-    Args:
-        flags: as given.
-        hflip: whether mirrored images of this data set keep their meaning.
-
-    Raises:
-        UserError: unknown networks or operations, alphas that do not fit, hf: models with ce.
-    """
-    dm = flags.method == "DM"
-    strategy = flags.dsa_strategy
-    if flags.method == "DC":
-        if not no_augmentation(strategy):
-            print(f"--dsa_strategy {strategy} is not used by --method DC")
-        strategy = "none"
-    elif strategy is None:
-        # DM's published default mirrors every listed set.
-        mirrors = hflip or (dm and flags.dataset in DC_SPECS)
-        strategy = DSA_STRATEGY if mirrors else without_flip(DSA_STRATEGY)
-    check_strategy(strategy)
-    eval_pool(flags.eval_mode, flags.model)
-    outer, inner = loops(flags.ipc)
-    if flags.CLoM:
-        check_pool(flags)
-    return dataclasses.replace(
-        flags,
-        dsa_strategy="none" if no_augmentation(strategy) else strategy,
-        Iteration=(20000 if dm else 1000) if flags.Iteration is None else flags.Iteration,
-        lr_img=flags.lr_img or (1.0 if dm else 0.1),
-        init=flags.init or ("real" if dm else "noise"),
-        outer_loop=flags.outer_loop or outer,
-        inner_loop=inner if flags.inner_loop is None else flags.inner_loop,
-        source_dataset=flags.source_dataset or flags.dataset,
-        save_path=flags.save_path or default_run_folder(flags),
-    )
+    seed: int | None = flag(None, "seed of the first network, the next ones add 1; default: 0", minimum=0)
+    multigpu: str | None = flag(None, "GPUs such as 0,1, of which the first is used: the networks are small")
 
 
 def loops(ipc: int) -> tuple[int, int]:
     """(outer_loop, inner_loop): the published row, or that of the largest ipc below."""
     return LOOPS[max(row for row in LOOPS if row <= ipc)]
+
+
+def pair_alphas(names: Sequence[str], alphas: Sequence[float]) -> list[float]:
+    """One alpha per architecture; a single one serves all.
+
+    Raises:
+        UserError: another count.
+    """
+    if len(alphas) == 1:
+        return list(alphas) * len(names)
+    if len(alphas) != len(names):
+        raise UserError(
+            f"--alphas gives {len(alphas)} values for the {len(names)} names of --models_pool "
+            f"({', '.join(names)}); expected one, or one each"
+        )
+    return list(alphas)
 
 
 def check_pool(flags: DistillFlags) -> None:

@@ -5,7 +5,8 @@ M[i, j] = [y_i = y_j]:
 
     CLoM = Σ(D·M) / Σ(D)
 
-The functions are pure. The class `CLoM` is the plug-in for any training loop over images:
+The functions are pure. The class `CLoM` is the plug-in for any training loop over images. This file
+imports torch alone, so that it can be copied into another project:
 
     clom = CLoM(model, distance="cos", alpha=100.0, real=(x_real, y_real))
     ...
@@ -18,15 +19,11 @@ arXiv 2310.03295.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from clom.real import FeatureCache, RealImages
-from clom.teachers import Family, TeacherPool
-from utils.errors import UserError, pick
 
 # Only reached where all distances vanish; the ratio is then 0.
 SMALLEST_SUM = 1e-6
@@ -120,62 +117,135 @@ DISTANCES = ("ce", "cos")
 CE_FORMS = ("contrastive", "classification")
 
 
+class Pool(Protocol):
+    """Frozen models to draw from."""
+
+    def draw(self, generator: torch.Generator) -> tuple[nn.Module, float]:
+        """A model in eval mode and the weight alpha of CLoM under it."""
+
+
+class Real(Protocol):
+    """Labelled real images; rows are named by int64 indices on the CPU."""
+
+    num_classes: int
+
+    def __len__(self) -> int: ...
+
+    def labels_at(self, index: Tensor) -> Tensor:
+        """Labels (n,) of the rows at `index`."""
+
+    def features(self, model: nn.Module, index: Tensor) -> Tensor:
+        """Features (n, D) of the rows at `index` under `model`, without gradient."""
+
+
+class GivenModels:
+    """Models of equal weight: one architecture of a pool.
+
+    Args:
+        models: one module or several; put into eval mode and frozen.
+        alpha: weight of CLoM under each.
+    """
+
+    def __init__(self, models: nn.Module | Sequence[nn.Module], alpha: float) -> None:
+        self.models = [models] if isinstance(models, nn.Module) else list(models)
+        self.alpha = alpha
+        if not self.models:
+            raise ValueError("CLoM needs a pre-trained model")
+        for model in self.models:
+            # Training mode would let BatchNorm statistics drift with every synthetic batch.
+            model.eval().requires_grad_(False)
+
+    def draw(self, generator: torch.Generator) -> tuple[nn.Module, float]:
+        """A model drawn uniformly, and alpha."""
+        number = int(torch.randint(len(self.models), (1,), generator=generator))
+        return self.models[number], self.alpha
+
+
+class GivenReal:
+    """Real images and labels as tensors; each model's features are computed once and kept.
+
+    Args:
+        images: (N, C, H, W) in the space of the synthetic images.
+        labels: (N,) int64.
+        part: images that go through a model at once.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, part: int = 256) -> None:
+        if len(images) != len(labels) or not len(images):
+            raise ValueError(f"{len(images)} images but {len(labels)} labels")
+        self.images, self.labels, self.part = images, labels, part
+        self.num_classes = int(labels.max()) + 1
+        self._features: dict[nn.Module, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def labels_at(self, index: Tensor) -> Tensor:
+        """Labels (n,)."""
+        return self.labels[index.to(self.labels.device)]
+
+    @torch.no_grad()
+    def features(self, model: nn.Module, index: Tensor) -> Tensor:
+        """Features (n, D)."""
+        if model not in self._features:
+            parts = [embed(model, x) for x in self.images.split(self.part)]
+            self._features[model] = torch.cat(parts)
+        return self._features[model][index.to(self.images.device)]
+
+
+def embed(model: nn.Module, x: Tensor) -> Tensor:
+    """Features (B, D) of images: the model's `embed` where it has one, else its output."""
+    return getattr(model, "embed", model)(x).flatten(1)
+
+
 class CLoM:
     """alpha · CLoM of all synthetic images under a model drawn from a pool, as one call.
 
-    Each call draws an architecture uniformly, then one of its models, and a real batch with
-    replacement. Models are used in eval mode and frozen; only `x_syn` gets gradients.
+    Each call draws a model, then a real batch with replacement. Only `x_syn` gets gradients.
 
     Args:
-        models: a TeacherPool, or one module, or several of equal rank; with "cos" their `embed`
-            is used where there is one, else their output; with "ce" their output is logits.
+        models: a Pool, or one module or several of equal rank; with "cos" their `embed` is used
+            where there is one, else their output; with "ce" their output is logits.
         distance: "ce" or "cos".
-        alpha: weight, where `models` is not a TeacherPool (which has its own weights).
-        real: RealImages, or (images, labels) in the space of the synthetic images. Needed by
-            "cos"; for the contrastive form of "ce" only the labels are used.
+        alpha: weight, where `models` is not a Pool (which has its own weights).
+        real: a Real, or (images, labels) in the space of the synthetic images. Needed by "cos";
+            for the contrastive form of "ce" only the labels are used.
         ce_form: "contrastive" (the definition) or "classification" (the released code).
-        batch_size: real images a call.
+        batch_size: real images per call.
         generator: CPU generator of all draws; None: a new one seeded 0.
-        cache: keep the features of all real images, which never change, if memory allows; or a
-            cache of `real` that several terms share.
 
     Raises:
-        UserError: unknown names, real data missing, or a model whose labels do not fit.
+        ValueError: unknown names, real data missing, or a model whose labels do not fit.
     """
 
     def __init__(
         self,
-        models: TeacherPool | nn.Module | Sequence[nn.Module],
+        models: Pool | nn.Module | Sequence[nn.Module],
         *,
         distance: str = "cos",
         alpha: float = 1.0,
-        real: RealImages | tuple[Tensor, Tensor] | None = None,
+        real: Real | tuple[Tensor, Tensor] | None = None,
         ce_form: str = "contrastive",
         batch_size: int = 8196,
         generator: torch.Generator | None = None,
-        cache: bool | FeatureCache = True,
     ) -> None:
-        self._loss = pick({"ce": self._ce, "cos": self._cosine}, distance, "CLoM_distance")
-        forms = {"contrastive": self._contrastive, "classification": clom_ce_mean}
-        self._ce_form = pick(forms, ce_form, "CLoM_ce_form")
-        if isinstance(models, nn.Module):
-            models = [models]
-        if not isinstance(models, TeacherPool):
-            models = TeacherPool([Family("given", alpha, tuple(models))])
-        if isinstance(real, tuple):
-            real = RealImages(*real)
-        if real is None and not (distance == "ce" and ce_form == "classification"):
-            raise UserError(f"CLoM with distance {distance} needs real data; pass real=")
-        self.pool, self.real, self.batch_size = models, real, batch_size
+        if distance not in DISTANCES:
+            raise ValueError(f"unknown distance {distance!r}; valid: {', '.join(DISTANCES)}")
+        if ce_form not in CE_FORMS:
+            raise ValueError(f"unknown ce_form {ce_form!r}; valid: {', '.join(CE_FORMS)}")
+        self.distance, self.ce_form = distance, ce_form
+        self.pool = models if hasattr(models, "draw") else GivenModels(models, alpha)
+        self.real = GivenReal(*real) if isinstance(real, tuple) else real
+        if self.real is None and (distance, ce_form) != ("ce", "classification"):
+            raise ValueError(f"CLoM with distance {distance} needs real data; pass real=")
+        self.batch_size = batch_size
         self.generator = generator or torch.Generator().manual_seed(0)
-        if not isinstance(cache, FeatureCache) and distance == "cos":
-            cache = FeatureCache(real, enabled=cache)
-        self.cache = cache
 
     def __call__(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:
         """Synthetic images (m, C, H, W) and labels (m,) -> alpha · CLoM, a scalar."""
         model, alpha = self.pool.draw(self.generator)
-        return alpha * self._loss(model, x_syn, y_syn)
+        loss = self._cosine if self.distance == "cos" else self._ce
+        return alpha * loss(model, x_syn, y_syn)
 
     def _draw(self) -> Tensor:
         return torch.randint(len(self.real), (self.batch_size,), generator=self.generator)
@@ -183,25 +253,24 @@ class CLoM:
     def _ce(self, model: nn.Module, x_syn: Tensor, y_syn: Tensor) -> Tensor:
         logits = model(x_syn)
         if self.real is not None and logits.shape[1] != self.real.num_classes:
-            raise UserError(
+            raise ValueError(
                 f"CLoM with distance ce: the model knows {logits.shape[1]} classes, the data have "
                 f"{self.real.num_classes}; the label spaces must be the same (cos needs no labels)"
             )
-        return self._ce_form(logits, y_syn)
-
-    def _contrastive(self, logits: Tensor, y_syn: Tensor) -> Tensor:
+        if self.ce_form == "classification":
+            return clom_ce_mean(logits, y_syn)
         return clom_ce(logits, y_syn, self.real.labels_at(self._draw()).to(y_syn.device))
 
     def _cosine(self, model: nn.Module, x_syn: Tensor, y_syn: Tensor) -> Tensor:
         index = self._draw()
-        f_real = self.cache.features(model, index).to(x_syn.device)
-        f_syn = getattr(model, "embed", model)(x_syn).flatten(1)
-        return clom_cosine(f_real, self.real.labels_at(index).to(y_syn.device), f_syn, y_syn)
+        f_real = self.real.features(model, index).to(x_syn.device)
+        y_real = self.real.labels_at(index).to(y_syn.device)
+        return clom_cosine(f_real, y_real, embed(model, x_syn), y_syn)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the draws, for a resumed run."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Restore what `state_dict` gave."""
         self.generator.set_state(state["generator"])

@@ -9,7 +9,7 @@ Sources: the readme of the DC, DSA and DM authors; for random images and full da
 
 from __future__ import annotations
 
-from utils.paper_table import Number, Published
+from evaluation.tables import Number, Published
 
 RANDOM = "random real images"
 
@@ -25,8 +25,13 @@ _NUMBERS: dict[tuple[str, str], dict[int, str]] = {
     ("CIFAR10", "DC"): {1: "28.3 .5", 10: "44.9 .5", 50: "53.9 .5"},
     ("CIFAR10", "DSA"): {1: "28.8 .7", 10: "52.1 .5", 50: "60.6 .5"},
     ("CIFAR10", "DM"): {
-        1: "26.0 .8", 10: "48.9 .6", 50: "63.0 .4", 100: "67.0 .3", 200: "71.2 .4",
-        500: "76.1 .3", 1000: "79.8 .3",
+        1: "26.0 .8",
+        10: "48.9 .6",
+        50: "63.0 .4",
+        100: "67.0 .3",
+        200: "71.2 .4",
+        500: "76.1 .3",
+        1000: "79.8 .3",
     },
     ("CIFAR100", RANDOM): {1: "4.2 .3", 10: "14.6 .5", 50: "33.4 .4"},
     ("CIFAR100", "DC"): {1: "12.8 .3", 10: "25.2 .3"},
@@ -34,13 +39,9 @@ _NUMBERS: dict[tuple[str, str], dict[int, str]] = {
     ("CIFAR100", "DM"): {1: "11.4 .3", 10: "29.7 .3", 50: "43.6 .4"},
     ("tinyimagenet", RANDOM): {1: "1.4 .1", 10: "5.0 .2", 50: "15.0 .4"},
     ("tinyimagenet", "DM"): {1: "3.9 .2", 10: "12.9 .4", 50: "24.1 .3"},
-}  # fmt: skip
-
-FULL_DATA: dict[str, Number] = {
-    "CIFAR10": (84.8, 0.1),
-    "CIFAR100": (56.2, 0.3),
-    "tinyimagenet": (37.6, 0.4),
 }
+
+FULL_DATA: dict[str, Number] = {"CIFAR10": (84.8, 0.1), "CIFAR100": (56.2, 0.3), "tinyimagenet": (37.6, 0.4)}
 
 
 def published_numbers() -> Published:

@@ -1,70 +1,447 @@
 """`python -m clom.tables [--run]`: DC, DSA and DM with and without CLoM, ours beside published.
 
-Rows are the methods without CLoM and with each of its forms, columns the data sets and images a
+Rows are the methods without CLoM and with each of its forms, columns the data sets and images per
 class. Finished cells are collected from {log_dir}/results.jsonl into Markdown, CSV and LaTeX; those
 that were not run show as a dash. With --run they are run first, cheapest first: a restart skips
-what is finished and goes on with what was begun. The same command in several shells or under
-torchrun (`torchrun --nproc_per_node 4 -m -- clom.tables ...`), on one node or several, shares the
-work.
+what is finished and resumes what was begun. The same command in several shells or under torchrun
+(`torchrun --nproc_per_node 4 -m -- clom.tables ...`), on one node or several, shares the work.
 
 ± is the population standard deviation over all networks of all experiments together (num_exp x
 num_eval), as the published code prints it; the CSV file's n is their number.
+
+A cell is one experiment: one distilled set and the `num_eval` networks trained on it. Its value
+depends on all of main.py's flags, the data and the pre-trained models, which identify it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
 import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from clom.published import FULL_DATA, published_numbers
-from clom.table_cells import Cell, Place, as_published, collect, is_shortened, places
-from clom.table_config import TablesFlags
-from clom.table_runs import RESULTS, missing_jobs
-from utils import cli
-from utils.cells import read_cells
-from utils.errors import entry_point
-from utils.jobs import run_missing
-from utils.locks import Claims
-from utils.paper_table import NOTE, Entry, Number, Published, with_published_file, write_table
+from clom.config import PREFIX, DistillFlags
+from clom.pool import find_checkpoints
+from clom.published import FULL_DATA, RANDOM, published_numbers
+from clom.setup import evaluation_recipe
+from clom.source import load_data
+from data.specs import DC_SPECS
+from distillation.run import resolved, run_method
+from evaluation.measure import CellStore
+from evaluation.tables import NOTE, Job, Number, Place, make_table, with_published_file
+from methods import METHODS, find_method
+from models import get_network
+from utils import checkpoint, cli, flops
+from utils.cli import flag, same_flag
+from utils.distributed import local_gpu
+from utils.errors import UserError, entry_point, pick
+
+RESULTS = "results.jsonl"
 
 
-def entries(flags: TablesFlags, cells: list[Cell], published: Published) -> list[Entry]:
-    """One entry a place, with the accuracies of all networks of its experiments."""
-    return [
-        Entry(
-            place.row, place.column,
-            tuple(value for cell in mine for value in cell[place.field]),
-            bool(mine) and is_shortened(flags, place),
-            published_number(flags, place, published),
+def labelled() -> tuple[str, ...]:
+    """The names of the methods of this family."""
+    return tuple(row.name for row in METHODS.values() if issubclass(row.flags, DistillFlags))
+
+
+# Variant -> what it sets of main.py's flags, and its heading.
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "none": ({"CLoM": False}, ""),
+    "ce": ({"CLoM": True, "CLoM_distance": "ce"}, "CLoM ce"),
+    "ce_classification": (
+        {"CLoM": True, "CLoM_distance": "ce", "CLoM_ce_form": "classification"},
+        "CLoM ce, classification",
+    ),
+    "cos": ({"CLoM": True, "CLoM_distance": "cos"}, "CLoM cos"),
+}
+DEFAULT_ALPHA = DistillFlags().alphas[0]
+# A flag of main.py: one default, one range, one help text.
+_as_distilled = functools.partial(same_flag, DistillFlags)
+
+
+@dataclass(frozen=True)
+class TablesFlags:
+    """Flags of clom.tables; those of main.py's names mean the same for every cell."""
+
+    run: bool = flag(False, "first run what is missing, cheapest first")
+    datasets: tuple[str, ...] = flag(("CIFAR10", "CIFAR100"), "data sets: columns, with ipcs")
+    ipcs: tuple[int, ...] = flag((1, 10, 50), "images per class: columns, with datasets", minimum=1)
+    methods: tuple[str, ...] = flag(labelled(), "distillers: rows, with variants")
+    variants: tuple[str, ...] = flag(
+        tuple(VARIANTS),
+        "none (without CLoM), ce, ce_classification, cos, each with its weight after a colon if "
+        "it is not 1000: cos:100",
+    )
+    num_exp: int = flag(3, "experiments per cell, each with a seed of its own", minimum=1)
+    seed: int = flag(0, "seed of the first experiment; the next ones add 1", minimum=0)
+    steps_scale: float = flag(
+        1.0, "factor on iterations and evaluation epochs; shortened cells are marked †", above=0
+    )
+    log_dir: Path = flag(Path("./test_log/clom"), "folder of the cells and runs; the table is written there")
+    published: Path | None = flag(
+        None, "JSON file of published numbers: {data set: {row: {ipc: [mean, std]}}}"
+    )
+
+    model: str = _as_distilled("model")
+    img_size: int | None = _as_distilled("img_size")
+    Iteration: int | None = _as_distilled("Iteration")
+    num_eval: int = _as_distilled("num_eval")
+    epoch_eval_train: int | None = _as_distilled("epoch_eval_train")
+    lr_img: float | None = _as_distilled("lr_img")
+    batch_real: int = _as_distilled("batch_real")
+    init: str | None = _as_distilled("init")
+    models_pool: tuple[str, ...] = _as_distilled("models_pool")
+    model_num: int = _as_distilled("model_num")
+    epoch: int = _as_distilled("epoch")
+    CLoM_batch_size: int = _as_distilled("CLoM_batch_size")
+    source_dataset: str | None = flag(
+        None, "what the models of cos were trained on; default: the cell's data set"
+    )
+    pretrained_path: Path = _as_distilled("pretrained_path")
+    CLoM_teacher_stats: str = _as_distilled("CLoM_teacher_stats")
+    data_path: Path | None = _as_distilled("data_path")
+    device: str | None = _as_distilled("device")
+    gpu_id: int = _as_distilled("gpu_id")
+    save_every: int = _as_distilled("save_every")
+
+    def __post_init__(self) -> None:
+        """Names of listed sets get their published spelling, as in main.py."""
+        object.__setattr__(self, "datasets", tuple(map(DC_SPECS.spelling, self.datasets)))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """No CLoM, or one form of it with its weight.
+
+    Attributes:
+        name: a key of VARIANTS.
+        alpha: weight of the term.
+    """
+
+    name: str
+    alpha: float = DEFAULT_ALPHA
+
+    @property
+    def heading(self) -> str:
+        """Empty without CLoM; the weight is named where it is not the default."""
+        text = VARIANTS[self.name][1]
+        return text if self.alpha == DEFAULT_ALPHA else f"{text}, α {self.alpha:g}"
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What it sets of main.py's flags."""
+        values = VARIANTS[self.name][0]
+        return {**values, "alphas": (self.alpha,)} if values["CLoM"] else values
+
+
+def parse_variant(text: str) -> Variant:
+    """`cos:100` -> cos with weight 100.
+
+    Raises:
+        UserError: an unknown name, or a weight that is none.
+    """
+    name, colon, weight = text.partition(":")
+    pick(VARIANTS, name, "--variants")
+    try:
+        alpha = float(weight) if colon else DEFAULT_ALPHA
+    except ValueError:
+        alpha = -1.0
+    if not 0 <= alpha < float("inf") or (colon and name == "none"):
+        raise UserError(f"--variants {text}: expected NAME or, with CLoM, NAME:WEIGHT (cos:100)")
+    return Variant(name, alpha)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """What is measured for one cell of the printed table.
+
+    Attributes:
+        dataset: of its column.
+        ipc: of its column.
+        method: distiller of its row.
+        variant: of its row.
+        start: the value is that of the images before distillation.
+    """
+
+    dataset: str
+    ipc: int
+    method: str
+    variant: Variant
+    start: bool = False
+
+    @property
+    def row(self) -> str:
+        """Heading of the row."""
+        if self.start:
+            return RANDOM
+        heading = self.variant.heading
+        return f"{self.method} + {heading}" if heading else self.method
+
+    @property
+    def column(self) -> str:
+        """Heading of the column."""
+        return f"{self.dataset}, {self.ipc} ipc"
+
+    def run_flags(self, flags: TablesFlags) -> DistillFlags:
+        """main.py's flags, resolved and shortened by `steps_scale`, without a seed.
+
+        Raises:
+            UserError: flags that do not fit together.
+        """
+        method, names = find_method(self.method), {f.name for f in dataclasses.fields(DistillFlags)}
+        shared = {k: v for k, v in vars(flags).items() if k in names - {"num_exp", "seed"}}
+        pool = (
+            "models_pool",
+            "model_num",
+            "epoch",
+            "CLoM_batch_size",
+            "source_dataset",
+            "CLoM_teacher_stats",
         )
-        for place, mine in collect(flags, cells).items()
-    ]  # fmt: skip
+        if not self.variant.flags["CLoM"]:  # what is not used must not make another cell
+            shared = {k: v for k, v in shared.items() if k not in pool}
+        elif self.variant.flags["CLoM_distance"] == "ce":
+            shared["source_dataset"] = self.dataset
+        shared |= {k: v for k, v in self.published().items() if shared.get(k) is None}
+        for name in ("Iteration", "epoch_eval_train"):
+            shared[name] = max(1, round(flags.steps_scale * shared[name]))
+        shared["gpu_id"] = local_gpu(flags.gpu_id)
+        given = DistillFlags(
+            **shared,
+            **self.variant.flags,
+            dataset=self.dataset,
+            ipc=self.ipc,
+            method=method.name,
+            eval_interval=shared["Iteration"],
+        )
+        return resolved(method, given)
+
+    def published(self) -> dict[str, Any]:
+        """The published settings of the cell: length, evaluation, and what the method's row says."""
+        method = find_method(self.method)
+        default = resolved(method, DistillFlags(method=method.name, dataset=self.dataset))
+        epochs = evaluation_recipe(method, default, default.model).epochs - 1  # epochs 0 to E
+        length = {"Iteration": default.Iteration, "epoch_eval_train": epochs}
+        return {**length, **method.published(self.dataset, self.ipc)}
+
+    def is_shortened(self, flags: TablesFlags) -> bool:
+        """Whether its cells take less than the published iterations or evaluation epochs."""
+        mine, theirs = self.run_flags(flags), self.published()
+        return any(getattr(mine, name) < theirs[name] for name in ("Iteration", "epoch_eval_train"))
+
+    def is_published(self, flags: TablesFlags) -> bool:
+        """Whether network, size, start, rate and real batch are those of the published cell.
+
+        Its length is not asked about: shortened cells are marked.
+        """
+        spec = DC_SPECS.get(self.dataset)
+        own_size = flags.img_size is None or (spec is not None and flags.img_size in spec.sizes)
+        names = ("model", "init") if self.start else ("model", "init", "lr_img", "batch_real")
+        mine, theirs = self.run_flags(flags), self.run_flags(TablesFlags())
+        return own_size and all(getattr(mine, name) == getattr(theirs, name) for name in names)
+
+    def place(self, flags: TablesFlags, published: Number | None) -> Place:
+        """Its cells are known by their flags; of other data or models the latest count."""
+        shortened = self.is_shortened(flags)
+        return Place(
+            self.row,
+            self.column,
+            settings(self.run_flags(flags)),
+            field="start_accuracies" if self.start else "accuracies",
+            origin=("data", "teachers"),
+            shortened=lambda cell: shortened,
+            published=published if self.is_published(flags) else None,
+        )
 
 
-def published_number(flags: TablesFlags, place: Place, published: Published) -> Number | None:
-    """The number to print beside ours, if it was measured with these settings."""
-    number = published.get((place.dataset, place.row, str(place.ipc)))
-    return number if as_published(flags, place) else None
+def spots(flags: TablesFlags) -> list[Spot]:
+    """All cells in reading order. DM starts from random real images: they get a row.
+
+    Raises:
+        UserError: a bad variant.
+    """
+    variants = [parse_variant(text) for text in dict.fromkeys(flags.variants)]
+    methods = list(dict.fromkeys(flags.methods))
+    rows = [(method, variant, False) for method in methods for variant in variants]
+    plain = Variant("none")
+    real = [m for m in methods if (flags.init or find_method(m).defaults["init"]) == "real"]
+    if real and plain in variants:
+        rows.insert(0, (real[0], plain, True))
+    return [
+        Spot(dataset, ipc, method, variant, start)
+        for method, variant, start in rows
+        for dataset in dict.fromkeys(flags.datasets)
+        for ipc in dict.fromkeys(flags.ipcs)
+    ]
+
+
+def settings(run: DistillFlags) -> dict[str, Any]:
+    """What identifies a cell, except seed, data and pre-trained models; plain JSON values."""
+    values = cli.identity(run)
+    del values["pretrained_path"], values["eval_interval"]
+    return json.loads(json.dumps(values))
+
+
+def cell_key(run: DistillFlags, seed: int) -> dict[str, Any]:
+    """All that identifies a cell.
+
+    Raises:
+        UserError: missing or unreadable data or pre-trained models.
+    """
+    facts = data_facts(run.dataset, run.data_path, run.img_size)
+    return {
+        **settings(run),
+        "seed": seed,
+        "data": facts.fingerprint,
+        "teachers": teacher_fingerprints(run) if run.CLoM else [],
+    }
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A prepared set: digest of all images and labels, (C, H, W), number of classes."""
+
+    fingerprint: str
+    img_shape: tuple[int, int, int]
+    num_classes: int
+
+
+@functools.cache
+def data_facts(dataset: str, data_path: Path | None, img_size: int | None) -> Facts:
+    """Read a set once.
+
+    Raises:
+        UserError: as `load_data`.
+    """
+    image_set = load_data(DistillFlags(dataset=dataset, data_path=data_path, img_size=img_size))
+    splits = [s for s in (image_set.train, image_set.test) if s is not None]
+    digest = checkpoint.fingerprint(*(t for s in splits for t in (s.images, s.labels)))
+    return Facts(digest, tuple(image_set.img_shape), image_set.num_classes)
+
+
+def teacher_fingerprints(run: DistillFlags) -> list[str]:
+    """One digest per pre-trained model; those of transformers are known by their name."""
+    found = []
+    for name in run.models_pool:
+        if name.startswith(PREFIX):
+            found.append(name)
+            continue
+        paths = find_checkpoints(run.pretrained_path, run.source_dataset, name, run.epoch, run.model_num)
+        found += [_digest(path, path.stat().st_mtime) for path in paths]
+    return found
+
+
+@functools.cache
+def _digest(path: Path, changed: float) -> str:
+    state = checkpoint.load_state(path, what="pre-trained model")
+    return checkpoint.fingerprint(*(state[key] for key in sorted(state)))
+
+
+def missing_jobs(flags: TablesFlags) -> list[Job]:
+    """One job for every cell and seed that is not measured; each is one run of its own folder.
+
+    Raises:
+        UserError: flags that do not fit together.
+    """
+    store, jobs = CellStore(flags.log_dir / RESULTS), []
+    for spot in spots(flags):
+        if spot.start:  # comes with the cell that it is the start of
+            continue
+        run = spot.run_flags(flags)
+        for seed in range(flags.seed, flags.seed + flags.num_exp):
+            name = f"{spot.column}: {spot.row}, seed {seed}"
+            try:
+                key = cell_key(run, seed)
+            except UserError as error:  # said in its turn, the others go on
+                jobs.append(Job(name, 0.0, functools.partial(_refuse, str(error))))
+                continue
+            if store.get(key) is None:
+                job = functools.partial(run_cell, flags, spot, run, key)
+                jobs.append(Job(name, estimate(run), job))
+    return jobs
+
+
+def _refuse(message: str) -> None:
+    raise UserError(message)
+
+
+def run_cell(flags: TablesFlags, spot: Spot, run: DistillFlags, key: dict[str, Any]) -> None:
+    """Distil, evaluate, append the cell. A run that was stopped resumes from its last checkpoint.
+
+    Raises:
+        UserError: as `run_method`.
+    """
+    name = f"{spot.dataset}_{spot.method}_ipc{spot.ipc}_{spot.variant.name}_seed{key['seed']}"
+    folder = flags.log_dir / "runs" / f"{name}_{CellStore.identity(key)[:8]}"
+    began = time.perf_counter()
+    own = dataclasses.replace(run, seed=key["seed"], save_path=folder)
+    run_method(find_method(spot.method), own)
+    after = json.loads((folder / "results.json").read_text())["networks"][0]["accuracies"]
+    percent = [100 * a for a in after]
+    CellStore(flags.log_dir / RESULTS).add(
+        key,
+        accuracy=sum(percent) / len(percent),
+        accuracies=percent,
+        start_accuracies=[100 * a for a in accuracies_at_start(folder)],
+        variant=spot.variant.name,
+        steps_scale=flags.steps_scale,
+        folder=folder.name,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def accuracies_at_start(folder: Path) -> list[float]:
+    """In [0, 1]: those of the images before the first iteration."""
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        if entry.get("iteration") == 0 and "test" in entry:
+            return next(iter(entry["test"].values()))
+    return []
+
+
+def estimate(run: DistillFlags) -> float:
+    """Operations of one cell: outer steps, CLoM's model, two evaluations.
+
+    A training step is taken as three forward passes; CLoM's model as the distilled network.
+    """
+    facts, row = data_facts(run.dataset, run.data_path, run.img_size), find_method(run.method)
+    synthetic = run.ipc * facts.num_classes
+    images = run.Iteration * row.distiller.cost(run, facts.num_classes)
+    images += 2 * run.num_eval * 3 * run.epoch_eval_train * synthetic
+    return float(images) * _network_flops(run.model, facts.img_shape, facts.num_classes)
+
+
+@functools.cache
+def _network_flops(model: str, img_shape: tuple[int, int, int], num_classes: int) -> int:
+    channels, *size = img_shape
+    return flops.forward_flops(lambda: get_network(model, channels, num_classes, tuple(size)), img_shape)
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing if asked, then write and print the table."""
-    flags = cli.parse(TablesFlags, argv, prog="python -m clom.tables", description=__doc__)
+    flags = cli.parse(
+        TablesFlags, argv, prog="python -m clom.tables", description=__doc__, choices={"methods": labelled()}
+    )
     published = with_published_file(published_numbers(), flags.published)
-    if flags.run:
-        run_missing(lambda: missing_jobs(flags), Claims(flags.log_dir / "claims"))
-    stem = flags.log_dir / "table"
-    write_table(entries(flags, read_cells(flags.log_dir / RESULTS), published), stem)
-    print(caption(flags))
+    stem, cells = flags.log_dir / "table", spots(flags)
+    places = [spot.place(flags, published.get((spot.dataset, spot.row, str(spot.ipc)))) for spot in cells]
+    missing = (lambda: missing_jobs(flags)) if flags.run else None
+    make_table(places, flags.log_dir / RESULTS, stem, missing)
+    print(caption(flags, all(spot.is_published(flags) for spot in cells)))
     print(f"written: {stem}.md, .csv, .tex")
     return 0
 
 
-def caption(flags: TablesFlags) -> str:
+def caption(flags: TablesFlags, published: bool) -> str:
     """What the numbers are."""
     text = f"test accuracy in % of {flags.model} after the last iteration and epoch; {NOTE}"
     full = [f"{name} {FULL_DATA[name][0]}" for name in flags.datasets if name in FULL_DATA]
-    if not all(as_published(flags, place) for place in places(flags)):
+    if not published:
         text += (
             "; no published number where it belongs to another network (it is ConvNet's), size, "
             "--init, --lr_img or --batch_real"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -10,26 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from clom.config import ValidateFlags, given_seed, parse_epochs, result_name
-from clom.evaluate import Augmentation, Score, score_network
-from clom.inputs import load_data, network_factory
-from clom.originals import in_space
-from clom.teachers import checkpoint_name, model_folder
-from clom.training import Training, check_strategy
+from clom.pool import checkpoint_name, model_folder
+from clom.pretrain import in_space
+from clom.source import load_data, network_factory
 from data.augment import denormalize, normalize
 from data.load import ImageSet
 from data.synthetic import SyntheticSet
-from data.synthetic_forms import detect_form
-from evaluation.side_by_side import side_by_side
+from data.synthetic.forms import detect_form
+from evaluation.measure import CellStore
+from evaluation.parallel import in_parallel
+from evaluation.recipes import check_strategy, sgd_by_epochs
+from evaluation.score import Score, score_network
 from models import eval_pool
 from utils import checkpoint, cli
-from utils.cells import CellStore
 from utils.device import resolve_gpus
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
-from utils.runlog import environment, write_json
+from utils.run_folder import environment, write_json
 from utils.table import markdown, mean_std
 
 
@@ -41,17 +40,18 @@ def validate(flags: ValidateFlags) -> int:
     Raises:
         UserError: bad flags, data or synthetic set.
     """
-    training = Training(
-        flags.epochs, flags.lr, flags.momentum, flags.weight_decay, flags.batch_size,
-        parse_epochs(flags.lr_decay_step, "lr_decay_step"),
-    )  # fmt: skip
     check_strategy(flags.dsa_strategy)
-    augmentation = Augmentation(
-        "dsa", flags.dsa_strategy if flags.dsa else "none", flags.align_corners
-    )
+    recipe = sgd_by_epochs(
+        flags.epochs,
+        flags.lr,
+        flags.momentum,
+        flags.weight_decay,
+        flags.batch_size,
+        parse_epochs(flags.lr_decay_step, "lr_decay_step"),
+    ).override(dsa=flags.dsa_strategy if flags.dsa else "none", align_corners=flags.align_corners)
     names = [flags.model] if flags.eval_mode is None else eval_pool(flags.eval_mode, flags.model)
     print(json.dumps(cli.as_json(flags), indent=2))
-    device, gpus = resolve_gpus(flags.device, flags.gpu, flags.multigpu)
+    device, gpus = resolve_gpus(flags.device, flags.gpu_id, flags.multigpu)
     if len(gpus) > 1:
         print(f"--multigpu {flags.multigpu}: only GPU {gpus[0]} is used, the networks are small")
     if flags.dry_run:
@@ -61,41 +61,72 @@ def validate(flags: ValidateFlags) -> int:
     synthetic = load_synthetic(path, image_set, flags.experiment)
     check_count(synthetic, image_set, flags.ipc, path)
     image_set = in_space(image_set, flags.normalize_data)
-    images = to_space(synthetic.images, synthetic, image_set)
+    synthetic = to_space(synthetic, image_set)
     for name in names:
         network_factory(name, image_set, device)
     settings = {
-        "dataset": flags.dataset, "size": image_set.size, "training": asdict(training),
-        "augmentation": asdict(augmentation), "test_every": flags.save_every,
+        "dataset": flags.dataset,
+        "size": image_set.size,
+        "training": recipe.record(),
+        "test_every": flags.save_every,
         "normalized": flags.normalize_data,
-        "synthetic_set": checkpoint.fingerprint(images, synthetic.targets),
-    }  # fmt: skip
+        "synthetic_set": checkpoint.fingerprint(synthetic.images, synthetic.targets),
+    }
     folder = Path(flags.save_path) / flags.dataset / f"{flags.method}_{flags.model}_ipc{flags.ipc}"
     store = CellStore(Path(flags.save_path) / "results.jsonl")
-    score = functools.partial(
-        score_one, images=images, targets=synthetic.targets, image_set=image_set,
-        training=training, augmentation=augmentation, flags=flags, folder=folder, device=device,
-    )  # fmt: skip
     first = given_seed(flags) or 0
+
+    def score(name: str, seed: int, check: Callable[[], None]) -> Score:
+        """One network, with its state dicts if wanted."""
+        kind = f"{flags.method}_ipc{flags.ipc}"
+        published = model_folder(flags.pretrained_path, flags.dataset, name, kind)
+
+        def save(epoch: int, model: nn.Module, accuracy: float) -> None:
+            if not flags.save_model:
+                return
+            state = {k: v.cpu() for k, v in model.state_dict().items()}
+            checkpoint.save(state, folder / f"{name}_seed{seed}_epoch{epoch}.pth")
+            if epoch == recipe.epochs and seed == first:
+                name_there = checkpoint_name(flags.dataset, name, epoch, kind)
+                checkpoint.save(state, published / name_there)
+
+        return score_network(
+            network_factory(name, image_set, device),
+            synthetic,
+            image_set,
+            recipe,
+            seed=seed,
+            device=device,
+            test_every=flags.save_every,
+            at_test=save,
+            check=check,
+        )
+
     jobs = [
         (name, seed, {**settings, "network": name, "seed": seed})
         for name in names
         for seed in range(first, first + flags.num_eval)
     ]
     missing = [job for job in jobs if flags.save_model or store.get(job[2]) is None]
-    tasks = [lambda check, n=name, s=seed: score(n, s, on_step=check) for name, seed, _ in missing]
+    tasks = [lambda check, n=name, s=seed: score(n, s, check) for name, seed, _ in missing]
     with out_of_memory_says(device, "lower --batch_size"):
-        for (name, seed, key), found in zip(missing, side_by_side(tasks, device), strict=True):
+        for (name, seed, key), found in zip(missing, in_parallel(tasks, device), strict=True):
             store.add(key, **asdict(found))
             print(f"{name}, seed {seed}: {found.final:.4f} after the last epoch", flush=True)
     cells = [store.get(key) for _, _, key in jobs]
     summary = summarize(cells)
-    write_json(folder / "results.json", {
-        "flags": cli.as_json(flags), "synthetic_set": str(path),
-        "environment": environment(device), "summary": summary, "cells": cells,
-    })  # fmt: skip
+    write_json(
+        folder / "results.json",
+        {
+            "flags": cli.as_json(flags),
+            "synthetic_set": str(path),
+            "environment": environment(device),
+            "summary": summary,
+            "cells": cells,
+        },
+    )
     print(table(summary))
-    shown = f"DSA {augmentation.strategy}" if flags.dsa else "none"
+    shown = f"DSA {recipe.dsa}" if flags.dsa else "none"
     print(
         f"test accuracy in [0, 1] after {flags.epochs} epochs, {flags.num_eval} seeds, "
         f"augmentation {shown}; 'best' is the largest over tests every {flags.save_every} epochs, "
@@ -103,38 +134,6 @@ def validate(flags: ValidateFlags) -> int:
     )
     print(f"results: {folder / 'results.json'}")
     return 0
-
-
-def score_one(
-    name: str,
-    seed: int,
-    images: Tensor,
-    targets: Tensor,
-    image_set: ImageSet,
-    training: Training,
-    augmentation: Augmentation,
-    flags: ValidateFlags,
-    folder: Path,
-    device: torch.device,
-    on_step: Callable[[], None],
-) -> Score:
-    """One network, with its state dicts if wanted."""
-    kind = f"{flags.method}_ipc{flags.ipc}"
-    published = model_folder(flags.pretrained_path, flags.dataset, name, kind)
-
-    def save(epoch: int, model: nn.Module, accuracy: float) -> None:
-        if not flags.save_model:
-            return
-        state = {k: v.cpu() for k, v in model.state_dict().items()}
-        checkpoint.save(state, folder / f"{name}_seed{seed}_epoch{epoch}.pth")
-        if epoch == training.epochs and seed == (given_seed(flags) or 0):
-            checkpoint.save(state, published / checkpoint_name(flags.dataset, name, epoch, kind))
-
-    return score_network(
-        network_factory(name, image_set, device), images, targets, image_set, training,
-        augmentation, seed=seed, device=device, test_every=flags.save_every, at_test=save,
-        on_step=on_step,
-    )  # fmt: skip
 
 
 def synthetic_path(flags: ValidateFlags) -> Path:
@@ -150,9 +149,7 @@ def synthetic_path(flags: ValidateFlags) -> Path:
         found = sorted(folder.glob(f"*/{name}"))
         if len(found) != 1:
             shown = ", ".join(map(str, found)) or "none"
-            raise UserError(
-                f"looked for {folder}/*/{name} and found {shown}; give --synthesis_data_path"
-            )
+            raise UserError(f"looked for {folder}/*/{name} and found {shown}; give --synthesis_data_path")
         return found[0]
     if path.is_dir() and not any((path / mark).exists() for mark in ("x_syn.pt", "labels.csv")):
         found = sorted(path.glob("res_*.pt"))
@@ -189,26 +186,25 @@ def load_synthetic(path: Path, image_set: ImageSet, experiment: int = 0) -> Synt
                 f"probabilities of {classes} classes (for features use test.py)"
             )
     elif int(targets.max()) >= classes:
-        raise UserError(
-            f"{path} holds class {int(targets.max())}, {image_set.name} has {classes} classes"
-        )
+        raise UserError(f"{path} holds class {int(targets.max())}, {image_set.name} has {classes} classes")
     if synthetic.stats is None:
         synthetic = replace(synthetic, stats=image_set.stats)
     return synthetic
 
 
 def check_count(synthetic: SyntheticSet, image_set: ImageSet, ipc: int, path: Path) -> None:
-    """Say so where the set does not have ipc images a class."""
+    """Say so where the set does not have ipc images per class."""
     expected = ipc * image_set.num_classes
     if len(synthetic) != expected:
         print(f"note: {path} holds {len(synthetic)} images; --ipc {ipc} means {expected}")
 
 
-def to_space(images: Tensor, synthetic: SyntheticSet, image_set: ImageSet) -> Tensor:
-    """Images in the normalised space of `image_set`, whatever theirs was."""
+def to_space(synthetic: SyntheticSet, image_set: ImageSet) -> SyntheticSet:
+    """The set in the normalised space of `image_set`, whatever its own was."""
     if synthetic.stats == image_set.stats:
-        return images
-    return normalize(denormalize(images, synthetic.stats), image_set.stats)
+        return synthetic
+    images = normalize(denormalize(synthetic.images, synthetic.stats), image_set.stats)
+    return replace(synthetic, images=images, stats=image_set.stats)
 
 
 def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -219,17 +215,27 @@ def summarize(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mean, std = mean_std([cell["final"] for cell in own])
         best, best_std = mean_std([cell["best"] for cell in own])
         rows.append(
-            {"network": name, "n": len(own), "mean": mean, "std": std,
-             "best_on_test_mean": best, "best_on_test_std": best_std}
-        )  # fmt: skip
+            {
+                "network": name,
+                "n": len(own),
+                "mean": mean,
+                "std": std,
+                "best_on_test_mean": best,
+                "best_on_test_std": best_std,
+            }
+        )
     return rows
 
 
 def table(summary: list[dict[str, Any]]) -> str:
     """Networks as rows: the last epoch, and the best one on the test set."""
     rows = [
-        [r["network"], f"{r['mean']:.4f} ± {r['std']:.4f}",
-         f"{r['best_on_test_mean']:.4f} ± {r['best_on_test_std']:.4f}", str(r["n"])]
+        [
+            r["network"],
+            f"{r['mean']:.4f} ± {r['std']:.4f}",
+            f"{r['best_on_test_mean']:.4f} ± {r['best_on_test_std']:.4f}",
+            str(r["n"]),
+        ]
         for r in summary
-    ]  # fmt: skip
+    ]
     return markdown(["network", "last epoch", "best (on test)", "n"], rows)

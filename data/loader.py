@@ -16,6 +16,15 @@ from utils.seed import draw_seed
 Transform = Callable[[Tensor, torch.Generator], Any]
 
 
+def fits(images: Tensor, device: torch.device, limit: int | None = None) -> bool:
+    """Whether images may live on the device: within `limit` bytes, or half of CUDA's free ones."""
+    if limit is None:
+        if device.type != "cuda":
+            return True
+        limit = free_memory(device) // 2
+    return images.numel() * images.element_size() <= limit
+
+
 class ImagePipeline:
     """uint8 or float images in pixel space -> (augmented) normalised float32 batch.
 
@@ -47,9 +56,7 @@ class ViewPipeline:
             the ranks together see what a single process would.
     """
 
-    def __init__(
-        self, stats: Stats, *, pad: int, hflip: bool, shard: tuple[int, int] = (0, 1)
-    ) -> None:
+    def __init__(self, stats: Stats, *, pad: int, hflip: bool, shard: tuple[int, int] = (0, 1)) -> None:
         self.stats, self.pad, self.hflip, self.shard = stats, pad, hflip, shard
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -82,17 +89,16 @@ class TensorLoader:
 
     Args:
         images: (N, C, H, W), or any tensor of N rows.
-        targets: (N, ...) or None; then batches carry None.
-        batch_size: images a batch.
+        targets: (N, ...), or None: batches carry the row numbers instead, int64 on the CPU.
+        batch_size: images per batch.
         device: where batches are wanted.
         generator: CPU generator; order and augmentation come from it alone.
         transform: maps (batch on the device, generator) to the network's input.
-        shuffle: a new order each pass.
+        shuffle: a new order for each pass.
         drop_last: in the endless stream, leave out the incomplete last batch of each pass (a split
             smaller than a batch is one batch).
         max_device_bytes: how much of the device the images may take; None: half of what is free on
             CUDA, no bound elsewhere.
-        with_index: batches carry the row numbers (int64, on the CPU) in place of targets.
         shard: (rank, ranks): each batch of the endless stream is dealt to the ranks row by row, to
             each equally many; the number of ranks divides the batch size. An incomplete last batch
             is dealt as far as it divides, too: at most ranks - 1 images of a pass are left out.
@@ -114,7 +120,6 @@ class TensorLoader:
         shuffle: bool = True,
         drop_last: bool = False,
         max_device_bytes: int | None = None,
-        with_index: bool = False,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         if targets is not None and len(targets) != len(images):
@@ -124,13 +129,13 @@ class TensorLoader:
         self.device, self.generator = torch.device(device), generator
         self.transform, self.shuffle, self.drop_last = transform, shuffle, drop_last
         self.batch_size = min(batch_size, len(images))
-        self.with_index, self.shard = with_index, shard
+        self.shard = shard
         if self.batch_size % shard[1]:
             raise ValueError(f"a batch of {self.batch_size} cannot be dealt to {shard[1]} ranks")
         self.targets = None if targets is None else targets.to(self.device)
-        self.resident = self._fits(images, max_device_bytes)
+        self.resident = fits(images, self.device, max_device_bytes)
         self.images = images.to(self.device) if self.resident else images
-        # Orders have a stream of their own: looking a batch ahead cannot disturb augmentation.
+        # Orders have a stream of their own: looking a batch ahead does not disturb augmentation.
         self._order_generator = torch.Generator().manual_seed(draw_seed(generator))
         self._order_state = self._order_generator.get_state()  # before the order in use was drawn
         self._position = -1  # in the endless stream's pass; -1: no pass has begun
@@ -139,16 +144,22 @@ class TensorLoader:
         """Batches of one epoch, the incomplete last one included."""
         return -(-len(self.images) // self.batch_size)
 
-    def epoch(self) -> Iterator[tuple[Any, Tensor | None]]:
+    @property
+    def steps_per_pass(self) -> int:
+        """Batches of one pass of the endless stream."""
+        whole = len(self.images) // self.batch_size
+        return whole if self.drop_last else len(self)
+
+    def epoch(self) -> Iterator[tuple[Any, Tensor]]:
         """One pass over all samples; the last batch may be smaller."""
         return self._batches(self._one_pass())
 
-    def forever(self) -> Iterator[tuple[Any, Tensor | None]]:
+    def forever(self) -> Iterator[tuple[Any, Tensor]]:
         """Batches without end; continues where `load_state_dict` or the last call left off."""
         return self._batches(self._endless())
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the endless stream: enough to go on with exactly the next batch."""
+        """Position of the endless stream: enough to continue with exactly the next batch."""
         return {
             "order_state": self._order_state,
             "position": self._position,
@@ -160,21 +171,12 @@ class TensorLoader:
         self._order_state, self._position = state["order_state"], state["position"]
         self.generator.set_state(state["generator"])
 
-    def _fits(self, images: Tensor, limit: int | None) -> bool:
-        if limit is None:
-            if self.device.type != "cuda":
-                return True
-            limit = free_memory(self.device) // 2
-        return images.numel() * images.element_size() <= limit
-
     def _new_order(self) -> tuple[Tensor, Tensor]:
         """A pass's order where the images live, and on the CPU."""
-        count = len(self.images)
+        order = torch.arange(len(self.images))
         if self.shuffle:
-            order = torch.randperm(count, generator=self._order_generator)
-        else:
-            order = torch.arange(count)
-        # Moved once a pass, not once a batch.
+            order = torch.randperm(len(order), generator=self._order_generator)
+        # Moved once per pass, not once per batch.
         return (order.to(self.device) if self.resident else order), order
 
     def _endless(self) -> Iterator[_Slice]:
@@ -197,32 +199,27 @@ class TensorLoader:
         for own in zip(*(o.split(self.batch_size) for o in self._new_order()), strict=True):
             yield _Slice(*own, self._order_state, self._position)
 
-    def _batches(self, slices: Iterator[_Slice]) -> Iterator[tuple[Any, Tensor | None]]:
+    def _batches(self, slices: Iterator[_Slice]) -> Iterator[tuple[Any, Tensor]]:
         for part, x in self._gather(slices):
             self._order_state, self._position = part.order_state, part.end
             if self.transform is not None:
                 x = self.transform(x, self.generator)
-            yield x, self._labels(part)
-
-    def _labels(self, part: _Slice) -> Tensor | None:
-        if self.with_index:
-            return part.host_index
-        return None if self.targets is None else self.targets[part.index.to(self.device)]
+            if self.targets is None:
+                yield x, part.host_index
+            else:
+                yield x, self.targets[part.index.to(self.device)]
 
     def _gather(self, slices: Iterator[_Slice]) -> Iterator[tuple[_Slice, Tensor]]:
         if self.resident:
-            for part in slices:
-                yield part, self.images.index_select(0, part.index)
+            yield from ((part, self.images.index_select(0, part.index)) for part in slices)
             return
         copier = _PinnedCopier(self.images, self.batch_size, self.device)
-        ahead = None
-        for part in slices:
-            following = (part, copier.start(part.index))
-            if ahead is not None:
-                yield ahead[0], copier.finish(ahead[1])
-            ahead = following
-        if ahead is not None:
-            yield ahead[0], copier.finish(ahead[1])
+        ahead = ((part, copier.start(part.index)) for part in slices)
+        current = next(ahead, None)
+        while current is not None:
+            following = next(ahead, None)  # copied while the current one is in use
+            yield current[0], copier.finish(current[1])
+            current = following
 
 
 class _PinnedCopier:

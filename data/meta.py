@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +67,28 @@ def measure_statistics(images: Tensor) -> Stats:
     """
     scale = 255.0 if images.dtype == torch.uint8 else 1.0
     total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
-    pixels = images.numel() // max(1, len(images))
-    for chunk in images.split(max(1, (1 << 22) // max(1, pixels))):
-        chunk = chunk.double().div_(scale)
+    pixels = images[0].numel() if len(images) else 1
+    for chunk in images.split(max(1, (1 << 18) // pixels)):
+        chunk = chunk.double()
         total = total + chunk.sum((0, 2, 3))
         squares = squares + chunk.square().sum((0, 2, 3))
     count = images.numel() / images.shape[1]
     mean = total / count
-    std = (squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1e-3)
-    return Stats(tuple(mean.tolist()), tuple(std.tolist()))
+    std = (squares / count - mean.square()).clamp_min(0).sqrt()
+    return Stats(tuple((mean / scale).tolist()), tuple((std / scale).clamp_min(1e-3).tolist()))
+
+
+def stored_statistics(folder: Path | str, size: int, channels: int) -> Stats | None:
+    """The statistics in meta.json; None if it has none at this size.
+
+    Raises:
+        UserError: its values do not fit.
+    """
+    path = Path(folder) / "meta.json"
+    stats = Stats.parse(read_meta(folder)["sizes"].get(str(size), {}), path)
+    if stats is not None:
+        stats.check_channels(channels, path)
+    return stats
 
 
 def own_statistics(folder: Path | str, size: int, images: Tensor) -> Stats:
@@ -86,20 +98,17 @@ def own_statistics(folder: Path | str, size: int, images: Tensor) -> Stats:
     written, a line says so and they are measured again next time.
 
     Raises:
-        UserError: meta.json holds values that do not fit.
+        UserError: meta.json holds values that do not fit, or there are no images to measure.
     """
-    path = Path(folder) / "meta.json"
-    entry = read_meta(folder)["sizes"].get(str(size), {})
-    if "mean" in entry and "std" in entry:
-        try:
-            stats = Stats(tuple(map(float, entry["mean"])), tuple(map(float, entry["std"])))
-        except (TypeError, ValueError):
-            raise UserError(f"{path}: mean and std must be lists of numbers") from None
-        if not len(stats.mean) == len(stats.std) == images.shape[1] or min(stats.std) <= 0:
-            raise UserError(f"{path}: mean and std do not fit images of {images.shape[1]} channels")
-        if not all(math.isfinite(value) for value in stats.mean + stats.std):
-            raise UserError(f"{path}: mean and std must be finite")
+    stats = stored_statistics(folder, size, images.shape[1])
+    if stats is not None:
         return stats
+    if not len(images):  # nothing stands in for the training images while these stay closed
+        raise UserError(
+            f"{Path(folder) / 'meta.json'} holds no mean and std at size {size}, and the training "
+            "images are not to be read; any command that trains on them (krr_st.kd_teacher) "
+            "stores them"
+        )
     stats = measure_statistics(images)
     try:
         update_meta(folder, size, {"mean": list(stats.mean), "std": list(stats.std)})

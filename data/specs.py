@@ -7,7 +7,13 @@ and each family reads its own row. The prepared tensors on disk are shared.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -16,6 +22,31 @@ class Stats:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @classmethod
+    def parse(cls, facts: Mapping[str, Any], path: Path) -> Stats | None:
+        """What a JSON object has under "mean" and "std"; None if either is absent or null.
+
+        Raises:
+            UserError: unusable values; names `path`.
+        """
+        if facts.get("mean") is None or facts.get("std") is None:
+            return None
+        try:
+            mean, std = (tuple(float(value) for value in facts[key]) for key in ("mean", "std"))
+            usable = len(mean) == len(std) and min(std) > 0 and all(map(math.isfinite, mean + std))
+        except (TypeError, ValueError):
+            usable = False
+        if not usable:
+            raise UserError(f"{path}: mean and std must be equally long lists of finite numbers, std above 0")
+        return cls(mean, std)
+
+    def check_channels(self, channels: int, what: Path | str) -> None:
+        """Refuse statistics of other images; the UserError names `what`."""
+        if not len(self.mean) == len(self.std) == channels or min(self.std) <= 0:
+            raise UserError(
+                f"{what}: mean {self.mean} and std {self.std} do not fit images of {channels} channels"
+            )
 
 
 @dataclass(frozen=True)
@@ -41,76 +72,60 @@ class DatasetSpec:
     has_test: bool = True
 
 
-def _stats(mean: str, std: str) -> Stats:
-    return Stats(tuple(map(float, mean.split())), tuple(map(float, std.split())))
+# Name, classes, size, mean and std of red, green and blue; the first size of a name is its default.
+# `flowers` at 32: the release has 0.3030 for the green mean, a typo against 0.3830 at 64 and 224.
+_KRR_TABLE = """
+svhn           10   32  .4377 .4438 .4728  .1980 .2010 .1970
+svhn           10   64  .4377 .4438 .4728  .1981 .2011 .1971
+cifar10        10   32  .4914 .4822 .4465  .2470 .2435 .2616
+cifar10        10   64  .4914 .4821 .4465  .2469 .2433 .2614
+cifar100      100   32  .5071 .4866 .4409  .2673 .2564 .2762
+cifar100      100   64  .5070 .4865 .4409  .2671 .2562 .2760
+aircraft      100   32  .4804 .5116 .5349  .2021 .1953 .2297
+aircraft      100   64  .4797 .5108 .5341  .2117 .2049 .2380
+aircraft      100  224  .4797 .5109 .5342  .2204 .2135 .2451
+cars          196   32  .4706 .4600 .4548  .2746 .2740 .2831
+cars          196   64  .4707 .4601 .4549  .2836 .2826 .2914
+cars          196  224  .4707 .4601 .4549  .2927 .2917 .3001
+cub2011       200   32  .4857 .4995 .4324  .2145 .2098 .2496
+cub2011       200   64  .4856 .4995 .4324  .2218 .2170 .2564
+cub2011       200  224  .4856 .4994 .4324  .2295 .2250 .2635
+dogs          120   32  .4765 .4516 .3911  .2490 .2435 .2479
+dogs          120   64  .4765 .4517 .3911  .2551 .2495 .2539
+dogs          120  224  .4765 .4517 .3912  .2617 .2564 .2607
+flowers       102   32  .4344 .3830 .2955  .2811 .2318 .2607
+flowers       102   64  .4344 .3830 .2955  .2878 .2390 .2674
+flowers       102  224  .4344 .3830 .2955  .2928 .2449 .2726
+tinyimagenet  200   64  .4802 .4481 .3975  .2770 .2691 .2821
+tinyimagenet  200   32  .4802 .4481 .3975  .2770 .2691 .2821
+imagenet     1000   64  .4810 .4574 .4078  .2633 .2560 .2708
+imagenet     1000   32  .4810 .4574 .4078  .2633 .2560 .2708
+imagenette     10  224  .4655 .4546 .4250  .2804 .2754 .2965
+"""
 
 
-def _krr(folder: str, num_classes: int, rows: dict[int, tuple[str, str]], **other) -> DatasetSpec:
-    stats = {size: _stats(*row) for size, row in rows.items()}
-    return DatasetSpec(folder, num_classes, sizes=tuple(stats), stats=stats, **other)
+def _krr_specs() -> dict[str, DatasetSpec]:
+    stats: dict[tuple[str, int], dict[int, Stats]] = {}
+    for row in _KRR_TABLE.strip().splitlines():
+        name, classes, size, *values = row.split()
+        mean, std = tuple(map(float, values[:3])), tuple(map(float, values[3:]))
+        stats.setdefault((name, int(classes)), {})[int(size)] = Stats(mean, std)
+    return {
+        name: DatasetSpec(
+            name, classes, sizes=tuple(sizes), stats=sizes, hflip=name != "svhn", has_test=name != "imagenet"
+        )
+        for (name, classes), sizes in stats.items()
+    }
 
 
-# KRR-ST family (`--data_name`). `flowers` at 32: the release has 0.3030 for the green mean, a typo
-# against 0.3830 at 64 and 224.
-KRR_SPECS: dict[str, DatasetSpec] = {
-    "svhn": _krr("svhn", 10, {
-        32: (".4377 .4438 .4728", ".1980 .2010 .1970"),
-        64: (".4377 .4438 .4728", ".1981 .2011 .1971"),
-    }, hflip=False),
-    "cifar10": _krr("cifar10", 10, {
-        32: (".4914 .4822 .4465", ".2470 .2435 .2616"),
-        64: (".4914 .4821 .4465", ".2469 .2433 .2614"),
-    }),
-    "cifar100": _krr("cifar100", 100, {
-        32: (".5071 .4866 .4409", ".2673 .2564 .2762"),
-        64: (".5070 .4865 .4409", ".2671 .2562 .2760"),
-    }),
-    "aircraft": _krr("aircraft", 100, {
-        32: (".4804 .5116 .5349", ".2021 .1953 .2297"),
-        64: (".4797 .5108 .5341", ".2117 .2049 .2380"),
-        224: (".4797 .5109 .5342", ".2204 .2135 .2451"),
-    }),
-    "cars": _krr("cars", 196, {
-        32: (".4706 .4600 .4548", ".2746 .2740 .2831"),
-        64: (".4707 .4601 .4549", ".2836 .2826 .2914"),
-        224: (".4707 .4601 .4549", ".2927 .2917 .3001"),
-    }),
-    "cub2011": _krr("cub2011", 200, {
-        32: (".4857 .4995 .4324", ".2145 .2098 .2496"),
-        64: (".4856 .4995 .4324", ".2218 .2170 .2564"),
-        224: (".4856 .4994 .4324", ".2295 .2250 .2635"),
-    }),
-    "dogs": _krr("dogs", 120, {
-        32: (".4765 .4516 .3911", ".2490 .2435 .2479"),
-        64: (".4765 .4517 .3911", ".2551 .2495 .2539"),
-        224: (".4765 .4517 .3912", ".2617 .2564 .2607"),
-    }),
-    "flowers": _krr("flowers", 102, {
-        32: (".4344 .3830 .2955", ".2811 .2318 .2607"),
-        64: (".4344 .3830 .2955", ".2878 .2390 .2674"),
-        224: (".4344 .3830 .2955", ".2928 .2449 .2726"),
-    }),
-    "tinyimagenet": _krr("tinyimagenet", 200, {
-        64: (".4802 .4481 .3975", ".2770 .2691 .2821"),
-        32: (".4802 .4481 .3975", ".2770 .2691 .2821"),
-    }),
-    "imagenet": _krr("imagenet", 1000, {
-        64: (".4810 .4574 .4078", ".2633 .2560 .2708"),
-        32: (".4810 .4574 .4078", ".2633 .2560 .2708"),
-    }, has_test=False),
-    "imagenette": _krr("imagenette", 10, {
-        224: (".4655 .4546 .4250", ".2804 .2754 .2965"),
-    }),
-    # The embedded set: scikit-learn's handwritten digits, three equal channels.
-    "digits": DatasetSpec("digits", 10, sizes=(16,), hflip=False),
-}  # fmt: skip
+# KRR-ST family (`--data_name`), and the embedded set: scikit-learn's handwritten digits, three
+# equal channels.
+KRR_SPECS = _krr_specs() | {"digits": DatasetSpec("digits", 10, sizes=(16,), hflip=False)}
 
 
 def _dc(folder: str, num_classes: int, size: int, mean: str, std: str, **other) -> DatasetSpec:
-    stats = _stats(mean, std)
-    return DatasetSpec(
-        folder, num_classes, len(stats.mean), (size,), {size: stats}, **other
-    )  # fmt: skip
+    stats = Stats(*(tuple(map(float, values.split())) for values in (mean, std)))
+    return DatasetSpec(folder, num_classes, len(stats.mean), (size,), {size: stats}, **other)
 
 
 _IMAGENET = (".485 .456 .406", ".229 .224 .225")
@@ -140,19 +155,28 @@ class SpecTable(dict[str, DatasetSpec]):
 _IMAGENET_32 = _dc("imagenet", 1000, 32, *_IMAGENET, has_test=False)
 
 # DC family (`--dataset`): the same prepared tensors, read with this family's statistics.
-DC_SPECS = SpecTable({
-    "MNIST": _dc("mnist", 10, 28, ".1307", ".3081", hflip=False),
-    "FashionMNIST": _dc("fashionmnist", 10, 28, ".2861", ".3530"),
-    "SVHN": _dc("svhn", 10, 32, ".4377 .4438 .4728", ".1980 .2010 .1970", hflip=False),
-    "CIFAR10": _dc("cifar10", 10, 32, ".4914 .4822 .4465", ".2023 .1994 .2010"),
-    "CIFAR100": _dc("cifar100", 100, 32, ".5071 .4866 .4409", ".2673 .2564 .2762"),
-    "tinyimagenet": _dc("tinyimagenet", 200, 64, *_IMAGENET),
-    "ImageNet": _IMAGENET_32,
-    "ImageNet-32": _IMAGENET_32,
-    "pathmnist": _dc("pathmnist", 9, 28, ".7406 .5330 .7059", ".1237 .1767 .1244"),
-    **{
-        name: _dc(name.lower(), 10, 224, *_IMAGENET)
-        for name in ("ImageNette", "ImageWoof", "ImageFruit", "ImageYellow", "ImageMeow",
-                     "ImageSquawk")
-    },
-})  # fmt: skip
+DC_SPECS = SpecTable(
+    {
+        "MNIST": _dc("mnist", 10, 28, ".1307", ".3081", hflip=False),
+        "FashionMNIST": _dc("fashionmnist", 10, 28, ".2861", ".3530"),
+        "SVHN": _dc("svhn", 10, 32, ".4377 .4438 .4728", ".1980 .2010 .1970", hflip=False),
+        "CIFAR10": _dc("cifar10", 10, 32, ".4914 .4822 .4465", ".2023 .1994 .2010"),
+        "CIFAR100": _dc("cifar100", 100, 32, ".5071 .4866 .4409", ".2673 .2564 .2762"),
+        "tinyimagenet": _dc("tinyimagenet", 200, 64, *_IMAGENET),
+        "ImageNet": _IMAGENET_32,
+        "ImageNet-32": _IMAGENET_32,
+        "pathmnist": _dc("pathmnist", 9, 28, ".7406 .5330 .7059", ".1237 .1767 .1244"),
+        **{
+            name: _dc(name.lower(), 10, 224, *_IMAGENET)
+            for name in ("ImageNette", "ImageWoof", "ImageFruit", "ImageYellow", "ImageMeow", "ImageSquawk")
+        },
+    }
+)
+
+
+def find_row(name: str | None) -> DatasetSpec | None:
+    """The row of a data set name: either family's spelling, or the prepared folder's."""
+    for table in (KRR_SPECS, DC_SPECS):
+        if name in table:
+            return table[name]
+    return next((row for row in DC_SPECS.values() if row.folder == name), None)

@@ -14,7 +14,7 @@ def few_shot_indices(labels: Tensor, shots: int, generator: torch.Generator) -> 
 
     Args:
         labels: (N,) int64 on the CPU.
-        shots: samples a class.
+        shots: samples per class.
         generator: CPU generator.
 
     Raises:
@@ -25,9 +25,7 @@ def few_shot_indices(labels: Tensor, shots: int, generator: torch.Generator) -> 
     counts = labels.bincount()
     if counts[counts > 0].min() < shots:
         short = int(torch.where(counts > 0, counts, counts.max()).argmin())
-        raise UserError(
-            f"--shots {shots} is more than class {short} has ({int(counts[short])} samples)"
-        )
+        raise UserError(f"--shots {shots} is more than class {short} has ({int(counts[short])} samples)")
     starts = F.pad(counts.cumsum(0), (1, 0))[:-1][counts > 0]
     chosen = by_class[(starts[:, None] + torch.arange(shots)).flatten()]
     return chosen.sort().values
@@ -105,9 +103,13 @@ def linear_probe(
     weight = torch.zeros(num_classes, features.shape[1]).to(features).requires_grad_()
     bias = torch.zeros(num_classes).to(features).requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=max_iter, history_size=20, line_search_fn="strong_wolfe",
-        tolerance_grad=1e-6, tolerance_change=1e-10,
-    )  # fmt: skip
+        [weight, bias],
+        max_iter=max_iter,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-6,
+        tolerance_change=1e-10,
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -8,47 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from data.augment import default_padding
-from data.dsa import diff_augment
 from data.load import ImageSet, ImageSplit
 from data.loader import ImagePipeline, TensorLoader
 from data.synthetic import SyntheticSet
-from evaluation.fit import accuracy, fit, predict, supervised
+from evaluation.fit import StepHook, Trainer, accuracy, predict
 from evaluation.probe import knn_scores, linear_probe, standardize
-from evaluation.recipes import LOSSES, Recipe
+from evaluation.recipes import Recipe
 from utils.errors import pick
 from utils.memory import SplitBatches
-from utils.optim import make_optimizer, make_schedule
 
-StepHook = Callable[[int, Tensor, float], None]
 PROBE_BATCH = 512
 _LARGE_BATCH = 64  # at 224 pixels one map of the zoo's residual networks takes 13 MB an image
-
-
-def train_by_recipe(
-    model: nn.Module,
-    batches,
-    recipe: Recipe,
-    *,
-    steps: int,
-    what: str,
-    on_step: StepHook | None = None,
-) -> nn.Module:
-    """Run `fit` with the loss, optimiser and schedule of `recipe`; terminals get a progress bar.
-
-    A run shorter than the recipe's has a warm-up shortened alike, and no warm-up takes more than
-    half of a run: one given in few epochs or steps would never reach its rate.
-    """
-    optimizer = make_optimizer(
-        recipe.optimizer, model.parameters(), lr=recipe.lr, momentum=recipe.momentum, wd=recipe.wd
-    )
-    shortened = round(recipe.warmup * min(1.0, steps / (recipe.steps or steps)))
-    warmup = min(shortened, steps // 2)
-    schedule = make_schedule(recipe.schedule, optimizer, steps, warmup)
-    loss_fn = supervised(pick(LOSSES, recipe.loss, "loss"))
-    return fit(
-        model, batches, loss_fn, optimizer, schedule, steps=steps, what=what, on_step=on_step,
-        progress=True,
-    )  # fmt: skip
 
 
 def pretrain(
@@ -70,24 +40,21 @@ def pretrain(
         device: where to compute.
         generator: order and augmentation.
         scale: factor on the length.
-        on_step: passed on to `fit`.
+        on_step: called after each step.
 
     Returns:
         `model` in eval mode.
     """
-
-    def augment(x: Tensor, draw: torch.Generator) -> Tensor:
-        # align_corners=True is this family's convention.
-        return diff_augment(x, recipe.dsa, generator=draw, align_corners=True)
-
     loader = TensorLoader(
-        synthetic.images, synthetic.targets, batch_size=recipe.batch_size, device=device,
-        generator=generator, transform=None if recipe.dsa == "none" else augment,
-    )  # fmt: skip
-    steps = recipe.total_steps(len(synthetic), scale)
-    return train_by_recipe(
-        model, loader.forever(), recipe, steps=steps, what="pre-training", on_step=on_step
+        synthetic.images,
+        synthetic.targets,
+        batch_size=recipe.batch_size,
+        device=device,
+        generator=generator,
+        transform=recipe.augment(),
     )
+    trainer = Trainer(model, loader, recipe, scale=scale)
+    return trainer.run(what="pre-training", on_step=on_step, progress=True)
 
 
 def finetune(
@@ -111,19 +78,18 @@ def finetune(
         device: where to compute.
         generator: order and augmentation.
         scale: factor on the length.
-        on_step: passed on to `fit`.
+        on_step: called after each step.
     """
-    pipeline = ImagePipeline(
-        image_set.stats, pad=default_padding(image_set.size), hflip=image_set.hflip
-    )
+    pipeline = ImagePipeline(image_set.stats, pad=default_padding(image_set.size), hflip=image_set.hflip)
     loader = TensorLoader(
-        train.images, train.labels, batch_size=recipe.batch_size, device=device,
-        generator=generator, transform=pipeline,
-    )  # fmt: skip
-    steps = recipe.total_steps(len(train), scale)
-    train_by_recipe(
-        model, loader.forever(), recipe, steps=steps, what="fine-tuning", on_step=on_step
+        train.images,
+        train.labels,
+        batch_size=recipe.batch_size,
+        device=device,
+        generator=generator,
+        transform=pipeline,
     )
+    Trainer(model, loader, recipe, scale=scale).run(what="fine-tuning", on_step=on_step, progress=True)
     scores = outputs(model, image_set.test.images, image_set, device)
     return accuracy(scores, image_set.test.labels)
 
@@ -141,9 +107,14 @@ def outputs(
     """
     batch_size = batch_size or (PROBE_BATCH if image_set.size < 128 else _LARGE_BATCH)
     loader = TensorLoader(
-        images, None, batch_size=batch_size, device=device,
-        generator=torch.Generator(), transform=ImagePipeline(image_set.stats), shuffle=False,
-    )  # fmt: skip
+        images,
+        None,
+        batch_size=batch_size,
+        device=device,
+        generator=torch.Generator(),
+        transform=ImagePipeline(image_set.stats),
+        shuffle=False,
+    )
     return predict(SplitBatches(function), loader.epoch())
 
 

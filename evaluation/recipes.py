@@ -1,16 +1,46 @@
-"""The published training recipes of the KRR-ST tables as data: what is optimised, how, how long."""
+"""Training recipes as data: what is optimised, how, how long; the published ones of both papers."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
-from evaluation.fit import half_squared_error
+from data.augment.dc import OPERATIONS as DC_OPERATIONS
+from data.augment.dc import dc_augment
+from data.augment.dsa import OPERATIONS as DSA_OPERATIONS
+from data.augment.dsa import diff_augment
+from data.loader import Transform
 from utils.errors import pick
+from utils.optim import make_optimizer, make_schedule
+
+
+def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the batch of ½·Σ(f(x) - y)² (the loss of KIP and FRePo); both (B, K)."""
+    return 0.5 * (outputs - targets).square().sum(1).mean()
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Cross-entropy of the student's distribution under the teacher's, temperature 1.
+
+    Args:
+        student_logits: (B, K).
+        teacher_logits: (B, K); no gradient is taken with respect to them.
+
+    Returns:
+        Scalar, mean over the batch of -Σ_k p_k log q_k.
+
+    Source: Lee et al., arXiv 2310.06511, target data-free knowledge distillation (Table 4).
+    """
+    p = teacher_logits.detach().softmax(1)
+    return -(p * student_logits.log_softmax(1)).sum(1).mean()
+
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": F.cross_entropy,
@@ -19,6 +49,22 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
+DECAY = 0.1
+
+
+def no_augmentation(strategy: str | None) -> bool:
+    """Whether a strategy means none; the published default is the word None."""
+    return strategy in (None, "", "none", "None")
+
+
+def check_strategy(strategy: str | None, kind: str = "dsa") -> None:
+    """Raise a UserError for an operation that does not exist; kind is dsa or dc."""
+    table = {"dsa": DSA_OPERATIONS, "dc": DC_OPERATIONS}[kind]
+    for name in () if no_augmentation(strategy) else strategy.split("_"):
+        pick(table, name, f"{kind.upper()} operation")
+
+
+_RARE = ("decay_epochs", "fresh_momentum", "dc", "align_corners", "rate_by_epoch")
 
 
 @dataclass(frozen=True)
@@ -27,16 +73,21 @@ class Recipe:
 
     Attributes:
         loss: a name in LOSSES.
-        optimizer: sgd or adam (AdamW).
+        optimizer: a name in utils.optim.OPTIMIZERS; adam is AdamW.
         lr: learning rate.
         wd: weight decay.
-        schedule: a name in utils.optim.SCHEDULES.
-        batch_size: images a step.
+        schedule: a name in utils.optim.SCHEDULES; not used with `decay_epochs`.
+        batch_size: images per step.
         epochs: length in passes over the training images; 0 where `steps` says it.
         steps: length in optimiser steps; 0 where `epochs` says it.
         warmup: warm-up steps of the schedule.
         dsa: strategy of the differentiable augmentation, or "none".
-        momentum: of sgd.
+        momentum: of sgd and lars.
+        decay_epochs: epochs after which the learning rate falls to a tenth.
+        fresh_momentum: forget the momentum at each decay, as DC's evaluation does.
+        dc: strategy of the older DC augmentation, or "none".
+        align_corners: sampling convention of DSA's scale and rotate; True in the KRR-ST scripts.
+        rate_by_epoch: the schedule moves once per epoch, not once per step.
     """
 
     loss: str
@@ -50,18 +101,29 @@ class Recipe:
     warmup: int = 0
     dsa: str = "none"
     momentum: float = 0.9
+    decay_epochs: tuple[int, ...] = ()
+    fresh_momentum: bool = False
+    dc: str = "none"
+    align_corners: bool = True
+    rate_by_epoch: bool = False
 
     def __str__(self) -> str:
         """What is set, in one line: `loss mse, optimizer sgd, lr 0.1, ...`."""
-        return ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(self).items() if v)
+        return ", ".join(f"{k} {v}" for k, v in self.record().items() if v)
 
-    def epoch_steps(self, count: int) -> int:
-        """Optimiser steps of one pass over `count` images."""
-        return -(-count // self.batch_size)
+    def record(self) -> dict[str, object]:
+        """What identifies the recipe, as plain values; rare settings only where they are set."""
+        usual = {f.name: f.default for f in dataclasses.fields(self)}
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in _RARE or v != usual[k]}
 
-    def total_steps(self, count: int, scale: float = 1.0) -> int:
-        """Optimiser steps on `count` images, times `scale`, at least one."""
-        return max(1, round(scale * (self.steps or self.epochs * self.epoch_steps(count))))
+    def total_steps(self, per_epoch: int, scale: float = 1.0) -> int:
+        """Optimiser steps where a pass takes `per_epoch` steps, times `scale`, at least one."""
+        return max(1, round(scale * (self.steps or self.epochs * per_epoch)))
+
+    def steps_on(self, count: int, scale: float = 1.0) -> int:
+        """Optimiser steps on `count` images, incomplete batches included."""
+        return self.total_steps(-(-count // min(self.batch_size, count)), scale)
 
     def override(self, **values: object) -> Recipe:
         """A copy with every value that is not None put in; setting one length drops the other."""
@@ -72,14 +134,38 @@ class Recipe:
             given["epochs"] = 0
         return dataclasses.replace(self, **given)
 
+    def make_optimizer(self, params: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """The optimiser over `params`, at the full learning rate."""
+        return make_optimizer(self.optimizer, params, lr=self.lr, momentum=self.momentum, wd=self.wd)
 
-_LABELS = Recipe(
-    "cross_entropy", "sgd", 0.01, 5e-4, "tenth_at_half", 256, epochs=1000, dsa=DSA_STRATEGY
-)
+    def make_schedule(self, optimizer: torch.optim.Optimizer, steps: int, per_epoch: int) -> LambdaLR:
+        """The learning-rate schedule of a run of `steps` steps.
+
+        A run shorter than the recipe's has a warm-up shortened alike, and no warm-up takes more
+        than half of a run: one given in few epochs or steps would never reach its rate.
+        """
+        if self.decay_epochs:
+            ends = [epoch * per_epoch for epoch in self.decay_epochs]
+            return LambdaLR(optimizer, lambda step: math.prod(DECAY for end in ends if step >= end))
+        shortened = round(self.warmup * min(1.0, steps / (self.steps or steps)))
+        every = per_epoch if self.rate_by_epoch else 1
+        return make_schedule(self.schedule, optimizer, steps, min(shortened, steps // 2), every)
+
+    def augment(self) -> Transform | None:
+        """A loader's transform of normalised images; None without augmentation."""
+        if not no_augmentation(self.dsa):
+            return lambda x, generator: diff_augment(
+                x, self.dsa, generator=generator, align_corners=self.align_corners
+            )
+        if not no_augmentation(self.dc):
+            return lambda x, generator: dc_augment(x, self.dc, generator)
+        return None
+
+
+_LABELS = Recipe("cross_entropy", "sgd", 0.01, 5e-4, "tenth_at_half", 256, epochs=1000, dsa=DSA_STRATEGY)
 _VECTORS = Recipe(
-    "half_squared_error", "adam", 3e-4, 0.0, "cosine", 500,
-    steps=10000, warmup=500, dsa=DSA_STRATEGY,
-)  # fmt: skip
+    "half_squared_error", "adam", 3e-4, 0.0, "cosine", 500, steps=10000, warmup=500, dsa=DSA_STRATEGY
+)
 _FEATURES = Recipe("mse", "sgd", 0.1, 1e-3, "constant", 256, epochs=1000)
 
 SCRATCH = "scratch"  # no pre-training
@@ -89,18 +175,18 @@ GAUSSIAN = "gaussian"
 PRETRAIN: dict[str, Recipe] = {
     **dict.fromkeys(("random", "kmeans", "dc", "dsa", "dm", "mtt"), _LABELS),
     **dict.fromkeys(("kip", "frepo"), _VECTORS),
-    **dict.fromkeys(
-        ("krr_st", "mkdt", RANDOM_FEATURES, "kmeans_features", GAUSSIAN), _FEATURES
-    ),
-}  # fmt: skip
+    **dict.fromkeys(("krr_st", "mkdt", RANDOM_FEATURES, "kmeans_features", GAUSSIAN), _FEATURES),
+}
 
 # Distillation from a teacher (Table 4), on the synthetic images of a method or on plain noise; the
-# cross-entropy is the one against the teacher's distribution, `evaluation.fit.kd_loss`, and its
-# cosine moves once an epoch.
-_KD = Recipe("cross_entropy", "adam", 1e-4, 0.0, "cosine", 512, epochs=1000, dsa=DSA_STRATEGY)
+# cross-entropy is the one against the teacher's distribution, `kd_loss`.
+_KD = Recipe(
+    "cross_entropy", "adam", 1e-4, 0.0, "cosine", 512, epochs=1000, dsa=DSA_STRATEGY, rate_by_epoch=True
+)
 KD: dict[str, Recipe] = {
-    **dict.fromkeys((SCRATCH, *PRETRAIN), _KD), GAUSSIAN: _KD.override(lr=1e-3, dsa="none"),
-}  # fmt: skip
+    **dict.fromkeys((SCRATCH, *PRETRAIN), _KD),
+    GAUSSIAN: _KD.override(lr=1e-3, dsa="none"),
+}
 
 # Lengths of the vector recipe that the paper sets by source.
 _VECTOR_STEPS = {"tinyimagenet": 40000, "imagenette": 1000}
@@ -134,7 +220,49 @@ def pretrain_recipe(method: str, source: str, model: str, *, kd: bool = False) -
 def finetune_recipe(target: str, model: str, size: int) -> Recipe:
     """How a pre-trained `model` is fine-tuned on `target` at `size` pixels (crop and flip)."""
     return Recipe(
-        "cross_entropy", "sgd", 0.01, 5e-4, "cosine",
+        "cross_entropy",
+        "sgd",
+        0.01,
+        5e-4,
+        "cosine",
         batch_size=64 if model == "resnet18" and size >= 224 else 256,
         steps=10000 if target in _LONG_FINETUNE else _SHORT_FINETUNE,
-    )  # fmt: skip
+    )
+
+
+def sgd_by_epochs(
+    epochs: int, lr: float, momentum: float, wd: float, batch_size: int, decay: tuple[int, ...] = ()
+) -> Recipe:
+    """Cross-entropy by SGD whose rate falls to a tenth after the epochs in `decay`."""
+    return Recipe(
+        "cross_entropy",
+        "sgd",
+        lr,
+        wd,
+        "constant",
+        batch_size,
+        epochs=epochs,
+        momentum=momentum,
+        decay_epochs=decay,
+        align_corners=False,
+    )
+
+
+def dc_evaluation(
+    epochs: int | None, lr: float, batch_size: int, *, dsa: str = "none", dc: str = "none"
+) -> Recipe:
+    """How DC, DSA and DM train a network on a synthetic set to judge it.
+
+    With `epoch_eval_train` = E the epochs are 0 to E, and the rate falls after number E//2+1.
+
+    Args:
+        epochs: E; None: 300, or 1000 with augmentation.
+        lr: learning rate.
+        batch_size: images per step.
+        dsa: strategy of the differentiable augmentation.
+        dc: strategy of the older one.
+    """
+    if epochs is None:
+        epochs = 300 if no_augmentation(dsa) and no_augmentation(dc) else 1000
+    recipe = sgd_by_epochs(epochs + 1, lr, 0.9, 5e-4, batch_size, (epochs // 2 + 2,))
+    return recipe.override(fresh_momentum=True, dsa=dsa, dc=dc)

@@ -17,58 +17,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import data
 from data.augment import normalize, to_float
-from data.load import ImageSet
+from data.load import ImageSet, load_set
 from data.synthetic import SyntheticSet
+from distillation.selection import balanced_indices, kmeans_indices, random_indices
+from evaluation.presets import resolve_preset
 from evaluation.protocols import outputs
+from evaluation.target import load_target, resolve_checkpoint, target_command
 from krr_st.config import BaselineFlags
-from krr_st.presets import resolve_preset
-from krr_st.target_model import load_target, resolve_checkpoint, target_command
 from utils import cli
 from utils.device import resolve_device
 from utils.errors import UserError, entry_point, pick
 from utils.seed import derive_seed, make_generator, resolve_seed
-
-
-def random_indices(image_set: ImageSet, count: int, generator: torch.Generator) -> Tensor:
-    """`count` images drawn uniformly without replacement, labels unseen."""
-    return torch.randperm(len(image_set.train), generator=generator)[:count]
-
-
-def balanced_indices(image_set: ImageSet, count: int, generator: torch.Generator) -> Tensor:
-    """`count` images in class order, class counts as equal as `count` and the classes allow."""
-    labels = image_set.train.labels
-    order = torch.randperm(len(labels), generator=generator)
-    by_class = order[labels[order].argsort(stable=True)]
-    sizes = labels.bincount(minlength=image_set.num_classes)
-    # Rank of each image within its class; the lowest ranks of all classes are taken first.
-    starts = sizes.cumsum(0) - sizes
-    rank = torch.arange(len(labels)) - starts[labels[by_class]]
-    chosen = by_class[rank.argsort(stable=True)[:count]]
-    return chosen[labels[chosen].argsort(stable=True)]
-
-
-def kmeans_indices(points: Tensor, count: int, seed: int) -> Tensor:
-    """The image nearest to each of `count` k-means centres, no image twice.
-
-    Args:
-        points: (N, d) pixels or features.
-        count: centres.
-        seed: of k-means++.
-    """
-    from sklearn.cluster import MiniBatchKMeans
-
-    points = points.flatten(1).float().cpu()
-    model = MiniBatchKMeans(count, random_state=seed % 2**32, n_init=3, batch_size=4096)
-    centres = torch.from_numpy(model.fit(points.numpy()).cluster_centers_).float()
-    chosen: list[int] = []
-    taken = torch.zeros(len(points), dtype=torch.bool)
-    for centre in centres:
-        distance = (points - centre).square().sum(1).masked_fill(taken, torch.inf)
-        chosen.append(int(distance.argmin()))
-        taken[chosen[-1]] = True
-    return torch.tensor(chosen)
 
 
 @dataclass(frozen=True)
@@ -106,9 +66,7 @@ class Request:
         if self.space == "pixel":
             points = to_float(self.image_set.train.images)
         else:
-            points = outputs(
-                self.target(), self.image_set.train.images, self.image_set, self.device
-            )
+            points = outputs(self.target(), self.image_set.train.images, self.image_set, self.device)
         return kmeans_indices(points, self.count, derive_seed(self.seed, "kmeans"))
 
 
@@ -156,29 +114,28 @@ BASELINES: dict[str, Callable[[Request], tuple[Tensor, Tensor]]] = {
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Make one baseline set and write {synthetic_data_dir}/{data_name}/{method}/."""
-    flags = cli.parse(
-        BaselineFlags, argv, prog="python -m krr_st.baselines", description=main.__doc__
-    )
+    flags = cli.parse(BaselineFlags, argv, prog="python -m krr_st.baselines", description=main.__doc__)
     make = pick(BASELINES, flags.method, "method")
     seed = resolve_seed(flags.seed)
     device = resolve_device(flags.device, flags.gpu_id)
     preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
-    image_set = data.load(flags.data_name, preset.size, flags.data_dir, splits=("train",))
+    image_set = load_set(flags.data_name, preset.size, flags.data_dir, splits=("train",))
     count = flags.num_images or preset.num_images
     if count > len(image_set.train) and make is not _gaussian:
         raise UserError(
-            f"--num_images {count} is more than the {len(image_set.train)} images "
-            f"in {image_set.train.path}"
+            f"--num_images {count} is more than the {len(image_set.train)} images in {image_set.train.path}"
         )
     target_model = flags.target_model or preset.target_model
     path = resolve_checkpoint(target_model, flags.target_ckpt, flags.data_name)
     hint = target_command(target_model, flags.data_name, preset.size, flags.data_dir)
     request = Request(
-        image_set, count, flags.kmeans_space, seed, device,
-        lambda: load_target(
-            target_model, path, image_set.img_shape, device, hint, image_set.stats
-        ),
-    )  # fmt: skip
+        image_set,
+        count,
+        flags.kmeans_space,
+        seed,
+        device,
+        lambda: load_target(target_model, path, image_set.img_shape, device, hint, image_set.stats),
+    )
     x, y = make(request)
     folder = Path(flags.synthetic_data_dir) / flags.data_name / flags.method
     info = {"method": flags.method, "seed": seed}

@@ -20,17 +20,17 @@ import torch
 
 from data.augment import denormalize
 from data.synthetic import SyntheticSet
-from evaluation.equivalence import Worth, worth
+from evaluation.equivalent_images import Equivalent, equivalent_images
 from utils import cli
 from utils.cli import flag
 from utils.errors import UserError, entry_point
-from utils.images import save_grid
+from utils.plots import save_grid
 from utils.table import format_mean_std, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 # Networks of the labelled and of the unlabelled family.
 LABELLED, UNLABELLED = "ConvNetW32", "convnet_32_64_128_bn"
-RANDOM = (1, 2, 5, 10)  # real images a class that the ten distilled ones are compared with
+RANDOM = (1, 2, 5, 10)  # real images per class that the ten distilled ones are compared with
 DISTILLED = {"dm": "DM", "dm_clom": "DM + CLoM"}
 MORE = 5  # random images with features, in multiples of the synthetic ones
 
@@ -72,13 +72,13 @@ def labelled(flags: DemoFlags) -> dict[str, str]:
         "--CLoM_batch_size 256"
     )
     steps = {
-        f"Random real images, {count} a class": (
+        f"Random real images, {count} per class": (
             f"{shared} --ipc {count} --Iteration 0 --save_path condensed/random_{count}"
         )
         for count in RANDOM
     }
     return steps | {
-        "One image a class distilled with DM": f"{dm} --save_path condensed/dm",
+        "One image per class distilled with DM": f"{dm} --save_path condensed/dm",
         "The pre-trained model that guides CLoM": (
             f"train_original_models.py --normalize_data --dataset digits --model {LABELLED} "
             f"--num 1 --epochs {flags.epochs} --save_every {flags.epochs} --batch_size 64 "
@@ -174,11 +174,8 @@ def labelled_table(folder: Path) -> str:
         for count in RANDOM
     ]
     for name, label in DISTILLED.items():
-        equal = worth(curve, _mean(found[name]), 10)
-        lines.append(
-            [f"10 images by {label}", format_mean_std(found[name]),
-             _images(equal)]
-        )  # fmt: skip
+        equal = equivalent_images(curve, _mean(found[name]), 10)
+        lines.append([f"10 images by {label}", format_mean_std(found[name]), _images(equal)])
     header = ["a fresh network trained on", "test accuracy", "as good as so many random ones"]
     return markdown(header, lines)
 
@@ -187,8 +184,8 @@ def unlabelled_table(flags: DemoFlags) -> str:
     """Pre-trainings by their error of target features and their probes; what the seeds say."""
     columns = {
         "error of target features": ("target_error", "all", "outputs"),
-        "outputs, 10 labels a class": ("linear", "10", "outputs"),
-        "body, 10 labels a class": ("linear", "10", "body"),
+        "outputs, 10 labels per class": ("linear", "10", "outputs"),
+        "body, 10 labels per class": ("linear", "10", "body"),
         "outputs, all labels": ("linear", "all", "outputs"),
         "body, all labels": ("linear", "all", "body"),
     }
@@ -202,15 +199,18 @@ def unlabelled_table(flags: DemoFlags) -> str:
         values[name] = {title: cells[key] for title, key in columns.items()}
     error, *probes = columns
     lines = [
-        [label, format_mean_std(values[name][error], 3),
-         *(format_mean_std(values[name][title]) for title in probes)]
+        [
+            label,
+            format_mean_std(values[name][error], 3),
+            *(format_mean_std(values[name][title]) for title in probes),
+        ]
         for name, (label, _) in rows(flags).items()
-    ]  # fmt: skip
+    ]
     curve = {
         count: -_mean(values[name][error])
         for name, count in (("random", flags.num_images), ("more", MORE * flags.num_images))
     }
-    equal = worth(curve, -_mean(values["krr_st"][error]), flags.num_images)
+    equal = equivalent_images(curve, -_mean(values["krr_st"][error]), flags.num_images)
     ahead = []
     for title in columns:
         sign = -1 if title == error else 1
@@ -226,7 +226,7 @@ def unlabelled_table(flags: DemoFlags) -> str:
     )
 
 
-def _images(equal: Worth) -> str:
+def _images(equal: Equivalent) -> str:
     return f"{equal.bound} {equal.images:.0f}".strip()
 
 

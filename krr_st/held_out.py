@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from data.load import ImageSet
+from distillation.problem import Problem
 from evaluation.protocols import outputs
+from krr_st.config import TrainFlags
 from krr_st.loss import krr_loss
 from krr_st.pool import ModelPool
-from krr_st.views import TargetFunction
-from utils.seed import draw_seed
+from utils.seed import draw_seed, make_generator
 
 IMAGES = 256  # the loss is a mean over images and target dimensions: few are enough
 MEASUREMENTS = 8  # in a run, after the one of its start
@@ -27,15 +27,11 @@ class HeldOutLoss:
     initial set: a resumed run makes the same ones again.
 
     Args:
-        image_set: images of its test split are used (no labels), or training images if it has none.
-        target: the frozen target model.
+        problem: images of its test split are used (no labels), or training images without one.
+        flags: of the run.
         pool: makes and trains the networks; its own stay untouched.
         x_syn: (m, C, H, W) initial images.
         y_syn: (m, D) their targets.
-        ridge: as in the run.
-        steps: length of the run.
-        device: where to compute.
-        generator: CPU generator of its own, for the images and the networks.
 
     Attributes:
         ages: of the networks, in steps.
@@ -43,33 +39,23 @@ class HeldOutLoss:
     """
 
     def __init__(
-        self,
-        image_set: ImageSet,
-        target: TargetFunction,
-        pool: ModelPool,
-        x_syn: Tensor,
-        y_syn: Tensor,
-        *,
-        ridge: float,
-        steps: int,
-        device: torch.device,
-        generator: torch.Generator,
+        self, problem: Problem, flags: TrainFlags, pool: ModelPool, x_syn: Tensor, y_syn: Tensor
     ) -> None:
+        image_set, device = problem.image_set, problem.device
+        generator = make_generator(problem.seed, "held-out loss")
         split = image_set.test or image_set.train
         images = split.images[torch.randperm(len(split), generator=generator)[:IMAGES]]
         limit = pool.max_steps
         self.ages = sorted({0, limit // 4, limit // 2, limit})
-        self.where = (
-            f"{len(images)} {'training' if split is image_set.train else 'held-out'} images"
-        )
-        self.ridge = ridge
-        self._due = {round(k * steps / MEASUREMENTS) for k in range(1, MEASUREMENTS + 1)}
+        self.where = f"{len(images)} {'training' if split is image_set.train else 'held-out'} images"
+        self.ridge, steps = flags.ridge, flags.outer_iteration
+        self._due = {round(k * steps / MEASUREMENTS) for k in range(MEASUREMENTS + 1)}
         self._networks = pool.aged_copies(draw_seed(generator), self.ages, x_syn, y_syn)
-        self._y_real = outputs(target, images, image_set, device).float()
+        self._y_real = outputs(problem.target, images, image_set, device).float()
         self._f_real = [outputs(net.embed, images, image_set, device) for net in self._networks]
 
     def due(self, step: int) -> bool:
-        """Whether it belongs after this step; the start is seen to by the run."""
+        """At the start, on the way and at the end."""
         return step in self._due
 
     @torch.no_grad()

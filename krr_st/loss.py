@@ -71,9 +71,7 @@ def krr_predict(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-
         return k_rs @ weights.to(dtype)
 
 
-def krr_loss(
-    f_real: Tensor, y_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-6
-) -> Tensor:
+def krr_loss(f_real: Tensor, y_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-6) -> Tensor:
     """Mean squared error of `krr_predict` against the target model's representations.
 
     Gradients flow into f_syn and y_syn (and into f_real unless it is detached).
@@ -98,8 +96,7 @@ def krr_loss(
     wanted = [(len(f_real), y_syn.shape[-1]), (len(f_syn), y_syn.shape[-1])]
     if [tuple(y_real.shape), tuple(y_syn.shape)] != wanted:
         raise ValueError(
-            f"targets must be {wanted[0]} and {wanted[1]}, "
-            f"got {tuple(y_real.shape)} and {tuple(y_syn.shape)}"
+            f"targets must be {wanted[0]} and {wanted[1]}, got {tuple(y_real.shape)} and {tuple(y_syn.shape)}"
         )
     if not ridge > 0:
         raise ValueError(f"ridge must be positive, got {ridge}")

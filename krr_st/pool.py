@@ -82,16 +82,12 @@ class ModelPool:
 
     def warm_up(self, x_syn: Tensor, y_syn: Tensor, progress: bool = False) -> None:
         """Train each network t steps on (x_syn, y_syn), t uniform in [1, T) (1 when T is 1)."""
-        for slot in tqdm(
-            self.slots, desc="model pool", disable=None if progress else True, leave=False
-        ):
+        for slot in tqdm(self.slots, desc="model pool", disable=None if progress else True, leave=False):
             steps = int(torch.randint(1, max(2, self.max_steps), (1,), generator=self.generator))
             for _ in range(steps):
                 self._train(slot, x_syn, y_syn)
 
-    def aged_copies(
-        self, seed: int, ages: Sequence[int], x_syn: Tensor, y_syn: Tensor
-    ) -> list[nn.Module]:
+    def aged_copies(self, seed: int, ages: Sequence[int], x_syn: Tensor, y_syn: Tensor) -> list[nn.Module]:
         """One network outside of the pool at several ages, frozen, in eval mode.
 
         Args:
@@ -142,11 +138,7 @@ class ModelPool:
         return {
             "generator": self.generator.get_state(),
             "slots": [
-                {
-                    "model": slot.model.state_dict(),
-                    "optimizer": slot.optimizer.state_dict(),
-                    "age": slot.age,
-                }
+                {"model": slot.model.state_dict(), "optimizer": slot.optimizer.state_dict(), "age": slot.age}
                 for slot in self.slots
             ],
         }

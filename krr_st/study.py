@@ -4,7 +4,7 @@ Sets of `num_images` images are compared by probes of freshly pre-trained networ
 KRR-ST with each lever alone, random real images with target features, k-means, class labels,
 nothing. The curve of random images over their number turns an accuracy into an equivalence ratio.
 With --validation the probes see a held-out part of the training images in place of the test split:
-levers are chosen there. What is finished is kept; the same command goes on.
+levers are chosen there. What is finished is kept; the same command resumes.
 """
 
 from __future__ import annotations
@@ -14,37 +14,31 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import data
-from data.load import tensor_path
-from evaluation.equivalence import worth
-from evaluation.recipes import PRETRAIN, SCRATCH, finetune_recipe
-from krr_st import baselines, target
-from krr_st.config import TestFlags, TrainFlags
-from krr_st.measures import parse_shots
-from krr_st.run import run_distillation
-from krr_st.target_model import default_checkpoint
-from krr_st.transfer import (
-    TargetTask,
-    build_backbone,
-    labelled_indices,
-    load_pretraining,
-    load_targets,
-)
+from data.load import load_set
+from data.prepared import tensor_path
+from distillation.run import run_method
+from evaluation.equivalent_images import equivalent_images
+from evaluation.measure import CellStore
+from evaluation.recipes import PRETRAIN, SCRATCH
+from evaluation.target import default_checkpoint
+from evaluation.transfer import Measure, ScratchFlags, TestFlags, Transfer, load_targets, parse_shots
+from krr_st import baselines
+from krr_st.config import TrainFlags
+from krr_st.target import __main__ as target
+from methods import METHODS
 from utils import checkpoint, cli
-from utils.cells import CellStore
-from utils.checkpoint import fingerprint
 from utils.cli import flag
 from utils.device import resolve_device
 from utils.errors import UserError, entry_point, pick
-from utils.images import save_lines
+from utils.plots import save_lines
 from utils.precision import PRECISIONS
-from utils.runlog import write_json
+from utils.run_folder import write_json
 from utils.seed import make_generator
 from utils.table import format_mean_std, markdown, mean_std
 
@@ -66,11 +60,14 @@ LEVERS: dict[str, dict[str, Any]] = {
     "steps 4000 lr_y 1e-1": {"outer_iteration": 4000, "outer_lr_y": 1e-1},
 }
 # Sets that need no distillation: row -> method of krr_st.baselines.
-SETS = {"random + features": "random_features", "k-means + features": "kmeans_features",
-        "random + class labels": "random"}  # fmt: skip
+SETS = {
+    "random + features": "random_features",
+    "k-means + features": "kmeans_features",
+    "random + class labels": "random",
+}
 HELD_OUT = 0.2
 FRACTIONS = (0.01, 0.05)
-FINETUNED = ("10", "all")  # labels a class
+FINETUNED = ("10", "all")  # labels per class
 
 
 @dataclass(frozen=True)
@@ -85,9 +82,7 @@ class StudyFlags:
     validation: bool = flag(False, "probe on a held-out fifth of the training images")
     target_epochs: int = flag(15, "epochs of the target model", minimum=1)
     num_images: int = flag(100, "images in each set", minimum=1)
-    curve: tuple[int, ...] = flag(
-        (50, 100, 200, 500, 1000, 2000), "numbers of random real images", minimum=1
-    )
+    curve: tuple[int, ...] = flag((50, 100, 200, 500, 1000, 2000), "numbers of random real images", minimum=1)
     levers: tuple[str, ...] = flag(("krr_st",), f"of: {', '.join(LEVERS)}, all, or none")
     seeds: int = flag(3, "repetitions, each with sets, networks and labels of its own", minimum=1)
     first_seed: int = flag(
@@ -108,8 +103,8 @@ class StudyFlags:
     targets: tuple[str, ...] = flag((), "more prepared sets of this size to transfer to")
     extra_sets: tuple[str, ...] = flag(
         (), "more sets as NAME=METHOD=PATH, such as dm=dm=synthetic_data/cifar10/dm"
-    )  # fmt: skip
-    shots: str = flag("1_5_10_50", "labelled images a class of the few-shot probes")
+    )
+    shots: str = flag("1_5_10_50", "labelled images per class of the few-shot probes")
 
 
 def validation_set(flags: StudyFlags) -> str:
@@ -121,7 +116,7 @@ def validation_set(flags: StudyFlags) -> str:
     name = f"{flags.data_name}_val"
     place = tensor_path(flags.data_dir, name, "Y", "test", flags.img_size)
     if not place.exists():
-        whole = data.load(flags.data_name, flags.img_size, flags.data_dir).train
+        whole = load_set(flags.data_name, flags.img_size, flags.data_dir).train
         order = torch.randperm(len(whole), generator=make_generator(0, "held-out images"))
         held_out = int(HELD_OUT * len(whole))
         for split, index in (("train", order[held_out:]), ("test", order[:held_out])):
@@ -142,125 +137,122 @@ class Study:
         self.flags = flags
         self.name = validation_set(flags) if flags.validation else flags.data_name
         self.folder = flags.folder / self.name
-        self.checkpoint = default_checkpoint(
-            flags.network, self.name, flags.folder / "teacher_ckpt"
-        )
+        self.checkpoint = default_checkpoint(flags.network, self.name, flags.folder / "teacher_ckpt")
         self.log_dir = self.folder / "test_log"
         self.device = resolve_device(flags.device)
         self.on_device = f"--device {flags.device}" if flags.device else ""
         sets = (self.name, *flags.targets)
         self.targets = load_targets(sets, flags.img_size, flags.data_dir, None)
-        # (row, target, protocol, shots, share of the labels) -> seed -> accuracy
+        # (row, target, measure) -> seed -> accuracy
         self.found: dict[tuple, dict[int, float]] = defaultdict(dict)
 
     def make_target(self) -> None:
         """Train the target model once."""
         f = self.flags
         if not self.checkpoint.exists():
-            self._main(target.main, "krr_st.target", (
-                f"--data_dir {f.data_dir} --data_name {self.name} --img_size {f.img_size} "
-                f"--target_model {f.network} --epochs {f.target_epochs} --projector_dim 512 "
-                f"--save_dir {self.checkpoint.parent} --seed 0 {self.on_device}"
-            ))  # fmt: skip
+            self._main(
+                target.main,
+                "krr_st.target",
+                (
+                    f"--data_dir {f.data_dir} --data_name {self.name} --img_size {f.img_size} "
+                    f"--target_model {f.network} --epochs {f.target_epochs} --projector_dim 512 "
+                    f"--save_dir {self.checkpoint.parent} --seed 0 {self.on_device}"
+                ),
+            )
 
     def make_set(self, method: str, count: int, seed: int) -> Path:
         """One set of `krr_st.baselines`; returns its folder."""
         f, root = self.flags, self.folder / "sets" / f"{count}-{seed}"
         place = root / self.name / method
         if not (place / "y_syn.pt").exists():
-            self._main(baselines.main, "krr_st.baselines", (
-                f"--data_dir {f.data_dir} --data_name {self.name} --img_size {f.img_size} "
-                f"--method {method} --num_images {count} --seed {seed} "
-                f"--target_model {f.network} --target_ckpt {self.checkpoint} "
-                f"--synthetic_data_dir {root} {self.on_device}"
-            ))  # fmt: skip
+            self._main(
+                baselines.main,
+                "krr_st.baselines",
+                (
+                    f"--data_dir {f.data_dir} --data_name {self.name} --img_size {f.img_size} "
+                    f"--method {method} --num_images {count} --seed {seed} "
+                    f"--target_model {f.network} --target_ckpt {self.checkpoint} "
+                    f"--synthetic_data_dir {root} {self.on_device}"
+                ),
+            )
         return place
 
     def distil(self, lever: str, seed: int) -> Path:
         """One KRR-ST run; returns its folder."""
         f = self.flags
         settings = {
-            "outer_lr": f.outer_lr, "num_models": f.num_models,
-            "online_iteration": f.online_iteration, "outer_iteration": f.outer_iteration,
+            "outer_lr": f.outer_lr,
+            "num_models": f.num_models,
+            "online_iteration": f.online_iteration,
+            "outer_iteration": f.outer_iteration,
             "precision": f.precision,
             **pick(LEVERS, lever, "lever"),
-        }  # fmt: skip
+        }
         run = f"{lever.replace(' ', '_')}-{seed}"
-        run_distillation(TrainFlags(
-            data_dir=f.data_dir, data_name=self.name, img_size=f.img_size, seed=seed,
-            target_model=f.network, target_ckpt=self.checkpoint, train_model=f.network,
-            num_images=f.num_images, outer_batch_size=f.outer_batch_size,
-            save_dir=self.folder / "runs", exp_name=run, eval_every=10**9, test_iteration=500,
-            pre_epoch=100, print_every=500, device=f.device, **settings,
-        ))  # fmt: skip
+        run_method(
+            METHODS["krr_st"],
+            TrainFlags(
+                data_dir=f.data_dir,
+                data_name=self.name,
+                img_size=f.img_size,
+                seed=seed,
+                target_model=f.network,
+                target_ckpt=self.checkpoint,
+                train_model=f.network,
+                num_images=f.num_images,
+                outer_batch_size=f.outer_batch_size,
+                save_dir=self.folder / "runs",
+                exp_name=run,
+                eval_every=10**9,
+                test_iteration=500,
+                pre_epoch=100,
+                print_every=500,
+                device=f.device,
+                **settings,
+            ),
+        )
         gc.collect()  # the table of views is large
         return self.folder / "runs" / run
 
     def measure(self, row: str, method: str, path: Path | None, seed: int) -> None:
         """All probes of one set (or of none) with one seed, on one pre-trained network."""
-        f = self.flags
-        curve = row.startswith("curve")
-        budgets = [("linear", "all", fraction) for fraction in FRACTIONS]
+        f, curve = self.flags, row.startswith("curve")
+        measures = [Measure("linear", fraction=fraction) for fraction in FRACTIONS]
         if not curve and f.shots != "none":
-            budgets += [("linear", shots, None) for shots in parse_shots(f.shots)]
+            measures += [Measure("linear", shots) for shots in parse_shots(f.shots)]
         if not curve and f.finetune_iteration:
-            budgets += [("finetune", shots, None) for shots in FINETUNED]
-        store = CellStore(self.log_dir / row / "results.jsonl")
-        pretraining = None
+            measures += [Measure("finetune", shots) for shots in FINETUNED]
+        common = dict(
+            source_data_name=self.name,
+            data_dir=f.data_dir,
+            img_size=f.img_size,
+            test_model=f.network,
+            device=f.device,
+            seed=seed,
+            finetune_iteration=f.finetune_iteration or None,
+        )
+        given = ScratchFlags(**common)
         if path is not None:
             features = PRETRAIN[method].loss == "mse"
-            pretraining = load_pretraining(TestFlags(
-                source_data_name=self.name, data_dir=f.data_dir, method=method,
-                synthetic_path=path, pre_iteration=f.pre_iteration if features else None,
-            ), f.img_size, f.network)  # fmt: skip
-        settings = {"row": row, "network": f.network, "size": f.img_size, "seed": seed}
-        if pretraining is not None:
-            synthetic = pretraining.synthetic
-            settings["pretraining"] = asdict(pretraining.recipe)
-            settings["synthetic_set"] = fingerprint(synthetic.images, synthetic.targets)
-        backbone = None
-        for target_set in self.targets[: 1 if curve else None]:
-            task = None
-            tuning = finetune_recipe(target_set.name, f.network, f.img_size).override(
-                steps=f.finetune_iteration
+            given = TestFlags(
+                **common,
+                method=method,
+                synthetic_path=path,
+                pre_iteration=f.pre_iteration if features else None,
             )
-            for protocol, shots, fraction in budgets:
-                key = {**settings, "target": target_set.name, "protocol": protocol,
-                       "shots": shots, "label_fraction": fraction}  # fmt: skip
-                if protocol == "finetune":
-                    key["finetuning"] = asdict(tuning)
-                found = self.found[row, target_set.name, protocol, shots, fraction]
-                if (cell := store.get(key)) is not None:
-                    found[seed] = cell["accuracy"]
-                    continue
-                backbone = backbone or build_backbone(
-                    f.network, target_set.img_shape, pretraining, dropout=0.0, seed=seed,
-                    device=self.device,
-                )  # fmt: skip
-                task = task or TargetTask(backbone, f.network, target_set, self.device)
-                index = labelled_indices(target_set, shots, fraction, seed)
-                if protocol == "finetune":
-                    value = task.finetuned(index, tuning, dropout=0.0, scale=1.0, seed=seed)
-                else:
-                    value = task.frozen(protocol, index)
-                store.add(key, accuracy=value, labelled=len(index))
-                found[seed] = value
-        print(f"measured: {row}, seed {seed}", flush=True)
+        transfer = Transfer(given, measures, self.targets[: 1 if curve else None])
+        for cell in transfer.repetition(seed, CellStore(self.log_dir / row / "results.jsonl")):
+            self.found[row, cell["target"], Measure.of(cell)][seed] = cell["accuracy"]
 
-    def accuracies(
-        self, row: str, protocol: str, shots: str, fraction: float | None, target: str | None = None
-    ) -> list[float]:
+    def accuracies(self, row: str, measure: Measure, target: str | None = None) -> list[float]:
         """What `measure` found for a row, by seed; on the source set unless another is named."""
-        found = self.found[row, target or self.name, protocol, shots, fraction]
+        found = self.found[row, target or self.name, measure]
         return [found[seed] for seed in sorted(found)]
 
-    def table_of(self, rows: list[str], name: str, protocol: str, shots: Sequence[str]) -> str:
-        """Markdown: the rows' accuracies on the set `name`, one column for each number of shots."""
-        lines = [
-            [row, *(format_mean_std(self.accuracies(row, protocol, s, None, name)) for s in shots)]
-            for row in rows
-        ]
-        heads = ["all labels" if s == "all" else f"{s} a class" for s in shots]
+    def table_of(self, rows: list[str], name: str, measures: Sequence[Measure]) -> str:
+        """Markdown: the rows' accuracies on the set `name`, one column per measure."""
+        lines = [[row, *(format_mean_std(self.accuracies(row, m, name)) for m in measures)] for row in rows]
+        heads = [measure.heading() for measure in measures]
         return markdown([f"{self.flags.num_images} images, {name}", *heads], lines)
 
     def _main(self, main: Any, module: str, arguments: str) -> None:
@@ -297,7 +289,7 @@ def tables(study: Study, rows: list[str]) -> dict[str, str]:
     flags, found = study.flags, {}
     curves = {
         fraction: {
-            m: mean_std(study.accuracies(f"curve {m}", "linear", "all", fraction))[0]
+            m: mean_std(study.accuracies(f"curve {m}", Measure("linear", fraction=fraction)))[0]
             for m in flags.curve
         }
         for fraction in FRACTIONS
@@ -306,40 +298,45 @@ def tables(study: Study, rows: list[str]) -> dict[str, str]:
     for row in rows:
         line = [row]
         for fraction in FRACTIONS:
-            values = study.accuracies(row, "linear", "all", fraction)
-            ratio = worth(curves[fraction], mean_std(values)[0], flags.num_images)
+            values = study.accuracies(row, Measure("linear", fraction=fraction))
+            ratio = equivalent_images(curves[fraction], mean_std(values)[0], flags.num_images)
             line += [format_mean_std(values), str(ratio)]
         body.append(line)
     header = [f"{flags.num_images} images", "1 % of labels", "worth", "5 % of labels", "worth"]
     found["probe"] = markdown(header, body)
     found["curve"] = markdown(
         ["random images + features", *map(str, flags.curve)],
-        [[f"{100 * f:g} % of labels",
-          *(format_mean_std(study.accuracies(f"curve {m}", "linear", "all", f))
-            for m in flags.curve)]
-         for f in FRACTIONS],
-    )  # fmt: skip
+        [
+            [
+                f"{100 * f:g} % of labels",
+                *(
+                    format_mean_std(study.accuracies(f"curve {m}", Measure("linear", fraction=f)))
+                    for m in flags.curve
+                ),
+            ]
+            for f in FRACTIONS
+        ],
+    )
     for name in (study.name, *flags.targets):
-        protocols = {
-            "few-shot": ("linear", flags.shots.split("_") if flags.shots != "none" else ()),
-            "fine-tuning": ("finetune", FINETUNED if flags.finetune_iteration else ()),
+        few = flags.shots.split("_") if flags.shots != "none" else ()
+        tables = {
+            "few-shot": [Measure("linear", shots) for shots in few],
+            "fine-tuning": [Measure("finetune", shots) for shots in FINETUNED],
         }
-        for title, (protocol, shots) in protocols.items():
-            if shots:
-                found[f"{title} {name}"] = study.table_of(rows, name, protocol, shots)
+        if not flags.finetune_iteration:
+            del tables["fine-tuning"]
+        for title, measures in tables.items():
+            if measures:
+                found[f"{title} {name}"] = study.table_of(rows, name, measures)
     lines = {
-        f"random + features, {100 * f:g} % of labels": (list(c), list(c.values()))
-        for f, c in curves.items()
+        f"random + features, {100 * f:g} % of labels": (list(c), list(c.values())) for f, c in curves.items()
     }
     for row in rows:
         lines[row] = (
             [flags.num_images],
-            [mean_std(study.accuracies(row, "linear", "all", FRACTIONS[-1]))[0]],
+            [mean_std(study.accuracies(row, Measure("linear", fraction=FRACTIONS[-1])))[0]],
         )
-    save_lines(
-        lines, study.folder / "worth.png", x_label="images", y_label="probe accuracy in %",
-        log_x=True,
-    )  # fmt: skip
+    save_lines(lines, study.folder / "worth.png", x_label="images", y_label="probe accuracy in %", log_x=True)
     return found
 
 

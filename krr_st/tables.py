@@ -9,79 +9,310 @@ on one node or several, shares the work.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
-from krr_st.config import TablesFlags
-from krr_st.published import load_published
-from krr_st.table_layouts import LAYOUTS, Cell, Layout, collect, places
-from krr_st.table_runs import missing_jobs, present_sets
-from utils import cli
-from utils.cells import read_cells
-from utils.errors import entry_point, pick
-from utils.images import save_bar_groups
-from utils.jobs import run_missing
-from utils.locks import Claims
-from utils.paper_table import NOTE, Entry, Published, write_table
+from data.synthetic import SyntheticSet
+from evaluation.kd import KD_BN, KdFlags, run_kd
+from evaluation.measure import Cell, read_cells
+from evaluation.presets import FULL_TARGETS, PRESETS
+from evaluation.recipes import (
+    GAUSSIAN,
+    KD,
+    RANDOM_FEATURES,
+    SCRATCH,
+    Recipe,
+    finetune_recipe,
+    pretrain_recipe,
+)
+from evaluation.tables import NOTE, Entry, Job, Number, Place, make_table, with_published_file
+from evaluation.transfer import ScratchFlags, TestFlags, run_transfer
+from krr_st.published import PROBE_CELLS
+from models import get_model
+from utils import cli, flops
+from utils.checkpoint import fingerprint
+from utils.cli import DeviceFlags, flag
+from utils.distributed import local_gpu
+from utils.errors import UserError, entry_point, pick
+from utils.plots import save_bar_groups
 from utils.table import mean_std
 
 
-def entries(
-    name: str,
-    layout: Layout,
-    cells: list[Cell],
-    published: Published,
-    sets: Mapping[str, str] = MappingProxyType({}),
-) -> list[Entry]:
-    """One entry a place, with the accuracies of its seeds; `sets` as in `collect`."""
-    found = collect(layout, cells, sets=sets)
-    made = []
-    for place in places(layout):
-        mine = found.get(place.key, [])
-        made.append(
-            Entry(
-                place.row, place.column, tuple(cell["accuracy"] for cell in mine),
-                any(cell.get("steps_scale", 1.0) != 1.0 for cell in mine),
-                published.get((name, place.row, place.column)),
+@dataclass(frozen=True)
+class TablesFlags(DeviceFlags):
+    """Flags of krr_st.tables."""
+
+    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
+    table: str = flag("1", "1, 2, 3, 4, fig3, or probe_{source}_{percent of labels}")
+    run: bool = flag(False, "first run what is missing, cheapest first")
+    log_dir: Path = flag(Path("./test_log"), "folder of the cells; the table is written there")
+    synthetic_data_dir: Path = flag(Path("./synthetic_data"), "where the synthetic sets are")
+    kd_bn: str = flag("running", f"table 4: {KD_BN}", choices=("batch", "running"))
+    published: Path | None = flag(None, "JSON file of published numbers to print beside ours")
+    num_test: int = flag(3, "seeds per cell", minimum=1)
+    seed: int = flag(0, "first seed", minimum=0)
+    steps_scale: float = flag(1.0, "factor on training lengths with --run; marked †", above=0)
+
+
+_TABLE_1 = ("random", "kmeans", "dsa", "dm", "mtt", "kip", "frepo", "krr_st")
+_TABLE_2 = tuple(m for m in _TABLE_1 if m != "kip")
+_FIVE = ("base", "vgg", "alexnet", "mobilenet", "resnet10")
+_FINE_GRAINED = ("aircraft", "cars", "cub2011", "dogs", "flowers")
+_PROBE_TARGETS = ("cifar10", "cifar100", "tinyimagenet", "aircraft", "cub2011", "dogs", "flowers")
+# Images that are only looked at, per target: a test split, or training features as well.
+_MEASURED = {"finetune": 10000, "kd": 20000, "probe": 60000}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One table: its rows are methods (times models), its columns targets (or models).
+
+    Attributes:
+        source: source data set.
+        methods: rows.
+        models: networks; with one model they are not shown.
+        targets: columns (a single one in table 4, whose columns are the models).
+        protocol: finetune, kd or probe.
+        fraction: label fraction of the probe tables.
+        pre_epoch: length of pre-training where the table sets one.
+        kd_bn: BatchNorm mode of table 4.
+    """
+
+    source: str
+    methods: tuple[str, ...]
+    models: tuple[str, ...]
+    targets: tuple[str, ...]
+    protocol: str = "finetune"
+    fraction: float | None = None
+    pre_epoch: int | None = None
+    kd_bn: str | None = None
+
+    def network(self, model: str) -> str:
+        """`base` is the source's own network."""
+        return PRESETS[self.source].network if model == "base" else model
+
+    def set_folder(self, method: str) -> str:
+        """Whose synthetic images a method trains on: without pre-training those of real images."""
+        return RANDOM_FEATURES if method == SCRATCH and self.protocol == "kd" else method
+
+    def triples(self) -> list[tuple[str, str, str]]:
+        """(method, model, target) in reading order."""
+        if len(self.targets) == 1:
+            return [(m, n, self.targets[0]) for m in self.methods for n in self.models]
+        return [(m, n, t) for n in self.models for m in self.methods for t in self.targets]
+
+    def headings(self, method: str, model: str, target: str) -> tuple[str, str]:
+        """Row and column of a triple. With a single target the columns are the networks."""
+        if len(self.targets) == 1:
+            return method, model
+        return (f"{method} ({model})" if len(self.models) > 1 else method), target
+
+
+# Every table has two rows more than the published ones: without them no gain can be read.
+_EXTRA = (SCRATCH, RANDOM_FEATURES)
+
+
+def _probe(source: str, percent: int) -> Layout:
+    methods = (*_EXTRA, "krr_st", "mkdt")
+    return Layout(source, methods, ("base",), _PROBE_TARGETS, "probe", percent / 100, 20)
+
+
+LAYOUTS: dict[str, Layout] = {
+    "1": Layout("cifar100", (*_EXTRA, *_TABLE_1), ("base",), FULL_TARGETS["cifar100"]),
+    "2": Layout("tinyimagenet", (*_EXTRA, *_TABLE_2), ("base",), FULL_TARGETS["tinyimagenet"]),
+    "3": Layout("imagenet", (*_EXTRA, "random", "frepo", "krr_st"), ("base",), FULL_TARGETS["imagenet"]),
+    "4": Layout("tinyimagenet", (GAUSSIAN, *_EXTRA, *_TABLE_2), _FIVE, ("cifar10",), "kd", kd_bn="running"),
+    "fig3": Layout("tinyimagenet", (*_EXTRA, *_TABLE_2), _FIVE[1:], _FINE_GRAINED),
+    "probe_cifar10_1": _probe("cifar10", 1),
+    "probe_cifar10_5": _probe("cifar10", 5),
+    "probe_cifar100_1": _probe("cifar100", 1),
+    "probe_cifar100_5": _probe("cifar100", 5),
+    "probe_tinyimagenet_5": _probe("tinyimagenet", 5),
+}
+
+
+class KernelTable:
+    """A layout met by the flags: its places and its jobs.
+
+    Args:
+        flags: of the command.
+
+    Raises:
+        UserError: an unknown table, or a bad file of published numbers.
+    """
+
+    def __init__(self, flags: TablesFlags) -> None:
+        self.flags, layout = flags, pick(LAYOUTS, flags.table, "table")
+        self.layout = replace(layout, kd_bn=layout.kd_bn and flags.kd_bn)
+        self.published = with_published_file(PROBE_CELLS, flags.published)
+        self.results = flags.log_dir / "results.jsonl"
+
+    def present_sets(self) -> dict[str, str]:
+        """Method -> the fingerprint that cells of its synthetic set carry, where there is one."""
+        layout, found = self.layout, {}
+        for method in layout.methods:
+            with contextlib.suppress(UserError):  # none, or a damaged one: its job will say so
+                path = self.flags.synthetic_data_dir / layout.source / layout.set_folder(method)
+                synthetic = SyntheticSet.load(path)
+                found[method] = fingerprint(synthetic.images, synthetic.targets)
+        return found
+
+    def places(self) -> list[Place]:
+        """All cells in reading order.
+
+        Cells of other synthetic sets, teachers or lengths are not mixed: those of the method's
+        present set count, else of the latest cell, and of all lengths the one nearest to the
+        published.
+        """
+        sets = self.present_sets()
+        return [self.place(*triple, sets.get(triple[0])) for triple in self.layout.triples()]
+
+    def place(self, method: str, model: str, target: str, present: str | None) -> Place:
+        """One cell; `present` is the fingerprint of the method's synthetic set."""
+        layout = self.layout
+        row, column = layout.headings(method, model, target)
+        wanted = {
+            "source": layout.source,
+            "method": method,
+            "model": layout.network(model),
+            "target": target,
+            "protocol": layout.protocol,
+            "label_fraction": layout.fraction,
+            "kd_bn": layout.kd_bn,
+            "shots": "all",
+            "probe_on": "body",
+        }
+
+        def fits(cell: Cell) -> bool:
+            recipe = cell.get("pretraining")
+            return layout.pre_epoch is None or not recipe or recipe["epochs"] == layout.pre_epoch
+
+        def rank(cell: Cell) -> tuple[bool, float]:
+            return cell.get("synthetic_set") != present, abs(cell.get("steps_scale", 1.0) - 1)
+
+        published: Number | None = self.published.get((self.flags.table, row, column))
+        return Place(
+            row,
+            column,
+            wanted,
+            fits=fits,
+            rank=rank,
+            published=published,
+            origin=("steps_scale", "synthetic_set", "teacher"),
+        )
+
+    def missing_jobs(self) -> list[Job]:
+        """One job for each method and network whose targets lack some of `num_test` seeds.
+
+        Cells of a synthetic set that has been replaced since do not count.
+        """
+        flags, layout, sets = self.flags, self.layout, self.present_sets()
+        cells = [
+            cell
+            for cell in read_cells(self.results)
+            if sets.get(cell.get("method")) in (None, cell.get("synthetic_set"))
+            and cell.get("steps_scale", 1.0) == flags.steps_scale
+        ]
+        lacking: dict[tuple[str, str], list[str]] = {}
+        for method, model, target in layout.triples():
+            place = self.place(method, model, target, sets.get(method))
+            if len(place.choose(cells)) < flags.num_test:
+                lacking.setdefault((method, model), []).append(target)
+        budget = "" if layout.fraction is None else f" {100 * layout.fraction:g} % of labels"
+        return [
+            Job(
+                f"{layout.source} {layout.protocol}{budget}: {method}, {layout.network(model)}",
+                self.cost(method, model, targets),
+                functools.partial(self.run_job, method, model, targets),
             )
-        )  # fmt: skip
-    return made
+            for (method, model), targets in lacking.items()
+        ]
+
+    def cost(self, method: str, model: str, targets: Sequence[str]) -> float:
+        """Operations of a job: three forward passes per trained image, one per measured one."""
+        layout, flags = self.layout, self.flags
+        preset, arch, recipes = PRESETS[layout.source], layout.network(model), []
+        if method not in (SCRATCH, GAUSSIAN):
+            recipe = pretrain_recipe(method, layout.source, arch, kd=layout.protocol == "kd")
+            recipes.append(recipe.override(epochs=layout.pre_epoch))
+        if layout.protocol == "finetune":
+            recipes += [finetune_recipe(target, arch, preset.size) for target in targets]
+        elif layout.protocol == "kd":
+            recipes += [KD[method]] * len(targets)
+        count = preset.num_images
+
+        def trained(recipe: Recipe) -> int:
+            batch = recipe.batch_size if recipe.steps else min(recipe.batch_size, count)
+            return recipe.steps_on(count, flags.steps_scale) * batch
+
+        images = 3 * sum(map(trained, recipes)) + _MEASURED[layout.protocol] * len(targets)
+        return float(flags.num_test * images * forward_flops(arch, preset.size))
+
+    def run_job(self, method: str, model: str, targets: Sequence[str]) -> None:
+        """Measure one method and network on its targets.
+
+        Raises:
+            UserError: no data or no synthetic set.
+        """
+        flags, layout = self.flags, self.layout
+        shared = dict(
+            source_data_name=layout.source,
+            target_data_name="_".join(targets),
+            test_model=model,
+            num_test=flags.num_test,
+            data_dir=flags.data_dir,
+            log_dir=flags.log_dir,
+            gpu_id=local_gpu(flags.gpu_id),
+            device=flags.device,
+            seed=flags.seed,
+            steps_scale=flags.steps_scale,
+        )
+        a_set = dict(method=method, synthetic_data_dir=flags.synthetic_data_dir)
+        if layout.protocol == "kd":
+            run_kd(KdFlags(**shared, **a_set, kd_bn=layout.kd_bn))
+            return
+        shared |= dict(protocol=layout.protocol, label_fraction=layout.fraction)
+        if method == SCRATCH:
+            run_transfer(ScratchFlags(**shared))
+        else:
+            run_transfer(TestFlags(**shared, **a_set, pre_epoch=layout.pre_epoch))
+
+
+@functools.cache
+def forward_flops(arch: str, size: int) -> int:
+    """Floating-point operations of one image's forward pass."""
+    shape = (3, size, size)
+    return flops.forward_flops(lambda: get_model(arch, shape), shape)
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Run what is missing if asked, then write and print the table."""
     flags = cli.parse(TablesFlags, argv, prog="python -m krr_st.tables", description=__doc__)
-    layout = pick(LAYOUTS, flags.table, "table")
-    if layout.protocol == "kd":
-        layout = replace(layout, kd_bn=flags.kd_bn)
-    published = load_published(flags.published)
-    if flags.run:
-        run_missing(lambda: missing_jobs(layout, flags), Claims(flags.log_dir / "claims"))
-    cells = read_cells(flags.log_dir / "results.jsonl")
-    sets = present_sets(layout, flags.synthetic_data_dir)
-    table = entries(flags.table, layout, cells, published, sets)
+    table = KernelTable(flags)
     stem = flags.log_dir / f"table_{flags.table}"
-    write_table(table, stem)
-    mode = f" (BatchNorm: {layout.kd_bn} statistics)" if layout.kd_bn else ""
-    print(f"test accuracy in %, source {layout.source}, {layout.protocol}{mode}; {NOTE}")
+    entries = make_table(table.places(), table.results, stem, table.missing_jobs if flags.run else None)
+    layout = table.layout
+    norms = f" (BatchNorm: {layout.kd_bn} statistics)" if layout.kd_bn else ""
+    print(f"test accuracy in %, source {layout.source}, {layout.protocol}{norms}; {NOTE}")
     if flags.table == "fig3":
-        draw_bars(layout, table, stem.with_suffix(".png"))
+        draw_bars(layout, entries, stem.with_suffix(".png"))
         print(f"picture: {stem.with_suffix('.png')}")
     print(f"written: {stem}.md, .csv, .tex")
     return 0
 
 
-def draw_bars(layout: Layout, table: Sequence[Entry], path: Path) -> None:
-    """Figure 3: one panel a target, one group of bars a network, one bar a method."""
+def draw_bars(layout: Layout, entries: Sequence[Entry], path: Path) -> None:
+    """Figure 3: one panel per target, one group of bars per network, one bar per method."""
     panels: dict[str, dict[str, dict[str, tuple[float, float] | None]]] = {}
-    for place, entry in zip(places(layout), table, strict=True):
+    for (method, model, target), entry in zip(layout.triples(), entries, strict=True):
         bar = mean_std(entry.values) if entry.values else None
-        panels.setdefault(place.target, {}).setdefault(place.model, {})[place.method] = bar
-    shortened = ", shortened" if any(entry.scaled for entry in table) else ""
+        panels.setdefault(target, {}).setdefault(model, {})[method] = bar
+    shortened = ", shortened" if any(entry.scaled for entry in entries) else ""
     save_bar_groups(panels, path, y_label=f"test accuracy in %{shortened}")
 
 

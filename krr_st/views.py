@@ -7,6 +7,7 @@ distribution of batches and of their targets stays what it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -18,11 +19,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.augment import apply_crop_flip, count_views, normalize, views_from_numbers
+from data.augment import apply_crop_flip, count_views, default_padding, normalize, views_from_numbers
 from data.specs import Stats
+from distillation.problem import Problem
+from evaluation.target import target_sample
+from krr_st.config import TrainFlags
 from utils import checkpoint
 from utils.device import free_memory
 from utils.errors import UserError
+from utils.precision import DTYPES
 
 TargetFunction = Callable[[Tensor], Tensor]
 # With fewer rows in a batch some CPU kernels round differently: a view's value would depend on
@@ -164,10 +169,6 @@ class TargetViews:
         self._fresh += len(rows)
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MODES = ("auto", "exact", "online")
-
-
 @dataclass(frozen=True)
 class Plan:
     """What `plan_views` decided.
@@ -220,7 +221,7 @@ def _gigabytes(size: int) -> str:
 def mapped_table(
     folder: Path, rows: int, dim: int, dtype: torch.dtype, about: dict[str, object]
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], None]]:
-    """A table in a file that later runs with the same `about` go on with.
+    """A table in a file that later runs with the same `about` fill further.
 
     Args:
         folder: of all tables; this one has a sub-folder named after `about`.
@@ -273,40 +274,46 @@ def mapped_table(
     return table.view(rows, dim), known, flush
 
 
-def make_targets(
-    target: TargetFunction,
-    images: Tensor,
-    *,
-    stats: Stats,
-    pad: int,
-    hflip: bool,
-    dim: int,
-    device: torch.device,
-    plan: Plan,
-    fill: bool,
-    folder: Path,
-    about: dict[str, object],
-) -> Targets:
-    """Targets as planned.
+def targets_for(problem: Problem, flags: TrainFlags) -> Targets:
+    """Where a run's targets come from: a table of views, or the target model at every step.
 
-    Args:
-        target: (b, C, H, W) normalised -> (b, D).
-        images: (N, C, H, W) training images.
-        stats: their normalisation.
-        pad: padding of the crop.
-        hflip: whether views are mirrored.
-        dim: D.
-        device: where batches live.
-        plan: from `plan_views`.
-        fill: compute every view now.
-        folder: for tables on disk.
-        about: what a table on disk depends on.
+    Raises:
+        UserError: a table on disk cannot be made.
     """
-    if plan.kind == "online":
-        return OnlineTargets(target, plan.dtype)
+    image_set, target, device = problem.image_set, problem.target, problem.device
+    images, stats, hflip = image_set.train.images, image_set.stats, image_set.hflip
+    pad, dim = default_padding(image_set.size), target.dim
     views = count_views(pad, hflip)
     rows = len(images) * views
+    draws = flags.outer_iteration * min(flags.outer_batch_size, len(images))
+    dtype = DTYPES[flags.views_dtype or ("bf16" if flags.precision == "bf16" else "fp32")]
+    plan = plan_views(
+        flags.target_views,
+        dtype,
+        rows=rows,
+        dim=dim,
+        draws=draws,
+        free=free_memory(device),
+        keep=flags.views_dir is not None,
+    )
+    print(f"targets: {plan.kind} ({plan.why})")
+    if plan.kind == "online":
+        return OnlineTargets(target, plan.dtype)
     if plan.kind == "file":
+        about = {
+            "target_model": flags.target_model,
+            "target": checkpoint.fingerprint(
+                target_sample(problem.target, problem.image_set, problem.device)
+            ),
+            "images": checkpoint.fingerprint(images),
+            "stats": [stats.mean, stats.std],
+            "pad": pad,
+            "hflip": hflip,
+            "precision": flags.precision,
+        }
+        if flags.target_ckpt is not None:
+            about["checkpoint"] = hashlib.sha256(flags.target_ckpt.read_bytes()).hexdigest()[:16]
+        folder = flags.views_dir or Path(flags.save_dir) / "target_views"
         table, known, flush = mapped_table(folder, rows, dim, plan.dtype, about)
         targets = TargetViews(target, table, views, known, flush)
         if device.type == "cuda" and table.nbytes <= free_memory(device) // 2 and targets.complete:
@@ -314,6 +321,7 @@ def make_targets(
     else:
         table = torch.empty(rows, dim, dtype=plan.dtype, device=device)
         targets = TargetViews(target, table, views)
-    if fill and not targets.complete:
+    # On a GPU all at once: a view at a time leaves it idle. A CPU computes what is drawn.
+    if device.type == "cuda" and draws >= rows and not targets.complete:
         targets.fill(images, stats, pad)
     return targets

@@ -3,12 +3,4 @@
 from models.base import Classifier
 from models.registry import EVAL_MODES, MODELS, NETWORKS, eval_pool, get_model, get_network
 
-__all__ = [
-    "EVAL_MODES",
-    "MODELS",
-    "NETWORKS",
-    "Classifier",
-    "eval_pool",
-    "get_model",
-    "get_network",
-]
+__all__ = ["EVAL_MODES", "MODELS", "NETWORKS", "Classifier", "eval_pool", "get_model", "get_network"]

@@ -61,9 +61,7 @@ class Classifier(nn.Module):
         last = getattr(self, self.head_name)
         return last[1] if isinstance(last, nn.Sequential) else last
 
-    def renamed(
-        self, state: Mapping[str, torch.Tensor], prefix: str = ""
-    ) -> dict[str, torch.Tensor]:
+    def renamed(self, state: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
         """A state dict of this network, with or without dropout, under this one's head keys."""
         plain = f"{prefix}{self.head_name}."
         other, own = f"{plain}1.", plain

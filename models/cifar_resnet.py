@@ -17,9 +17,7 @@ from utils.errors import pick
 class CifarBlock(nn.Module):
     """Two convolutions 3x3 and a shortcut; the norms are called bn1 and bn2 whatever they are."""
 
-    def __init__(
-        self, in_width: int, width: int, stride: int, norm: str, pool_down: bool = False
-    ) -> None:
+    def __init__(self, in_width: int, width: int, stride: int, norm: str, pool_down: bool = False) -> None:
         """Build the block.
 
         Args:
@@ -92,8 +90,7 @@ class CifarResNet18(Classifier):
     @staticmethod
     def _stage(in_width: int, width: int, stride: int, norm: str, pool_down: bool) -> nn.Sequential:
         return nn.Sequential(
-            CifarBlock(in_width, width, stride, norm, pool_down),
-            CifarBlock(width, width, 1, norm, pool_down),
+            CifarBlock(in_width, width, stride, norm, pool_down), CifarBlock(width, width, 1, norm, pool_down)
         )
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:

@@ -44,9 +44,7 @@ def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     shift = norm.bias - norm.running_mean * scale
     bias = shift if conv.bias is None else torch.addcmul(shift, conv.bias, scale)
     weight = conv.weight * scale.view(-1, 1, 1, 1)
-    return nn.functional.conv2d(
-        x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups
-    )
+    return nn.functional.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 @torch.no_grad()

@@ -207,9 +207,7 @@ def _input_size(processor: Any | None, config: Any) -> tuple[int, int]:
     raise AssertionError("224 always fits")
 
 
-def _processor_stats(
-    processor: Any | None, where: str
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _processor_stats(processor: Any | None, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of pixels in [0, 1] that amount to the processor's rescaling and normalising."""
     if processor is None:
         return IMAGENET

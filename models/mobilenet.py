@@ -38,9 +38,7 @@ class InvertedResidual(nn.Module):
         self.bn3 = nn.BatchNorm2d(width)
         self.shortcut = nn.Sequential()
         if self.residual and in_width != width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_width, width, 1, bias=False), nn.BatchNorm2d(width)
-            )
+            self.shortcut = nn.Sequential(nn.Conv2d(in_width, width, 1, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, in_width, h, w) -> (B, width, h / stride, w / stride)."""
@@ -56,13 +54,7 @@ class MobileNetV2(Classifier):
     global_pool = True
 
     def __init__(
-        self,
-        channel: int,
-        num_classes: int,
-        im_size: tuple[int, int],
-        *,
-        name: str,
-        dropout: float = 0.0,
+        self, channel: int, num_classes: int, im_size: tuple[int, int], *, name: str, dropout: float = 0.0
     ) -> None:
         super().__init__()
         map_size(name, im_size, lambda side: (side + 7) // 8)  # any size of 1 or more

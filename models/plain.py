@@ -225,13 +225,7 @@ class AlexNet(PlainNet):
     2012, as reduced by Zhao et al., "Dataset Condensation with Gradient Matching", 2021.
     """
 
-    ROWS = (
-        Row(128, 5, 2, "max"),
-        Row(192, 5, 2, "max"),
-        Row(256),
-        Row(192),
-        Row(192, pool="max"),
-    )
+    ROWS = (Row(128, 5, 2, "max"), Row(192, 5, 2, "max"), Row(256), Row(192), Row(192, pool="max"))
 
     def __init__(
         self, channel: int, num_classes: int, im_size: tuple[int, int], *, norm: str, **kwargs

@@ -104,10 +104,7 @@ EVAL_MODES = tuple(_EVAL_POOLS)
 
 
 def get_model(
-    name: str,
-    img_shape: tuple[int, int, int] = (3, 32, 32),
-    num_classes: int = 10,
-    dropout: float = 0.0,
+    name: str, img_shape: tuple[int, int, int] = (3, 32, 32), num_classes: int = 10, dropout: float = 0.0
 ) -> Classifier:
     """A freshly initialised network of the KRR-ST zoo; its last layer is `fc`.
 
@@ -127,9 +124,7 @@ def get_model(
     return build(channel, num_classes, tuple(im_size), name=lower, dropout=dropout)
 
 
-def get_network(
-    name: str, channel: int, num_classes: int, im_size: tuple[int, int] = (32, 32)
-) -> Classifier:
+def get_network(name: str, channel: int, num_classes: int, im_size: tuple[int, int] = (32, 32)) -> Classifier:
     """A freshly initialised network of the DC zoo.
 
     Args:

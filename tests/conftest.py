@@ -1,5 +1,7 @@
 """Small data that the tests make themselves."""
 
+import dataclasses
+import json
 import os
 from pathlib import Path
 
@@ -9,14 +11,21 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
+from distillation.problem import Problem
+from evaluation.target import Representation
+from krr_st.config import TrainFlags
+from krr_st.krr_st import KRRST
+from methods import find_method
 from utils import checkpoint
+from utils.seed import local_seed
 
 torch.set_num_threads(1)
 
+CPU = torch.device("cpu")
+NET, SHAPE = "convnet_4_bn", (3, 8, 8)  # zoo A at its smallest, and what `write_set` writes
 
-def write_set(
-    data_dir, name, *, size=8, train=48, test=24, classes=4, channels=3, labelled=True, seed=0
-):
+
+def write_set(data_dir, name, *, size=8, train=48, test=24, classes=4, channels=3, labelled=True, seed=0):
     """A prepared set whose classes differ in brightness and in a bright corner."""
     generator = torch.Generator().manual_seed(seed)
     folder = Path(data_dir) / name
@@ -33,6 +42,61 @@ def write_set(
         if labelled:
             checkpoint.save(y, folder / f"Y_{split}_{size}.pth")
     return folder
+
+
+def make_target():
+    """A target model with random weights."""
+    with local_seed(77):
+        return Representation(NET, SHAPE).eval().requires_grad_(False)
+
+
+def write_target(name="tiny"):
+    """The checkpoint in which KRR-ST looks for the target model of a set."""
+    state = make_target().backbone.state_dict()
+    checkpoint.save(state, f"teacher_ckpt/barlow_twins_{NET}_{name}.pt")
+
+
+def resolved(method, flags_class=None, **changes):
+    """The flags of a method as its run has them: defaults put in, presets resolved."""
+    row = find_method(method)
+    flags = (flags_class or row.flags)(method=row.name, **changes)
+    given = {k: v for k, v in row.defaults.items() if getattr(flags, k) is None}
+    return row.setup.resolve(row, dataclasses.replace(flags, **given))
+
+
+def make_krrst(image_set, *, seed=0, loader=None, **changes):
+    """KRR-ST at its smallest; `loader` takes the place of that of the real batches."""
+    settings = dict(
+        num_images=6,
+        train_model=NET,
+        num_models=2,
+        online_iteration=5,
+        online_lr=0.05,
+        online_wd=0.0,
+        outer_batch_size=16,
+        outer_lr=1e-2,
+        outer_iteration=40,
+        target_views="online",
+    )
+    problem = Problem(image_set, CPU, seed, target=make_target())
+    distiller = KRRST(problem, TrainFlags(**{**settings, **changes}))
+    distiller.loader = loader or distiller.loader
+    return distiller
+
+
+def read_log(folder):
+    """The entries of a run's log without the clock's."""
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(s).items() if k != "steps_per_second"} for s in lines]
+
+
+def plain(value):
+    """A saved value that compares with ==: tensors by what they hold, no clock times."""
+    if isinstance(value, torch.Tensor):
+        return checkpoint.fingerprint(value)
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if k != "seconds"}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 @pytest.fixture

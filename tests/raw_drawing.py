@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.raw import Source
+from data.prepare.raw import Source
 
 
 def draw(path: Path, value: int = 0, mode: str = "RGB", size: tuple[int, int] = (9, 7)) -> Path:
@@ -18,7 +18,7 @@ def draw(path: Path, value: int = 0, mode: str = "RGB", size: tuple[int, int] = 
 
 def content(source: Source, split: str) -> list[tuple[str, int]]:
     """(file name, label) of every picture of a split of files."""
-    (part,) = source.splits[split]()
+    (part,) = source.splits[split]
     return [(p.name, int(y)) for p, y in zip(part.images, part.labels, strict=True)]
 
 

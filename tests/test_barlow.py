@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from data.specs import Stats
-from krr_st import target as target_module
-from krr_st.barlow import TwoViews, barlow_twins_loss, projector
-from krr_st.target_model import Representation, load_target
+from evaluation.target import Representation, load_target
+from krr_st.target import __main__ as target_module
+from krr_st.target.barlow import TwoViews, barlow_twins_loss, projector
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -209,9 +209,7 @@ def test_target_command(tmp_path, capsys):
     assert "there already" in capsys.readouterr().out
     assert train_target(tmp_path, "--lr", "0.5") == 2
     assert "lr 0.001 -> 0.5" in capsys.readouterr().err
-    model = load_target(
-        NET, tmp_path / "ckpt" / f"barlow_twins_{NET}_tiny.pt", (3, 8, 8), CPU, "make it"
-    )
+    model = load_target(NET, tmp_path / "ckpt" / f"barlow_twins_{NET}_tiny.pt", (3, 8, 8), CPU, "make it")
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert model(torch.zeros(2, 3, 8, 8)).shape == (2, model.dim) == (2, 4)
 
@@ -243,7 +241,7 @@ def test_target_interrupted_and_resumed(tmp_path, monkeypatch, capsys, save_ever
         patch.setattr(target_module, "barlow_twins_loss", killed)
         assert train_target(tmp_path, "--save_every", str(save_every), name="stopped") == 130
     assert train_target(tmp_path, "--save_every", str(save_every), name="stopped") == 0
-    assert (f"going on after epoch {saved} of 4" in capsys.readouterr().out) == (saved > 0)
+    assert (f"resuming after epoch {saved} of 4" in capsys.readouterr().out) == (saved > 0)
     assert equal_states(result(tmp_path), result(tmp_path, "stopped"))
 
     def log(name):

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from utils.cells import CellStore
+from evaluation.measure import CellStore, grouped, spread
 from utils.errors import UserError
 from utils.table import format_mean_std, markdown, mean_std
 
@@ -22,13 +23,71 @@ def test_a_finished_cell_is_found_again(tmp_path):
     assert json.loads(path.read_text()) == cell
 
 
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"lr": 0.2}, {"recipe": {"epochs": 4}}, {"more": None}]
-)
+@pytest.mark.parametrize("change", [{"seed": 1}, {"lr": 0.2}, {"recipe": {"epochs": 4}}, {"more": None}])
 def test_any_other_setting_is_another_cell(tmp_path, change):
     store = CellStore(tmp_path / "r.jsonl")
     store.add(KEY, accuracy=1.0)
     assert store.get({**KEY, **change}) is None
+
+
+def test_a_finished_cell_is_not_measured_again(tmp_path, capsys):
+    path, calls = tmp_path / "r.jsonl", []
+
+    def measure(**changes):
+        def compute():
+            calls.append(changes)
+            return {"accuracy": float(len(calls))}
+
+        return CellStore(path).measure({**KEY, **changes}, compute, lambda c: f"{c['accuracy']:.0f} %")
+
+    first = measure()
+    assert (first["accuracy"], first["lr"]) == (1.0, 0.1) and first["seconds"] >= 0
+    assert measure() == first and calls == [{}]
+    changes = [{"seed": 1}, {"lr": 0.2}, {"recipe": {"epochs": 4}}, {"target": "dogs"}]
+    assert [measure(**change)["accuracy"] for change in changes] == [2.0, 3.0, 4.0, 5.0]
+    assert [measure(**change)["accuracy"] for change in changes] == [2.0, 3.0, 4.0, 5.0]
+    assert calls == [{}, *changes]
+    shown = ["1 %", "1 % (kept)", "2 %", "3 %", "4 %", "5 %"]
+    assert capsys.readouterr().out.splitlines() == [*shown, *(f"{n} % (kept)" for n in "2345")]
+
+
+def test_a_measurement_that_fails_leaves_no_cell(tmp_path):
+    store = CellStore(tmp_path / "r.jsonl")
+    with pytest.raises(ZeroDivisionError):
+        store.measure(KEY, lambda: {"accuracy": 1 / 0}, str)
+    assert store.get(KEY) is None
+    assert store.measure(KEY, lambda: {"accuracy": 2.0}, str)["accuracy"] == 2.0
+
+
+def test_of_several_cells_the_missing_ones_are_measured(tmp_path, capsys):
+    store, calls = CellStore(tmp_path / "r.jsonl"), []
+
+    def compute(seed):
+        def task(wait):
+            calls.append(seed)
+            return {"accuracy": 10.0 * seed + len(calls)}
+
+        return {**KEY, "seed": seed}, task
+
+    def measure(*seeds, **options):
+        cells = store.measure_all(
+            [compute(seed) for seed in seeds], torch.device("cpu"), lambda c: f"{c['seed']}", **options
+        )
+        return [(c["seed"], c["accuracy"]) for c in cells]
+
+    assert measure(2) == [(2, 21.0)]
+    assert measure(1, 2, 3) == [(1, 12.0), (2, 21.0), (3, 33.0)] and calls == [2, 1, 3]
+    assert capsys.readouterr().out.split() == ["2", "1", "3"]
+    assert measure(2, again=True) == [(2, 24.0)] and measure(2) == [(2, 24.0)]
+
+
+def test_groups_keep_their_order_and_spread_is_over_the_field():
+    cells = [{"t": t, "error": e} for t, e in (("b", 1.0), ("a", 5.0), ("b", 2.0), ("b", 4.5))]
+    groups = grouped(cells, lambda cell: cell["t"])
+    assert list(groups) == ["b", "a"] and [c["error"] for c in groups["b"]] == [1.0, 2.0, 4.5]
+    found, values = spread(groups["b"], "error"), [1.0, 2.0, 4.5]
+    assert found["n"] == 3 and found["mean"] == pytest.approx(np.mean(values))
+    assert found["std"] == pytest.approx(np.std(values, ddof=0))
 
 
 @pytest.mark.parametrize("keep", [1, 20, -2, -1])
@@ -89,9 +148,13 @@ def test_mean_and_population_std():
 
 @pytest.mark.parametrize(
     ("values", "digits", "shown"),
-    [([95.0, 96.0], 2, "95.50 ± 0.50"), ([1.0, 2.0, 4.5], 1, "2.5 ± 1.5"), ([95.204], 2, "95.20"),
-     ([], 2, "–")],
-)  # fmt: skip
+    [
+        ([95.0, 96.0], 2, "95.50 ± 0.50"),
+        ([1.0, 2.0, 4.5], 1, "2.5 ± 1.5"),
+        ([95.204], 2, "95.20"),
+        ([], 2, "–"),
+    ],
+)
 def test_shown_numbers(values, digits, shown):
     assert format_mean_std(values, digits) == shown
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from utils import checkpoint
 from utils.errors import UserError, entry_point
-from utils.images import save_grid, save_lines
-from utils.resume import load_run, save_run
+from utils.plots import save_grid, save_lines
+from utils.run_folder import load_run, save_run
 
 
 class Payload:
@@ -63,9 +63,16 @@ def test_damaged_files_are_named(tmp_path):
     checkpoint.save({"w": torch.randn(500)}, good)
     raw = good.read_bytes()
     for number, content in enumerate(
-        [b"", b"\x00" * 100, b"<html><body>404 not found</body></html>", b"hello", raw[:100],
-         raw[: len(raw) // 2], raw[:-30]]
-    ):  # fmt: skip
+        [
+            b"",
+            b"\x00" * 100,
+            b"<html><body>404 not found</body></html>",
+            b"hello",
+            raw[:100],
+            raw[: len(raw) // 2],
+            raw[:-30],
+        ]
+    ):
         path = tmp_path / f"bad{number}.pt"
         path.write_bytes(content)
         with pytest.raises(UserError, match=rf"image tensor .*bad{number}\.pt") as caught:
@@ -154,9 +161,13 @@ def test_load_tensor_and_state_check_the_kind(tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "raised"),
-    [(RuntimeError("disk full"), UserError), (OSError(28, "No space left"), UserError),
-     (ValueError("other"), ValueError), (KeyboardInterrupt(), KeyboardInterrupt)],
-)  # fmt: skip
+    [
+        (RuntimeError("disk full"), UserError),
+        (OSError(28, "No space left"), UserError),
+        (ValueError("other"), ValueError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
 def test_a_failing_writer_leaves_the_old_file(tmp_path, error, raised):
     path = tmp_path / "f.bin"
     path.write_bytes(b"old")
@@ -233,10 +244,11 @@ def test_fingerprint_sees_values_shapes_and_types():
 
 def test_save_run_and_load_run(tmp_path):
     model, path = nn.Linear(2, 2), tmp_path / "state.pt"
-    save_run(path, 7, {"model": model}, noise=torch.ones(3))
+    save_run(path, 7, {"model": model}, experiment=2)
     other = nn.Linear(2, 2)
-    step, tensors = load_run(path, {"model": other})
-    assert step == 7 and torch.equal(tensors["noise"], torch.ones(3))
+    assert load_run(path, {"model": other}, experiment=1) is None
+    assert not torch.equal(model.weight, other.weight)
+    assert load_run(path, {"model": other}, experiment=2) == 7
     assert torch.equal(model.weight, other.weight)
 
 

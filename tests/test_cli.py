@@ -1,6 +1,6 @@
 """The commands as a user types them: one clear line and exit code 2 for every bad input."""
 
-import importlib
+import importlib.util
 import json
 import runpy
 import subprocess
@@ -14,21 +14,56 @@ from conftest import write_set
 import test as test_command
 import test_scratch
 import train
-from krr_st import baselines, demo, target
-from krr_st.target_model import Representation
+from evaluation.target import Representation
+from krr_st import baselines, demo
+from krr_st.target import __main__ as target
 from utils import checkpoint
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NET = "convnet_4_8_bn"
 TRAIN = [
-    "--data_name", "tiny", "--img_size", "8", "--device", "cpu", "--seed", "0",
-    "--target_model", NET, "--train_model", NET, "--num_images", "6", "--num_models", "2",
-    "--online_iteration", "3", "--outer_iteration", "4", "--outer_batch_size", "16",
-    "--print_every", "2", "--pre_epoch", "2", "--test_iteration", "3",
-]  # fmt: skip
-TEST = ["--source_data_name", "tiny", "--img_size", "8", "--test_model", NET, "--device", "cpu",
-        "--num_test", "1"]  # fmt: skip
+    "--data_name",
+    "tiny",
+    "--img_size",
+    "8",
+    "--device",
+    "cpu",
+    "--seed",
+    "0",
+    "--target_model",
+    NET,
+    "--train_model",
+    NET,
+    "--num_images",
+    "6",
+    "--num_models",
+    "2",
+    "--online_iteration",
+    "3",
+    "--outer_iteration",
+    "4",
+    "--outer_batch_size",
+    "16",
+    "--print_every",
+    "2",
+    "--pre_epoch",
+    "2",
+    "--test_iteration",
+    "3",
+]
+TEST = [
+    "--source_data_name",
+    "tiny",
+    "--img_size",
+    "8",
+    "--test_model",
+    NET,
+    "--device",
+    "cpu",
+    "--num_test",
+    "1",
+]
 
 
 @pytest.fixture
@@ -73,7 +108,7 @@ def test_train_then_test_then_scratch(tiny, capsys):
     argv = [*TEST, "--method", "krr_st", "--synthetic_path", "results/a", "--pre_epoch", "2"]
     assert test_command.main([*argv, "--protocol", "linear", "--shots", "2_all"]) == 0
     printed = capsys.readouterr().out
-    assert "2 labels a class" in printed and "all labels" in printed
+    assert "2 labels per class" in printed and "all labels" in printed
     cells = (tiny / "test_log" / "results.jsonl").read_text().splitlines()
     assert [json.loads(c)["shots"] for c in cells] == ["2", "all"]
 
@@ -103,9 +138,12 @@ def test_finetune_cells_do_not_depend_on_what_ran_before(tiny):
 def test_baselines(tiny):
     common = ["--data_name", "tiny", "--img_size", "8", "--target_model", NET, "--device", "cpu"]
     for method, shape in {
-        "random": (6,), "random_features": (6, 8), "kmeans": (6,), "kmeans_features": (6, 8),
+        "random": (6,),
+        "random_features": (6, 8),
+        "kmeans": (6,),
+        "kmeans_features": (6, 8),
         "gaussian": (6, 8),
-    }.items():  # fmt: skip
+    }.items():
         argv = [*common, "--method", method, "--num_images", "6"]
         assert baselines.main(argv) == 0
         folder = tiny / "synthetic_data" / "tiny" / method
@@ -296,7 +334,9 @@ def in_this_process(title, argv, folder):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         if argv[0] == "-m":
-            assert importlib.import_module(argv[1]).main(argv[2:]) == 0, title
+            package = importlib.util.find_spec(argv[1]).submodule_search_locations is not None
+            module = importlib.import_module(argv[1] + ".__main__" * package)
+            assert not module.main(argv[2:]), title
         else:
             assert runpy.run_path(str(ROOT / argv[0]))["main"](argv[1:]) == 0, title
 
@@ -312,22 +352,45 @@ def test_demo_runs_ordinary_commands(tmp_path, capfd):
 
 def test_demo_at_tiny_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "run_step", in_this_process)
-    argv = ["--folder", str(tmp_path), "--num_images", "5", "--epochs", "1", "--Iteration", "1",
-            "--epoch_eval_train", "1", "--outer_iteration", "3", "--online_iteration", "2",
-            "--pre_epoch", "2", "--num_test", "1"]  # fmt: skip
+    argv = [
+        "--folder",
+        str(tmp_path),
+        "--num_images",
+        "5",
+        "--epochs",
+        "1",
+        "--Iteration",
+        "1",
+        "--epoch_eval_train",
+        "1",
+        "--outer_iteration",
+        "3",
+        "--online_iteration",
+        "2",
+        "--pre_epoch",
+        "2",
+        "--num_test",
+        "1",
+    ]
     assert demo.main(argv) == 0
     printed = capsys.readouterr().out
     printed = printed[printed.index("What ten labelled") :]
     table = [line for line in printed.splitlines() if line.startswith("|")]
     titles = [row.split("|")[1].strip() for row in table]
     assert titles[2:8] == [
-        "10 random real images", "20 random real images", "50 random real images",
-        "100 random real images", "10 images by DM", "10 images by DM + CLoM",
-    ]  # fmt: skip
+        "10 random real images",
+        "20 random real images",
+        "50 random real images",
+        "100 random real images",
+        "10 images by DM",
+        "10 images by DM + CLoM",
+    ]
     assert titles[-4:] == [
-        "no pre-training", "5 random real images + target features",
-        "25 random real images + target features", "5 KRR-ST images",
-    ]  # fmt: skip
+        "no pre-training",
+        "5 random real images + target features",
+        "25 random real images + target features",
+        "5 KRR-ST images",
+    ]
     for row, probes in ((table[2], 1), (table[-1], 5)):
         numbers = [cell.strip() for cell in row.split("|")[2:-1] if cell.strip()]
         assert len([float(n) for n in numbers]) == probes

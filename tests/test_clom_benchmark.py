@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import clom as benchmark
 from benchmarks.common import KEPT, contest
-from clom import layout
+from models import layout
 
 CPU = torch.device("cpu")
 

@@ -7,31 +7,32 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_set
+from conftest import CPU, resolved, write_set
 
-import data
-from clom import CLoM, distillers, gradient_distance, layout
-from clom.config import DistillFlags, MatchDMFlags, default_run_folder, loops, resolve
-from clom.distill import initial_images
-from clom.distribution_matching import DistributionMatching, embed_real
-from clom.evaluate import (
-    Augmentation,
-    published_augmentation,
-    published_training,
-    score_network,
-)
-from clom.gradient_matching import GradientMatching
-from clom.inputs import keeps_meaning_mirrored
-from clom.layout import batch_norms
-from clom.real import RealImages
-from clom.run import make_schedule
-from clom.training import Training, dc_evaluation, train_on
-from data.dsa import diff_augment
-from models import get_network
+from clom import base
+from clom.config import DistillFlags, MatchDMFlags, default_run_folder, loops
+from clom.dc import GradientMatching
+from clom.dm import DistributionMatching, embed_real
+from clom.loss import CLoM
+from clom.matching import gradient_distance
+from clom.plugin import RealFeatures
+from clom.setup import MatchingSetup, NetworkObserver, evaluation_recipe
+from data.augment.dsa import diff_augment
+from data.load import load_set
+from data.loader import TensorLoader
+from data.real_data import RealImages
+from data.synthetic import SyntheticSet
+from distillation.loop import Plan
+from distillation.problem import Problem
+from evaluation.fit import Trainer
+from evaluation.recipes import dc_evaluation, sgd_by_epochs
+from evaluation.score import score_network
+from methods import METHODS
+from models import get_network, layout
+from models.layout import batch_norms
 from utils.errors import UserError
 from utils.seed import local_seed
 
-CPU = torch.device("cpu")
 DSA = "color_crop_cutout_flip_scale_rotate"
 
 
@@ -42,8 +43,34 @@ def tiny(workspace):
 
 
 @pytest.fixture
-def real(tiny):
-    return RealImages.from_set(data.load("tiny", 8, family="dc"), CPU)
+def image_set(tiny):
+    return load_set("tiny", 8, family="dc")
+
+
+@pytest.fixture
+def real(image_set):
+    return RealImages.from_set(image_set, CPU)
+
+
+@pytest.fixture
+def make(image_set, real):
+    """Builds a distiller on the tiny set from changes of its flags."""
+
+    def make(kind, *, net="ConvNetD1", seed=0, extra=None, **changes):
+        settings = dict(
+            model=net,
+            ipc=1,
+            init="noise",
+            lr_img=1.0,
+            batch_real=8,
+            outer_loop=1,
+            inner_loop=1,
+            dsa_strategy="none",
+        )
+        problem = Problem(image_set, CPU, seed, real=real, extra=extra)
+        return kind(problem, DistillFlags(**{**settings, **changes}))
+
+    return make
 
 
 def network(name="ConvNetD1"):
@@ -54,15 +81,9 @@ def network(name="ConvNetD1"):
     return build
 
 
-def make(kind, real, *, net="ConvNetD1", ipc=1, init="noise", **options):
-    x, y = initial_images(real, (3, 8, 8), ipc, init, torch.Generator().manual_seed(0))
-    options = {"lr_img": 1.0, "batch_real": 8, "seed": 0, **options}
-    return kind(x, y, real, new_network=network(net), **options)
-
-
-def held_out_loss(kind, real, distiller, **options):
+def held_out_loss(make, kind, distiller, **options):
     """Mean loss of fixed networks and real batches on the distiller's images."""
-    probe = make(kind, real, lr_img=1e-30, seed=123, ipc=distiller.ipc, **options)
+    probe = make(kind, seed=123, ipc=distiller.ipc, **{**options, "lr_img": 1e-30})
     with torch.no_grad():
         probe.x_syn.copy_(distiller.x_syn)
     return sum(float(probe.step()["loss"]) for _ in range(4))
@@ -72,28 +93,28 @@ def held_out_loss(kind, real, distiller, **options):
     ("kind", "options"),
     [
         (GradientMatching, dict(outer_loop=2, inner_loop=1)),
-        (GradientMatching, dict(strategy=DSA, outer_loop=2, inner_loop=1)),
-        (DistributionMatching, dict(strategy=DSA)),
+        (GradientMatching, dict(dsa_strategy=DSA, outer_loop=2, inner_loop=1)),
+        (DistributionMatching, dict(dsa_strategy=DSA)),
     ],
     ids=["DC", "DSA", "DM"],
 )
-def test_a_tiny_run_lowers_its_loss(real, kind, options):
-    distiller = make(kind, real, lr_img=0.5, **options)
-    before = held_out_loss(kind, real, distiller, **options)
+def test_a_tiny_run_lowers_its_loss(make, kind, options):
+    distiller = make(kind, lr_img=0.5, **options)
+    before = held_out_loss(make, kind, distiller, **options)
     for _ in range(8):
         distiller.step()
-    assert held_out_loss(kind, real, distiller, **options) < 0.7 * before
+    assert held_out_loss(make, kind, distiller, **options) < 0.7 * before
 
 
-def test_gradient_of_the_sum_over_classes(real):
-    distiller = make(GradientMatching, real, ipc=2)
+def test_gradient_of_the_sum_over_classes(make, real):
+    distiller = make(GradientMatching, ipc=2)
     net = network()(0)
-    state = distiller.generators["real images"].get_state()
+    state = distiller.stream("real images").get_state()
     gradient, total = distiller._match(net)
-    distiller.generators["real images"].set_state(state)
+    distiller.stream("real images").set_state(state)
     parameters, expected = list(net.parameters()), 0.0
     for c in range(4):
-        index = real.draw_class(c, 8, distiller.generators["real images"])
+        index = real.draw_class(c, 8, distiller.stream("real images"))
         y = torch.full((8,), c)
         g_real = torch.autograd.grad(F.cross_entropy(net(real.at(index)), y), parameters)
         own = distiller.x_syn[2 * c : 2 * c + 2]
@@ -105,18 +126,21 @@ def test_gradient_of_the_sum_over_classes(real):
 
 
 @pytest.mark.parametrize("net", ["ConvNetD1", "ConvNetBN", "ConvNetLN"])
-def test_parts_of_a_batch_change_nothing_but_rounding(real, monkeypatch, net):
+def test_parts_of_a_batch_change_nothing_but_rounding(make, real, monkeypatch, net):
     """Gradients of real images, a training, test accuracies, DM's groups of classes."""
 
     def everything(pixels):
         monkeypatch.setattr(layout, "CPU_PIXELS", pixels)
-        matching = make(GradientMatching, real, net=net, ipc=2, outer_loop=2, inner_loop=3)
-        loss = [matching.step()["loss"], make(DistributionMatching, real, net=net).step()["loss"]]
-        x, y = real.at(torch.arange(20)), real.labels[:20]
-        trainer = train_on(
-            network(net)(0), x, y, Training(2, 0.1, batch_size=7), augment=None, device=CPU,
+        matching = make(GradientMatching, net=net, ipc=2, outer_loop=2, inner_loop=3)
+        loss = [matching.step()["loss"], make(DistributionMatching, net=net).step()["loss"]]
+        loader = TensorLoader(
+            real.at(torch.arange(20)),
+            real.labels[:20],
+            batch_size=7,
+            device=CPU,
             generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+        )
+        trainer = Trainer(network(net)(0), loader, sgd_by_epochs(2, 0.1, 0.9, 5e-4, 7))
         model = trainer.run()
         return [matching.x_syn.detach(), *loss, trainer.window.mean(), *model.parameters()]
 
@@ -124,31 +148,33 @@ def test_parts_of_a_batch_change_nothing_but_rounding(real, monkeypatch, net):
         torch.testing.assert_close(small, whole, rtol=1e-4, atol=1e-5)
 
 
-def test_siamese_draws_are_equal_for_real_and_synthetic(real, monkeypatch):
+def test_siamese_draws_are_equal_for_real_and_synthetic(make, monkeypatch):
     seen = []
 
     def spy(x, strategy, **options):
         seen.append((len(x), options["seed"], options["siamese"], options["align_corners"]))
         return diff_augment(x, strategy, **options)
 
-    monkeypatch.setattr(distillers, "diff_augment", spy)
+    monkeypatch.setattr(base, "diff_augment", spy)
     for kind in (GradientMatching, DistributionMatching):
         seen.clear()
-        make(kind, real, strategy=DSA).step()
+        make(kind, dsa_strategy=DSA).step()
         assert [count for count, *_ in seen] == [8, 1] * 4
-        pairs = list(itertools.batched(seen, 2)) if hasattr(itertools, "batched") else list(
-            zip(seen[::2], seen[1::2], strict=True)
-        )  # fmt: skip
+        pairs = (
+            list(itertools.batched(seen, 2))
+            if hasattr(itertools, "batched")
+            else list(zip(seen[::2], seen[1::2], strict=True))
+        )
         assert all(a[1:] == b[1:] and a[2] and not a[3] for a, b in pairs)
         assert len({a[1] for a, _ in pairs}) == 4  # each class its own
     x = torch.randn(1, 3, 8, 8)
-    a, b = make(DistributionMatching, real, strategy=DSA).siamese(x.expand(5, -1, -1, -1), x)
+    a, b = make(DistributionMatching, dsa_strategy=DSA).siamese(x.expand(5, -1, -1, -1), x)
     torch.testing.assert_close(a, b.expand_as(a))
 
 
-def test_dm_takes_one_batch_under_batch_norm(real):
+def test_dm_takes_one_batch_under_batch_norm(make):
     sizes = []
-    distiller = make(DistributionMatching, real, net="ConvNetBN", ipc=2)
+    distiller = make(DistributionMatching, net="ConvNetBN", ipc=2)
     build = distiller.new_network
 
     def watched(seed):
@@ -172,8 +198,8 @@ def test_dm_in_parts_equals_class_by_class(real, monkeypatch):
     torch.testing.assert_close(by_class, together)
 
 
-def test_dm_networks_are_frozen_and_only_images_move(real):
-    distiller = make(DistributionMatching, real)
+def test_dm_networks_are_frozen_and_only_images_move(make):
+    distiller = make(DistributionMatching)
     built = []
     build = distiller.new_network
     distiller.new_network = lambda seed: built.append(build(seed)) or built[-1]
@@ -186,8 +212,8 @@ def test_dm_networks_are_frozen_and_only_images_move(real):
     assert not torch.equal(*weights)  # each iteration its own network
 
 
-def test_batch_norm_of_gradient_matching(real):
-    distiller = make(GradientMatching, real, net="ConvNetBN")
+def test_batch_norm_of_gradient_matching(make):
+    distiller = make(GradientMatching, net="ConvNetBN")
     model = network("ConvNetBN")(0).train()
     fresh = model.features[1].running_mean.clone()
     distiller._fix_statistics(model)
@@ -198,34 +224,38 @@ def test_batch_norm_of_gradient_matching(real):
     assert torch.equal(model.features[1].running_mean, fixed)
 
 
-def test_small_classes_give_what_they_have(real):
+def test_small_classes_give_what_they_have(make, real):
     counts = [len(index) for index in real.index_of_class]
     assert counts == [12, 12, 11, 11]
     x, given = real.draw_all_classes(100, torch.Generator().manual_seed(0))
     assert given == counts and len(x) == 46
     index = real.draw_class(2, 11, torch.Generator().manual_seed(0))
     assert (real.labels[index] == 2).all() and len(set(index.tolist())) == 11
-    assert float(make(DistributionMatching, real, batch_real=100).step()["loss"]) > 0
+    assert float(make(DistributionMatching, batch_real=100).step()["loss"]) > 0
 
 
-def test_initial_images(real):
-    x, y = initial_images(real, (3, 8, 8), 2, "real", torch.Generator().manual_seed(0))
+def test_initial_images(image_set, real):
+    problem = Problem(image_set, CPU, 0, real=real)
+    x, y = problem.start_by_class(2, "real")
     assert y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     everything = real.at(torch.arange(46))
     for image, label in zip(x, y.tolist(), strict=True):
         match = [i for i in range(46) if torch.equal(everything[i], image)]
         assert match and real.labels[match[0]] == label
     with pytest.raises(UserError, match="class 2 has 11 training images, --ipc 12"):
-        initial_images(real, (3, 8, 8), 12, "real", torch.Generator())
+        problem.start_by_class(12, "real")
+    noise, y = problem.start_by_class(500, "noise")
+    assert noise.shape == (2000, 3, 8, 8) and y.bincount().tolist() == [500] * 4
+    assert abs(float(noise.mean())) < 0.01 and float(noise.std()) == pytest.approx(1, abs=0.01)
 
 
-def test_clom_moves_the_images(real):
+def test_clom_moves_the_images(make, real):
     results = []
     for alpha in (None, 0.0, 100.0):
         clom = None
         if alpha is not None:
-            clom = CLoM(network()(5), alpha=alpha, real=real, batch_size=16)
-        distiller = make(DistributionMatching, real, clom=clom)
+            clom = CLoM(network()(5), alpha=alpha, real=RealFeatures(real), batch_size=16)
+        distiller = make(DistributionMatching, extra=clom)
         losses = [distiller.step() for _ in range(2)]
         results.append(distiller.x_syn.detach())
         assert (float(losses[0]["clom"]) > 0) == (alpha == 100.0)
@@ -234,43 +264,62 @@ def test_clom_moves_the_images(real):
 
 
 def test_defaults_by_method_and_ipc():
-    dc, dsa, dm = (resolve(DistillFlags(method=m, ipc=10)) for m in ("DC", "DSA", "DM"))
+    dc, dsa, dm = (resolved(m, ipc=10) for m in ("DC", "DSA", "DM"))
     assert (dc.Iteration, dc.lr_img, dc.init, dc.dsa_strategy) == (1000, 0.1, "noise", "none")
     assert (dsa.Iteration, dsa.dsa_strategy) == (1000, DSA)
     assert (dm.Iteration, dm.lr_img, dm.init, dm.dsa_strategy) == (20000, 1.0, "real", DSA)
     assert (dc.outer_loop, dc.inner_loop) == (10, 50)
     assert [loops(i) for i in (1, 5, 20, 30, 40, 50, 100)] == [
-        (1, 1), (1, 1), (20, 25), (30, 20), (40, 15), (50, 10), (50, 10),
-    ]  # fmt: skip
-    assert resolve(DistillFlags(method="DSA"), hflip=False).dsa_strategy == DSA.replace("_flip", "")
-    assert resolve(DistillFlags(method="DSA", dsa_strategy="None")).dsa_strategy == "none"
+        (1, 1),
+        (1, 1),
+        (20, 25),
+        (30, 20),
+        (40, 15),
+        (50, 10),
+        (50, 10),
+    ]
+    assert resolved("DSA", dataset="SVHN").dsa_strategy == DSA.replace("_flip", "")
+    assert resolved("DSA", dsa_strategy="None").dsa_strategy == "none"
 
 
 def test_main_dm_has_the_published_defaults():
-    dm = resolve(MatchDMFlags())
+    def evaluations(**changes):
+        flags = resolved("DM", MatchDMFlags, **changes)
+        setup = object.__new__(MatchingSetup)  # its flags alone matter here
+        setup.flags = flags
+        observer = object.__new__(NetworkObserver)
+        observer.setup, observer.plan = setup, Plan(flags.Iteration, 1, 1)
+        return flags, [s for s in range(0, 20001, 500) if observer.due(s)]
+
+    dm, steps = evaluations()
     assert (dm.method, dm.ipc, dm.eval_mode, dm.num_exp, dm.num_eval) == ("DM", 50, "SS", 1, 20)
     assert (dm.epoch_eval_train, dm.Iteration, dm.lr_img, dm.init) == (1000, 20000, 1.0, "real")
-    schedule = make_schedule(dm)
-    assert [s for s in range(0, 20001, 500) if schedule.evaluates(s)] == list(range(0, 20001, 2000))
-    at_the_end = make_schedule(resolve(MatchDMFlags(eval_mode="M")))
-    assert [s for s in range(0, 20001, 500) if at_the_end.evaluates(s)] == [20000]
+    assert steps == list(range(0, 20001, 2000))
+    assert evaluations(eval_mode="M")[1] == [20000]
 
 
 def test_default_run_folders_tell_published_commands_apart():
     def name(**changes):
-        base = dict(CLoM=True, CLoM_distance="cos", models_pool=("ConvNet", "hf:a/b c"))
-        return str(default_run_folder(DistillFlags(**{**base, **changes})))
+        usual = dict(method="DC", CLoM=True, CLoM_distance="cos", models_pool=("ConvNet", "hf:a/b c"))
+        return str(default_run_folder(DistillFlags(**{**usual, **changes})))
 
     assert name() == (
-        "condensed/CIFAR10/DC/"
-        "ConvNet_ipc1_clom-cos-CIFAR10-ConvNet+hf-a-b-c_alpha1000_num1_epoch150"
+        "condensed/CIFAR10/DC/ConvNet_ipc1_clom-cos-CIFAR10-ConvNet+hf-a-b-c_alpha1000_num1_epoch150"
     )
     changes = [
-        dict(alphas=(0.5,)), dict(alphas=(1000.0, 0.5)), dict(alphas=(1234567.0,)),
-        dict(alphas=(1234568.0,)), dict(model_num=2), dict(epoch=100), dict(CLoM_distance="ce"),
-        dict(source_dataset="SVHN"), dict(models_pool=("ConvNet",)), dict(ipc=10),
-        dict(method="DM"), dict(CLoM=False),
-    ]  # fmt: skip
+        dict(alphas=(0.5,)),
+        dict(alphas=(1000.0, 0.5)),
+        dict(alphas=(1234567.0,)),
+        dict(alphas=(1234568.0,)),
+        dict(model_num=2),
+        dict(epoch=100),
+        dict(CLoM_distance="ce"),
+        dict(source_dataset="SVHN"),
+        dict(models_pool=("ConvNet",)),
+        dict(ipc=10),
+        dict(method="DM"),
+        dict(CLoM=False),
+    ]
     long = dict(models_pool=tuple(f"hf:some/model-{i}" for i in range(20)))
     changes += [long, {**long, "epoch": 2}, {**long, "alphas": (7.0,)}]
     names = [name(), *(name(**change) for change in changes)]
@@ -281,8 +330,7 @@ def test_default_run_folders_tell_published_commands_apart():
 
 def test_default_strategy_mirrors_only_where_it_may(workspace):
     def mirrors(method, dataset):
-        given = DistillFlags(method=method, dataset=dataset)
-        return "flip" in resolve(given, keeps_meaning_mirrored(given)).dsa_strategy
+        return "flip" in resolved(method, dataset=dataset).dsa_strategy
 
     for name, dsa, dm in (("CIFAR10", True, True), ("SVHN", False, True), ("digits", False, False)):
         assert (mirrors("DSA", name), mirrors("DM", name)) == (dsa, dm)
@@ -293,33 +341,41 @@ def test_default_strategy_mirrors_only_where_it_may(workspace):
 
 
 def test_evaluation_as_published():
-    plain = published_augmentation("DC", "CIFAR10", "ConvNet", "none")
-    assert plain.strategy == "none"
-    assert published_augmentation("DC", "MNIST", "ConvNet", "none").strategy == "crop_scale_rotate"
-    older = published_augmentation("DC", "CIFAR10", "ConvNetBN", "none")
-    assert (older.kind, older.strategy) == ("dc", "crop_noise")
-    dsa = published_augmentation("DM", "MNIST", "ConvNet", DSA)
-    assert (dsa.kind, dsa.strategy) == ("dsa", DSA)
-    training = published_training(plain, None, 0.01, 256)
-    # Epochs 0 to 300; the rate falls, with a fresh optimiser, after the one numbered 151.
-    assert (training.epochs, training.decay_after, training.fresh) == (301, (152,), True)
-    assert published_training(older, None, 0.01, 256).epochs == 1001
-    assert published_training(dsa, 20, 0.01, 256).epochs == 21
+    def recipe(method, dataset, network="ConvNet", **changes):
+        return evaluation_recipe(
+            METHODS[method.lower()], resolved(method, dataset=dataset, **changes), network
+        )
+
+    plain = recipe("DC", "CIFAR10")
+    assert (plain.dsa, plain.dc) == ("none", "none")
+    assert recipe("DC", "MNIST").dc == "crop_scale_rotate"
+    older = recipe("DC", "CIFAR10", "ConvNetBN")
+    assert (older.dsa, older.dc) == ("none", "crop_noise")
+    dsa = recipe("DM", "MNIST")
+    assert (dsa.dsa, dsa.dc, dsa.align_corners) == (DSA, "none", False)
+    # Epochs 0 to 300; the rate falls, with fresh momentum, after the one numbered 151.
+    assert (plain.epochs, plain.decay_epochs, plain.fresh_momentum) == (301, (152,), True)
+    settings = (plain.lr, plain.momentum, plain.wd, plain.batch_size)
+    assert settings == (0.01, 0.9, 5e-4, 256)
+    assert older.epochs == 1001
+    assert recipe("DM", "MNIST", epoch_eval_train=20).epochs == 21
 
 
-@pytest.mark.parametrize("augmentation", ["dc", "dsa"])
-def test_evaluation_learns_and_repeats(tiny, augmentation):
-    image_set = data.load("tiny", 8, family="dc")
-    real = RealImages.from_set(image_set, CPU)
-    x, y = initial_images(real, (3, 8, 8), 8, "real", torch.Generator().manual_seed(0))
-    strategy = {"dc": "crop_noise", "dsa": "color_scale"}[augmentation]
+@pytest.mark.parametrize("augmentation", [{"dc": "crop_noise"}, {"dsa": "color_scale"}])
+def test_evaluation_learns_and_repeats(image_set, real, augmentation):
+    x, y = Problem(image_set, CPU, 0, real=real).start_by_class(8, "real")
     scores = [
         score_network(
-            network(), x, y, image_set, dc_evaluation(20, 0.01, 256),
-            Augmentation(augmentation, strategy), seed=seed, device=CPU, test_every=7,
+            network(),
+            SyntheticSet(x, y),
+            image_set,
+            dc_evaluation(20, 0.01, 256, **augmentation),
+            seed=seed,
+            device=CPU,
+            test_every=7,
         )
         for seed in (0, 0, 1)
-    ]  # fmt: skip
+    ]
     assert scores[0] == scores[1] != scores[2]
     assert scores[0].final > 0.5 and scores[0].best >= scores[0].final
     assert scores[0].best_epoch in (7, 14, 21)

@@ -1,18 +1,23 @@
 """The CLoM loss against naive double loops, and the plug-in in someone else's loop."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from clom import CLoM, clom_ce, clom_ce_mean, clom_cosine
-from clom.real import RealImages
-from clom.teachers import Family, TeacherPool
+from clom.loss import CLoM, clom_ce, clom_ce_mean, clom_cosine
+from clom.plugin import RealFeatures
+from clom.pool import Family, TeacherPool
+from data.real_data import RealImages
 from data.specs import Stats
 from models import get_network
 from utils.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 N, M, D, K = 7, 5, 6, 3
 
 
@@ -57,10 +62,13 @@ def test_ce_equals_a_double_loop():
 
     expected = naive(distance, Y_REAL, Y_SYN)
     assert float(clom_ce(logits, Y_SYN, Y_REAL)) == pytest.approx(expected, rel=1e-12)
-    mean = sum(
-        -math.log(math.exp(float(logits[j, Y_SYN[j]])) / sum(math.exp(float(v)) for v in logits[j]))
-        for j in range(M)
-    ) / M  # fmt: skip
+    mean = (
+        sum(
+            -math.log(math.exp(float(logits[j, Y_SYN[j]])) / sum(math.exp(float(v)) for v in logits[j]))
+            for j in range(M)
+        )
+        / M
+    )
     assert float(clom_ce_mean(logits, Y_SYN)) == pytest.approx(mean, rel=1e-12)
 
 
@@ -174,8 +182,7 @@ def test_embed_or_output_of_any_module(real):
 def _skip_draws():
     """The generator of CLoM after it has drawn a model."""
     generator = torch.Generator().manual_seed(0)
-    for _ in range(2):
-        torch.randint(1, (1,), generator=generator)
+    torch.randint(1, (1,), generator=generator)
     return generator
 
 
@@ -185,17 +192,27 @@ def test_cached_features_are_the_recomputed_ones(real):
     x, y = torch.randn(3, 3, 8, 8), torch.arange(3)
     values = []
     for cache in (True, False):
-        clom = CLoM(tiny_net(), real=store, batch_size=8, cache=cache)
+        clom = CLoM(tiny_net(), real=RealFeatures(store, enabled=cache), batch_size=8)
         values.append(torch.stack([clom(x, y) for _ in range(3)]))
     torch.testing.assert_close(values[0], values[1])
-    counted = CLoM(tiny_net(), real=store, batch_size=8)
-    calls = []
-    counted.pool.families[0].models[0].features.register_forward_hook(
-        lambda m, given, out: calls.append(len(given[0]))
-    )
-    for _ in range(3):
-        counted(x, y)
-    assert calls.count(3) == 3 and sum(calls) == 3 * 3 + 30 + 1  # real images went through once
+    # Real images go through once; RealFeatures asks one more for the width of its features.
+    for given, more in ((RealFeatures(store), 1), ((store.at(torch.arange(30)), real[1]), 0)):
+        model, calls = tiny_net(), []
+        counted = CLoM(model, real=given, batch_size=8)
+        model.features.register_forward_hook(lambda m, given, out, calls=calls: calls.append(len(given[0])))
+        found = torch.stack([counted(x, y) for _ in range(3)])
+        torch.testing.assert_close(found, values[0])
+        assert calls.count(3) == 3 and sum(calls) == 3 * 3 + 30 + more
+
+
+def test_draws_go_on_from_a_saved_state(real):
+    x, y = torch.randn(3, 3, 8, 8), torch.arange(3)
+    nets = [tiny_net(seed=s) for s in range(3)]
+    first, second = (CLoM(nets, real=real, batch_size=8) for _ in range(2))
+    first(x, y)
+    second.load_state_dict(first.state_dict())
+    values = [[float(clom(x, y)) for _ in range(4)] for clom in (first, second)]
+    assert values[0] == values[1] and len(set(values[0])) == 4
 
 
 def test_released_form_of_ce_needs_no_real_data(real):
@@ -205,17 +222,41 @@ def test_released_form_of_ce_needs_no_real_data(real):
 
 
 def test_misuse_is_named(real):
-    with pytest.raises(UserError, match="needs real data"):
+    with pytest.raises(ValueError, match="needs real data"):
         CLoM(tiny_net(), distance="cos")
-    with pytest.raises(UserError, match="unknown CLoM_distance 'l2'; valid: ce, cos"):
+    with pytest.raises(ValueError, match="unknown distance 'l2'; valid: ce, cos"):
         CLoM(tiny_net(), distance="l2")
-    with pytest.raises(UserError, match="CLoM_ce_form"):
+    with pytest.raises(ValueError, match="ce_form"):
         CLoM(tiny_net(), distance="ce", ce_form="mean", real=real)
     wide = CLoM(get_network("ConvNetD1", 3, 5, (8, 8)), distance="ce", real=real)
-    with pytest.raises(UserError, match="5 classes, the data have 3"):
+    with pytest.raises(ValueError, match="5 classes, the data have 3"):
         wide(torch.randn(3, 3, 8, 8), torch.arange(3))
-    with pytest.raises(UserError, match="no pre-trained model"):
+    with pytest.raises(ValueError, match="needs a pre-trained model"):
         CLoM([], real=real)
+    with pytest.raises(ValueError, match="30 images but 29 labels"):
+        CLoM(tiny_net(), real=(real[0], real[1][1:]))
+    with pytest.raises(UserError, match="no pre-trained model"):
+        TeacherPool([])
+
+
+SCRIPT = """
+import sys, torch
+from clom.loss import CLoM
+ours = ("clom", "data", "distillation", "evaluation", "krr_st", "methods", "models", "utils")
+print(*sorted(name for name in sys.modules if name.split(".")[0] in ours))
+images, labels = torch.randn(4, 3, 2, 2), torch.arange(4) % 2
+clom = CLoM(torch.nn.Flatten(), real=(images, labels), batch_size=4)
+print(float(clom(images, labels)) > 0)
+"""
+
+
+def test_the_plug_in_stands_alone():
+    """It can be taken into another project: nothing of this one is loaded beside it."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["clom", "clom.loss", "True"]
 
 
 def test_draws_are_uniform_over_architectures_and_repeat():

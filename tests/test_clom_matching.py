@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from clom import gradient_distance
-from clom.matching import EPSILON, METRICS, distribution_distance
+from clom.matching import EPSILON, METRICS, distribution_distance, gradient_distance
 from utils.errors import UserError
 
 SHAPES = [(4, 3, 2, 2), (4,), (3, 2, 2), (5, 6), (5,)]
@@ -81,8 +80,6 @@ def test_distribution_distance_equals_a_loop_over_classes(counts):
     distance = distribution_distance(real, syn, counts, [2, 2, 2])
     assert distance.item() == pytest.approx(expected, rel=1e-12)
     assert torch.autograd.grad(distance, real, allow_unused=True, retain_graph=True) == (None,)
-    assert torch.autograd.gradcheck(
-        lambda s: distribution_distance(real, s, counts, [2, 2, 2]), (syn,)
-    )
+    assert torch.autograd.gradcheck(lambda s: distribution_distance(real, s, counts, [2, 2, 2]), (syn,))
     with pytest.raises(ValueError, match="counts"):
         distribution_distance(real, syn, [4, 4, 3], [2, 2, 2])

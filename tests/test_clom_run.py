@@ -1,18 +1,17 @@
-"""Runs of DC, DSA and DM as folders: they go on where they stopped, and leave nothing behind."""
+"""Runs of DC, DSA and DM as folders: they resume where they stopped, and leave nothing behind."""
 
 import json
 
 import pytest
 import torch
-from conftest import write_set
+from conftest import read_log, write_set
 
-import data
-from clom import run
 from clom.config import DistillFlags
-from clom.distribution_matching import DistributionMatching
-from clom.gradient_matching import GradientMatching
-from clom.real import FeatureCache
-from clom.run import run_distillation
+from clom.plugin import RealFeatures
+from clom.setup import NetworkObserver
+from data.load import load_set
+from distillation.run import run_method
+from methods import find_method
 from models import get_network
 from utils import checkpoint
 from utils.errors import UserError
@@ -24,13 +23,25 @@ def tiny(workspace):
     return workspace
 
 
-def flags(**options):
-    defaults = dict(
-        dataset="tiny", model="ConvNetD1", method="DSA", ipc=1, outer_loop=2, inner_loop=1,
-        Iteration=4, eval_interval=2, num_eval=1, epoch_eval_train=1, batch_real=8, seed=0,
-        device="cpu", save_every=1, print_every=2,
-    )  # fmt: skip
-    return DistillFlags(**{**defaults, **options})
+def run(method, **options):
+    settings = dict(
+        dataset="tiny",
+        model="ConvNetD1",
+        ipc=1,
+        outer_loop=2,
+        inner_loop=1,
+        Iteration=4,
+        eval_interval=2,
+        num_eval=1,
+        epoch_eval_train=1,
+        batch_real=8,
+        seed=0,
+        device="cpu",
+        save_every=1,
+        print_every=2,
+    )
+    flags = DistillFlags(**{"method": method, **settings, **options})
+    return run_method(find_method(method), flags)
 
 
 class _Stopped(Exception):
@@ -39,8 +50,8 @@ class _Stopped(Exception):
 
 @pytest.mark.parametrize("method", ["DSA", "DM"])
 def test_an_interrupted_run_equals_an_uninterrupted_one(tiny, monkeypatch, method):
-    assert run_distillation(flags(method=method, num_exp=2, save_path="whole")) == 0
-    kind = {"DSA": GradientMatching, "DM": DistributionMatching}[method]
+    assert run(method, num_exp=2, save_path="whole") == 0
+    kind = find_method(method).distiller
     step, calls = kind.step, []
 
     def fragile(self):
@@ -52,33 +63,31 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tiny, monkeypatch, metho
     monkeypatch.setattr(kind, "step", fragile)
     for _ in range(2):
         with pytest.raises(_Stopped):
-            run_distillation(flags(method=method, num_exp=2, save_path="parts"))
-    again = flags(method=method, num_exp=2, save_path="parts", resume=True)
-    assert run_distillation(again) == 0
+            run(method, num_exp=2, save_path="parts")
+    assert run(method, num_exp=2, save_path="parts", resume=True) == 0
     name = f"res_{method}_tiny_ConvNetD1_1ipc.pt"
     whole, parts = (torch.load(tiny / folder / name) for folder in ("whole", "parts"))
     assert whole["accs_all_exps"] == parts["accs_all_exps"]
     assert len(whole["data"]) == 2
     for a, b in zip(whole["data"], parts["data"], strict=True):
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    logs = [(tiny / folder / "log.jsonl").read_text().splitlines() for folder in ("whole", "parts")]
-    assert [json.loads(line) for line in logs[0]] == [json.loads(line) for line in logs[1]]
+    assert read_log("whole") == read_log("parts")
     assert not (tiny / "parts" / "state.pt").exists()
 
 
 @pytest.mark.parametrize("method", ["DC", "DM"])
 def test_saved_images_are_the_evaluated_ones(tiny, monkeypatch, method):
     """The released code makes one more update between its last evaluation and its save."""
-    evaluate, seen = run.evaluate_images, []
+    evaluate, seen = NetworkObserver.evaluate, []
 
-    def record(*args):
-        accuracies = evaluate(*args)
-        *_, experiment, _, step, x_syn = args
-        seen.append((experiment, step, x_syn.clone(), accuracies["ConvNetD1"]))
+    def record(self, step, distiller):
+        accuracies = evaluate(self, step, distiller)
+        x_syn = distiller.x_syn.detach().clone()
+        seen.append((self.plan.experiment, step, x_syn, accuracies["ConvNetD1"]))
         return accuracies
 
-    monkeypatch.setattr(run, "evaluate_images", record)
-    assert run_distillation(flags(method=method, num_exp=2, num_eval=2, save_path="a")) == 0
+    monkeypatch.setattr(NetworkObserver, "evaluate", record)
+    assert run(method, num_exp=2, num_eval=2, save_path="a") == 0
     assert [entry[:2] for entry in seen] == [(e, step) for e in (0, 1) for step in (0, 2, 4)]
     res = torch.load(tiny / f"a/res_{method}_tiny_ConvNetD1_1ipc.pt")
     last = [(images, accuracies) for _, step, images, accuracies in seen if step == 4]
@@ -96,34 +105,34 @@ def test_experiments_share_the_features_of_real_images(tiny, monkeypatch):
     state = get_network("ConvNetD1", 3, 4, (8, 8)).state_dict()
     checkpoint.save(state, f"{path}/tiny_ConvNetD1_original_epoch1.pth")
     passes = []
-    everything = FeatureCache._all
+    everything = RealFeatures._all
     monkeypatch.setattr(
-        FeatureCache, "_all", lambda self, model: passes.append(model) or everything(self, model)
+        RealFeatures, "_all", lambda self, model: passes.append(model) or everything(self, model)
     )
     clom = dict(CLoM=True, CLoM_distance="cos", models_pool=("ConvNetD1",), epoch=1)
-    assert run_distillation(flags(method="DM", num_exp=2, save_path="a", **clom)) == 0
+    assert run("DM", num_exp=2, save_path="a", **clom) == 0
     assert len(passes) == 1
 
 
-def test_more_experiments_go_on_from_the_finished_ones(tiny, capsys):
-    assert run_distillation(flags(method="DM", save_path="a")) == 0
+def test_more_experiments_join_the_finished_ones(tiny, capsys):
+    assert run("DM", save_path="a") == 0
     first = torch.load(tiny / "a/res_DM_tiny_ConvNetD1_1ipc.pt")["data"][0][0]
-    assert run_distillation(flags(method="DM", save_path="a")) == 0
+    assert run("DM", save_path="a") == 0
     assert "finished run" in capsys.readouterr().out
-    assert run_distillation(flags(method="DM", save_path="a", num_exp=2)) == 0
+    assert run("DM", save_path="a", num_exp=2) == 0
     res = torch.load(tiny / "a/res_DM_tiny_ConvNetD1_1ipc.pt")
     assert torch.equal(res["data"][0][0], first)
     assert not torch.equal(res["data"][1][0], first)
     assert len(res["accs_all_exps"]["ConvNetD1"]) == 2
     with pytest.raises(UserError, match="lr_net"):
-        run_distillation(flags(method="DM", save_path="a", lr_net=0.5))
+        run("DM", save_path="a", lr_net=0.5)
 
 
 def test_no_iteration_evaluates_random_real_images(tiny):
     """The start that a longer run of the same seed has, two images a class."""
-    assert run_distillation(flags(method="DM", Iteration=0, ipc=2, num_exp=2, save_path="a")) == 0
+    assert run("DM", Iteration=0, ipc=2, num_exp=2, save_path="a") == 0
     res = torch.load(tiny / "a/res_DM_tiny_ConvNetD1_2ipc.pt")
-    stored = data.load("tiny", 8, tiny / "datasets", family="dc")
+    stored = load_set("tiny", 8, tiny / "datasets", family="dc")
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (stored.stats.mean, stored.stats.std))
     real = (stored.train.images.float() / 255 - mean) / std
     for images, labels in res["data"]:
@@ -135,46 +144,49 @@ def test_no_iteration_evaluates_random_real_images(tiny):
         assert stored.train.labels[nearest].tolist() == labels.tolist()
     assert len(res["accs_all_exps"]["ConvNetD1"]) == 2
     log = [json.loads(line) for line in (tiny / "a/log.jsonl").read_text().splitlines()]
-    assert [(e["experiment"], e["iteration"], "loss" in e) for e in log] == [
-        (0, 0, False), (1, 0, False),
-    ]  # fmt: skip
-    assert run_distillation(flags(method="DM", Iteration=1, ipc=2, save_path="b")) == 0
+    assert [(e["experiment"], e["iteration"], "loss" in e) for e in log] == [(0, 0, False), (1, 0, False)]
+    assert run("DM", Iteration=1, ipc=2, save_path="b") == 0
     longer = [json.loads(line) for line in (tiny / "b/log.jsonl").read_text().splitlines()]
     assert longer[0]["test"] == log[0]["test"]
 
 
 def test_a_diverging_run_stops_and_says_where(tiny):
     with pytest.raises(UserError, match=r"experiment 0, iteration \d+: .* loss is nan"):
-        run_distillation(flags(method="DC", lr_img=1e30, Iteration=20))
+        run("DC", lr_img=1e30, Iteration=20)
 
 
 def test_a_start_that_cannot_be_writes_nothing(tiny):
     with pytest.raises(UserError, match="class 2 has 11 training images"):
-        run_distillation(flags(method="DM", ipc=12, save_path="a"))
+        run("DM", ipc=12, save_path="a")
     assert not (tiny / "a").exists()
     (tiny / "b").write_text("mine")
-    with pytest.raises(UserError, match="--save_path b is a file"):
-        run_distillation(flags(method="DM", save_path="b"))
+    with pytest.raises(UserError, match="b is a file; expected a folder for the run"):
+        run("DM", save_path="b")
     assert (tiny / "b").read_text() == "mine"
 
 
 def test_a_moved_run_is_the_same_run(tiny, capsys):
-    assert run_distillation(flags(method="DM", save_path="a")) == 0
+    assert run("DM", save_path="a") == 0
     (tiny / "a").rename(tiny / "moved")
-    assert run_distillation(flags(method="DM", save_path=tiny / "moved")) == 0
+    assert run("DM", save_path=tiny / "moved") == 0
     assert "finished run" in capsys.readouterr().out
 
 
 def test_overwriting_leaves_nothing_of_the_old_run(tiny):
     (tiny / "a").mkdir()
     (tiny / "a" / "exp0_notes.pt").write_text("mine")
-    assert run_distillation(flags(method="DM", save_path="a", num_exp=2)) == 0
+    assert run("DM", save_path="a", num_exp=2) == 0
     assert len(list((tiny / "a").glob("vis_*"))) == 6
-    again = flags(method="DM", save_path="a", lr_img=0.5, overwrite=True, eval_interval=4)
-    assert run_distillation(again) == 0
+    assert run("DM", save_path="a", lr_img=0.5, overwrite=True, eval_interval=4) == 0
     assert sorted(p.name for p in (tiny / "a").iterdir()) == [
-        "config.json", "curves.png", "exp0_notes.pt", "exp0_res_DM_tiny_ConvNetD1_1ipc.pt",
+        "config.json",
+        "curves.png",
+        "exp0_notes.pt",
+        "exp0_res_DM_tiny_ConvNetD1_1ipc.pt",
         "log.jsonl",
-        "res_DM_tiny_ConvNetD1_1ipc.json", "res_DM_tiny_ConvNetD1_1ipc.pt", "results.json",
-        "vis_DM_tiny_ConvNetD1_1ipc_exp0_iter0.png", "vis_DM_tiny_ConvNetD1_1ipc_exp0_iter4.png",
-    ]  # fmt: skip
+        "res_DM_tiny_ConvNetD1_1ipc.json",
+        "res_DM_tiny_ConvNetD1_1ipc.pt",
+        "results.json",
+        "vis_DM_tiny_ConvNetD1_1ipc_exp0_iter0.png",
+        "vis_DM_tiny_ConvNetD1_1ipc_exp0_iter4.png",
+    ]

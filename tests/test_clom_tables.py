@@ -15,19 +15,51 @@ from conftest import write_set
 from test_cli import fails
 
 import train_original_models
-from clom import table_runs, tables
+from clom import tables
 from clom.config import DistillFlags
 from clom.published import RANDOM, published_numbers
-from clom.table_cells import cell_flags, cell_key, collect, data_facts, is_shortened, places
-from clom.table_config import VARIANTS, TablesFlags, Variant, parse_variant
-from clom.table_runs import estimate, missing_jobs
-from utils.cells import CellStore, read_cells
+from clom.tables import (
+    VARIANTS,
+    TablesFlags,
+    Variant,
+    cell_key,
+    data_facts,
+    estimate,
+    labelled,
+    missing_jobs,
+    parse_variant,
+    spots,
+)
+from distillation import loop
+from evaluation.measure import CellStore, read_cells
+from utils.locks import Claims
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG = Path("test_log/clom")
-TINY = ["--datasets", "CIFAR10", "--ipcs", "1", "--model", "ConvNetD1", "--Iteration", "2",
-        "--num_eval", "2", "--epoch_eval_train", "1", "--batch_real", "2", "--models_pool",
-        "ConvNetD1", "--epoch", "1", "--CLoM_batch_size", "8", "--device", "cpu"]  # fmt: skip
+TINY = [
+    "--datasets",
+    "CIFAR10",
+    "--ipcs",
+    "1",
+    "--model",
+    "ConvNetD1",
+    "--Iteration",
+    "2",
+    "--num_eval",
+    "2",
+    "--epoch_eval_train",
+    "1",
+    "--batch_real",
+    "2",
+    "--models_pool",
+    "ConvNetD1",
+    "--epoch",
+    "1",
+    "--CLoM_batch_size",
+    "8",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture
@@ -38,8 +70,21 @@ def tiny(workspace):
 
 
 def teacher(seed="0"):
-    argv = ["--normalize_data", "--dataset", "CIFAR10", "--model", "ConvNetD1", "--epochs", "1",
-            "--num", "1", "--seed", seed, "--device", "cpu"]  # fmt: skip
+    argv = [
+        "--normalize_data",
+        "--dataset",
+        "CIFAR10",
+        "--model",
+        "ConvNetD1",
+        "--epochs",
+        "1",
+        "--num",
+        "1",
+        "--seed",
+        seed,
+        "--device",
+        "cpu",
+    ]
     assert train_original_models.main(argv) == 0
 
 
@@ -59,7 +104,7 @@ def test_published_numbers_and_their_places():
     assert published["tinyimagenet", RANDOM, "50"] == (15.0, 0.4)
     assert ("CIFAR100", "DC", "50") not in published  # nobody printed it
     flags = TablesFlags(datasets=("MNIST", "CIFAR10", "CIFAR100"))
-    shown = {(p.dataset, p.row, str(p.ipc)) for p in places(flags)}
+    shown = {(s.dataset, s.row, str(s.ipc)) for s in spots(flags)}
     assert {k for k in published if k[0] in flags.datasets and int(k[2]) <= 50} <= shown
 
 
@@ -70,8 +115,13 @@ def test_table_without_a_run(workspace, capsys):
     rows = csv_rows()
     assert len(rows) == 1 + 3 * 4 and all(r["n"] == "0" for r in rows.values())
     # Another network or size than the published one: nothing to compare with.
-    for other in (["--model", "ConvNetD2"], ["--img_size", "16"], ["--init", "noise"],
-                  ["--lr_img", "2"], ["--batch_real", "64"]):  # fmt: skip
+    for other in (
+        ["--model", "ConvNetD2"],
+        ["--img_size", "16"],
+        ["--init", "noise"],
+        ["--lr_img", "2"],
+        ["--batch_real", "64"],
+    ):
         assert tables.main(["--datasets", "CIFAR10", "--ipcs", "10", *other]) == 0
         assert "48.90" not in capsys.readouterr().out
 
@@ -103,9 +153,7 @@ def test_cells_run_are_kept_and_pooled(tiny, capsys):
     assert row["n"] == "4" and row["scaled"] == "True"
     assert float(row["std"]) == pytest.approx(statistics.pstdev(values))
     start = [v for c in cells() if c["variant"] == "none" for v in c["start_accuracies"]]
-    assert float(csv_rows()[RANDOM, "CIFAR10, 1 ipc"]["mean"]) == pytest.approx(
-        statistics.fmean(start)
-    )
+    assert float(csv_rows()[RANDOM, "CIFAR10, 1 ipc"]["mean"]) == pytest.approx(statistics.fmean(start))
     before = (LOG / "results.jsonl").read_bytes()
     assert tables.main([*argv, "--run"]) == 0
     assert "[1/" not in capsys.readouterr().out
@@ -135,24 +183,23 @@ def test_missing_models_are_said_and_skipped(tiny, capsys):
 
 
 def test_interrupted_cell_goes_on(tiny, monkeypatch, capsys):
-    argv = [*TINY, "--methods", "DM", "--variants", "none", "--num_exp", "1", "--run",
-            "--save_every", "1"]  # fmt: skip
+    argv = [*TINY, "--methods", "DM", "--variants", "none", "--num_exp", "1", "--run", "--save_every", "1"]
     assert tables.main([*argv, "--log_dir", "whole"]) == 0
-    from clom import distill
-
-    save = distill.save_run
+    save = loop.save_run
 
     def stop(*args, **options):
         save(*args, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(distill, "save_run", stop)
+    monkeypatch.setattr(loop, "save_run", stop)
     assert tables.main(argv) == 130
-    assert cells() == [] and not list((LOG / "claims").glob("*.lock"))
-    monkeypatch.setattr(distill, "save_run", save)
+    assert cells() == []
+    names = [path.stem for path in (LOG / "claims").glob("*.lock")]
+    assert names and not any(Claims(LOG / "claims").held_elsewhere(name) for name in names)
+    monkeypatch.setattr(loop, "save_run", save)
     capsys.readouterr()
     assert tables.main(argv) == 0
-    assert "going on after iteration 1" in capsys.readouterr().out
+    assert "resuming after iteration 1 of 2" in capsys.readouterr().out
     (whole,), (parts,) = read_cells(Path("whole/results.jsonl")), cells()
     assert parts["accuracies"] == whole["accuracies"]
 
@@ -162,10 +209,7 @@ def test_two_processes_run_every_cell_once(tiny):
     argv = [*TINY, "--methods", "DM", "--variants", "none", "--num_exp", "4", "--run"]
     command = [sys.executable, "-m", "clom.tables", *argv]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    both = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = "".join(process.communicate(timeout=120)[0] for process in both)
     assert [process.returncode for process in both] == [0, 0]
     assert sorted(c["seed"] for c in cells()) == [0, 1, 2, 3]
@@ -173,20 +217,20 @@ def test_two_processes_run_every_cell_once(tiny):
 
 
 def test_scaled_lengths_are_marked():
-    (place,) = [p for p in places(flags()) if not p.start]
-    full, short = cell_flags(flags(), place), cell_flags(flags(steps_scale=0.01), place)
+    (spot,) = [s for s in spots(flags()) if not s.start]
+    full, short = spot.run_flags(flags()), spot.run_flags(flags(steps_scale=0.01))
     assert (full.Iteration, full.epoch_eval_train) == (20000, 1000)
     assert (short.Iteration, short.epoch_eval_train) == (200, 10)
-    assert not is_shortened(flags(), place) and is_shortened(flags(steps_scale=0.01), place)
-    assert is_shortened(flags(Iteration=19999), place)
-    assert not is_shortened(flags(Iteration=20000), place)
+    assert not spot.is_shortened(flags()) and spot.is_shortened(flags(steps_scale=0.01))
+    assert spot.is_shortened(flags(Iteration=19999))
+    assert not spot.is_shortened(flags(Iteration=20000))
     dc = flags(methods=("DC",), datasets=("MNIST",))
-    (place,) = places(dc)
-    assert cell_flags(dc, place).epoch_eval_train == 1000  # MNIST has DC's augmentation
-    assert cell_flags(dc, place).Iteration == 1000
+    (spot,) = spots(dc)
+    assert spot.run_flags(dc).epoch_eval_train == 1000  # MNIST has DC's augmentation
+    assert spot.run_flags(dc).Iteration == 1000
     dsa = flags(methods=("DSA",), datasets=("MNIST",))
-    (place,) = places(dsa)
-    assert "flip" not in cell_flags(dsa, place).dsa_strategy
+    (spot,) = [s for s in spots(dsa) if not s.start]
+    assert "flip" not in spot.run_flags(dsa).dsa_strategy
 
 
 def test_cells_have_the_published_settings():
@@ -194,9 +238,9 @@ def test_cells_have_the_published_settings():
 
     def settings(method, ipc, dataset="CIFAR10", **changes):
         wanted = flags(methods=(method,), ipcs=(ipc,), datasets=(dataset,), **changes)
-        place = places(wanted)[-1]
-        cell = cell_flags(wanted, place)
-        return cell.init, cell.lr_img, tables.published_number(wanted, place, published_numbers())
+        spot = spots(wanted)[-1]
+        cell = spot.run_flags(wanted)
+        return cell.init, cell.lr_img, published_beside(wanted, spot)
 
     assert settings("DSA", 1) == ("real", 0.1, (28.8, 0.7))
     assert settings("DC", 1) == ("noise", 0.1, (28.3, 0.5))
@@ -210,7 +254,13 @@ def test_cells_have_the_published_settings():
     assert settings("DM", 10, lr_img=1.0, init="real") == ("real", 1.0, (48.9, 0.6))
     # The images before distillation do not depend on the rate.
     start = flags(lr_img=2.0)
-    assert tables.published_number(start, places(start)[0], published_numbers()) == (15.4, 0.3)
+    assert published_beside(start, spots(start)[0]) == (15.4, 0.3)
+
+
+def published_beside(wanted, spot):
+    """The number that is printed beside a cell, if any."""
+    number = published_numbers().get((spot.dataset, spot.row, str(spot.ipc)))
+    return spot.place(wanted, number).published
 
 
 def flags(**changes):
@@ -221,8 +271,8 @@ def flags(**changes):
 def test_identity_of_a_cell(tiny):
     def identity(seed=0, **changes):
         changed = flags(Iteration=2, models_pool=("ConvNetD1",), epoch=1, **changes)
-        (place,) = [p for p in places(changed) if not p.start]
-        return CellStore.identity(cell_key(cell_flags(changed, place), seed))
+        (spot,) = [s for s in spots(changed) if not s.start]
+        return CellStore.identity(cell_key(spot.run_flags(changed), seed))
 
     teacher()
     base, ce, cos = identity(), identity(variants=("ce",)), identity(variants=("cos",))
@@ -237,9 +287,16 @@ def test_identity_of_a_cell(tiny):
     ]
     assert len({base, *others}) == 1 + len(others)
     # What is not used, where files lie and on what it runs make no difference.
-    same = [identity(CLoM_batch_size=9), identity(model_num=7), identity(save_every=3),
-            identity(source_dataset="CIFAR100"), identity(log_dir=Path("other")),
-            identity(gpu=1), identity(num_exp=9), identity(data_path=Path("datasets"))]  # fmt: skip
+    same = [
+        identity(CLoM_batch_size=9),
+        identity(model_num=7),
+        identity(save_every=3),
+        identity(source_dataset="CIFAR100"),
+        identity(log_dir=Path("other")),
+        identity(gpu_id=1),
+        identity(num_exp=9),
+        identity(data_path=Path("datasets")),
+    ]
     assert {base, *same} == {base}
     assert identity(variants=("ce",), source_dataset="CIFAR100") == ce
     assert identity(CLoM_teacher_stats="target") == base
@@ -250,13 +307,13 @@ def test_identity_of_a_cell(tiny):
 
 
 def test_costs_by_hand_and_their_order(tiny, monkeypatch):
-    monkeypatch.setattr(table_runs, "_network_flops", lambda *a: 1)
+    monkeypatch.setattr(tables, "_network_flops", lambda *a: 1)
     common = dict(Iteration=5, epoch_eval_train=7, num_eval=2, batch_real=4)
 
     def cost(method, variant="none", ipc=1):
         changed = flags(methods=(method,), variants=(variant,), ipcs=(ipc,), **common)
-        (place,) = [p for p in places(changed) if not p.start]
-        return estimate(cell_flags(changed, place))
+        (spot,) = [s for s in spots(changed) if not s.start]
+        return estimate(spot.run_flags(changed))
 
     evaluation = 2 * 2 * 3 * 7 * 10
     assert cost("DM") == 5 * (40 + 3 * 10) + evaluation
@@ -275,6 +332,7 @@ def test_variants_as_typed():
     assert parse_variant("cos") == Variant("cos") and parse_variant("cos").alpha == 1000
     assert parse_variant("ce:1e2").heading == "CLoM ce, α 100"
     assert set(TablesFlags().variants) == set(VARIANTS)
+    assert TablesFlags().methods == labelled() and {"DC", "DSA", "DM"} <= set(labelled())
 
 
 def test_bad_flags(workspace, capsys):
@@ -295,17 +353,16 @@ def test_flags_mean_what_they_mean_in_main():
     for name in own.keys() & main.keys() - {"num_exp", "seed", "source_dataset"}:
         assert own[name].default == main[name].default
         assert own[name].metadata == main[name].metadata
-    text = "".join((ROOT / "clom" / f"{n}.py").read_text() for n in ("tables", "table_cells",
-                   "table_runs"))  # fmt: skip
+    text = (ROOT / "clom/tables.py").read_text()
     for name in own.keys() - main.keys():
         assert f"flags.{name}" in text, name
     assert all(len(f.metadata["help"]) > 5 for f in own.values())
 
 
-def test_collect_takes_only_cells_of_these_flags(tiny):
+def test_a_place_takes_only_cells_of_these_flags(tiny):
     wanted = flags(Iteration=2)
-    (place,) = [p for p in places(wanted) if not p.start]
-    key = cell_key(cell_flags(wanted, place), 0)
+    (spot,) = [s for s in spots(wanted) if not s.start]
+    key = cell_key(spot.run_flags(wanted), 0)
     cell = {**key, "accuracies": [1.0]}
     other = [{**cell, "Iteration": 3}, {**cell, "CLoM": True}, {**cell, "num_eval": 1}, {"seed": 0}]
-    assert collect(wanted, [*other, cell, *other])[place] == [cell]
+    assert spot.place(wanted, None).choose([*other, cell, *other]) == [cell]

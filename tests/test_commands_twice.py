@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import write_set
 
-from krr_st.target_model import Representation
+from evaluation.target import Representation
 from models import get_model
 from utils import checkpoint
 
@@ -25,8 +25,12 @@ def start(folder, command):
     script, *flags = command.split()
     done = subprocess.run(
         [sys.executable, str(ROOT / script), *flags],
-        cwd=folder, env=env, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -59,8 +63,7 @@ def test_the_four_commands_repeat_bit_for_bit(inputs):
         "--test_iteration 3",
         f"test.py {TEST} --method krr_st --finetune_iteration 5",
         f"test_scratch.py {SHARED} --test_model {NET} --finetune_iteration 5",
-        f"test_kd.py {TEST} --method krr_st --target_data_name tiny --teacher_arch {NET} "
-        "--kd_epoch 3",
+        f"test_kd.py {TEST} --method krr_st --target_data_name tiny --teacher_arch {NET} --kd_epoch 3",
     ]
     for folder in inputs:
         for command in commands:

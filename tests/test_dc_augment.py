@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from data.dc_augment import dc_augment, dc_strategy, rotate
+from data.augment.dc import dc_augment, dc_strategy, rotate
 from utils.errors import UserError
 
 
@@ -70,9 +70,7 @@ def naive(x, strategy, generator):
     return torch.from_numpy(out)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["crop", "scale", "rotate", "noise", "crop_scale_rotate", "crop_noise"]
-)
+@pytest.mark.parametrize("strategy", ["crop", "scale", "rotate", "noise", "crop_scale_rotate", "crop_noise"])
 @pytest.mark.parametrize("shape", [(300, 2, 9, 9), (9, 1, 13, 15), (200, 1, 28, 28)])
 def test_equals_the_loop_over_images(strategy, shape):
     x = images(*shape)
@@ -111,8 +109,12 @@ def test_what_fills_the_outside():
     for strategy, fills in (("crop", x.mean((0, 2, 3)).tolist()), ("scale", [0, 0])):
         got = dc_augment(x, strategy, torch.Generator().manual_seed(0))
         for channel, fill in enumerate(fills):
-            values = {v for v, i in zip(got[:, channel], x[:, channel, 0, 0], strict=True)
-                      for v in v.unique().tolist() if v != i}  # fmt: skip
+            values = {
+                v
+                for v, i in zip(got[:, channel], x[:, channel, 0, 0], strict=True)
+                for v in v.unique().tolist()
+                if v != i
+            }
             assert values == {fill}
 
 

@@ -7,11 +7,11 @@ import torch
 from conftest import write_set
 from test_cli import fails
 
-import data
 import train_original_models
 from clom.config import DistillFlags, OriginalFlags, default_run_folder
-from data.dc_augment import dc_strategy
-from data.load import find_spec
+from data.augment.dc import dc_strategy
+from data.load import load_set
+from data.prepared import find_spec
 from data.specs import DC_SPECS
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -53,7 +53,7 @@ def test_what_is_not_listed_is_left_as_it_is():
 @pytest.mark.parametrize("name", ["pathmnist", "PathMNIST"])
 def test_prepared_images_are_read_with_published_statistics(name, tmp_path):
     write_set(tmp_path, "pathmnist", size=28, classes=9, train=18, test=9)
-    image_set = data.load(name, 28, tmp_path, family="dc")
+    image_set = load_set(name, 28, tmp_path, family="dc")
     assert image_set.stats.mean == (0.7406, 0.5330, 0.7059)
     measured = (image_set.train.images.double() / 255).mean((0, 2, 3))
     assert not torch.allclose(measured, torch.tensor(image_set.stats.mean).double(), atol=0.05)
@@ -70,6 +70,12 @@ def test_files_and_folders_carry_the_published_spelling():
 @pytest.mark.parametrize("more", [[], ["--img_size", "32"]])
 def test_an_unknown_name_is_answered_with_the_list(workspace, capsys, more):
     write_set("datasets", "birds", size=8)
-    fails(capsys, train_original_models, ["--dataset", "ImageFriut", "--device", "cpu", *more],
-          "unknown data set 'ImageFriut'", *RELEASED, "prepared in datasets: birds")  # fmt: skip
+    fails(
+        capsys,
+        train_original_models,
+        ["--dataset", "ImageFriut", "--device", "cpu", *more],
+        "unknown data set 'ImageFriut'",
+        *RELEASED,
+        "prepared in datasets: birds",
+    )
     assert not Path("pretrained_model").exists()

@@ -6,59 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_set
+from conftest import CPU, NET, SHAPE, make_krrst, make_target, read_log, write_set, write_target
 
-import data
 import train
+from data.load import load_set
 from data.synthetic import SyntheticSet
-from krr_st import distill as distill_module
-from krr_st.distill import Distiller, initial_set, real_loader
+from distillation.problem import Problem
+from krr_st import krr_st as krr_st_module
+from krr_st import setup as kernel_setup
+from krr_st.krr_st import KRRST
 from krr_st.loss import krr_loss
-from krr_st.pool import ModelPool
-from krr_st.target_model import Representation
-from krr_st.views import OnlineTargets
-from models import get_model
 from utils import checkpoint
-from utils.optim import make_optimizer
-from utils.seed import local_seed
-
-CPU = torch.device("cpu")
-NET = "convnet_4_bn"
-SHAPE = (3, 8, 8)
-
-
-def make_net(seed, outputs=4):
-    with local_seed(seed):
-        return get_model(NET, SHAPE, outputs)
-
-
-def make_target():
-    with local_seed(77):
-        return Representation(NET, SHAPE).eval().requires_grad_(False)
 
 
 @pytest.fixture
 def tiny(workspace):
     write_set("datasets", "tiny", train=30, test=8)
-    checkpoint.save(make_target().backbone.state_dict(), f"teacher_ckpt/barlow_twins_{NET}_tiny.pt")
+    write_target()
     return workspace
 
 
-def make_distiller(root, *, size=2, max_steps=5, loader=None, **changes):
-    image_set = data.load("tiny", 8, root / "datasets")
-    target = make_target()
-    x, y = initial_set(
-        image_set, 6, target, init="normalized", device=CPU,
-        generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
-    pool = ModelPool(
-        make_net, lambda model: make_optimizer("sgd", model.parameters(), lr=0.05),
-        size=size, max_steps=max_steps, generator=torch.Generator().manual_seed(1),
-    )  # fmt: skip
-    loader = loader or real_loader(image_set, 16, CPU, torch.Generator().manual_seed(2))
-    settings = dict(ridge=1e-6, optimizer="adam", lr=1e-2, wd=0.0, grad_norm=0.0, steps=40)
-    settings |= {"targets": OnlineTargets(target), **changes}
-    return Distiller(x, y, pool=pool, loader=loader, **settings)
+def make_distiller(**changes):
+    return make_krrst(load_set("tiny", 8, "datasets"), **changes)
 
 
 class OneBatch:
@@ -74,28 +43,10 @@ class OneBatch:
 
 def test_steps_lower_the_loss(tiny):
     real = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(5))
-    distiller = make_distiller(tiny, loader=OneBatch(real), size=1, max_steps=1)
+    distiller = make_distiller(loader=OneBatch(real), num_models=1, online_iteration=1)
     distiller.pool.update = lambda *args: None  # the same network all along
-    losses = [float(distiller.step()) for _ in range(30)]
+    losses = [float(distiller.step()["loss"]) for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
-
-
-def by_hand(distiller, real, optimizer):
-    """One outer step written out: loss, gradients, update; then the network's step."""
-    slot = copy.deepcopy(distiller.pool.slots[0])
-    net = slot.model.eval()
-    x, y = (t.detach().clone().requires_grad_() for t in (distiller.x_syn, distiller.y_syn))
-    update = optimizer([x, y])
-    loss = krr_loss(net.embed(real).detach(), distiller.targets.target(real), net.embed(x), y)
-    gradients = torch.autograd.grad(loss, (x, y))
-    x.grad, y.grad = gradients
-    update.step()
-    net.train()
-    inner = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    inner.zero_grad()
-    (net(x.detach()) - y.detach()).pow(2).mean().backward()
-    inner.step()
-    return loss.detach(), gradients, x.detach(), y.detach(), net
 
 
 @pytest.mark.parametrize(
@@ -107,22 +58,33 @@ def by_hand(distiller, real, optimizer):
     ],
 )
 def test_one_step_by_hand(tiny, name, wd, optimizer):
+    """Loss, gradients, update; then the network's step."""
     real = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(5))
-    distiller = make_distiller(tiny, loader=OneBatch(real), size=1, optimizer=name, wd=wd)
-    loss, gradients, x, y, net = by_hand(distiller, real, optimizer)
-    torch.testing.assert_close(distiller.step(), loss)
+    distiller = make_distiller(loader=OneBatch(real), num_models=1, outer_opt=name, outer_wd=wd)
+    net = copy.deepcopy(distiller.pool.slots[0].model).eval()
+    x, y = (t.detach().clone().requires_grad_() for t in (distiller.x_syn, distiller.y_syn))
+    loss = krr_loss(net.embed(real).detach(), distiller.targets.target(real), net.embed(x), y)
+    gradients = torch.autograd.grad(loss, (x, y))
+    torch.testing.assert_close(distiller.step()["loss"], loss.detach())
     torch.testing.assert_close((distiller.x_syn.grad, distiller.y_syn.grad), gradients)
+    # Adam's first step has no size of its own: where a gradient is all rounding, so is the step.
+    x.grad, y.grad = distiller.x_syn.grad, distiller.y_syn.grad
+    optimizer([x, y]).step()
+    x, y = x.detach(), y.detach()
     torch.testing.assert_close((distiller.x_syn.detach(), distiller.y_syn.detach()), (x, y))
     # The network was trained on the set after its update, in train mode, all of it at once.
-    ours = distiller.pool.slots[0].model.state_dict()
-    torch.testing.assert_close(ours, net.state_dict())
+    inner = torch.optim.SGD(net.train().parameters(), lr=0.05, momentum=0.9)
+    inner.zero_grad()
+    (net(x) - y).pow(2).mean().backward()
+    inner.step()
+    torch.testing.assert_close(distiller.pool.slots[0].model.state_dict(), net.state_dict())
     assert distiller.pool.slots[0].age == 1
     # Shows from the second step on only:
     assert distiller.optimizer.param_groups[0].get("momentum", 0.5) == 0.5
 
 
 def test_the_gradient_stops_at_the_synthetic_set(tiny):
-    distiller = make_distiller(tiny, size=1)
+    distiller = make_distiller(num_models=1)
     before = copy.deepcopy(distiller.pool.slots[0].model.state_dict())
     seen = []
     distiller.pool.update = lambda slot, x, y: seen.append((slot, x, y))
@@ -137,7 +99,7 @@ def test_the_gradient_stops_at_the_synthetic_set(tiny):
 
 
 def test_each_tensor_is_clipped_on_its_own(tiny):
-    free, clipped = make_distiller(tiny), make_distiller(tiny, grad_norm=1e-4)
+    free, clipped = make_distiller(), make_distiller(outer_grad_norm=1e-4)
     free.step()
     clipped.step()
     for name in ("x_syn", "y_syn"):
@@ -147,7 +109,7 @@ def test_each_tensor_is_clipped_on_its_own(tiny):
 
 
 def test_rate_falls_linearly_to_a_thousandth(tiny):
-    distiller = make_distiller(tiny, steps=10)
+    distiller = make_distiller(outer_iteration=10)
     rates = []
     for _ in range(10):
         rates.append(distiller.optimizer.param_groups[0]["lr"])
@@ -157,19 +119,17 @@ def test_rate_falls_linearly_to_a_thousandth(tiny):
 
 
 def test_initial_set_in_both_spaces(tiny):
-    image_set, target = data.load("tiny", 8, "datasets"), make_target()
+    image_set, target = load_set("tiny", 8, "datasets"), make_target()
 
-    def make(init, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        return initial_set(image_set, 30, target, init=init, device=CPU, generator=generator)
+    def make(space, seed=0):
+        return Problem(image_set, CPU, seed, target=target).start_with_features(30, space)
 
     (raw, y_raw), (x, y) = make("raw"), make("normalized")
     pixels = image_set.train.images.double() / 255
     order = [int(((pixels - r.double()).abs().amax((1, 2, 3))).argmin()) for r in raw]
     assert sorted(order) == list(range(30)) != order  # real images, drawn without replacement
     torch.testing.assert_close(raw.double(), pixels[order], rtol=0, atol=1e-6)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in
-                 (image_set.stats.mean, image_set.stats.std))  # fmt: skip
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (image_set.stats.mean, image_set.stats.std))
     torch.testing.assert_close(x, (raw - mean) / std)
     assert torch.equal(y, y_raw)  # the targets belong to the normalised images in both
     torch.testing.assert_close(y, target(x))
@@ -202,17 +162,17 @@ def same(first, second):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes most of a tiny run; one test looks at the pictures."""
-    monkeypatch.setattr(distill_module, "draw_artefacts", lambda *args: None)
+    for name in ("save_grid", "save_lines"):
+        monkeypatch.setattr(kernel_setup, name, lambda *args, **more: None)
 
 
 def log(name):
-    lines = (Path("results") / name / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(s).items() if k != "steps_per_second"} for s in lines]
+    return read_log(Path("results") / name)
 
 
 def stop_at(monkeypatch, step, error=KeyboardInterrupt):
-    """Make the given call of Distiller.step in this process fail."""
-    real, calls = Distiller.step, []
+    """Make the given call of KRRST.step in this process fail."""
+    real, calls = KRRST.step, []
 
     def killed(self):
         calls.append(1)
@@ -220,15 +180,21 @@ def stop_at(monkeypatch, step, error=KeyboardInterrupt):
             raise error
         return real(self)
 
-    monkeypatch.setattr(Distiller, "step", killed)
+    monkeypatch.setattr(KRRST, "step", killed)
 
 
 def test_run_folder(tiny):
     assert run("a") == 0
     folder = Path("results/a")
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json", "log.jsonl", "loss.png", "results.json", "x_syn.png", "x_syn.pt", "y_syn.pt",
-    ]  # fmt: skip
+        "config.json",
+        "log.jsonl",
+        "loss.png",
+        "results.json",
+        "x_syn.png",
+        "x_syn.pt",
+        "y_syn.pt",
+    ]
     config = json.loads((folder / "config.json").read_text())
     assert config["seed"] == 4 and config["data_name"] == "tiny"
     assert config["flags"]["test_model"] == NET  # what was resolved, not only what was given
@@ -247,7 +213,7 @@ def test_run_folder(tiny):
     assert x.shape == (6, *SHAPE) and y.shape == (6, 4) and x.dtype == y.dtype == torch.float32
     assert not x.requires_grad and not y.requires_grad
     stats = SyntheticSet.load(folder).stats
-    assert list(stats.mean) == config["mean"] == list(data.load("tiny", 8, "datasets").stats.mean)
+    assert list(stats.mean) == config["mean"] == list(load_set("tiny", 8, "datasets").stats.mean)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -273,25 +239,21 @@ def test_interrupted_and_resumed_is_uninterrupted(tiny, monkeypatch, capsys, ste
     capsys.readouterr()
     assert run("stopped", *flags) == 0
     saved = max(s for s in (0, 3, 4, 6, 8) if s < step)
-    assert (f"going on after step {saved} of 9" in capsys.readouterr().out) == (saved > 0)
+    assert (f"resuming after step {saved} of 9" in capsys.readouterr().out) == (saved > 0)
     assert same("whole", "stopped")
     assert log("whole") == log("stopped")
-    first, second = (
-        json.loads(Path(f"results/{n}/results.json").read_text()) for n in ("whole", "stopped")
-    )
+    first, second = (json.loads(Path(f"results/{n}/results.json").read_text()) for n in ("whole", "stopped"))
     assert first["linear_evaluations"] == second["linear_evaluations"]
     assert second["loss"] == first["loss"] and second["steps_in_this_start"] == 9 - saved
 
 
 def test_killed_between_the_last_save_and_the_results(tiny, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(distill_module, "draw_artefacts", lambda *args: 1 / 0)
+        patch.setattr(kernel_setup, "save_grid", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run("a")
     assert run("a") == run("whole") == 0
-    first, second = (
-        json.loads(Path(f"results/{n}/results.json").read_text()) for n in ("a", "whole")
-    )
+    first, second = (json.loads(Path(f"results/{n}/results.json").read_text()) for n in ("a", "whole"))
     assert same("a", "whole") and first["loss"] == second["loss"] is not None
 
 
@@ -320,13 +282,13 @@ def test_a_drawn_seed_is_kept_on_resuming(tiny, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_loss_that_is_not_finite_keeps_the_last_save(tiny, monkeypatch, capsys):
-    real, calls = distill_module.krr_loss, []
+    real, calls = krr_st_module.krr_loss, []
 
     def poisoned(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 6 else 1.0)
 
-    monkeypatch.setattr(distill_module, "krr_loss", poisoned)
+    monkeypatch.setattr(krr_st_module, "krr_loss", poisoned)
     assert run("a") == 2
     error = capsys.readouterr().err.strip()
     assert "loss is nan at step 6" in error.splitlines()[-1]
@@ -334,7 +296,7 @@ def test_loss_that_is_not_finite_keeps_the_last_save(tiny, monkeypatch, capsys):
     assert not Path("results/a/results.json").exists()
     state = checkpoint.load("results/a/state.pt")
     assert state["step"] == 4
-    monkeypatch.setattr(distill_module, "krr_loss", real)
+    monkeypatch.setattr(krr_st_module, "krr_loss", real)
     assert run("a") == run("whole") == 0  # the fault gone, the run ends as if it had never been
     assert same("a", "whole")
 

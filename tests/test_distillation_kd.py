@@ -1,33 +1,49 @@
 """test_kd.py and its teacher; the script at the top bears the plainer name."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_set
+from conftest import CPU, write_set
 from torch import nn
 
-import data
 import test_kd
+from data.augment.dsa import diff_augment
+from data.load import load_set
 from data.synthetic import SyntheticSet
-from evaluation.fit import kd_loss
-from evaluation.recipes import DSA_STRATEGY, KD, PRETRAIN, pretrain_recipe
-from krr_st import epochs, kd, kd_teacher
-from krr_st.config import TestFlags
+from evaluation import epochs, kd
+from evaluation.fit import Trainer
+from evaluation.recipes import DSA_STRATEGY, KD, PRETRAIN, kd_loss, pretrain_recipe
+from evaluation.transfer import TestFlags, Transfer
+from krr_st import kd_teacher
 from models import get_model
 from utils import checkpoint
 from utils.errors import UserError
-from utils.seed import make_generator
+from utils.seed import draw_seed, make_generator
 
-NET, CPU = "convnet_4_8_bn", torch.device("cpu")
+NET = "convnet_4_8_bn"
 ARGV = [
-    "--source_data_name", "tiny", "--target_data_name", "goal", "--img_size", "8", "--device",
-    "cpu", "--test_model", NET, "--teacher_arch", NET, "--num_test", "2", "--kd_epoch", "3",
-    "--pre_epoch", "2",
-]  # fmt: skip
+    "--source_data_name",
+    "tiny",
+    "--target_data_name",
+    "goal",
+    "--img_size",
+    "8",
+    "--device",
+    "cpu",
+    "--test_model",
+    NET,
+    "--teacher_arch",
+    NET,
+    "--num_test",
+    "2",
+    "--kd_epoch",
+    "3",
+    "--pre_epoch",
+    "2",
+]
 CELLS, RESULTS = "test_log/results.jsonl", f"test_log/tiny/krr_st/{NET}/kd/results.json"
 
 
@@ -35,7 +51,7 @@ CELLS, RESULTS = "test_log/results.jsonl", f"test_log/tiny/krr_st/{NET}/kd/resul
 def goal(workspace):
     """A synthetic set of `tiny`, a teacher of `goal`, and no readable training file of `goal`."""
     folder = write_set("datasets", "goal")
-    data.load("goal", 8)  # stores the statistics in meta.json
+    load_set("goal", 8)  # stores the statistics in meta.json
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(shape, generator=generator) for shape in ((6, 3, 8, 8), (6, 5)))
     SyntheticSet(x, y).save(Path("synthetic_data/tiny/krr_st"))
@@ -75,11 +91,14 @@ def test_recipes():
         assert not recipe.steps and not recipe.warmup
         noise = (1e-3, "none")
         assert (recipe.lr, recipe.dsa) == (noise if method == "gaussian" else (1e-4, DSA_STRATEGY))
-    assert KD["krr_st"].total_steps(2000) == 4000
+    assert KD["krr_st"].steps_on(2000) == 4000
     for method, other in (("frepo", 500), ("kip", 500), ("krr_st", 256), ("dsa", 256)):
         wide = method in ("frepo", "kip")
-        for source, model in (("tinyimagenet", "mobilenet"), ("tinyimagenet", "vgg"),
-                              ("cifar100", "mobilenet")):  # fmt: skip
+        for source, model in (
+            ("tinyimagenet", "mobilenet"),
+            ("tinyimagenet", "vgg"),
+            ("cifar100", "mobilenet"),
+        ):
             odd = wide and (source, model) == ("tinyimagenet", "mobilenet")
             found = [pretrain_recipe(method, source, model, kd=kd).batch_size for kd in (0, 1)]
             assert found == ([256, 128] if odd else [other, other])
@@ -89,9 +108,14 @@ def test_published_batch_of_mobilenet_is_the_commands(workspace):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 3, 64, 64, generator=generator), torch.ones(2, 200)
     SyntheticSet(x, y).save(Path("synthetic_data/tinyimagenet/frepo"))
-    flags = {"method": "frepo", "test_model": "mobilenet"}
-    for make, batch in ((kd.KdFlags, 128), (TestFlags, 256)):
-        assert kd.load_pretraining(make(**flags), 64, "mobilenet").recipe.batch_size == batch
+    write_set("datasets", "goal", size=64, train=8, test=8)
+    torch.manual_seed(0)
+    checkpoint.save(get_model(NET, (3, 64, 64), 4).state_dict(), "teacher_ckpt/teacher_goal.pt")
+    load_set("goal", 64)  # stores the statistics in meta.json
+    flags = {"method": "frepo", "test_model": "mobilenet", "target_data_name": "goal", "device": "cpu"}
+    distillation = kd.prepare(kd.KdFlags(**flags, teacher_arch=NET))
+    assert distillation.pretraining.recipe.batch_size == 128
+    assert Transfer(TestFlags(**flags)).pretraining.recipe.batch_size == 256
 
 
 def test_the_whole_command(goal, capsys):
@@ -147,8 +171,7 @@ def test_batch_mode_keeps_the_teacher_in_train_mode(goal, monkeypatch):
     for x, logits in calls[0][3]:
         assert torch.allclose(teacher(x), logits, atol=1e-6)
     drifted, kept = (one.teacher.state_dict() for one in shared)
-    assert not torch.equal(drifted["layers.0.block.1.running_mean"],
-                           state["layers.0.block.1.running_mean"])  # fmt: skip
+    assert not torch.equal(drifted["layers.0.block.1.running_mean"], state["layers.0.block.1.running_mean"])
     for key, value in teacher.state_dict().items():
         assert torch.allclose(drifted[key], value, atol=1e-6)
         assert torch.equal(kept[key], state[key])
@@ -156,22 +179,26 @@ def test_batch_mode_keeps_the_teacher_in_train_mode(goal, monkeypatch):
 
 
 def recorded(monkeypatch):
-    """What `fit` gets: (model, optimizer, steps, batches it was trained on, rate of each)."""
-    calls, real = [], kd.fit
+    """Of every distillation: (model, optimizer, steps, [(images, teacher's logits)], rates)."""
+    calls, real_loss = [], kd.kd_loss
 
-    def spy(model, batches, loss_fn, optimizer, schedule, *, steps, **kwargs):
-        seen, rates = [], []
+    class Recorded(Trainer):
+        def __init__(self, *args, loss_fn, **options):
+            def watched(model, x, y):
+                rates.append(self.optimizer.param_groups[0]["lr"])
+                seen.append([x.clone()])
+                return loss_fn(model, x, y)
 
-        def watched():
-            for x, y in batches:
-                seen.append((x.clone(), y.clone()))
-                rates.append(optimizer.param_groups[0]["lr"])
-                yield x, y
+            seen, rates = [], []
+            super().__init__(*args, loss_fn=watched, **options)
+            calls.append((self.model, self.optimizer, self.steps, seen, rates))
 
-        calls.append((model, optimizer, steps, seen, rates))
-        return real(model, watched(), loss_fn, optimizer, schedule, steps=steps, **kwargs)
+    def spy(student_logits, teacher_logits):
+        calls[-1][3][-1].append(teacher_logits.clone())
+        return real_loss(student_logits, teacher_logits)
 
-    monkeypatch.setattr(kd, "fit", spy)
+    monkeypatch.setattr(kd, "Trainer", Recorded)
+    monkeypatch.setattr(kd, "kd_loss", spy)
     return calls
 
 
@@ -180,7 +207,21 @@ def test_student_sees_synthetic_images_under_dsa_and_the_teachers_logits(goal, m
     assert test_kd.main([*ARGV, "--num_test", "1", "--kd_batch_size", "4"]) == 0
     _, optimizer, steps, seen, rates = calls[0]
     recipe = KD["krr_st"].override(epochs=3, batch_size=4)
-    assert cells()[0]["distillation"] == dataclasses.asdict(recipe)
+    written = {
+        "loss": "cross_entropy",
+        "optimizer": "adam",
+        "lr": 1e-4,
+        "wd": 0.0,
+        "schedule": "cosine",
+        "batch_size": 4,
+        "epochs": 3,
+        "steps": 0,
+        "warmup": 0,
+        "dsa": DSA_STRATEGY,
+        "momentum": 0.9,
+        "rate_by_epoch": True,
+    }
+    assert cells()[0]["distillation"] == written == recipe.record()
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["lr"] == 1e-4
     assert optimizer.param_groups[0]["lr"] < 1e-8  # the cosine has ended
     by_epoch = [1e-4 * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
@@ -190,13 +231,14 @@ def test_student_sees_synthetic_images_under_dsa_and_the_teachers_logits(goal, m
     teacher.load_state_dict(torch.load("teacher_ckpt/teacher_goal.pt"))
     for x, logits in seen:
         assert torch.allclose(teacher.eval()(x), logits, atol=1e-6)
+    # Every image once per pass, in an order drawn anew, under DSA.
     images = torch.load("synthetic_data/tiny/krr_st/x_syn.pt")
-    plain = next(
-        kd.synthetic_batches(images, recipe.override(dsa="none"), device=CPU,
-                             generator=torch.Generator().manual_seed(1))
-    )[0]  # fmt: skip
-    for x in plain:
-        assert any(torch.equal(x, image) for image in images)
+    draws = make_generator(0, "distillation")
+    orders = torch.Generator().manual_seed(draw_seed(draws))
+    plain = [part for _ in range(3) for part in torch.randperm(6, generator=orders).split(4)]
+    for (x, _), index in zip(seen, plain, strict=True):
+        assert torch.equal(x, diff_augment(images[index], DSA_STRATEGY, generator=draws, align_corners=True))
+        assert not torch.equal(x, images[index])
 
 
 def test_gaussian_draws_fresh_noise_and_needs_no_synthetic_set(goal, monkeypatch):
@@ -207,14 +249,20 @@ def test_gaussian_draws_fresh_noise_and_needs_no_synthetic_set(goal, monkeypatch
     assert optimizer.defaults["lr"] == 1e-3 and steps == 3
     assert [x.shape for x, _ in seen] == [(100, 3, 8, 8)] * 3  # m of the preset at this size
     generator = make_generator(0, "distillation")
+    draw_seed(generator)  # of the order, which noise does not have
     for x, _ in seen:  # plain noise, fresh at every step
         assert torch.equal(x, torch.randn(100, 3, 8, 8, generator=generator))
     assert model.training is False
     (cell,) = cells()
     assert "pretraining" not in cell and "synthetic_set" not in cell
-    plain = kd.noise_batches(
-        5000, (3, 8, 8), 512, device=CPU, generator=torch.Generator().manual_seed(0)
+    loader = kd.NoiseLoader(
+        torch.empty(1).expand(5000, 3, 8, 8),
+        None,
+        batch_size=512,
+        device=CPU,
+        generator=torch.Generator().manual_seed(0),
     )
+    plain = loader.forever()
     first, second = next(plain)[0], next(plain)[0]
     assert len(first) == 512 and float((first * second).mean().abs()) < 0.02
     assert float(first.mean().abs()) < 0.02 and float(first.std()) == pytest.approx(1, abs=0.02)
@@ -224,7 +272,7 @@ def test_gaussian_student_starts_untrained(goal, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("gaussian pre-trained something")
 
-    monkeypatch.setattr("krr_st.transfer.pretrain", forbidden)
+    monkeypatch.setattr("evaluation.transfer.pretrain", forbidden)
     argv = [*ARGV, "--method", "gaussian", "--num_test", "1"]
     assert test_kd.main(argv) == 0
     with pytest.raises(AssertionError):
@@ -239,10 +287,15 @@ def test_scratch_differs_from_random_features_by_its_pre_training(goal, monkeypa
     SyntheticSet(x, y).save(Path("synthetic_data/tiny/random_features"))
     shared = kd.prepare(
         kd.KdFlags(
-            source_data_name="tiny", target_data_name="goal", img_size=8, device="cpu",
-            test_model=NET, teacher_arch=NET, method="scratch",
+            source_data_name="tiny",
+            target_data_name="goal",
+            img_size=8,
+            device="cpu",
+            test_model=NET,
+            teacher_arch=NET,
+            method="scratch",
         )
-    )  # fmt: skip
+    )
     student = shared.student(3).state_dict()
     untrained = kd.build_backbone(NET, (3, 8, 8), None, dropout=0.0, seed=3, device=CPU)
     for key, value in untrained.state_dict().items():
@@ -260,9 +313,14 @@ def test_scratch_differs_from_random_features_by_its_pre_training(goal, monkeypa
 
 def test_student_keeps_the_pre_trained_backbone_and_gets_a_fresh_head(goal):
     flags = kd.KdFlags(
-        source_data_name="tiny", target_data_name="goal", img_size=8, device="cpu", test_model=NET,
-        teacher_arch=NET, pre_epoch=2,
-    )  # fmt: skip
+        source_data_name="tiny",
+        target_data_name="goal",
+        img_size=8,
+        device="cpu",
+        test_model=NET,
+        teacher_arch=NET,
+        pre_epoch=2,
+    )
     shared = kd.prepare(flags)
     backbone = kd.build_backbone(
         NET, (3, 8, 8), shared.pretraining, dropout=0.0, seed=3, device=CPU
@@ -296,11 +354,9 @@ def test_batch_statistics_leave_the_running_ones_alone():
 
 def test_teacher_then_kd_end_to_end(workspace, capsys):
     write_set("datasets", "goal")
-    SyntheticSet(torch.randn(6, 3, 8, 8), torch.arange(6) % 4).save(
-        Path("synthetic_data/tiny/random")
-    )
+    SyntheticSet(torch.randn(6, 3, 8, 8), torch.arange(6) % 4).save(Path("synthetic_data/tiny/random"))
     argv = [*ARGV[:-4], "--num_test", "1", "--method", "random", "--steps_scale", "0.003"]
-    data.load("goal", 8)
+    load_set("goal", 8)
     assert test_kd.main(argv) == 2
     command = capsys.readouterr().err.split("python -m krr_st.kd_teacher ", 1)[1].split()
     small = ["--epochs", "6", "--seed", "0", "--device", "cpu", "--batch_size", "16"]
@@ -320,8 +376,22 @@ def test_teacher_then_kd_end_to_end(workspace, capsys):
 
 def test_teacher_goes_on_where_it_stopped(workspace, monkeypatch):
     write_set("datasets", "goal")
-    argv = ["--data_name", "goal", "--arch", NET, "--epochs", "4", "--batch_size", "16", "--seed",
-            "0", "--device", "cpu", "--save_every", "1"]  # fmt: skip
+    argv = [
+        "--data_name",
+        "goal",
+        "--arch",
+        NET,
+        "--epochs",
+        "4",
+        "--batch_size",
+        "16",
+        "--seed",
+        "0",
+        "--device",
+        "cpu",
+        "--save_every",
+        "1",
+    ]
     assert kd_teacher.main(argv) == 0
     saves, real = [], epochs.save_run
 
@@ -349,8 +419,12 @@ def test_errors_are_one_line(goal, capsys):
     fails([*ARGV, "--test_model", "vit"], "vit", "resnet18")
     fails([*ARGV, "--target_data_name", "mars"], "mars", "goal")
     fails([*ARGV, "--teacher_arch", "resnet10"], "teacher_goal.pt", "does not fit")
-    fails([*ARGV, "--teacher_ckpt", "mine.pt"], "mine.pt", "krr_st.kd_teacher --data_name goal "
-          "--img_size 8 --arch convnet_4_8_bn", "teacher_goal.pt")  # fmt: skip
+    fails(
+        [*ARGV, "--teacher_ckpt", "mine.pt"],
+        "mine.pt",
+        "krr_st.kd_teacher --data_name goal --img_size 8 --arch convnet_4_8_bn",
+        "teacher_goal.pt",
+    )
     Path("datasets/goal/Y_te_8.pth").unlink()
     fails(ARGV, "datasets/goal", "no labels")
     Path("datasets/goal/X_te_8.pth").unlink()
@@ -359,16 +433,16 @@ def test_errors_are_one_line(goal, capsys):
 
 
 def test_load_without_training_images(goal):
-    target = data.load("goal", 8, splits=("test",))
+    target = load_set("goal", 8, splits=("test",))
     assert len(target.train) == 0 and len(target.test) == 24 and target.num_classes == 4
     assert target.img_shape == (3, 8, 8)
     Path("datasets/goal/meta.json").unlink()
     with pytest.raises(UserError, match="no mean and std at size 8"):
-        data.load("goal", 8, splits=("test",))
+        load_set("goal", 8, splits=("test",))
     with pytest.raises(UserError, match="X_tr_8"):
-        data.load("goal", 8)
+        load_set("goal", 8)
     write_set("datasets", "cifar10", size=32, train=0, test=10, classes=10)
-    assert data.load("cifar10", 32, splits=("test",)).stats.mean == (0.4914, 0.4822, 0.4465)
+    assert load_set("cifar10", 32, splits=("test",)).stats.mean == (0.4914, 0.4822, 0.4465)
 
 
 @pytest.mark.parametrize("command", [test_kd, kd_teacher])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.dsa import diff_augment
+from data.augment.dsa import diff_augment
 from utils.errors import UserError
 
 FULL = "color_crop_cutout_flip_scale_rotate"
@@ -91,9 +91,7 @@ def naive_image(op, image, p, align):
         sx, sy = (u * (high - low) + low for u in p)
         return bilinear(image, sx, 0, 0, sy, align)
     angle = (p[0] - 0.5) * 2 * 15 * math.pi / 180
-    return bilinear(
-        image, math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle), align
-    )
+    return bilinear(image, math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle), align)
 
 
 def naive(x, strategy, seed, siamese, align):
@@ -221,10 +219,7 @@ def test_generator_draws_in_sequence_and_advances():
             expected = torch.where(flip, x.flip(3), x)
         else:
             p = [torch.rand(5, 1, 1, 1, generator=theirs) for _ in range(3)]
-            rows = [
-                naive_image("color", x[i].numpy(), [float(q[i]) for q in p], False)
-                for i in range(5)
-            ]
+            rows = [naive_image("color", x[i].numpy(), [float(q[i]) for q in p], False) for i in range(5)]
             expected = torch.from_numpy(np.stack(rows))
         torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(mine.get_state(), theirs.get_state())

@@ -9,15 +9,29 @@ from conftest import write_set
 from torch import nn
 
 from data.loader import TensorLoader
-from krr_st import epochs, kd_teacher, target
-from utils.finite import FiniteGuard
-from utils.runlog import RunFolder
+from evaluation import epochs
+from evaluation.fit import Trainer
+from evaluation.recipes import sgd_by_epochs
+from krr_st import kd_teacher
+from krr_st.target import __main__ as target
+from utils.progress import FiniteGuard
+from utils.run_folder import RunFolder
 
 NET, CPU = "convnet_4_8_bn", torch.device("cpu")
 SHARED = [
-    "--data_name", "tiny", "--img_size", "8", "--epochs", "1", "--device", "cpu", "--seed", "0",
-    "--batch_size", "16",
-]  # fmt: skip
+    "--data_name",
+    "tiny",
+    "--img_size",
+    "8",
+    "--epochs",
+    "1",
+    "--device",
+    "cpu",
+    "--seed",
+    "0",
+    "--batch_size",
+    "16",
+]
 COMMANDS = {
     f"barlow_twins_{NET}_tiny": (target, ["--target_model", NET, "--projector_dim", "8"]),
     "teacher_tiny": (kd_teacher, ["--arch", NET]),
@@ -62,9 +76,13 @@ def test_a_loss_that_is_not_finite_yet_unseen_is_not_saved(tmp_path, monkeypatch
     monkeypatch.setattr(FiniteGuard, "check", lambda *args: None)
     run = RunFolder(tmp_path / "run", {}, seed=0, device=CPU)
     loader = TensorLoader(
-        torch.ones(4, 2), torch.zeros(4, 1), batch_size=2, device=CPU,
-        generator=torch.Generator(), drop_last=True,
-    )  # fmt: skip
+        torch.ones(4, 2),
+        torch.zeros(4, 1),
+        batch_size=2,
+        device=CPU,
+        generator=torch.Generator(),
+        drop_last=True,
+    )
     network, steps, saves = nn.Linear(2, 1), [], []
 
     def loss_fn(model, x, y):
@@ -72,10 +90,8 @@ def test_a_loss_that_is_not_finite_yet_unseen_is_not_saved(tmp_path, monkeypatch
         return model(x).mean() * (float("nan") if len(steps) > 4 else 1)  # from the third epoch on
 
     monkeypatch.setattr(epochs, "save_run", lambda path, step, parts: saves.append(step))
-    epochs.train_epochs(
-        network, loader, loss_fn, torch.optim.SGD(network.parameters(), lr=0.1),
-        epochs=4, save_every=1, run=run, what="test",
-    )  # fmt: skip
+    trainer = Trainer(network, loader, sgd_by_epochs(4, 0.1, 0.0, 0.0, 2), loss_fn=loss_fn)
+    epochs.train_epochs(trainer, run, save_every=1, what="test")
     assert len(steps) == 8 and saves == [2, 4]
 
 
@@ -84,13 +100,13 @@ def test_weights_that_are_not_finite_are_no_checkpoint(workspace, capsys, monkey
     """The loss of a step is taken before it: after the last step only the weights show."""
     command, flags = COMMANDS[name]
     write_set("datasets", "tiny")
-    real = epochs.fit
+    real = Trainer.run
 
-    def diverged(network, *args, **kwargs):
-        real(network, *args, **kwargs)
-        next(iter(network.parameters())).data.fill_(float("inf"))
+    def diverged(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        next(iter(self.model.parameters())).data.fill_(float("inf"))
 
-    monkeypatch.setattr(epochs, "fit", diverged)
+    monkeypatch.setattr(Trainer, "run", diverged)
     assert command.main([*SHARED, *flags]) == 2
     assert "not finite" in capsys.readouterr().err
     assert not Path(f"teacher_ckpt/{name}.pt").exists()
@@ -106,8 +122,8 @@ def test_target_is_the_one_train_looks_for(workspace, monkeypatch, name, given, 
     argv = ["--data_name", name, "--img_size", "8", "--device", "cpu", "--seed", "0"]
     asked = []
 
-    def train_target(image_set, *, arch, **kwargs):
-        asked.append(arch)
+    def train_target(flags, *args):
+        asked.append(flags.target_model)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(target, "train_target", train_target)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation.equivalence import worth
+from evaluation.equivalent_images import equivalent_images
 
 CURVE = {50: 40.0, 100: 42.0, 200: 44.0, 400: 46.0}
 
@@ -20,16 +20,16 @@ CURVE = {50: 40.0, 100: 42.0, 200: 44.0, 400: 46.0}
     ],
 )
 def test_interpolation(accuracy, count, ratio, shown):
-    found = worth(CURVE, accuracy, count)
+    found = equivalent_images(CURVE, accuracy, count)
     assert found.ratio == pytest.approx(ratio) and str(found) == shown
 
 
 def test_a_dip_in_the_curve_is_not_a_second_answer():
-    found = worth({50: 40.0, 100: 39.0, 200: 44.0}, 42.0, 100)
+    found = equivalent_images({50: 40.0, 100: 39.0, 200: 44.0}, 42.0, 100)
     assert 100 < found.images < 200
-    assert worth({50: 40.0, 100: 40.0}, 40.0, 50).images == pytest.approx(50)
+    assert equivalent_images({50: 40.0, 100: 40.0}, 40.0, 50).images == pytest.approx(50)
 
 
 def test_a_curve_needs_two_points():
     with pytest.raises(ValueError, match="two points"):
-        worth({50: 40.0}, 40.0, 50)
+        equivalent_images({50: 40.0}, 40.0, 50)

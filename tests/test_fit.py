@@ -1,5 +1,6 @@
 """The one training loop: steps, rates, failures; and the losses and metrics beside it."""
 
+import copy
 import itertools
 import math
 
@@ -8,12 +9,17 @@ import pytest
 import torch
 from torch import nn
 
-from evaluation.fit import accuracy, fit, half_squared_error, predict, supervised, train_step
+from data.loader import TensorLoader
+from evaluation.fit import Trainer, accuracy, predict, train_step
+from evaluation.recipes import Recipe, half_squared_error, sgd_by_epochs
 from utils.errors import UserError
-from utils.finite import FiniteGuard
-from utils.optim import make_optimizer, make_schedule
+from utils.progress import FiniteGuard
 
-MSE = supervised(nn.functional.mse_loss)
+CPU = torch.device("cpu")
+
+
+def mse(model, x, y):
+    return nn.functional.mse_loss(model(x), y)
 
 
 def generator(seed=0):
@@ -33,16 +39,19 @@ def separable(count=40):
     return 2.0 * (labels[:, None] * 2 - 1) + noise, labels
 
 
-class Counted:
-    """Endless batches that know how often they were asked."""
+def batches(x, y, size=None):
+    """A loader of all images in one batch, or of batches in random order."""
+    return TensorLoader(
+        x, y, batch_size=size or len(x), device=CPU, generator=generator(3), shuffle=size is not None
+    )
 
-    def __init__(self, x, y):
-        self.x, self.y, self.asked = x, y, 0
 
-    def __iter__(self):
-        while True:
-            self.asked += 1
-            yield self.x, self.y
+def ones():
+    return batches(torch.ones(4, 2), torch.zeros(4, 2))
+
+
+def recipe(loss="mse", schedule="constant", steps=9, lr=0.1, **more):
+    return Recipe(loss, "sgd", lr, 0.0, schedule, 4, steps=steps, **more)
 
 
 def test_loss_falls_and_the_classes_are_told_apart():
@@ -50,11 +59,9 @@ def test_loss_falls_and_the_classes_are_told_apart():
     losses, model = [], nn.Linear(2, 2)
     nn.init.zeros_(model.weight)
     nn.init.zeros_(model.bias)
-    optimizer = make_optimizer("sgd", model.parameters(), lr=0.1)
-    fit(
-        model, itertools.repeat((x, y)), supervised(nn.functional.cross_entropy), optimizer,
-        steps=40, on_step=lambda step, loss, rate: losses.append(float(loss)),
-    )  # fmt: skip
+    Trainer(model, batches(x, y), recipe("cross_entropy", steps=40)).run(
+        on_step=lambda step, loss, rate: losses.append(float(loss))
+    )
     assert losses[0] == pytest.approx(math.log(2))  # before the first step
     assert losses[-1] < 0.05 and len(losses) == 40
     assert accuracy(predict(model, [(x[:30], None), (x[30:], None)]), y) == 100.0
@@ -70,18 +77,20 @@ FORMULAS = {
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_rate_of_every_step(name):
-    model, steps, warmup = network(), 12, 4
-    optimizer = make_optimizer("sgd", model.parameters(), lr=0.05)
-    schedule = make_schedule(name, optimizer, steps, warmup)
-    batches, trace = Counted(torch.ones(4, 2), torch.zeros(4, 2)), []
-    fit(
-        model, batches, MSE, optimizer, schedule, steps=steps,
-        on_step=lambda step, loss, rate: trace.append((step, rate)),
-    )  # fmt: skip
+    steps, warmup, trace, asked = 12, 4, [], []
+
+    def loss_fn(model, x, y):
+        asked.append(1)
+        return mse(model, x, y)
+
+    given = recipe(schedule=name, steps=steps, lr=0.05, warmup=warmup)
+    Trainer(network(), ones(), given, loss_fn=loss_fn).run(
+        on_step=lambda step, loss, rate: trace.append((step, rate))
+    )
     assert [s for s, _ in trace] == list(range(1, 13))
     expected = [0.05 * FORMULAS[name](k, steps, warmup) for k in range(12)]
     assert [r for _, r in trace] == pytest.approx(expected)
-    assert batches.asked == 12
+    assert len(asked) == 12
 
 
 def test_train_mode_while_training_and_eval_mode_after():
@@ -89,40 +98,102 @@ def test_train_mode_while_training_and_eval_mode_after():
 
     def loss_fn(net, x, y):
         modes.append(net.training)
-        return MSE(net, x, y)
+        return mse(net, x, y)
 
-    optimizer = make_optimizer("sgd", model.parameters(), lr=0.1)
-    out = fit(
-        model, Counted(torch.ones(4, 2), torch.zeros(4, 2)), loss_fn, optimizer, steps=3
-    )  # fmt: skip
+    out = Trainer(model, ones(), recipe(steps=3), loss_fn=loss_fn).run()
     assert out is model and modes == [True] * 3
     assert not any(m.training for m in model.modules())
 
 
-def test_start_goes_on_where_it_stopped():
+def test_a_training_in_parts_is_one_training():
     x, y = torch.randn(6, 2, generator=generator()), torch.randn(6, 2, generator=generator(1))
     results = []
-    for parts in ([(0, 9)], [(0, 4), (4, 9)]):
+    for stops in ([9], [4, 9], [4, 4, None]):
         model, trace = nn.Linear(2, 2), []
         with torch.no_grad():
             model.weight.fill_(0.2)
             model.bias.zero_()
-        optimizer = make_optimizer("sgd", model.parameters(), lr=0.1)
-        schedule = make_schedule("linear", optimizer, 9)
-        for start, steps in parts:
-            fit(
-                model, itertools.repeat((x, y)), MSE, optimizer, schedule, steps=steps, start=start,
-                on_step=lambda step, loss, rate, log=trace: log.append((step, float(loss), rate)),
-            )  # fmt: skip
+        trainer = Trainer(model, batches(x, y, 4), recipe(schedule="linear"))
+        for stop in stops:
+            trainer.run(
+                stop, on_step=lambda step, loss, rate, log=trace: log.append((step, float(loss), rate))
+            )
         results.append((trace, model.weight.detach().clone()))
-    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    for trace, weight in results[1:]:
+        assert trace == results[0][0] and torch.equal(weight, results[0][1])
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5, 8, 10])
+def test_resumed_in_the_middle_of_an_epoch(stop):
+    """By step decay with fresh momentum, after epochs 2 and 3 of 4 with 3 steps each."""
+    given = sgd_by_epochs(4, 0.1, 0.9, 1e-3, 4, (2, 3)).override(fresh_momentum=True)
+    x, y = separable(10)
+    start = network()
+
+    def trainer(seed, model=start):
+        loader = TensorLoader(
+            x,
+            y,
+            batch_size=4,
+            device=CPU,
+            generator=generator(seed),
+            transform=lambda x, draw: x + 0.1 * torch.randn(x.shape, generator=draw),
+        )
+        return Trainer(copy.deepcopy(model), loader, given)
+
+    def rest(trained, until=None):
+        trace = []
+        trained.run(until, on_step=lambda *found: trace.append((found[0], float(found[1]), found[2])))
+        return trace
+
+    torch.manual_seed(0)  # of dropout, which draws from the global stream
+    whole = trainer(0)
+    first = rest(whole, stop)
+    state, dropout = copy.deepcopy(whole.state_dict()), torch.random.get_rng_state()
+    second = rest(whole)
+    assert [step for step, *_ in first + second] == list(range(1, 13))
+    rates = [rate for *_, rate in first + second]
+    assert rates == pytest.approx([0.1] * 6 + [0.01] * 3 + [0.001] * 3)
+    resumed = trainer(1, network())  # its own order and weights, until the state is put back
+    resumed.load_state_dict(state)
+    torch.random.set_rng_state(dropout)
+    assert resumed.step == stop and rest(resumed) == second
+    weights = [t.model.state_dict() for t in (whole, resumed)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert whole.window.mean() == resumed.window.mean()
+
+
+def test_momentum_is_forgotten_at_a_decay():
+    """A step after it is that of plain SGD at the new rate."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    weights = []
+    for fresh in (True, False):
+        given = sgd_by_epochs(3, 0.1, 0.9, 0.0, 1, (2,)).override(fresh_momentum=fresh)
+        trained = copy.deepcopy(model)
+        trainer = Trainer(trained, batches(torch.ones(1, 1), torch.zeros(1, 1)), given, loss_fn=mse)
+        for step in (1, 2, 3):
+            trainer.run(step)
+            weights.append(trained.weight.item())
+
+    def by_hand(fresh):
+        w, v, seen = 1.0, 0.0, []
+        for rate in (0.1, 0.1, 0.01):
+            v = (0.0 if fresh and rate == 0.01 else 0.9 * v) + 2 * w
+            w -= rate * v
+            seen.append(w)
+        return seen
+
+    assert weights == pytest.approx(by_hand(True) + by_hand(False), rel=1e-6)
 
 
 def test_nothing_left_to_do():
     model = network()
+    trainer = Trainer(model, ones(), recipe(steps=5))
+    trainer.run()
     before = [p.clone() for p in model.parameters()]
-    optimizer = make_optimizer("sgd", model.parameters(), lr=0.1)
-    fit(model, Counted(torch.ones(4, 2), torch.zeros(4, 2)), MSE, optimizer, steps=5, start=5)
+    trainer.run()
+    assert trainer.step == 5
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert not model.training
 
@@ -132,14 +203,11 @@ def test_a_loss_that_is_not_finite_names_the_step(value):
     model, count = nn.Linear(2, 2), itertools.count(1)
 
     def loss_fn(net, x, y):
-        return MSE(net, x, y) * (value if next(count) == 4 else 1)
+        return mse(net, x, y) * (value if next(count) == 4 else 1)
 
-    optimizer = make_optimizer("sgd", model.parameters(), lr=0.1)
+    trainer = Trainer(model, ones(), recipe(), loss_fn=loss_fn)
     with pytest.raises(UserError, match=r"pre-training: the loss is -?(nan|inf) at step 4;"):
-        fit(
-            model, Counted(torch.ones(4, 2), torch.zeros(4, 2)), loss_fn, optimizer,
-            steps=9, what="pre-training",
-        )  # fmt: skip
+        trainer.run(what="pre-training")
 
 
 def test_finite_guard_on_the_cpu():
@@ -170,7 +238,7 @@ def test_train_step_is_one_gradient_step():
         model.weight.fill_(3.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.weight.grad = torch.full_like(model.weight, 100.0)  # an old gradient must not count
-    loss = train_step(model, torch.tensor([[2.0]]), torch.tensor([[1.0]]), MSE, optimizer)
+    loss = train_step(model, torch.tensor([[2.0]]), torch.tensor([[1.0]]), mse, optimizer)
     assert float(loss) == pytest.approx((3 * 2 - 1) ** 2) and not loss.requires_grad
     assert model.weight.item() == pytest.approx(3 - 0.1 * 2 * (3 * 2 - 1) * 2)
 

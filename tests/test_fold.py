@@ -56,9 +56,7 @@ def test_only_where_it_is_a_fixed_map():
 def unfolded(model, x):
     """The features with a listener on each BatchNorm, which keeps them apart."""
     handles = [
-        m.register_forward_hook(lambda *args: None)
-        for m in model.modules()
-        if isinstance(m, nn.BatchNorm2d)
+        m.register_forward_hook(lambda *args: None) for m in model.modules() if isinstance(m, nn.BatchNorm2d)
     ]
     out = model.embed(x)
     for handle in handles:
@@ -70,8 +68,11 @@ def unfolded(model, x):
 def test_networks_fold_in_eval_mode_only(name):
     from models import get_network
 
-    make = (lambda: get_model(name, SHAPE, 4)) if name[0].islower() else (
-        lambda: get_network(name, 3, 4, (32, 32)))  # fmt: skip
+    make = (
+        (lambda: get_model(name, SHAPE, 4))
+        if name[0].islower()
+        else (lambda: get_network(name, 3, 4, (32, 32)))
+    )
     model = with_statistics(make()).double()
     x = X.double()
     torch.testing.assert_close(model.embed(x), unfolded(model, x), rtol=1e-9, atol=1e-9)

@@ -12,12 +12,12 @@ import torchvision
 import transformers
 from conftest import write_set
 
-import data
 import train
+from data.load import load_set
 from data.specs import Stats
+from evaluation.presets import resolve_preset
+from evaluation.target import Representation, load_target, resolve_checkpoint
 from krr_st import baselines
-from krr_st.presets import resolve_preset
-from krr_st.target_model import Representation, load_target, resolve_checkpoint
 from models.foundation import IMAGENET
 from utils import checkpoint
 from utils.errors import UserError
@@ -28,29 +28,31 @@ OWN = Stats((0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
 LAYERS = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 SMALL = LAYERS | dict(image_size=16, patch_size=8)
 PROCESSORS = {
-    "vit": {
-        "image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16},
-        "resample": 2,
-    },
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}, "resample": 2},
     "clip": {
-        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 20}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": 16, "width": 16},
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 20},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": 16, "width": 16},
     },
     "dinov2": {
-        "image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 20}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": 24, "width": 24},
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 20},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": 24, "width": 24},
     },
     "convnext": {
-        "image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 32},
+        "image_processor_type": "ConvNextImageProcessor",
+        "size": {"shortest_edge": 32},
         "resample": 2,
     },
-}  # fmt: skip
+}
 PROCESSORS["swin"] = PROCESSORS["mae"] = PROCESSORS["vit"]
 PROCESSORS["resnet"] = PROCESSORS["convnext"]
 MODES = {2: "bilinear", 3: "bicubic"}
-SIDES = {
-    "vit": 16, "clip": 16, "dinov2": 24, "convnext": 32, "swin": 16, "mae": 16, "resnet": 32,
-}  # fmt: skip
+SIDES = {"vit": 16, "clip": 16, "dinov2": 24, "convnext": 32, "swin": 16, "mae": 16, "resnet": 32}
 
 
 def build(kind):
@@ -189,9 +191,14 @@ def draw_grey():
 def test_masked_pretraining_is_not_taken_for_a_masked_autoencoder(tmp_path):
     torch.manual_seed(0)
     config = transformers.HieraConfig(
-        image_size=[32, 32], embed_dim=8, depths=[1, 1], num_heads=[1, 1], masked_unit_size=[2, 2],
-        query_stride=[2, 2], num_query_pool=1,
-    )  # fmt: skip
+        image_size=[32, 32],
+        embed_dim=8,
+        depths=[1, 1],
+        num_heads=[1, 1],
+        masked_unit_size=[2, 2],
+        query_stride=[2, 2],
+        num_query_pool=1,
+    )
     transformers.HieraModel(config).save_pretrained(tmp_path)
     assert load(f"hf:{tmp_path}")(torch.randn(3, *SHAPE)).shape == (3, 16)
 
@@ -232,9 +239,7 @@ def test_missing_weights_are_an_error(workspace):
     network = save("vit", workspace / "m")
     state = {k: v for k, v in network.state_dict().items() if "layernorm" not in k}
     network.save_pretrained("m", state_dict=state)
-    with pytest.raises(
-        UserError, match=r"hf:m: the checkpoint lacks \d+ weights, such as .*layernorm"
-    ):
+    with pytest.raises(UserError, match=r"hf:m: the checkpoint lacks \d+ weights, such as .*layernorm"):
         load("hf:m")
 
 
@@ -341,8 +346,20 @@ def test_default_target_by_data_name(workspace, capsys):
 def test_train_and_baselines_with_a_foreign_target(workspace):
     write_set("datasets", "tiny")
     save("dinov2", workspace / "m")
-    shared = ["--data_name", "tiny", "--img_size", "8", "--device", "cpu", "--seed", "0",
-              "--num_images", "6", "--target_model", "hf:m"]  # fmt: skip
+    shared = [
+        "--data_name",
+        "tiny",
+        "--img_size",
+        "8",
+        "--device",
+        "cpu",
+        "--seed",
+        "0",
+        "--num_images",
+        "6",
+        "--target_model",
+        "hf:m",
+    ]
     small = "--train_model convnet_4_8_bn --num_models 1 --outer_iteration 2 --outer_batch_size 8"
     argv = [*shared, *small.split(), "--pre_epoch", "1", "--test_iteration", "1"]
     assert train.main(argv) == 0
@@ -350,7 +367,7 @@ def test_train_and_baselines_with_a_foreign_target(workspace):
     assert baselines.main([*shared, "--method", "random_features"]) == 0
     folder = Path("synthetic_data/tiny/random_features")
     x, y = torch.load(folder / "x_syn.pt"), torch.load(folder / "y_syn.pt")
-    target = load("hf:m", stats=data.load("tiny", 8).stats)
+    target = load("hf:m", stats=load_set("tiny", 8).stats)
     with torch.no_grad():
         assert torch.allclose(target(x), y, atol=1e-5)
 

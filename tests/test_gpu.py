@@ -8,8 +8,8 @@ import torch
 from benchmarks import krr_st as bench
 from clom.loss import clom_cosine
 from clom.matching import gradient_distance
-from data.dc_augment import dc_augment
-from data.dsa import diff_augment
+from data.augment.dc import dc_augment
+from data.augment.dsa import diff_augment
 from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
 from krr_st.loss import krr_loss
@@ -85,9 +85,14 @@ def test_target_views_lookup_and_fill():
             return model(x)
 
     loader = TensorLoader(
-        images, None, batch_size=16, device=CUDA, generator=torch.Generator().manual_seed(0),
-        transform=ViewPipeline(STATS, pad=4, hflip=True), drop_last=True, with_index=True,
-    ).forever()  # fmt: skip
+        images,
+        None,
+        batch_size=16,
+        device=CUDA,
+        generator=torch.Generator().manual_seed(0),
+        transform=ViewPipeline(STATS, pad=4, hflip=True),
+        drop_last=True,
+    ).forever()
     tables = [TargetViews(target, torch.empty(20 * 162, 4, device=CUDA), 162) for _ in range(2)]
     on_host = TargetViews(target, torch.empty(20 * 162, 4), 162)
     tables[0].fill(images, STATS, 4, progress=False)
@@ -119,9 +124,13 @@ def test_images_that_do_not_fit_come_through_pinned_memory():
 
     def batches(device, limit):
         loader = TensorLoader(
-            images, torch.arange(40), batch_size=8, device=device, max_device_bytes=limit,
+            images,
+            torch.arange(40),
+            batch_size=8,
+            device=device,
+            max_device_bytes=limit,
             generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+        )
         return [(x.cpu(), y.cpu()) for _ in range(3) for x, y in loader.epoch()]
 
     for ours, wanted in zip(batches(CUDA, 0), batches(CPU, None), strict=True):
@@ -138,9 +147,7 @@ def test_clom_losses():
     others = [draw(*g.shape, seed=5) for g in grads]
     for metric in ("ours", "mse", "cos"):
         wanted = gradient_distance(grads, others, metric)
-        found = gradient_distance(
-            *([g.float().to(CUDA) for g in side] for side in (grads, others)), metric
-        )
+        found = gradient_distance(*([g.float().to(CUDA) for g in side] for side in (grads, others)), metric)
         assert float(found) == pytest.approx(float(wanted), rel=1e-4)
 
 

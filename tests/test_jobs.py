@@ -5,27 +5,39 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from utils.cells import CellStore, read_cells
+from evaluation.measure import CellStore, read_cells
+from evaluation.tables import (
+    Entry,
+    Job,
+    Place,
+    claim_name,
+    duration,
+    run_missing,
+    to_csv,
+    to_latex,
+    to_markdown,
+    with_published_file,
+)
 from utils.errors import UserError
-from utils.jobs import Job, claim_name, duration, run_missing
-from utils.locks import Claims, this_host
-from utils.paper_table import Entry, to_csv, to_latex, to_markdown, with_published_file
+from utils.locks import Claims
 
 ROOT = Path(__file__).resolve().parents[1]
 
 WORKER = """
 import os, random, sys, time
 from pathlib import Path
-from utils.cells import CellStore, read_cells
-from utils.jobs import Job, run_missing
+from evaluation.measure import CellStore, read_cells
+from evaluation.tables import Job, run_missing
 from utils.locks import Claims
 
 folder, count, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
@@ -50,10 +62,12 @@ run_missing(missing, Claims(folder / "claims"))
 
 def worker(folder, count, seconds, together=1):
     return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(folder), str(count), str(seconds),
-         str(together)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", WORKER, str(folder), str(count), str(seconds), str(together)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def test_two_processes_share_the_jobs(tmp_path):
@@ -66,7 +80,6 @@ def test_two_processes_share_the_jobs(tmp_path):
     began = [line.split()[0] for line in (tmp_path / "began").read_text().splitlines()]
     assert len(began) == len(set(began)) == 40
     assert len({c["pid"] for c in cells}) == 2  # both did some
-    assert [p.name for p in (tmp_path / "claims").iterdir()] == ["guard"]
 
 
 def test_a_killed_process_leaves_its_job_to_the_others(tmp_path):
@@ -83,61 +96,36 @@ def test_a_killed_process_leaves_its_job_to_the_others(tmp_path):
     assert len(read_cells(tmp_path / "results.jsonl")) == 1
 
 
-def lock(folder, host, pid, age=0.0):
-    folder.mkdir(exist_ok=True)
-    path = folder / "a.lock"
-    path.write_text(json.dumps({"host": host, "pid": pid, "token": "theirs"}))
-    os.utime(path, (time.time() - age, time.time() - age))
-
-
-def dead_pid():
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-@pytest.mark.parametrize(
-    ("host", "pid", "age", "free"),
-    [
-        ("here", "dead", 0, True),
-        ("here", "alive", 30, False),
-        ("here", "alive", 3600, True),  # it was not touched: another process got that number
-        ("elsewhere", "dead", 30, False),
-        ("elsewhere", "dead", 3600, True),
-    ],
-)
-def test_when_a_claim_may_be_taken_over(tmp_path, host, pid, age, free):
-    number = os.getppid() if pid == "alive" else dead_pid()
-    lock(tmp_path / "claims", this_host() if host == "here" else "another host", number, age)
+def test_a_claim_is_one_process_and_one_block(tmp_path):
     claims = Claims(tmp_path / "claims")
-    assert claims.held_elsewhere("a") != free
+    assert not claims.held_elsewhere("a")
     with claims.claim("a") as ours:
-        assert ours == free
-    assert (tmp_path / "claims/a.lock").exists() != free  # released, or left to its owner
-
-
-def test_an_unreadable_claim_is_respected_until_it_is_old(tmp_path):
-    (tmp_path / "a.lock").write_text("")  # killed between creating and writing
-    with Claims(tmp_path).claim("a") as ours:
-        assert not ours
-    with Claims(tmp_path, abandoned=-1).claim("a") as ours:
-        assert ours
-
-
-def test_a_held_claim_is_touched_and_a_lost_one_is_not_removed(tmp_path):
-    claims = Claims(tmp_path, beat=0.02, abandoned=0.5)
-    path = tmp_path / "a.lock"
-    with claims.claim("a") as ours:
-        assert ours
-        os.utime(path, (0, 0))
-        deadline = time.time() + 10
-        while path.stat().st_mtime < 1 and time.time() < deadline:
-            time.sleep(0.01)
-        assert path.stat().st_mtime > 1
-        with Claims(tmp_path).claim("a") as twice:
+        assert ours and claims.held_elsewhere("a")
+        with Claims(tmp_path / "claims").claim("a") as twice:
             assert not twice
-        lock(tmp_path, "another host", 1)  # as if it had been taken over while we were stopped
-    assert json.loads(path.read_text())["token"] == "theirs"
+        assert f"process {os.getpid()} on " in claims.owner("a")
+    assert not claims.held_elsewhere("a")
+    with claims.claim("a") as again:
+        assert again
+
+
+def test_another_name_of_the_folder_is_the_same_folder(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with Claims(tmp_path / "real").claim("a"), Claims(tmp_path / "link").claim("a") as twice:
+        assert not twice
+
+
+def test_a_suspended_process_keeps_its_claim(tmp_path):
+    held = worker(tmp_path, 1, 1e6)
+    while not (tmp_path / "began").exists():
+        time.sleep(0.02)
+    held.send_signal(signal.SIGSTOP)
+    try:
+        assert Claims(tmp_path / "claims").held_elsewhere("job-0")
+    finally:
+        held.kill()
+        held.communicate()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -159,9 +147,8 @@ def test_threads_append_whole_lines(tmp_path):
     for thread in threads:
         thread.join()
     assert len([json.loads(x) for x in path.read_text().splitlines()]) == 40
-    assert stores[0].get({"i": 3, "k": 9}) is None
-    stores[0].reload()
-    assert stores[0].get({"i": 3, "k": 9})["k"] == 9
+    assert stores[0].get({"i": 3, "k": 9}) is None  # read when it was opened
+    assert CellStore(path).get({"i": 3, "k": 9})["k"] == 9
 
 
 def test_jobs_run_cheapest_first_and_once(tmp_path, capsys):
@@ -171,24 +158,29 @@ def test_jobs_run_cheapest_first_and_once(tmp_path, capsys):
         ran.append("bad")
         raise UserError("no data")
 
-    jobs = [Job("dear", 9.0, lambda: ran.append("dear")), Job("cheap", 1.0, lambda: None),
-            Job("bad", 0.0, fail)]  # fmt: skip
+    jobs = [
+        Job("dear", 9.0, lambda: ran.append("dear")),
+        Job("cheap", 1.0, lambda: None),
+        Job("bad", 0.0, fail),
+    ]
     # A job that leaves nothing behind stays missing; it is not tried for ever.
     assert run_missing(lambda: jobs, Claims(tmp_path)) == ["bad: no data"]
     assert ran == ["bad", "dear"]
     printed = capsys.readouterr().out
     assert re.findall(r"^\[(\d/\d)\] (\w+)", printed, re.M) == [
-        ("1/3", "bad"), ("2/3", "cheap"), ("3/3", "dear"),
-    ]  # fmt: skip
+        ("1/3", "bad"),
+        ("2/3", "cheap"),
+        ("3/3", "dear"),
+    ]
     assert "skipped: no data" in printed and " left" in printed.split("dear")[1]
     assert printed.endswith("could not be run:\nbad: no data\n\n")
 
 
 def test_jobs_of_other_processes_are_left_alone(tmp_path, capsys):
-    lock(tmp_path, "another host", 1)
     ran = []
     jobs = [Job("a", 1.0, lambda: ran.append("a")), Job("b", 2.0, lambda: ran.append("b"))]
-    run_missing(lambda: jobs, Claims(tmp_path))
+    with Claims(tmp_path).claim("a"):
+        run_missing(lambda: jobs, Claims(tmp_path))
     assert ran == ["b"] and "jobs running in other processes: 1" in capsys.readouterr().out
 
 
@@ -219,8 +211,9 @@ def test_markdown_latex_and_csv_hold_the_same_cells():
     shown = ["81.00 ± 0.82† [80.50 ± 0.20, +0.50]", "– [12.00]", "5.00", "–"]
     assert [entry.shown() for entry in ENTRIES] == shown
     assert [c.strip() for c in to_markdown(ENTRIES).splitlines()[2].split("|")[1:-1]] == [
-        "krr_st", *shown[:2],
-    ]  # fmt: skip
+        "krr_st",
+        *shown[:2],
+    ]
     latex = to_latex(ENTRIES).splitlines()
     assert latex[0] == "\\begin{tabular}{lrr}" and latex[1] == "method & a \\& b & c \\\\"
     assert latex[3] == (
@@ -236,6 +229,78 @@ def test_published_file_goes_on_top(tmp_path):
     path.write_text(json.dumps({"t": {"r": {"c": [2, None]}, "s": {"c": 3}}}))
     known = {("t", "r", "c"): (1.0, 0.1), ("t", "q", "c"): (4.0, 0.1)}
     assert with_published_file(known, path) == {
-        ("t", "r", "c"): (2.0, None), ("t", "s", "c"): (3.0, None), ("t", "q", "c"): (4.0, 0.1),
-    }  # fmt: skip
+        ("t", "r", "c"): (2.0, None),
+        ("t", "s", "c"): (3.0, None),
+        ("t", "q", "c"): (4.0, 0.1),
+    }
     assert with_published_file(known, None) == known
+
+
+PLACE = Place(
+    "row",
+    "column",
+    {"method": "a", "bn": None, "shots": "all"},
+    origin=("data", "model"),
+    rank=lambda cell: cell["distance"],
+    fits=lambda cell: cell.get("lr") != 9,
+)
+
+
+def measured(seed, accuracy, data="x", model="m", **more):
+    return {
+        "method": "a",
+        "seed": seed,
+        "accuracy": accuracy,
+        "data": data,
+        "model": model,
+        "distance": 0,
+        **more,
+    }
+
+
+def accuracies(*cells):
+    return [cell["accuracy"] for cell in PLACE.choose(cells)]
+
+
+def test_a_place_takes_its_own_cells_alone():
+    mine = measured(0, 1.0)
+    others = [
+        measured(1, 2.0, method="b"),
+        measured(2, 3.0, bn="batch"),
+        measured(3, 4.0, lr=9),
+        measured(4, 5.0, shots="10"),
+    ]
+    assert accuracies(mine, *others) == [1.0] and accuracies(*others) == []
+    assert accuracies({**mine, "bn": None, "shots": "all", "more": 3}) == [1.0]
+
+
+def test_a_place_shows_the_latest_cell_of_each_seed_by_seed():
+    cells = [measured(2, 1.0), measured(0, 2.0), measured(2, 3.0), measured(1, 4.0)]
+    assert accuracies(*cells) == [2.0, 4.0, 3.0]
+
+
+@pytest.mark.parametrize("change", [{"data": "y"}, {"model": "n"}, {"data": None}])
+def test_a_place_never_mixes_origins(change):
+    old = [measured(s, 1.0) for s in (0, 1, 2)]
+    new = [measured(s, 2.0, **change) for s in (0, 1)]
+    assert accuracies(*old, *new) == [2.0, 2.0]  # of equal ranks the latest, though it is shorter
+    assert accuracies(*new, *old) == [1.0] * 3
+    assert accuracies(old[0], *new, *old[1:]) == [1.0] * 3  # the latest cell decides
+
+
+def test_of_several_origins_the_best_rank_is_shown():
+    near, far = measured(0, 1.0, data="near"), measured(0, 2.0, data="far", distance=3)
+    assert accuracies(near, far) == accuracies(far, near) == [1.0]
+
+
+def test_an_entry_holds_the_values_of_the_chosen_cells():
+    cells = [measured(1, 3.0), measured(0, 5.0, steps_scale=0.1), measured(0, 9.0, method="b")]
+    entry = PLACE.entry(cells)
+    assert (entry.row, entry.column, entry.values) == ("row", "column", (5.0, 3.0))
+    assert entry.scaled and entry.published is None
+    assert not PLACE.entry(cells[:1]).scaled
+    assert PLACE.entry([]) == Entry("row", "column", (), False, None)
+    several = replace(PLACE, field="accuracies", published=(4.0, 0.5))
+    assert several.entry([{**cells[0], "accuracies": [1.0, 2.0]}]) == Entry(
+        "row", "column", (1.0, 2.0), False, (4.0, 0.5)
+    )

@@ -48,9 +48,7 @@ def test_default_ridge_is_the_published_one():
 def gradients(function, data, ridge, **more):
     f_real, y_real, f_syn, y_syn = data
     f_syn, y_syn = f_syn.clone().requires_grad_(), y_syn.clone().requires_grad_()
-    return torch.autograd.grad(
-        function(f_real, y_real, f_syn, y_syn, ridge, **more), (f_syn, y_syn)
-    )
+    return torch.autograd.grad(function(f_real, y_real, f_syn, y_syn, ridge, **more), (f_syn, y_syn))
 
 
 @pytest.mark.parametrize("m", [1, 4, 9])  # 9: more rows than feature columns
@@ -105,9 +103,7 @@ def test_float32_stays_close_to_float64_where_the_kernel_is_singular(case):
     value = krr_loss(*single)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value.double(), krr_loss(*data), rtol=1e-2, atol=1e-6)
-    for ours, exact in zip(
-        gradients(krr_loss, single, 1e-6), gradients(krr_loss, data, 1e-6), strict=True
-    ):
+    for ours, exact in zip(gradients(krr_loss, single, 1e-6), gradients(krr_loss, data, 1e-6), strict=True):
         assert torch.isfinite(ours).all()
         assert (ours.double() - exact).norm() < 0.05 * exact.norm() + 1e-6
 
@@ -136,9 +132,20 @@ def test_a_constant_target_is_learnt_by_the_appended_one():
 
 @pytest.mark.parametrize(
     ("index", "shape"),
-    [(0, (5,)), (0, (5, 4)), (0, (5, 3, 1)), (2, (4, 2)), (2, (12,)), (1, (4, 2)), (1, (5, 3)),
-     (1, (5,)), (3, (5, 2)), (3, (4, 3)), (3, (4,))],
-)  # fmt: skip
+    [
+        (0, (5,)),
+        (0, (5, 4)),
+        (0, (5, 3, 1)),
+        (2, (4, 2)),
+        (2, (12,)),
+        (1, (4, 2)),
+        (1, (5, 3)),
+        (1, (5,)),
+        (3, (5, 2)),
+        (3, (4, 3)),
+        (3, (4,)),
+    ],
+)
 def test_shapes_that_do_not_fit(index, shape):
     data = problem()
     data[index] = torch.zeros(shape, dtype=torch.float64)

@@ -5,19 +5,22 @@ import weakref
 
 import pytest
 import torch
-from conftest import write_set
-from test_distill import CPU, make_distiller, make_target, tiny
+from conftest import CPU, make_krrst, make_target, write_set
 
-import data
+from data.load import load_set
+from distillation.problem import Problem
 from krr_st.config import RECIPES, TrainFlags
-from krr_st.distill import initial_set
 from utils import cli
 
-assert tiny  # a fixture, used by name
+
+@pytest.fixture
+def image_set(workspace):
+    write_set("datasets", "tiny", train=30, test=8)
+    return load_set("tiny", 8, "datasets")
 
 
-def test_rates_apart(tiny):
-    together, apart = make_distiller(tiny), make_distiller(tiny, lr_y=1e-4)
+def test_rates_apart(image_set):
+    together, apart = make_krrst(image_set), make_krrst(image_set, outer_lr_y=1e-4)
     before = together.x_syn.detach().clone(), together.y_syn.detach().clone()
     moved = []
     for distiller in (together, apart):
@@ -35,17 +38,15 @@ def test_rates_apart(tiny):
 
 def test_k_means_start_takes_one_real_image_of_each_cluster(workspace):
     write_set("datasets", "tiny", train=40, test=8)
-    image_set, target = data.load("tiny", 8, "datasets"), make_target()
+    image_set, target = load_set("tiny", 8, "datasets"), make_target()
 
     def brightness(x):
         """Clusters that can be told apart: the classes differ in brightness."""
         return x.mean((1, 2, 3))[:, None].expand(-1, 4) * 100
 
     def start(seed, function=brightness):
-        return initial_set(
-            image_set, 4, function, init="raw", device=CPU, images="kmeans",
-            generator=torch.Generator().manual_seed(seed),
-        )  # fmt: skip
+        problem = Problem(image_set, CPU, seed, target=function)
+        return problem.start_with_features(4, "raw", "kmeans")
 
     x, y = start(0)
     pixels = image_set.train.images.float() / 255
@@ -60,9 +61,7 @@ def test_a_recipe_replaces_defaults_and_flags_win():
     recipes = {"published": {}, "other": {"num_models": 3, "ridge": 1e-3}}
 
     def parse(*argv):
-        return cli.parse(
-            TrainFlags, list(argv), prog="train.py", description="", recipes=recipes
-        )  # fmt: skip
+        return cli.parse(TrainFlags, list(argv), prog="train.py", description="", recipes=recipes)
 
     assert parse() == TrainFlags()
     recipes["published"]["num_models"] = 4
@@ -71,17 +70,15 @@ def test_a_recipe_replaces_defaults_and_flags_win():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_name_real_flags_and_parse(name):
-    flags = cli.parse(
-        TrainFlags, ["--recipe", name], prog="train.py", description="", recipes=RECIPES
-    )
+    flags = cli.parse(TrainFlags, ["--recipe", name], prog="train.py", description="", recipes=RECIPES)
     for field, value in RECIPES[name].items():
         assert getattr(flags, field) == value
     assert RECIPES["published"] == {}
 
 
-def test_a_distiller_goes_with_its_last_reference(tiny):
+def test_a_distiller_goes_with_its_last_reference(image_set):
     """Its table of views is too large to wait for a garbage collection."""
-    distiller = make_distiller(tiny)
+    distiller = make_krrst(image_set, target_views="exact")
     gone = weakref.ref(distiller)
     gc.disable()
     try:

@@ -79,9 +79,13 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory.\nTried"), MemoryError(),
-              RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")]
-)  # fmt: skip
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    ],
+)
 def test_the_line_names_the_knob(error):
     with pytest.raises(UserError) as caught, out_of_memory_says(CPU, "lower --batch_size"):
         raise error
@@ -91,10 +95,7 @@ def test_the_line_names_the_knob(error):
 
 
 def test_a_real_allocation_that_cannot_be_met():
-    with (
-        pytest.raises(UserError, match="out of memory: lower it"),
-        out_of_memory_says(CPU, "lower it"),
-    ):
+    with pytest.raises(UserError, match="out of memory: lower it"), out_of_memory_says(CPU, "lower it"):
         torch.empty(1 << 60, dtype=torch.uint8)
 
 
@@ -129,9 +130,8 @@ def test_freed_memory_is_kept_on_a_cpu_unless_the_environment_says_otherwise(tun
     env = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k != "GLIBC_TUNABLES"}
     env |= {"MALLOC_TOP_PAD_": "131072"} if tuned else {}
     lines = subprocess.run(
-        [sys.executable, "-c", FREED],
-        env=env, cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout.splitlines()  # fmt: skip
+        [sys.executable, "-c", FREED], env=env, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     assert lines[-2] == str(not tuned)
     before, kept, returned, after = map(int, lines[-1].split())
     assert before < 100 and returned < 100 and after < 100

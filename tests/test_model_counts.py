@@ -24,8 +24,19 @@ ZOO_A = {
     ("resnet18", 32): (11173962, 122),
     ("resnet18", 224): (11173962, 122),
 }
-_DEFAULT = ("ConvNet", "ConvNetD3", "ConvNetW128", "ConvNetAS", "ConvNetAR", "ConvNetAL",
-            "ConvNetASwish", "ConvNetIN", "ConvNetGN", "ConvNetMP", "ConvNetAP")  # fmt: skip
+_DEFAULT = (
+    "ConvNet",
+    "ConvNetD3",
+    "ConvNetW128",
+    "ConvNetAS",
+    "ConvNetAR",
+    "ConvNetAL",
+    "ConvNetASwish",
+    "ConvNetIN",
+    "ConvNetGN",
+    "ConvNetMP",
+    "ConvNetAP",
+)
 ZOO_B = {
     **dict.fromkeys(_DEFAULT, (320010, 14)),
     "MLP": (411146, 6),

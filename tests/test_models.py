@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from krr_st.target_model import Representation
+from evaluation.target import Representation
 from models import MODELS, get_model
 from models.plain import AveragePool
 from utils.checkpoint import apply_state
@@ -93,9 +93,7 @@ def test_average_pool_is_torchs(sides, layout):
         (second,) = torch.autograd.grad(first.pow(2).sum(), x)
         return y, first, second
 
-    for ours, torchs in zip(
-        derivatives(AveragePool(2)), derivatives(torch.nn.AvgPool2d(2)), strict=True
-    ):
+    for ours, torchs in zip(derivatives(AveragePool(2)), derivatives(torch.nn.AvgPool2d(2)), strict=True):
         torch.testing.assert_close(ours, torchs)
     x = torch.randn(2, 3, *sides).to(memory_format=layout)
     with torch.autocast("cpu", torch.bfloat16):
@@ -107,12 +105,27 @@ def test_average_pool_is_torchs(sides, layout):
 @pytest.mark.parametrize(
     ("name", "convs", "width"),
     [
-        ("alexnet", {0: (128, 3, 5), 4: (192, 128, 5), 8: (256, 192, 3), 11: (192, 256, 3),
-                     14: (192, 192, 3)}, 192 * 16),
-        ("vgg", {0: (64, 3, 3), 4: (128, 64, 3), 8: (256, 128, 3), 11: (256, 256, 3),
-                 15: (512, 256, 3), 18: (512, 512, 3), 22: (512, 512, 3), 25: (512, 512, 3)}, 512),
+        (
+            "alexnet",
+            {0: (128, 3, 5), 4: (192, 128, 5), 8: (256, 192, 3), 11: (192, 256, 3), 14: (192, 192, 3)},
+            192 * 16,
+        ),
+        (
+            "vgg",
+            {
+                0: (64, 3, 3),
+                4: (128, 64, 3),
+                8: (256, 128, 3),
+                11: (256, 256, 3),
+                15: (512, 256, 3),
+                18: (512, 512, 3),
+                22: (512, 512, 3),
+                25: (512, 512, 3),
+            },
+            512,
+        ),
     ],
-)  # fmt: skip
+)
 def test_alexnet_and_vgg_keys(name, convs, width):
     expected = {"fc.weight": (10, width), "fc.bias": (10,)}
     for i, (c, c_in, k) in convs.items():
@@ -154,10 +167,14 @@ def test_resnet_initialisation():
     assert std == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("model", [
-    lambda: build("resnet10").conv1, lambda: build("resnet18").conv1,
-    lambda: Representation("resnet18", (3, 32, 32)).backbone.conv1,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: build("resnet10").conv1,
+        lambda: build("resnet18").conv1,
+        lambda: Representation("resnet18", (3, 32, 32)).backbone.conv1,
+    ],
+)
 def test_the_stem_has_the_default_initialisation(model):
     """Uniform within 1/sqrt(fan in), as PyTorch documents; Kaiming fan-out is half as wide."""
     with local_seed(0):
@@ -272,8 +289,7 @@ def test_dropout_acts_in_training_only():
 
 
 @pytest.mark.parametrize(
-    ("spelt", "name"),
-    [("VGG", "vgg"), ("ResNet10", "resnet10"), ("ConvNet_8_16_BN", "convnet_8_16_bn")],
+    ("spelt", "name"), [("VGG", "vgg"), ("ResNet10", "resnet10"), ("ConvNet_8_16_BN", "convnet_8_16_bn")]
 )
 def test_zoo_a_names_without_case(spelt, name):
     assert shapes(on_paper(spelt)) == shapes(on_paper(name))

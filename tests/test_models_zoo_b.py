@@ -60,9 +60,7 @@ def build(name, channel=3, num_classes=10, size=None):
 
 
 def with_biases(weights):
-    return {f"{n}.weight": s for n, s in weights.items()} | {
-        f"{n}.bias": s[:1] for n, s in weights.items()
-    }
+    return {f"{n}.weight": s for n, s in weights.items()} | {f"{n}.bias": s[:1] for n, s in weights.items()}
 
 
 def on_paper(*args, **kwargs):
@@ -105,9 +103,7 @@ def apply_norm(x, state, at, norm):
         return x
     weight, bias = state[f"{at}.weight"], state[f"{at}.bias"]
     if norm == "batch":
-        return F.batch_norm(
-            x, state[f"{at}.running_mean"], state[f"{at}.running_var"], weight, bias
-        )
+        return F.batch_norm(x, state[f"{at}.running_mean"], state[f"{at}.running_var"], weight, bias)
     return normalise(x, dict(instance=x.shape[1], group=4, layer=1)[norm], weight, bias)
 
 
@@ -192,8 +188,7 @@ def test_alexnet_and_vgg_output(name, norm, convs, pools):
 
 
 @pytest.mark.parametrize(
-    ("name", "norm"),
-    [("ResNet18", "instance"), ("ResNet18BN", "batch"), ("ResNet18BN_AP", "batch")],
+    ("name", "norm"), [("ResNet18", "instance"), ("ResNet18BN", "batch"), ("ResNet18BN_AP", "batch")]
 )
 def test_resnet_keys_and_output(name, norm):
     model, x, pooling = build(name), images(), name.endswith("AP")
@@ -227,9 +222,7 @@ def test_resnet_keys_and_output(name, norm):
     x = x.flatten(1) if pooling else x.mean((2, 3))
     with torch.no_grad():
         embedded = model.embed(images())
-        torch.testing.assert_close(
-            embedded / x.abs().max(), x / x.abs().max(), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(embedded / x.abs().max(), x / x.abs().max(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

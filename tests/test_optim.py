@@ -63,9 +63,8 @@ def test_lars_state_survives():
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("sgd", torch.optim.SGD), ("adam", torch.optim.AdamW), ("adamw", torch.optim.AdamW),
-     ("lars", LARS)],
-)  # fmt: skip
+    [("sgd", torch.optim.SGD), ("adam", torch.optim.AdamW), ("adamw", torch.optim.AdamW), ("lars", LARS)],
+)
 def test_names(name, kind):
     optimizer = make_optimizer(name, [parameter([1.0])], lr=0.3, momentum=0.4, wd=0.05)
     assert type(optimizer) is kind
@@ -141,9 +140,7 @@ def test_cosine_ends_at_zero():
 
 @pytest.mark.parametrize(("steps", "full"), [(10, 5), (7, 3), (2, 1), (1, 0)])
 def test_a_tenth_from_half_on(steps, full):
-    assert rates("tenth_at_half", steps)[:steps] == pytest.approx(
-        [2.0] * full + [0.2] * (steps - full)
-    )
+    assert rates("tenth_at_half", steps)[:steps] == pytest.approx([2.0] * full + [0.2] * (steps - full))
 
 
 def test_schedule_state_survives():

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
-from data.raw import Source, one_part
-from data.write import write_prepared
+from data.load import load_set
+from data.prepare.raw import Source, one_part
+from data.prepare.write import write_prepared
 from utils.errors import UserError
 
 
 def one_row(tmp_path: Path, picture: Image.Image, name: str, **save) -> np.ndarray:
     """A picture through file, worker and tensor; size 4, returned as 4×4×3."""
     picture.save(tmp_path / name, **save)
-    source = Source("one", None, {"train": one_part([tmp_path / name], None)}, {})
-    write_prepared(tmp_path, "one", 4, 3, source, workers=1)
-    images = data.load("one", 4, tmp_path).train.images
+    source = Source("one", None, {"train": one_part([tmp_path / name], None)})
+    write_prepared(tmp_path / "one", 4, 3, source, workers=1)
+    images = load_set("one", 4, tmp_path).train.images
     return images[0].numpy().transpose(1, 2, 0)
 
 

@@ -34,9 +34,13 @@ def make_pool(size=2, max_steps=3, seed=0, reset="paper"):
     BUILT.clear()
     TAKEN.clear()
     return ModelPool(
-        make_model, make_optimizer, size=size, max_steps=max_steps,
-        generator=torch.Generator().manual_seed(seed), reset=reset,
-    )  # fmt: skip
+        make_model,
+        make_optimizer,
+        size=size,
+        max_steps=max_steps,
+        generator=torch.Generator().manual_seed(seed),
+        reset=reset,
+    )
 
 
 def advance(pool, count):

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from raw_drawing import draw
 
-import data
-from data import convert, prepare, write
-from data.raw import Part, Source, one_part
-from data.write import write_prepared
+from data.load import load_set
+from data.prepare import __main__ as prepare
+from data.prepare import images, write
+from data.prepare.raw import Part, Source, one_part
+from data.prepare.write import write_prepared
 from utils.errors import UserError
 
 
@@ -62,7 +63,7 @@ def test_folder_equals_a_plain_loop(folder, tmp_path, workers):
     images = torch.load(out / "own" / "X_tr_8.pth", weights_only=True, mmap=True)
     assert np.array_equal(images.numpy(), expected)
     assert set(listing(out / "own")) == {"X_tr_8.pth", "Y_tr_8.pth", "meta.json"}
-    loaded = data.load("own", 8, out)
+    loaded = load_set("own", 8, out)
     assert loaded.num_classes == 2 and loaded.test is None
     assert loaded.train.labels.tolist() == [0] * 75 + [1] * 75
     scaled = expected.astype(np.float64) / 255
@@ -78,30 +79,30 @@ def test_arrays_in_parts_and_at_both_channel_counts(tmp_path):
     labels = np.arange(5)
 
     def parts(images):
-        return lambda: (Part(images[i : i + 2], labels[i : i + 2]) for i in range(0, 5, 2))
+        return (Part(images[i : i + 2], labels[i : i + 2]) for i in range(0, 5, 2))
 
-    names = tuple("abcde")
-    source = Source("drawn", names, {"train": parts(colour), "test": parts(grey)}, {})
-    write_prepared(tmp_path, "own", 6, 3, source, workers=2)
-    loaded = data.load("own", 6, tmp_path)
+    def source():
+        return Source("drawn", (*"abcde",), {"train": parts(colour), "test": parts(grey)})
+
+    write_prepared(tmp_path / "own", 6, 3, source(), workers=2)
+    loaded = load_set("own", 6, tmp_path)
     assert np.array_equal(loaded.train.images.numpy(), colour.transpose(0, 3, 1, 2))
     assert np.array_equal(loaded.test.images.numpy(), grey[:, None].repeat(3, 1))
     assert loaded.train.labels.tolist() == [0, 1, 2, 3, 4]
-    write_prepared(tmp_path, "grey", 6, 1, source, workers=1)
-    loaded = data.load("grey", 6, tmp_path)
+    write_prepared(tmp_path / "grey", 6, 1, source(), workers=1)
+    loaded = load_set("grey", 6, tmp_path)
     assert np.array_equal(loaded.test.images.numpy(), grey[:, None])
     luma = np.asarray(Image.fromarray(colour[3]).convert("L"))
     assert np.array_equal(loaded.train.images[3, 0].numpy(), luma)
-    write_prepared(tmp_path, "own", 3, 3, source, workers=2)
+    write_prepared(tmp_path / "own", 3, 3, source(), workers=2)
     halved = np.asarray(Image.fromarray(colour[4]).resize((3, 3), Image.Resampling.BILINEAR))
-    assert np.array_equal(data.load("own", 3, tmp_path).train.images[4].numpy().transpose(1, 2, 0),
-                          halved)  # fmt: skip
+    assert np.array_equal(load_set("own", 3, tmp_path).train.images[4].numpy().transpose(1, 2, 0), halved)
 
 
 def test_digits_are_prepared_by_name_alone_and_only_once(tmp_path, capsys):
     assert run("--data_name", "digits", "--data_dir", tmp_path) == 0
     before = listing(tmp_path)
-    digits = data.load("digits", 16, tmp_path)
+    digits = load_set("digits", 16, tmp_path)
     assert digits.train.images.shape == (1297, 3, 16, 16) and len(digits.test) == 500
     assert (digits.train.images[:, 0] == digits.train.images[:, 2]).all()
     assert run("--data_name", "digits", "--data_dir", tmp_path) == 0
@@ -119,12 +120,12 @@ def test_digits_are_prepared_by_name_alone_and_only_once(tmp_path, capsys):
 def test_unlabelled_set_replaces_a_labelled_one(folder, tmp_path, capsys):
     flags = ("--from_folder", folder, "--data_name", "own", "--size", 8, "--data_dir", tmp_path)
     assert run(*flags, "--val_fraction", 0.1) == 0
-    assert len(data.load("own", 8, tmp_path).test) == 16
+    assert len(load_set("own", 8, tmp_path).test) == 16
     assert run(*flags) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert run(*flags, "--unlabelled", "--overwrite") == 0
     assert set(listing(tmp_path / "own")) == {"X_tr_8.pth", "meta.json"}
-    assert data.load("own", 8, tmp_path).num_classes is None
+    assert load_set("own", 8, tmp_path).num_classes is None
     assert run("--check", "own", "--data_dir", tmp_path) == 0
 
 
@@ -155,7 +156,7 @@ def test_skip_broken_keeps_the_others_with_their_labels(damaged, tmp_path, worke
     flags = ("--from_folder", damaged, "--data_name", "own", "--size", 8, "--data_dir", out)
     assert run(*flags, "--skip_broken", "--workers", workers) == 0
     good = [p for p in sorted(damaged.rglob("*.png")) if p.name != "001.png"]
-    loaded = data.load("own", 8, out)
+    loaded = load_set("own", 8, out)
     assert np.array_equal(loaded.train.images.numpy(), plain_loop(good, 8))
     assert loaded.train.labels.tolist() == [0] * 75 + [1] * 74
     entry = json.loads((out / "own" / "meta.json").read_text())["sizes"]["8"]
@@ -184,18 +185,21 @@ def test_full_disk_leaves_the_old_set_whole(folder, tmp_path, monkeypatch, capsy
 
     def full(*arguments):
         saves.append(arguments)
-        if stage in ("rows", "first tensor") or len(saves) == 4:
+        if stage == "first tensor" or len(saves) == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(*arguments)
 
-    monkeypatch.setattr(*((convert, "_convert") if stage == "rows" else (write, "_save")), full)
+    if stage == "rows":
+        monkeypatch.setattr(write.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "r+b"))  # noqa: SIM115
+    else:
+        monkeypatch.setattr(write, "_save", full)
     assert run(*flags, "--val_fraction", 0.5, "--overwrite", "--workers", 2) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert listing(tmp_path / "own") == before
 
 
 def test_killed_worker_is_an_error(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(convert, "_convert", lambda job, span: os._exit(9))
+    monkeypatch.setattr(images, "picture_row", lambda *_: os._exit(9))
     flags = ("--from_folder", folder, "--size", 8, "--data_dir", tmp_path / "out", "--workers", 2)
     assert run(*flags) == 2
     assert "a worker process was killed" in capsys.readouterr().err
@@ -205,9 +209,9 @@ def test_killed_worker_is_an_error(folder, tmp_path, monkeypatch, capsys):
 def test_labels_that_do_not_fit(tmp_path):
     images = np.zeros((3, 4, 4, 3), np.uint8)
     for labels, match in (([0, 1], "2 labels for 3"), ([0, 1, 2], "labels from 0 to 2")):
-        source = Source("drawn", ("a", "b"), {"train": one_part(images, labels)}, {})
+        source = Source("drawn", ("a", "b"), {"train": one_part(images, labels)})
         with pytest.raises(UserError, match=match):
-            write_prepared(tmp_path, "own", 4, 3, source, workers=1)
+            write_prepared(tmp_path / "own", 4, 3, source, workers=1)
     assert not (tmp_path / "own").exists()
 
 
@@ -270,15 +274,14 @@ def test_check_finds_changes(tmp_path, capsys):
 def test_check_compares_statistics_with_the_published_ones(tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
     splits = {s: one_part(images, np.arange(100) % 10) for s in ("train", "test")}
-    write_prepared(tmp_path, "cifar10", 32, 3, Source("noise", (*"abcdefghij",), splits, {}),
-                   workers=1)  # fmt: skip
+    write_prepared(tmp_path / "cifar10", 32, 3, Source("noise", (*"abcdefghij",), splits), workers=1)
     assert run("--check", "CIFAR10", "--data_dir", tmp_path) == 2
     assert "off the published 0.4914 0.4822 0.4465" in capsys.readouterr().err
 
 
 def test_check_reports_absent_classes(tmp_path, capsys):
     images = np.zeros((3, 4, 4, 3), np.uint8)
-    source = Source("drawn", ("a", "b", "c"), {"train": one_part(images, [0, 0, 2])}, {})
-    write_prepared(tmp_path, "own", 4, 3, source, workers=1)
+    source = Source("drawn", ("a", "b", "c"), {"train": one_part(images, [0, 0, 2])})
+    write_prepared(tmp_path / "own", 4, 3, source, workers=1)
     assert run("--check", "own", "--data_dir", tmp_path) == 2
     assert "1 of 3 classes have no picture" in capsys.readouterr().err

@@ -7,13 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from evaluation.probe import (
-    few_shot_indices,
-    knn_scores,
-    label_fraction_indices,
-    linear_probe,
-    standardize,
-)
+from evaluation.probe import few_shot_indices, knn_scores, label_fraction_indices, linear_probe, standardize
 from evaluation.protocols import frozen_accuracy
 from utils.errors import UserError
 
@@ -114,9 +108,7 @@ def test_few_shot_names_the_short_class():
         few_shot_indices(torch.tensor([0, 0, 7, 1, 1]), 2, generator())
 
 
-@pytest.mark.parametrize(
-    ("fraction", "counts"), [(1.0, [40, 10, 3]), (0.25, [10, 2, 1]), (0.05, [2, 1, 1])]
-)
+@pytest.mark.parametrize(("fraction", "counts"), [(1.0, [40, 10, 3]), (0.25, [10, 2, 1]), (0.05, [2, 1, 1])])
 def test_label_fraction_is_taken_of_each_class(fraction, counts):
     labels = torch.tensor([0] * 40 + [1] * 10 + [2] * 3)[torch.randperm(53, generator=generator(3))]
     index = label_fraction_indices(labels, fraction, generator())

@@ -29,9 +29,7 @@ def test_lines_tell_speed_and_time_left_without_pauses(clock, capsys):
     clock[0] += 1
     assert shown.report(22, "loss 2") == 4
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        "step 14/50: loss 3, 2 steps/s, 18 s left", "step 22/50: loss 2, 4 steps/s, 7 s left",
-    ]  # fmt: skip
+    assert lines == ["step 14/50: loss 3, 2 steps/s, 18 s left", "step 22/50: loss 2, 4 steps/s, 7 s left"]
     assert shown.report(50, "loss 1") > 1e6  # a clock that stands still divides nothing by zero
 
 

@@ -10,18 +10,21 @@ import test as test_command
 import test_kd
 import test_scratch
 import train
+from evaluation.kd import KdFlags
+from evaluation.presets import FULL_TARGETS, resolve_preset, resolve_targets
 from evaluation.recipes import KD, pretrain_recipe
-from krr_st.config import KdFlags, TestFlags
-from krr_st.presets import FULL_TARGETS, resolve_preset, resolve_targets
+from evaluation.transfer import TestFlags
 from models import get_model
 
 METHODS = ("random", "kmeans", "dsa", "dm", "mtt", "kip", "frepo", "krr_st")
 NETWORKS = ("base", "vgg", "alexnet", "mobilenet", "resnet10", "resnet18")
 # (source, side, synthetic images, rate) of the released train.py.
 SOURCES = (
-    ("cifar100", 32, 1000, "1e-4"), ("tinyimagenet", 64, 2000, "1e-5"),
-    ("imagenet", 64, 1000, "1e-5"), ("imagenette", 224, 10, "1e-5"),
-)  # fmt: skip
+    ("cifar100", 32, 1000, "1e-4"),
+    ("tinyimagenet", 64, 2000, "1e-5"),
+    ("imagenet", 64, 1000, "1e-5"),
+    ("imagenette", 224, 10, "1e-5"),
+)
 
 
 @pytest.fixture
@@ -29,8 +32,10 @@ def parsed(monkeypatch):
     """Runs a command line up to its driver; returns the flags that the driver is given."""
     seen = []
     for command, driver in (
-        (test_command, "run_transfer"), (test_scratch, "run_transfer"), (test_kd, "run_kd"),
-    ):  # fmt: skip
+        (test_command, "run_transfer"),
+        (test_scratch, "run_transfer"),
+        (test_kd, "run_kd"),
+    ):
         monkeypatch.setattr(command, driver, lambda flags: seen.append(flags) or 0)
 
     def run(command, line):

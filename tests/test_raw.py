@@ -11,8 +11,8 @@ from raw_drawing import cells, content, draw, structs
 from scipy.io import savemat
 from torchvision import datasets
 
-from data import raw_lists
-from data.sources import SOURCES
+from data.prepare import lists
+from data.prepare.sources import SOURCES
 from data.specs import DC_SPECS, KRR_SPECS
 from utils.errors import UserError
 
@@ -37,11 +37,14 @@ def tiny(tmp_path) -> Path:
 
 
 def test_tinyimagenet_sorts_classes_and_reads_val_as_test(tiny):
-    source = raw_lists.read_tinyimagenet(tiny, False)
+    source = lists.read_tinyimagenet(tiny, False)
     assert source.class_names == ("n01", "n02")
     assert content(source, "train") == [
-        ("n01_0.JPEG", 0), ("n01_1.JPEG", 0), ("n02_0.JPEG", 1), ("n02_1.JPEG", 1),
-    ]  # fmt: skip
+        ("n01_0.JPEG", 0),
+        ("n01_1.JPEG", 0),
+        ("n02_0.JPEG", 1),
+        ("n02_1.JPEG", 1),
+    ]
     assert content(source, "test") == [("val_0.JPEG", 1), ("val_1.JPEG", 0)]
 
 
@@ -49,13 +52,13 @@ def test_tinyimagenet_bad_lists(tiny):
     root = tiny / "tiny-imagenet-200"
     (root / "val" / "images" / "val_1.JPEG").unlink()
     with pytest.raises(UserError, match=r"val_annotations.txt names .*val_1.JPEG.* not exist"):
-        raw_lists.read_tinyimagenet(tiny, False)
+        lists.read_tinyimagenet(tiny, False)
     (root / "wnids.txt").write_text("n02\nn01\nn03\n")
     with pytest.raises(UserError, match="n03 holds no pictures"):
-        raw_lists.read_tinyimagenet(tiny, False)
+        lists.read_tinyimagenet(tiny, False)
     (root / "wnids.txt").write_text("n02\nn02\nn01\n")
     with pytest.raises(UserError, match="twice"):
-        raw_lists.read_tinyimagenet(tiny, False)
+        lists.read_tinyimagenet(tiny, False)
 
 
 @pytest.fixture
@@ -75,28 +78,28 @@ def cub(tmp_path) -> Path:
 
 
 def test_cub_labels_are_one_based_and_split_flag_one_is_train(cub):
-    source = raw_lists.read_cub(cub, False)
+    source = lists.read_cub(cub, False)
     assert source.class_names == ("001.Albatross", "002.Auklet")
     assert content(source, "train") == [("a.jpg", 0), ("d.jpg", 1)]
     assert content(source, "test") == [("b.jpg", 0), ("c.jpg", 1)]
-    assert content(raw_lists.read_cub(cub.parent, False), "train") == content(source, "train")
+    assert content(lists.read_cub(cub.parent, False), "train") == content(source, "train")
 
 
 def test_cub_bad_lists(cub):
     (cub / "train_test_split.txt").write_text("1 1\n2 0\n3 0\n")
     with pytest.raises(UserError, match=r"train_test_split.txt and images.txt"):
-        raw_lists.read_cub(cub, False)
+        lists.read_cub(cub, False)
     (cub / "train_test_split.txt").write_text("1 1\n2 0\n3 0\n4 1\n")
     (cub / "image_class_labels.txt").write_text("1 1\n2 1\n3 2\n4 3\n")
     with pytest.raises(UserError, match="names class 3"):
-        raw_lists.read_cub(cub, False)
+        lists.read_cub(cub, False)
     (cub / "image_class_labels.txt").write_text("1 1\n2 1\n3 2\n4 2\n4 2\n")
     with pytest.raises(UserError, match="id 4 twice"):
-        raw_lists.read_cub(cub, False)
+        lists.read_cub(cub, False)
     (cub / "image_class_labels.txt").write_text("1 1\n2 1\n3 2\n4 2\n")
     (cub / "images" / "002.Auklet" / "d.jpg").unlink()
     with pytest.raises(UserError, match=r"images.txt names .*d.jpg"):
-        raw_lists.read_cub(cub, False)
+        lists.read_cub(cub, False)
 
 
 @pytest.fixture
@@ -113,7 +116,7 @@ def dogs(tmp_path) -> Path:
 
 
 def test_dogs(dogs):
-    source = raw_lists.read_dogs(dogs, False)
+    source = lists.read_dogs(dogs, False)
     assert source.class_names == ("n1-Pug", "n2-Lab")
     assert content(source, "train") == [("a.jpg", 0), ("b.jpg", 1)]
     assert content(source, "test") == [("c.jpg", 1)]
@@ -122,16 +125,16 @@ def test_dogs(dogs):
 def test_dogs_bad_lists(dogs):
     (dogs / "Images" / "n2-Lab" / "c.jpg").unlink()
     with pytest.raises(UserError, match=r"test_list.mat names .*c.jpg"):
-        raw_lists.read_dogs(dogs, False)
+        lists.read_dogs(dogs, False)
     (dogs / "train_list.mat").write_bytes(b"MATLAB 5.0 but cut")
     with pytest.raises(UserError, match="damaged or not a MATLAB file"):
-        raw_lists.read_dogs(dogs, False)
+        lists.read_dogs(dogs, False)
     savemat(dogs / "train_list.mat", {"labels": np.zeros(1)})
     with pytest.raises(UserError, match="no variable file_list"):
-        raw_lists.read_dogs(dogs, False)
+        lists.read_dogs(dogs, False)
     (dogs / "train_list.mat").write_text("<!DOCTYPE html><html>404</html>")
     with pytest.raises(UserError, match="web page"):
-        raw_lists.read_dogs(dogs, False)
+        lists.read_dogs(dogs, False)
 
 
 def test_cars_with_one_list(tmp_path):
@@ -143,13 +146,13 @@ def test_cars_with_one_list(tmp_path):
         draw(tmp_path / row["relative_im_path"])
     names = cells("Audi", "BMW").T
     savemat(tmp_path / "cars_annos.mat", {"annotations": structs(*rows), "class_names": names})
-    source = raw_lists.read_cars(tmp_path, False)
+    source = lists.read_cars(tmp_path, False)
     assert source.class_names == ("Audi", "BMW")
     assert content(source, "train") == [("0.jpg", 0), ("1.jpg", 1)]
     assert content(source, "test") == [("2.jpg", 1)]
     (tmp_path / "car_ims" / "2.jpg").unlink()
     with pytest.raises(UserError, match=r"cars_annos.mat names .*2.jpg"):
-        raw_lists.read_cars(tmp_path, False)
+        lists.read_cars(tmp_path, False)
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -166,7 +169,7 @@ def test_cars_devkit(tmp_path, inside):
             draw(tmp_path / "stanford_cars" / f"cars_{split}" / row["fname"])
         savemat(path, {"annotations": structs(*rows)})
     savemat(devkit / "cars_meta.mat", {"class_names": cells("Audi", "BMW").T})
-    source = raw_lists.read_cars(tmp_path, False)
+    source = lists.read_cars(tmp_path, False)
     assert source.class_names == ("Audi", "BMW")
     assert content(source, "train") == [("0.jpg", 1), ("1.jpg", 0)]
     assert content(source, "test") == [("0.jpg", 0), ("1.jpg", 1)]
@@ -185,8 +188,7 @@ def test_absent_raw_data_is_one_clear_line(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["cars", "cub2011", "dogs", "imagefruit", "imagenet", "imagewoof", "pathmnist", "tinyimagenet"],
+    "name", ["cars", "cub2011", "dogs", "imagefruit", "imagenet", "imagewoof", "pathmnist", "tinyimagenet"]
 )
 def test_sets_that_cannot_be_fetched_say_so(name, tmp_path):
     with pytest.raises(UserError, match=r"--download cannot fetch .*--raw PATH"):
@@ -196,7 +198,7 @@ def test_sets_that_cannot_be_fetched_say_so(name, tmp_path):
 def test_web_page_instead_of_an_archive(tmp_path):
     (tmp_path / "CUB_200_2011.tgz").write_text("\n<!DOCTYPE html><title>Sign in</title>")
     with pytest.raises(UserError, match=r"CUB_200_2011.tgz holds a web page"):
-        raw_lists.read_cub(tmp_path, False)
+        lists.read_cub(tmp_path, False)
     (tmp_path / "CUB_200_2011.tgz").write_bytes(gzip.compress(b"x"))
     with pytest.raises(UserError, match=r"unpack CUB_200_2011.tgz there first"):
-        raw_lists.read_cub(tmp_path, False)
+        lists.read_cub(tmp_path, False)

@@ -15,9 +15,11 @@ from torchvision import datasets
 from torchvision.models._meta import _IMAGENET_CATEGORIES
 
 from clom.config import DistillFlags
-from clom.inputs import load_data
-from data import prepare, raw_arrays, raw_torchvision
-from data.raw_subsets import SUBSETS, subset_reader
+from clom.source import load_data
+from data.prepare import __main__ as prepare
+from data.prepare import arrays
+from data.prepare.sources import SOURCES
+from data.prepare.subsets import SUBSETS
 from utils.errors import UserError
 
 
@@ -41,10 +43,10 @@ def batches(tmp_path) -> tuple[Path, np.ndarray, np.ndarray]:
 
 def test_imagenet_batches(batches):
     root, data, labels = batches
-    source = raw_arrays.read_imagenet(root, False)
+    source = arrays.read_imagenet(root, False)
     assert set(source.splits) == {"train"}
     assert len(source.class_names) == 1000
-    parts = list(source.splits["train"]())
+    parts = list(source.splits["train"])
     assert len(parts) == 10
     images = np.concatenate([part.images for part in parts])
     assert images.shape == (30, 4, 4, 3)
@@ -69,19 +71,29 @@ def test_imagenet_validation_data_is_the_test_split(batches, place):
     path.parent.mkdir(exist_ok=True)
     np.savez(path, **rows) if path.suffix else path.write_bytes(pickle.dumps(rows))
     for given in {raw, root}:
-        source = raw_arrays.read_imagenet(given, False)
+        source = arrays.read_imagenet(given, False)
         assert set(source.splits) == {"train", "test"}
-        (part,) = source.splits["test"]()
+        (part,) = source.splits["test"]
         pictures = data[::-1][:4].reshape(4, 3, 4, 4).transpose(0, 2, 3, 1)
         assert np.array_equal(part.images, pictures)
         assert part.labels.tolist() == (labels[::-1][:4] - 1).tolist()
-        assert len(list(source.splits["train"]())) == 10
+        assert len(list(source.splits["train"])) == 10
 
 
 def test_prepared_imagenet_32_is_tested_on_its_validation_data(batches, capsys):
     root, values, labels = batches
-    argv = ["--data_name", "imagenet", "--size", "4", "--raw", str(root), "--data_dir",
-            str(root / "prepared"), "--workers", "1"]  # fmt: skip
+    argv = [
+        "--data_name",
+        "imagenet",
+        "--size",
+        "4",
+        "--raw",
+        str(root),
+        "--data_dir",
+        str(root / "prepared"),
+        "--workers",
+        "1",
+    ]
     assert prepare.main(argv) == 0
     flags = DistillFlags(dataset="ImageNet", data_path=root / "prepared", img_size=4)
     assert load_data(flags).test is None
@@ -100,7 +112,7 @@ def test_imagenet_class_names_follow_the_release_order(batches):
     root = batches[0]
     lines = [f"n{9000 - i} {i} name_{i}" for i in range(1, 1001)]
     (root / "map_clsloc.txt").write_text("\n".join(sorted(lines)))
-    names = raw_arrays.read_imagenet(root, False).class_names
+    names = arrays.read_imagenet(root, False).class_names
     assert names[0] == "n8999 name_1" and names[999] == "n8000 name_1000"
 
 
@@ -113,7 +125,7 @@ def test_imagenet_batches_run_no_code(batches, capsys):
     path = batches[0] / "train_data_batch_2"
     path.write_bytes(pickle.dumps({"data": _Evil(), "labels": []}))
     with pytest.raises(UserError, match=r"would run builtins.print"):
-        list(raw_arrays.read_imagenet(batches[0], False).splits["train"]())
+        list(arrays.read_imagenet(batches[0], False).splits["train"])
     assert "ran" not in capsys.readouterr().out
 
 
@@ -130,44 +142,44 @@ def test_imagenet_bad_batches(batches):
     ):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=match):
-            list(raw_arrays.read_imagenet(root, False).splits["train"]())
+            list(arrays.read_imagenet(root, False).splits["train"])
     path.unlink()
     with pytest.raises(UserError, match="no train_data_batch_2"):
-        raw_arrays.read_imagenet(root, False)
+        arrays.read_imagenet(root, False)
 
 
 def test_imagenet_from_a_folder_of_classes(tmp_path):
     draw(tmp_path / "train" / "n02" / "b.JPEG")
     draw(tmp_path / "train" / "n01" / "a.JPEG")
-    source = raw_arrays.read_imagenet(tmp_path, False)
+    source = arrays.read_imagenet(tmp_path, False)
     assert content(source, "train") == [("a.JPEG", 0), ("b.JPEG", 1)]
 
 
 def test_pathmnist(tmp_path):
     images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
-    arrays = {
+    held = {
         f"{split}_{kind}": value
         for split in ("train", "val", "test")
         for kind, value in (("images", images), ("labels", np.array([[3], [8]], np.uint8)))
     }
-    np.savez(tmp_path / "pathmnist.npz", **arrays)
+    np.savez(tmp_path / "pathmnist.npz", **held)
     for raw in (tmp_path, tmp_path / "pathmnist.npz"):
-        (part,) = raw_arrays.read_pathmnist(raw, False).splits["train"]()
+        (part,) = arrays.read_pathmnist(raw, False).splits["train"]
         assert np.array_equal(part.images, images)
         assert part.labels.tolist() == [3, 8]
     (tmp_path / "pathmnist.npz").write_text("<html></html>")
     with pytest.raises(UserError, match="web page"):
-        list(raw_arrays.read_pathmnist(tmp_path, False).splits["train"]())
+        list(arrays.read_pathmnist(tmp_path, False).splits["train"])
 
 
 def test_digits_split_is_fixed_and_stratified():
-    source = raw_arrays.read_digits(Path("unused"), False)
-    (train,), (test,) = source.splits["train"](), source.splits["test"]()
+    source = arrays.read_digits(Path("unused"), False)
+    (train,), (test,) = source.splits["train"], source.splits["test"]
     assert len(train.labels) == 1297
     assert np.bincount(test.labels).tolist() == [50] * 10
     assert test.images.max() == 255 and test.images.min() == 0
-    again = raw_arrays.read_digits(Path("unused"), False)
-    assert np.array_equal(next(again.splits["test"]()).images, test.images)
+    again = arrays.read_digits(Path("unused"), False)
+    assert np.array_equal(again.splits["test"][0].images, test.images)
     together = {image.tobytes() for part in (train, test) for image in part.images}
     assert len(together) == 1797  # all scans differ, so none is in both splits
 
@@ -185,12 +197,12 @@ def test_mnist_from_raw_idx_files(tmp_path):
         labels = np.arange(count, dtype=np.uint8)
         (raw / f"{name}-labels-idx1-ubyte").write_bytes(_idx(labels))
     for given in (tmp_path, tmp_path / "MNIST"):
-        (part,) = raw_torchvision.read_mnist(given, False).splits["train"]()
+        (part,) = SOURCES["mnist"](given, False).splits["train"]
         assert np.array_equal(part.images, images)
         assert part.labels.tolist() == [0, 1, 2, 3, 4]
     (raw / "t10k-images-idx3-ubyte").write_text("<html>")
     with pytest.raises(UserError, match="web page"):
-        raw_torchvision.read_mnist(tmp_path, False)
+        SOURCES["mnist"](tmp_path, False)
 
 
 def test_cifar10_from_raw_batches(tmp_path, monkeypatch):
@@ -209,15 +221,15 @@ def test_cifar10_from_raw_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", md5["test_batch"]]])
     meta = {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]}
     monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
-    source = raw_torchvision.read_cifar10(root, False)  # the inner folder is accepted, too
-    (part,) = source.splits["train"]()
+    source = SOURCES["cifar10"](root, False)  # the inner folder is accepted, too
+    (part,) = source.splits["train"]
     assert source.class_names == tuple("abcdefghij")
     assert np.array_equal(part.images, data[:10].reshape(10, 3, 32, 32).transpose(0, 2, 3, 1))
     assert part.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
     with (root / "data_batch_3").open("ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match=r"no raw CIFAR-10 .* not whole"):
-        raw_torchvision.read_cifar10(tmp_path, False)
+        SOURCES["cifar10"](tmp_path, False)
 
 
 def test_svhn_from_raw_mat_files(tmp_path, monkeypatch):
@@ -228,7 +240,7 @@ def test_svhn_from_raw_mat_files(tmp_path, monkeypatch):
         savemat(path, {"X": images, "y": np.array([[1], [10], [9], [2]], np.uint8)})
         table[split] = ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
     monkeypatch.setattr(datasets.SVHN, "split_list", table)
-    (part,) = raw_torchvision.read_svhn(tmp_path, False).splits["train"]()
+    (part,) = SOURCES["svhn"](tmp_path, False).splits["train"]
     assert np.array_equal(part.images, images.transpose(3, 0, 1, 2))
     assert part.labels.tolist() == [1, 0, 9, 2]  # ten stands for the digit 0
 
@@ -240,12 +252,12 @@ def test_aircraft_from_raw_folder(tmp_path):
     (data / "variants.txt").write_text("707-320\nA300 B4\n")
     (data / "images_variant_trainval.txt").write_text("002 A300 B4\n001 707-320\n")
     (data / "images_variant_test.txt").write_text("003 A300 B4\n")
-    source = raw_torchvision.read_aircraft(tmp_path, False)
+    source = SOURCES["aircraft"](tmp_path, False)
     assert source.class_names == ("707-320", "A300 B4")
     assert content(source, "train") == [("002.jpg", 1), ("001.jpg", 0)]
     (data / "images" / "003.jpg").unlink()
     with pytest.raises(UserError, match=r"test list .* names .*003.jpg"):
-        raw_torchvision.read_aircraft(tmp_path, False)
+        SOURCES["aircraft"](tmp_path, False)
 
 
 def test_flowers_put_train_and_val_together(tmp_path, monkeypatch):
@@ -258,7 +270,7 @@ def test_flowers_put_train_and_val_together(tmp_path, monkeypatch):
     for key, name in (("label", "imagelabels.mat"), ("setid", "setid.mat")):
         files[key] = (name, hashlib.md5((root / name).read_bytes()).hexdigest())
     monkeypatch.setattr(datasets.Flowers102, "_file_dict", files)
-    source = raw_torchvision.read_flowers(tmp_path, False)
+    source = SOURCES["flowers"](tmp_path, False)
     assert [label for _, label in content(source, "train")] == [101, 101, 0, 0]
     assert content(source, "test") == [("image_00003.jpg", 2), ("image_00004.jpg", 3)]
     assert len(source.class_names) == 102
@@ -269,10 +281,10 @@ def test_imagenette_and_imagewoof(tmp_path):
         for split, name in (("train", "a"), ("val", "b")):
             for wnid in ("n01440764", "n02102040"):
                 draw(tmp_path / top / split / wnid / f"{name}.JPEG")
-    source = raw_torchvision.read_imagenette(tmp_path, False)
+    source = SOURCES["imagenette"](tmp_path, False)
     assert source.class_names == ("tench", "English springer")
     assert content(source, "test") == [("b.JPEG", 0), ("b.JPEG", 1)]
-    source = raw_torchvision.read_imagewoof(tmp_path / "woof", False)
+    source = SOURCES["imagewoof"](tmp_path / "woof", False)
     assert content(source, "train") == [("a.JPEG", 0), ("a.JPEG", 1)]
 
 
@@ -295,13 +307,13 @@ def test_imagenet_subsets(name, tmp_path):
     for split, picture in (("train", "a"), ("val", "b")):
         for wnid in (*wnids, "n00000001"):  # the rest of ImageNet may lie there, too
             draw(tmp_path / "top" / split / wnid / f"{picture}_{wnid}.JPEG")
-    source = subset_reader(name)(tmp_path, False)
+    source = SOURCES[name](tmp_path, False)
     assert source.class_names == names and set(SUBSETS) == set(PUBLISHED_CLASSES)
     assert content(source, "train") == [(f"a_{w}.JPEG", i) for i, w in enumerate(wnids)]
     assert content(source, "test") == [(f"b_{w}.JPEG", i) for i, w in enumerate(wnids)]
     (tmp_path / "top" / "val" / wnids[3] / f"b_{wnids[3]}.JPEG").unlink()
     with pytest.raises(UserError, match=f"class folder .*val/{wnids[3]} holds no pictures"):
-        subset_reader(name)(tmp_path, False)
+        SOURCES[name](tmp_path, False)
 
 
 def test_failed_download_is_one_line(tmp_path, monkeypatch):
@@ -310,4 +322,4 @@ def test_failed_download_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.CIFAR10, "download", refuse)
     with pytest.raises(UserError, match=r"cannot fetch .*Connection reset.*--raw PATH"):
-        raw_torchvision.read_cifar10(tmp_path, True)
+        SOURCES["cifar10"](tmp_path, True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from raw_drawing import content, draw
 
-from data.raw_folder import read_folder
+from data.prepare.folder import read_folder
 from utils.errors import UserError
 
 
@@ -23,13 +23,13 @@ def test_folder_of_class_folders(tmp_path):
 
 def test_folder_without_classes_is_unlabelled(tmp_path):
     draw(tmp_path / "1.png")
-    (part,) = read_folder(tmp_path).splits["train"]()
+    (part,) = read_folder(tmp_path).splits["train"]
     assert part.labels is None and [p.name for p in part.images] == ["1.png"]
     draw(tmp_path / "sub" / "2.png")
     with pytest.raises(UserError, match=r"loose pictures .*--unlabelled"):
         read_folder(tmp_path)
     source = read_folder(tmp_path, unlabelled=True)
-    assert source.class_names is None and source.counts == {"train": 2}
+    assert source.class_names is None and len(source.splits["train"][0].images) == 2
 
 
 def test_val_fraction_is_stratified_and_repeatable(tmp_path):

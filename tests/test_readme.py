@@ -120,9 +120,7 @@ def test_every_command_of_the_readme_works(workspace):
         words = shlex.split(f"{line} {SMALLER[name]}")[1:]
         if words[0] != "-m":
             words[0] = str(ROOT / words[0])
-        done = subprocess.run(
-            [sys.executable, *words], env=env, capture_output=True, text=True, timeout=600
-        )
+        done = subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, f"{command}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
         if name == "train.py" and "cifar100" in command:  # test.py reads the published place
             shutil.copytree("results/run", "synthetic_data/cifar100/krr_st")

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
 import train
-from data.check import check_prepared
+from data.load import load_set
 from data.meta import measure_statistics
-from data.prepare import find_row
-from krr_st import baselines, target
+from data.prepare.check import check_prepared
+from data.specs import find_row
+from krr_st import baselines
+from krr_st.target import __main__ as target
 
 ROOT = Path(__file__).resolve().parents[1]
 UNPACK = ROOT.parent / "shared" / "data" / "unpack_cifar10.py"
@@ -31,7 +32,7 @@ def datasets(tmp_path_factory):
 
 
 def test_statistics_are_the_tables(datasets):
-    image_set = data.load("cifar10", 32, datasets)
+    image_set = load_set("cifar10", 32, datasets)
     assert image_set.train.images.shape == (50000, 3, 32, 32)
     assert image_set.test.labels.bincount().tolist() == [1000] * 10
     measured = measure_statistics(image_set.train.images)
@@ -47,14 +48,32 @@ def test_check_accepts_it(datasets):
 def test_distillation_of_real_pictures_lowers_the_loss(datasets, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = "convnet_16_32_64_bn"
-    common = ["--data_dir", str(datasets), "--data_name", "cifar10", "--target_model", net,
-              "--seed", "0"]  # fmt: skip
+    common = ["--data_dir", str(datasets), "--data_name", "cifar10", "--target_model", net, "--seed", "0"]
     assert target.main([*common, "--epochs", "1", "--projector_dim", "64"]) == 0
     assert baselines.main([*common, "--method", "random_features", "--num_images", "20"]) == 0
-    argv = [*common, "--train_model", net, "--num_images", "20", "--num_models", "2",
-            "--online_iteration", "20", "--outer_iteration", "60", "--outer_batch_size", "128",
-            "--outer_lr", "1e-2", "--print_every", "10", "--pre_epoch", "20",
-            "--test_iteration", "50"]  # fmt: skip
+    argv = [
+        *common,
+        "--train_model",
+        net,
+        "--num_images",
+        "20",
+        "--num_models",
+        "2",
+        "--online_iteration",
+        "20",
+        "--outer_iteration",
+        "60",
+        "--outer_batch_size",
+        "128",
+        "--outer_lr",
+        "1e-2",
+        "--print_every",
+        "10",
+        "--pre_epoch",
+        "20",
+        "--test_iteration",
+        "50",
+    ]
     assert train.main(argv) == 0
     lines = Path("results/cifar10/log.jsonl").read_text().splitlines()
     log = [json.loads(line) for line in lines]

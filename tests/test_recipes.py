@@ -12,10 +12,7 @@ FEATURES = ("mse", "sgd", 0.1, 1e-3, "constant", 0, "none")
 
 
 def described(recipe):
-    return (
-        recipe.loss, recipe.optimizer, recipe.lr, recipe.wd, recipe.schedule, recipe.warmup,
-        recipe.dsa,
-    )  # fmt: skip
+    return (recipe.loss, recipe.optimizer, recipe.lr, recipe.wd, recipe.schedule, recipe.warmup, recipe.dsa)
 
 
 # (method, source, network), images -> what, batch, steps. 1000 epochs are steps by the ceiling.
@@ -45,26 +42,42 @@ def test_pretraining(method, source, model, m, what, batch, steps):
     recipe = pretrain_recipe(method, source, model)
     assert described(recipe) == what
     assert recipe.batch_size == batch
-    assert recipe.total_steps(m) == steps
+    assert recipe.steps_on(m) == steps
 
 
 @pytest.mark.parametrize(
     ("target", "steps"),
-    [("cifar10", 10000), ("cifar100", 10000), ("tinyimagenet", 10000), ("aircraft", 5000),
-     ("cars", 5000), ("cub2011", 5000), ("dogs", 5000), ("flowers", 5000), ("imagenette", 5000),
-     ("svhn", 5000), ("own", 5000)],
-)  # fmt: skip
+    [
+        ("cifar10", 10000),
+        ("cifar100", 10000),
+        ("tinyimagenet", 10000),
+        ("aircraft", 5000),
+        ("cars", 5000),
+        ("cub2011", 5000),
+        ("dogs", 5000),
+        ("flowers", 5000),
+        ("imagenette", 5000),
+        ("svhn", 5000),
+        ("own", 5000),
+    ],
+)
 def test_finetuning_lengths(target, steps):
     recipe = finetune_recipe(target, "vgg", 32)
-    assert recipe.total_steps(50000) == recipe.total_steps(7) == steps
+    assert recipe.steps_on(50000) == recipe.steps_on(7) == steps
     assert described(recipe) == ("cross_entropy", "sgd", 0.01, 5e-4, "cosine", 0, "none")
 
 
 @pytest.mark.parametrize(
     ("model", "size", "batch"),
-    [("resnet18", 224, 64), ("resnet18", 64, 256), ("resnet18", 32, 256), ("resnet10", 224, 256),
-     ("vgg", 224, 256), ("convnet_32_64_128_256_512_bn", 224, 256)],
-)  # fmt: skip
+    [
+        ("resnet18", 224, 64),
+        ("resnet18", 64, 256),
+        ("resnet18", 32, 256),
+        ("resnet10", 224, 256),
+        ("vgg", 224, 256),
+        ("convnet_32_64_128_256_512_bn", 224, 256),
+    ],
+)
 def test_finetuning_batches(model, size, batch):
     assert finetune_recipe("flowers", model, size).batch_size == batch
 
@@ -74,32 +87,35 @@ def test_overrides_replace_what_is_given():
     assert recipe.override(lr=None, wd=None, epochs=None) == recipe
     changed = recipe.override(lr=0.3, wd=0.0, batch_size=100, optimizer="adam", dsa=DSA)
     assert described(changed) == ("mse", "adam", 0.3, 0.0, "constant", 0, DSA)
-    assert changed.total_steps(1000) == 10000
+    assert changed.steps_on(1000) == 10000
     assert recipe.lr == 0.1  # the table's row is untouched
 
 
 def test_one_length_drops_the_other():
     by_epochs = pretrain_recipe("krr_st", "cifar100", "vgg")
-    assert by_epochs.override(steps=77).total_steps(1000) == 77
-    assert by_epochs.override(epochs=20).total_steps(1000) == 80
+    assert by_epochs.override(steps=77).steps_on(1000) == 77
+    assert by_epochs.override(epochs=20).steps_on(1000) == 80
     by_steps = pretrain_recipe("frepo", "cifar100", "vgg")
-    assert by_steps.override(epochs=20).total_steps(1000) == 40
+    assert by_steps.override(epochs=20).steps_on(1000) == 40
 
 
 @pytest.mark.parametrize(
     ("count", "batch", "epochs", "scale", "steps"),
-    [(1000, 256, 1000, 0.01, 40), (10, 256, 10, 1.0, 10), (257, 256, 1, 1.0, 2),
-     (10, 256, 10, 1e-9, 1), (10, 4, 1, 2.0, 6)],
-)  # fmt: skip
+    [
+        (1000, 256, 1000, 0.01, 40),
+        (10, 256, 10, 1.0, 10),
+        (257, 256, 1, 1.0, 2),
+        (10, 256, 10, 1e-9, 1),
+        (10, 4, 1, 2.0, 6),
+    ],
+)
 def test_scaled_lengths(count, batch, epochs, scale, steps):
     recipe = Recipe("mse", "sgd", 0.1, 0.0, "constant", batch, epochs=epochs)
-    assert recipe.total_steps(count, scale) == steps
+    assert recipe.steps_on(count, scale) == steps
 
 
 def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(
-        UserError, match=r"unknown method 'krrst'; valid: dc, dm, dsa, frepo, .*krr_st"
-    ):
+    with pytest.raises(UserError, match=r"unknown method 'krrst'; valid: dc, dm, dsa, frepo, .*krr_st"):
         pretrain_recipe("krrst", "cifar100", "vgg")
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from utils import report
-from utils.curves import numbers, read_series
-from utils.runlog import RunFolder
+from utils.plots import numbers, read_series
+from utils.run_folder import RunFolder
 
 
 def make_run(path="run", steps=5, **options):
@@ -65,15 +65,12 @@ def scalars(folder):
 
     events = EventAccumulator(str(folder))
     events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)]
-            for tag in events.Tags()["scalars"]}  # fmt: skip
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_tensorboard_shows_the_log_and_a_resumed_run_once(workspace):
     make_run(tensorboard=True)
-    run = RunFolder(
-        "run", {"lr": 0.1, "name": "<b>"}, seed=3, device=torch.device("cpu"), tensorboard=True
-    )
+    run = RunFolder("run", {"lr": 0.1, "name": "<b>"}, seed=3, device=torch.device("cpu"), tensorboard=True)
     run.truncate_log(3)
     run.log(step=4, loss=0.9)
     run.finish({})

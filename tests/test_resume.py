@@ -1,24 +1,30 @@
 """Saves: whole or not at all, the one before kept, a damaged one noticed, one process a folder."""
 
 import errno
-import json
 import os
 import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from evaluation.measure import CellStore, read_cells
 from utils import checkpoint
-from utils.cells import CellStore, read_cells
 from utils.errors import UserError
-from utils.locks import in_use, is_left_over, this_host
-from utils.resume import forget_run, has_state, load_run, previous_path, read_state, save_run
-from utils.runlog import RunFolder, claim_run
+from utils.locks import in_use, is_left_over
+from utils.run_folder import (
+    RunFolder,
+    claim_run,
+    forget_run,
+    has_state,
+    load_run,
+    previous_path,
+    read_state,
+    save_run,
+)
 
 
 def model(value):
@@ -32,14 +38,14 @@ def saved(tmp_path):
     """State after step 2, with that after step 1 beside it."""
     path = tmp_path / "state.pt"
     for step in (1, 2):
-        save_run(path, step, {"model": model(step)}, noise=torch.full((3,), float(step)))
+        save_run(path, step, {"model": model(step)}, experiment=3)
     return path
 
 
 def loaded(path):
     made = model(0)
-    step, tensors = load_run(path, {"model": made})
-    assert float(made.weight[0, 0].detach()) == float(tensors["noise"][0]) == step
+    step = load_run(path, {"model": made})
+    assert float(made.weight[0, 0].detach()) == step
     return step
 
 
@@ -51,14 +57,27 @@ def test_the_save_before_stays(saved):
     assert not has_state(saved) and list(saved.parent.iterdir()) == []
 
 
+def test_a_state_of_another_experiment_is_left_alone(saved, tmp_path):
+    made = model(7)
+    assert load_run(saved, {"model": made}, experiment=4) is None
+    assert load_run(tmp_path / "nothing.pt", {"model": made}) is None
+    assert float(made.weight[0, 0].detach()) == 7
+    assert load_run(saved, {"model": made}, experiment=3) == 2
+
+
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda raw: b"", lambda raw: raw[:1], lambda raw: raw[: len(raw) // 2],
-        lambda raw: raw[:-1], lambda raw: bytes(len(raw)), lambda raw: raw[len(raw) // 2 :],
-        lambda raw: raw[:3000] + bytes([raw[3000] ^ 1]) + raw[3001:], lambda raw: b"<html>",
+        lambda raw: b"",
+        lambda raw: raw[:1],
+        lambda raw: raw[: len(raw) // 2],
+        lambda raw: raw[:-1],
+        lambda raw: bytes(len(raw)),
+        lambda raw: raw[len(raw) // 2 :],
+        lambda raw: raw[:3000] + bytes([raw[3000] ^ 1]) + raw[3001:],
+        lambda raw: b"<html>",
     ],
-)  # fmt: skip
+)
 def test_a_damaged_save_is_noticed_and_the_one_before_taken(saved, capsys, damage):
     saved.write_bytes(damage(saved.read_bytes()))
     assert loaded(saved) == 1
@@ -186,16 +205,23 @@ def test_a_file_that_is_being_written_is_left_alone(tmp_path):
 
 def test_a_folder_in_use_is_refused(tmp_path):
     holder = subprocess.Popen(
-        [sys.executable, "-c",
-         "import sys, time; from utils.runlog import claim_run\n"
-         "with claim_run(sys.argv[1]): print('mine', flush=True); time.sleep(60)",
-         str(tmp_path / "run")],
-        cwd=Path(__file__).resolve().parents[1], stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from utils.run_folder import claim_run\n"
+            "with claim_run(sys.argv[1]): print('mine', flush=True); time.sleep(60)",
+            str(tmp_path / "run"),
+        ],
+        cwd=Path(__file__).resolve().parents[1],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert holder.stdout.readline() == "mine\n"
-        with pytest.raises(UserError, match=rf"run is in use by .*process {holder.pid} on"), \
-                claim_run(tmp_path / "run"):  # fmt: skip
+        with (
+            pytest.raises(UserError, match=rf"run is in use by .*process {holder.pid} on"),
+            claim_run(tmp_path / "run"),
+        ):
             pass
         with claim_run(tmp_path / "other"):
             pass
@@ -205,30 +231,9 @@ def test_a_folder_in_use_is_refused(tmp_path):
         holder.stdout.close()
     with claim_run(tmp_path / "run"):  # its owner is dead: taken over at once
         pass
-    assert [p.name for p in (tmp_path / ".locks").iterdir()] == ["guard"]
-
-
-@pytest.mark.parametrize(
-    ("owner", "age", "free"),
-    [
-        ({"host": "far away", "pid": 1}, 10, False),
-        ({"host": "far away", "pid": 1}, 3600, True),
-        ({"host": this_host(), "pid": os.getpid()}, 10, False),
-        ({"host": this_host(), "pid": "text"}, 10, True),
-        ([], 10, False), ("torn", 10, False), ("torn", 3600, True),
-    ],
-)  # fmt: skip
-def test_stale_locks_are_recognised(tmp_path, owner, age, free):
-    lock = tmp_path / ".locks/run.lock"
-    lock.parent.mkdir()
-    lock.write_text(owner if isinstance(owner, str) else json.dumps(owner))
-    os.utime(lock, (time.time() - age,) * 2)
-    try:
-        with claim_run(tmp_path / "run"):
-            taken = True
-    except UserError:
-        taken = False
-    assert taken == free
+    (tmp_path / "alias").symlink_to("run")
+    with claim_run(tmp_path / "run"), pytest.raises(UserError, match="in use"), claim_run(tmp_path / "alias"):
+        pass
 
 
 # ------------------------------------------------------------------ garbage in a run folder

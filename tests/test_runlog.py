@@ -9,22 +9,22 @@ import pytest
 import torch
 
 from utils import cli
-from utils.cli import flag
+from utils.cli import flag, same_flag
 from utils.device import resolve_device
 from utils.errors import UserError, entry_point, pick
-from utils.runlog import LossWindow, RunFolder, environment, write_json
+from utils.progress import LossWindow
+from utils.run_folder import RunFolder, environment, write_json
 from utils.seed import derive_seed, draw_seed, local_seed, make_generator, resolve_seed
 
 CPU = torch.device("cpu")
 
 
 def folder(path, *, seed=1, overwrite=False, **flags):
-    flags = {"lr": 0.1, "device": None, **flags}
-    return RunFolder(path, flags, seed=seed, device=CPU, overwrite=overwrite)
+    return RunFolder(path, {"lr": 0.1, **flags}, seed=seed, device=CPU, overwrite=overwrite)
 
 
 def test_a_new_run(tmp_path):
-    run = folder(tmp_path / "a", size=3, extra_path=Path("x"))
+    run = folder(tmp_path / "a", size=3, extra_path="x")
     assert not run.resumed and not run.finished and run.seed == 1
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["flags"] == {"lr": 0.1, "size": 3, "extra_path": "x"}
@@ -34,7 +34,7 @@ def test_a_new_run(tmp_path):
 
 def test_the_same_flags_go_on(tmp_path):
     folder(tmp_path).log(step=1, loss=2.0)
-    again = folder(tmp_path, device="cuda:1")  # where it runs is not what it is
+    again = folder(tmp_path)
     assert again.resumed and not again.finished
     assert again.read_log() == [{"step": 1, "loss": 2.0}]
     again.finish({"loss": 1.0})
@@ -140,6 +140,7 @@ class Flags:
     path: Path = flag(Path("x"), "a path")
     size: int | None = flag(None, "a size")
     on: bool = flag(False, "a switch")
+    threads: int = flag(1, "how fast", minimum=1, also=("jobs", "n"), identity=False)
 
 
 def parse(*argv):
@@ -148,12 +149,41 @@ def parse(*argv):
 
 def test_defaults_and_types():
     assert parse() == Flags()
-    flags = parse("--count", "1e1", "--rate", "2", "--name", "b", "--path", "d/e", "--on",
-                  "--size", "256.0")  # fmt: skip
+    flags = parse("--count", "1e1", "--rate", "2", "--name", "b", "--path", "d/e", "--on", "--size", "256.0")
     assert flags == Flags(10, 2.0, "b", Path("d/e"), 256, True)
     assert type(flags.count) is int and type(flags.rate) is float and type(flags.size) is int
     assert cli.as_json(flags)["path"] == "d/e"
     json.dumps(cli.as_json(flags))
+
+
+def test_other_names_of_a_flag(capsys):
+    for name in ("--threads", "--jobs", "--n"):
+        assert parse(name, "4") == Flags(threads=4)
+    assert parse("--jobs", "4", "--threads", "2").threads == 2  # the last one counts, as ever
+    with pytest.raises(SystemExit):
+        parse("--jobs", "0")
+    error = capsys.readouterr().err
+    assert "--jobs" in error and "at least 1" in error and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        parse("--help")
+    assert "--jobs" in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Derived(Flags):
+    size: int | None = same_flag(Flags, "size", identity=False, also=("side",))
+    pool: int = same_flag(Flags, "threads", default=7, also=())
+
+
+def test_what_says_which_run_it_is():
+    usual = {"count": 3, "rate": 0.5, "name": None, "path": "x", "size": None, "on": False}
+    assert cli.identity(Flags()) == cli.identity(Flags(threads=9)) == usual
+    assert cli.identity(Flags(rate=1.0)) != usual
+    json.dumps(cli.identity(Flags()))
+    del usual["size"]  # a flag made from another keeps what is not changed
+    assert cli.identity(Derived(size=5, pool=3)) == usual
+    derived = cli.parse(Derived, ["--side", "4"], prog="prog", description="")
+    assert (derived.size, derived.pool, derived.threads) == (4, 7, 1)
 
 
 @pytest.mark.parametrize(
@@ -275,9 +305,14 @@ def test_best_device_there_is(monkeypatch, capsys, cuda, mps, chosen):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("tpu9", "is not a device; expected cpu"), ("meta", "not supported"),
-     ("cuda", "CUDA is not available"), ("cuda:3", "CUDA is not available"), ("mps", "no Apple")],
-)  # fmt: skip
+    [
+        ("tpu9", "is not a device; expected cpu"),
+        ("meta", "not supported"),
+        ("cuda", "CUDA is not available"),
+        ("cuda:3", "CUDA is not available"),
+        ("mps", "no Apple"),
+    ],
+)
 def test_devices_that_are_not_there(monkeypatch, name, words):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

@@ -7,18 +7,21 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import write_set
+from conftest import plain, write_set
 from test_clom_cli import main as main_command
 
 import train
 import train_original_models
-from clom.distribution_matching import DistributionMatching
-from data.loader import TensorLoader
-from krr_st import distill, kd_teacher, linear_eval, target
-from krr_st.target_model import Representation
+from clom.dm import DistributionMatching
+from evaluation.linear import LinearEvaluation
+from evaluation.target import Representation
+from krr_st import kd_teacher, setup
+from krr_st.krr_st import KRRST
+from krr_st.target import __main__ as target
 from utils import checkpoint
 from utils.errors import entry_point
+from utils.progress import LossWindow
+from utils.run_folder import run_claims
 from utils.seed import local_seed
 from utils.stop import Stopped, StopRequest, terminable
 
@@ -29,31 +32,41 @@ DC = "--dataset CIFAR10 --img_size 8 --model ConvNetD1 --device cpu --seed 4"
 # Command, its flags (saves are rarer than the run is long), what a step of it is, what it makes.
 COMMANDS = {
     "train": (
-        train, f"{TINY} --target_model {NET} --train_model {NET} --num_images 6 --num_models 2 "
+        train,
+        f"{TINY} --target_model {NET} --train_model {NET} --num_images 6 --num_models 2 "
         "--online_iteration 3 --outer_iteration 8 --outer_batch_size 16 --save_every 100 "
         "--eval_every 100 --pre_epoch 1 --test_iteration 1 --exp_name run",
-        (distill.Distiller, "step"), "results/run/x_syn.pt",
+        (KRRST, "step"),
+        "results/run/x_syn.pt",
     ),
     "target": (
-        target, f"{TINY} --target_model {NET} --epochs 4 --batch_size 10 --projector_dim 4 "
-        "--save_every 100 --save_dir made", (TensorLoader, "_labels"),
+        target,
+        f"{TINY} --target_model {NET} --epochs 4 --batch_size 10 --projector_dim 4 "
+        "--save_every 100 --save_dir made",
+        (LossWindow, "add"),
         f"made/barlow_twins_{NET}_tiny.pt",
     ),
     "kd_teacher": (
-        kd_teacher, f"{TINY} --arch {NET} --epochs 4 --batch_size 10 --save_every 100 "
-        "--save_dir made", (TensorLoader, "_labels"), "made/teacher_tiny.pt",
+        kd_teacher,
+        f"{TINY} --arch {NET} --epochs 4 --batch_size 10 --save_every 100 --save_dir made",
+        (LossWindow, "add"),
+        "made/teacher_tiny.pt",
     ),
     "main.py": (
-        main_command, f"{DC} --method DM --ipc 1 --batch_real 2 --num_eval 1 --Iteration 8 "
+        main_command,
+        f"{DC} --method DM --ipc 1 --batch_real 2 --num_eval 1 --Iteration 8 "
         "--save_every 100 --epoch_eval_train 1 --save_path run",
-        (DistributionMatching, "step"), "run/res_DM_CIFAR10_ConvNetD1_1ipc.pt",
+        (DistributionMatching, "step"),
+        "run/res_DM_CIFAR10_ConvNetD1_1ipc.pt",
     ),
     "originals": (
-        train_original_models, f"--normalize_data {DC} --num 1 --epochs 4 --batch_size 10 "
-        "--save_every 100 --lr_decay_step 2 --resume", (TensorLoader, "_labels"),
+        train_original_models,
+        f"--normalize_data {DC} --num 1 --epochs 4 --batch_size 10 "
+        "--save_every 100 --lr_decay_step 2 --resume",
+        (LossWindow, "add"),
         "pretrained_model/CIFAR10/original/ConvNetD1/index_0/CIFAR10_ConvNetD1_original_epoch4.pth",
     ),
-}  # fmt: skip
+}
 
 
 def signal_at(patch, owner, name, number, call=5):
@@ -69,18 +82,11 @@ def signal_at(patch, owner, name, number, call=5):
     patch.setattr(owner, name, method)
 
 
-def plain(value):
-    if isinstance(value, torch.Tensor):
-        return checkpoint.fingerprint(value)
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
 @pytest.fixture
 def inputs(tmp_path, monkeypatch):
     """Two equal working folders."""
-    monkeypatch.setattr(distill, "draw_artefacts", lambda *args: None)
+    for name in ("save_grid", "save_lines"):
+        monkeypatch.setattr(setup, name, lambda *args, **more: None)
     with local_seed(0):
         state = Representation(NET, (3, 8, 8)).backbone.state_dict()
     for name in ("whole", "stopped"):
@@ -91,8 +97,7 @@ def inputs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "number"),
-    [*((name, signal.SIGTERM) for name in COMMANDS), ("train", signal.SIGINT)],
+    ("name", "number"), [*((name, signal.SIGTERM) for name in COMMANDS), ("train", signal.SIGINT)]
 )
 def test_a_stopped_run_saves_and_goes_on(inputs, monkeypatch, capsys, name, number):
     command, flags, step, made = COMMANDS[name]
@@ -105,9 +110,9 @@ def test_a_stopped_run_saves_and_goes_on(inputs, monkeypatch, capsys, name, numb
         assert command.main(flags.split()) == CODES[number]
     assert signal.getsignal(number) == before
     (line,) = capsys.readouterr().err.splitlines()
-    assert "everything is saved" in line and "the same command goes on" in line
+    assert "everything is saved" in line and "the same command resumes" in line
     assert command.main(flags.split()) == 0
-    assert "going on after" in capsys.readouterr().out  # though --save_every was far away
+    assert "resuming after" in capsys.readouterr().out  # though --save_every was far away
     first, second = (plain(checkpoint.load(inputs / f / made)) for f in ("whole", "stopped"))
     assert first == second
 
@@ -118,27 +123,26 @@ def test_a_linear_evaluation_is_not_waited_for(inputs, monkeypatch, capsys, call
     flags = [*COMMANDS["train"][1].split(), "--eval_every", "4"]
     ended = []
 
-    def evaluation(*args, **more):
+    def evaluation(self, *args):
         calls.append(1)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
             ended.append(1)
-        return linear_evaluation(*args, **more)
+        return linear_evaluation(self, *args)
 
-    calls, linear_evaluation = [], linear_eval.linear_evaluation
+    calls, linear_evaluation = [], LinearEvaluation.__call__
     monkeypatch.chdir(inputs / "whole")
     assert train.main(flags) == 0
     monkeypatch.chdir(inputs / "stopped")
     with monkeypatch.context() as patch:
-        patch.setattr(linear_eval, "linear_evaluation", evaluation)
+        patch.setattr(LinearEvaluation, "__call__", evaluation)
         assert train.main(flags) == CODES[signal.SIGTERM]
     assert not ended
     line = f"stopped in the evaluation after step {4 * call} of 8 by SIGTERM"
     assert line in capsys.readouterr().err
     assert train.main(flags) == 0
     results = [
-        json.loads((inputs / f / "results/run/results.json").read_text())
-        for f in ("whole", "stopped")
+        json.loads((inputs / f / "results/run/results.json").read_text()) for f in ("whole", "stopped")
     ]
     whole, stopped = (found["linear_evaluations"] for found in results)
     assert whole == stopped and [e["step"] for e in whole] == [4, 8]
@@ -167,7 +171,7 @@ def test_nothing_to_evaluate_is_no_reason_to_leave(inputs, monkeypatch):
     monkeypatch.chdir(inputs / "stopped")
     for path in Path("datasets/tiny").glob("Y_*"):
         path.unlink()
-    signal_at(monkeypatch, distill.Distiller, "step", signal.SIGTERM, call=8)
+    signal_at(monkeypatch, KRRST, "step", signal.SIGTERM, call=8)
     assert train.main(COMMANDS["train"][1].split()) == 0
     assert json.loads(Path("results/run/results.json").read_text())["steps"] == 8
 
@@ -232,5 +236,5 @@ def test_a_stopped_command_gives_its_folder_back(inputs, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         signal_at(patch, *step, signal.SIGTERM, call=2)
         assert command.main(flags.split()) == 143
-    assert not list(Path("results/.locks").glob("*.lock"))
+    assert not run_claims(Path("results")).held_elsewhere("run")
     assert checkpoint.load("results/run/state.pt")["step"] == 2

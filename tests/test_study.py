@@ -8,26 +8,39 @@ import pytest
 import torch
 from conftest import write_set
 
+from evaluation import transfer
 from krr_st import study
 
 FLAGS = [
-    "--data_name=tiny", "--img_size=8", "--network=convnet_4_bn", "--target_epochs=1",
-    "--num_images=4", "--curve", "4", "8", "--seeds=1", "--outer_iteration=3",
-    "--outer_batch_size=16", "--num_models=2", "--online_iteration=2", "--pre_iteration=2",
-    "--shots=1", "--device=cpu",
-]  # fmt: skip
+    "--data_name=tiny",
+    "--img_size=8",
+    "--network=convnet_4_bn",
+    "--target_epochs=1",
+    "--num_images=4",
+    "--curve",
+    "4",
+    "8",
+    "--seeds=1",
+    "--outer_iteration=3",
+    "--outer_batch_size=16",
+    "--num_models=2",
+    "--online_iteration=2",
+    "--pre_iteration=2",
+    "--shots=1",
+    "--device=cpu",
+]
 
 
 @pytest.fixture
 def quick(workspace, monkeypatch):
     """Label recipes without their thousand epochs."""
     write_set("datasets", "tiny", train=400, test=40)
-    load = study.load_pretraining
+    load = transfer.load_pretraining
 
     def shortened(flags, *rest):
         return load(replace(flags, pre_iteration=2), *rest)
 
-    monkeypatch.setattr(study, "load_pretraining", shortened)
+    monkeypatch.setattr(transfer, "load_pretraining", shortened)
 
 
 def test_study(quick, monkeypatch, capsys):
@@ -67,12 +80,10 @@ def test_repetitions_shared_by_processes(quick, capsys):
 def test_validation_never_reads_the_test_split(quick, monkeypatch):
     (Path("datasets/tiny/X_te_8.pth")).write_bytes(b"not to be read")
     whole = torch.load("datasets/tiny/X_tr_8.pth", weights_only=True)
-    real = study.data.load
-    monkeypatch.setattr(study.data, "load", lambda *a, **k: real(*a, **{**k, "splits": ("train",)}))
+    real = study.load_set
+    monkeypatch.setattr(study, "load_set", lambda *a, **k: real(*a, **{**k, "splits": ("train",)}))
     assert study.validation_set(study.StudyFlags(data_name="tiny", img_size=8)) == "tiny_val"
-    parts = [
-        torch.load(f"datasets/tiny_val/X_{s}_8.pth", weights_only=True) for s in ("tr", "te")
-    ]  # fmt: skip
+    parts = [torch.load(f"datasets/tiny_val/X_{s}_8.pth", weights_only=True) for s in ("tr", "te")]
     assert [len(p) for p in parts] == [320, 80]
     joined = sorted(torch.cat(parts).flatten(1).tolist())
     assert joined == sorted(whole.flatten(1).tolist())  # every image once

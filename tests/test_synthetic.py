@@ -31,10 +31,7 @@ def make(soft=False, m=6, stats=STATS, **changes):
 
 
 def path_of(form, tmp_path):
-    return (
-        tmp_path
-        / {"pair": "s", "png": "p", "res": "res_x.pt", "safetensors": "s.safetensors"}[form]
-    )
+    return tmp_path / {"pair": "s", "png": "p", "res": "res_x.pt", "safetensors": "s.safetensors"}[form]
 
 
 def assert_same(a, b, tolerance=0.0):

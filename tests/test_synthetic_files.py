@@ -10,9 +10,10 @@ from PIL import Image
 from test_synthetic import STATS, X, Y, assert_same, make, path_of, pixels
 
 from data.specs import Stats
-from data.synthetic import FORMS, SyntheticSet, main, save_experiments
+from data.synthetic import FORMS, SyntheticSet, save_experiments
+from data.synthetic.__main__ import main
 from utils.errors import UserError
-from utils.images import save_grid
+from utils.plots import save_grid
 
 CALLED = []
 
@@ -201,9 +202,7 @@ def test_convert_says_that_other_experiments_stay_behind(tmp_path, capsys):
     assert "only experiment 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "arguments", [["inspect", "nowhere"], ["convert", "nowhere", "x", "--form", "png"]]
-)
+@pytest.mark.parametrize("arguments", [["inspect", "nowhere"], ["convert", "nowhere", "x", "--form", "png"]])
 def test_command_errors_are_one_line(arguments, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err == "error: synthetic set nowhere does not exist\n"

@@ -7,18 +7,16 @@ import shutil
 import pytest
 import torch
 
+from evaluation.measure import CellStore, read_cells
+from evaluation.presets import FULL_TARGETS
 from evaluation.recipes import pretrain_recipe
-from krr_st import table_runs, tables
-from krr_st.config import TablesFlags, TestFlags
-from krr_st.presets import FULL_TARGETS
-from krr_st.published import load_published
-from krr_st.table_layouts import LAYOUTS, Layout, collect, places
-from krr_st.table_runs import estimate, forward_flops, missing_jobs, present_sets
-from krr_st.transfer import cell_settings, load_pretraining
+from evaluation.tables import run_missing, with_published_file
+from evaluation.transfer import TestFlags, load_pretraining
+from krr_st import tables
+from krr_st.published import PROBE_CELLS
+from krr_st.tables import LAYOUTS, KernelTable, Layout, TablesFlags, forward_flops
 from utils import checkpoint
-from utils.cells import CellStore, read_cells
 from utils.errors import UserError
-from utils.jobs import run_missing
 from utils.locks import Claims
 
 BASE = "convnet_128_256_512_bn"
@@ -26,9 +24,16 @@ BASE = "convnet_128_256_512_bn"
 
 def cell(method, target, seed, accuracy, **changes):
     base = dict(
-        source="cifar100", method=method, model=BASE, target=target, protocol="finetune",
-        label_fraction=None, shots="all", seed=seed, steps_scale=1.0,
-    )  # fmt: skip
+        source="cifar100",
+        method=method,
+        model=BASE,
+        target=target,
+        protocol="finetune",
+        label_fraction=None,
+        shots="all",
+        seed=seed,
+        steps_scale=1.0,
+    )
     return {**base, "accuracy": accuracy, **changes}
 
 
@@ -44,14 +49,33 @@ def log(tmp_path):
     return add
 
 
+def table_of(layout, **flags):
+    """The table of a layout that need not be one of the paper's."""
+    table = KernelTable(TablesFlags(**flags))
+    table.layout = layout
+    return table
+
+
+def collect(layout, cells, **flags):
+    """(method, model, target) -> the cells that are shown there; without those that have none."""
+    table = table_of(layout, **flags)
+    chosen = (place.choose(cells) for place in table.places())
+    return {t: mine for t, mine in zip(layout.triples(), chosen, strict=True) if mine}
+
+
 def test_layouts_are_the_papers():
     one, two, three = LAYOUTS["1"], LAYOUTS["2"], LAYOUTS["3"]
-    assert one.targets == (
-        "cifar100", "cifar10", "aircraft", "cars", "cub2011", "dogs", "flowers",
-    )  # fmt: skip
+    assert one.targets == ("cifar100", "cifar10", "aircraft", "cars", "cub2011", "dogs", "flowers")
     assert set(one.methods) - {"scratch", "random_features"} == {
-        "random", "kmeans", "dsa", "dm", "mtt", "kip", "frepo", "krr_st",
-    }  # fmt: skip
+        "random",
+        "kmeans",
+        "dsa",
+        "dm",
+        "mtt",
+        "kip",
+        "frepo",
+        "krr_st",
+    }
     assert set(one.methods) - set(two.methods) == {"kip"}
     assert two.targets[0] == "tinyimagenet"
     assert set(three.methods) == {"scratch", "random_features", "random", "frepo", "krr_st"}
@@ -94,13 +118,16 @@ def test_probe_tables_need_their_own_pretraining_length():
 
 
 def test_published_numbers_of_the_probe():
-    published = load_published()
+    published = KernelTable(TablesFlags()).published
     assert published["probe_cifar10_1", "random_features", "cifar10"] == (38.25, 0.69)
     assert published["probe_cifar100_5", "krr_st", "flowers"] == (4.85, 0.75)
     assert published["probe_tinyimagenet_5", "mkdt", "tinyimagenet"] == (13.47, 0.35)
     assert len(published) == 5 * 3 * 7
-    shown = {(name, p.row, p.column) for name, layout in LAYOUTS.items() for p in places(layout)}
+    tables_of_all = {name: KernelTable(TablesFlags(table=name)).places() for name in LAYOUTS}
+    shown = {(name, p.row, p.column) for name, ps in tables_of_all.items() for p in ps}
     assert published.keys() <= shown
+    with_number = [p for ps in tables_of_all.values() for p in ps if p.published is not None]
+    assert len(with_number) == len(published)
 
 
 def test_published_rows_stand_beside_ours(log, capsys):
@@ -124,8 +151,9 @@ def test_batchnorm_modes_of_table_4_are_not_mixed(log, capsys):
         *(cell("gaussian", "cifar10", s, 20.0, kd_bn="batch", **base) for s in (1, 2)),
     )
     for argv, mode, shown in (
-        ([], "running", "10.50 ± 0.50"), (["--kd_bn", "batch"], "batch", "20.00 ± 0.00"),
-    ):  # fmt: skip
+        ([], "running", "10.50 ± 0.50"),
+        (["--kd_bn", "batch"], "batch", "20.00 ± 0.00"),
+    ):
         assert tables.main(["--table", "4", "--log_dir", str(folder), *argv]) == 0
         printed = capsys.readouterr().out
         assert f" {shown} |" in printed and f"BatchNorm: {mode} statistics" in printed
@@ -135,33 +163,33 @@ def test_batchnorm_modes_of_table_4_are_not_mixed(log, capsys):
 
 def test_table_4_measures_what_it_prints(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(table_runs, "run_kd", asked.append)
-    flags = TablesFlags(log_dir=tmp_path)
+    monkeypatch.setattr(tables, "run_kd", asked.append)
+    table = KernelTable(TablesFlags(table="4", log_dir=tmp_path, synthetic_data_dir=tmp_path))
     for method in ("scratch", "random_features"):
-        table_runs.run_job(LAYOUTS["4"], method, "vgg", ("cifar10",), flags)
-    assert [(f.method, f.kd_bn) for f in asked] == [
-        ("scratch", "running"), ("random_features", "running"),
-    ]  # fmt: skip
+        table.run_job(method, "vgg", ("cifar10",))
+    assert [(f.method, f.kd_bn) for f in asked] == [("scratch", "running"), ("random_features", "running")]
     place = tmp_path / "tinyimagenet/random_features"
     checkpoint.save(torch.zeros(4, 3, 64, 64), place / "x_syn.pt")
     checkpoint.save(torch.zeros(4, 5), place / "y_syn.pt")
-    sets = present_sets(LAYOUTS["4"], tmp_path)
+    sets = table.present_sets()
     assert sets.keys() == {"scratch", "random_features"} and len(set(sets.values())) == 1
-    assert "scratch" not in present_sets(LAYOUTS["2"], tmp_path)
+    other = KernelTable(TablesFlags(table="2", synthetic_data_dir=tmp_path))
+    assert "scratch" not in other.present_sets()
 
 
 def test_published_file_of_the_user(tmp_path):
     path = tmp_path / "published.json"
     path.write_text(json.dumps({"1": {"krr_st": {"cifar10": [80.5, 0.2], "dogs": 12.0}}}))
-    published = load_published(path)
+    published = KernelTable(TablesFlags(published=path)).published
+    assert published.items() > PROBE_CELLS.items()
     assert published["1", "krr_st", "cifar10"] == (80.5, 0.2)
     assert published["1", "krr_st", "dogs"] == (12.0, None)
     for bad in ("{", "[1]", '{"1": {"krr_st": {"cifar10": "high"}}}'):
         path.write_text(bad)
         with pytest.raises(UserError, match="--published"):
-            load_published(path)
+            with_published_file(PROBE_CELLS, path)
     with pytest.raises(UserError, match="cannot be read"):
-        load_published(tmp_path / "no.json")
+        with_published_file(PROBE_CELLS, tmp_path / "no.json")
 
 
 def test_table_files(log, capsys, tmp_path):
@@ -191,9 +219,10 @@ def test_figure_3_is_a_picture(log):
     folder = log(
         *(
             cell(m, "dogs", 0, a, source="tinyimagenet", model=n)
-            for n in ("vgg", "resnet10") for m, a in (("scratch", 20.0), ("krr_st", 25.0))
+            for n in ("vgg", "resnet10")
+            for m, a in (("scratch", 20.0), ("krr_st", 25.0))
         )
-    )  # fmt: skip
+    )
     assert tables.main(["--table", "fig3", "--log_dir", str(folder)]) == 0
     from PIL import Image
 
@@ -216,16 +245,16 @@ def test_flops_against_a_count_by_hand():
 LAYOUT = Layout("cifar100", ("scratch", "krr_st"), ("base", "vgg"), ("cifar10", "dogs"))
 
 
-def run_all(flags):
-    return run_missing(lambda: missing_jobs(LAYOUT, flags), Claims(flags.log_dir / "claims"))
+def run_all(table):
+    return run_missing(table.missing_jobs, Claims(table.flags.log_dir / "claims"))
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Puts a function (method, model, targets, flags) in the place of the real commands."""
+    """Puts a function (method, model, targets) in the place of the real commands."""
 
     def put(function):
-        monkeypatch.setattr(table_runs, "run_job", lambda layout, *rest: function(*rest))
+        monkeypatch.setattr(KernelTable, "run_job", lambda self, *job: function(*job))
 
     return put
 
@@ -233,39 +262,43 @@ def stand_in(monkeypatch):
 def test_missing_jobs_are_estimated_and_skip_what_is_done(log, stand_in):
     folder = log(*(cell("scratch", "cifar10", s, 1.0) for s in range(3)))
     ran = {}
-    stand_in(lambda method, model, targets, flags: ran.update({(method, model): targets}))
-    flags = TablesFlags(log_dir=folder, num_test=3)
-    cost = {job.name.split(": ")[1]: job.cost for job in missing_jobs(LAYOUT, flags)}
+    stand_in(lambda method, model, targets: ran.update({(method, model): targets}))
+    table = table_of(LAYOUT, log_dir=folder, num_test=3)
+    cost = {job.name.split(": ")[1]: job.cost for job in table.missing_jobs()}
     # By hand: 3 seeds x (3 passes x 5000 steps of 256 images on dogs, and its test images).
     assert cost[f"scratch, {BASE}"] == 3 * (3 * 5000 * 256 + 10000) * forward_flops(BASE, 32)
     pretraining = 3 * 3 * 4 * 1000 * 256 * forward_flops("vgg", 32)
     assert cost["krr_st, vgg"] - cost["scratch, vgg"] == pytest.approx(pretraining)
-    run_all(flags)
-    assert ran["scratch", "base"] == ("dogs",)
-    assert ran["krr_st", "vgg"] == ("cifar10", "dogs")
+    run_all(table)
+    assert ran["scratch", "base"] == ["dogs"]
+    assert ran["krr_st", "vgg"] == ["cifar10", "dogs"]
 
 
 def test_costs_of_distillation_and_probe():
-    kd = LAYOUTS["4"]
+    def cost(table, method, model, targets, seeds, scale=1.0):
+        flags = TablesFlags(table=table, num_test=seeds, steps_scale=scale)
+        return KernelTable(flags).cost(method, model, targets)
+
+    kd = "4"
     unit = forward_flops("vgg", 64)
     # 1000 epochs of 2000 images in steps of 512, after as many in steps of 256, scaled together.
     by_hand = 3 * 0.01 * 1000 * (4 * 512 + 8 * 256) + 20000
-    assert estimate(kd, "krr_st", "vgg", ("cifar10",), 1, 0.01) == pytest.approx(by_hand * unit)
+    assert cost(kd, "krr_st", "vgg", ("cifar10",), 1, 0.01) == pytest.approx(by_hand * unit)
     gaussian = 3 * 0.01 * 1000 * 4 * 512 + 20000
-    assert estimate(kd, "gaussian", "vgg", ("cifar10",), 2, 0.01) == 2 * gaussian * unit
-    probe = LAYOUTS["probe_cifar10_1"]
-    untrained = estimate(probe, "scratch", "base", ("cifar10", "dogs"), 1)
+    assert cost(kd, "gaussian", "vgg", ("cifar10",), 2, 0.01) == 2 * gaussian * unit
+    probe = "probe_cifar10_1"
+    untrained = cost(probe, "scratch", "base", ("cifar10", "dogs"), 1)
     assert untrained == 120000 * forward_flops(BASE, 32)
     twenty_epochs = 3 * 20 * 4 * 256 * forward_flops(BASE, 32)  # not the 1000 of the other tables
-    assert estimate(probe, "krr_st", "base", ("cifar10", "dogs"), 1) == untrained + twenty_epochs
+    assert cost(probe, "krr_st", "base", ("cifar10", "dogs"), 1) == untrained + twenty_epochs
 
 
 def test_shortened_cells_do_not_stand_for_whole_ones(log):
     folder = log(*(cell("scratch", t, 0, 1.0, steps_scale=0.1) for t in ("cifar10", "dogs")))
-    names = [j.name for j in missing_jobs(LAYOUT, TablesFlags(log_dir=folder, num_test=1))]
+    names = [j.name for j in table_of(LAYOUT, log_dir=folder, num_test=1).missing_jobs()]
     assert len(names) == 4
-    short = TablesFlags(log_dir=folder, num_test=1, steps_scale=0.1)
-    assert len(missing_jobs(LAYOUT, short)) == 3
+    short = table_of(LAYOUT, log_dir=folder, num_test=1, steps_scale=0.1)
+    assert len(short.missing_jobs()) == 3
     whole = cell("scratch", "dogs", 1, 2.0)
     later = cell("scratch", "dogs", 1, 3.0, steps_scale=0.1)
     found = collect(LAYOUT, [cell("scratch", "dogs", 0, 1.0, steps_scale=0.1), whole, later])
@@ -281,7 +314,7 @@ def test_seeds_of_different_sets_are_not_averaged():
 
 def test_a_replaced_set_is_measured_again(log, tmp_path):
     layout = Layout("cifar100", ("scratch", "krr_st"), ("base",), ("dogs",))
-    flags = TablesFlags(log_dir=tmp_path, num_test=1, synthetic_data_dir=tmp_path / "sets")
+    flags = dict(log_dir=tmp_path, num_test=1, synthetic_data_dir=tmp_path / "sets")
     place = tmp_path / "sets/cifar100/krr_st"
 
     def write(value):
@@ -289,14 +322,12 @@ def test_a_replaced_set_is_measured_again(log, tmp_path):
         checkpoint.save(torch.zeros(4, 5), place / "y_syn.pt")
 
     def measure():  # as test.py files it
-        test = TestFlags(
-            source_data_name="cifar100", method="krr_st", synthetic_data_dir=tmp_path / "sets"
-        )
-        settings = cell_settings(test, "krr_st", BASE, 32, load_pretraining(test, 32, BASE))
+        test = TestFlags(source_data_name="cifar100", method="krr_st", synthetic_data_dir=tmp_path / "sets")
+        settings = load_pretraining(test, 32, BASE).record()
         log(cell("krr_st", "dogs", 0, 1.0, synthetic_set=settings["synthetic_set"]))
 
     def missing():
-        return [job.name.split(": ")[1].split(",")[0] for job in missing_jobs(layout, flags)]
+        return [job.name.split(": ")[1].split(",")[0] for job in table_of(layout, **flags).missing_jobs()]
 
     log(cell("scratch", "dogs", 0, 1.0))
     write(0.0)
@@ -309,8 +340,8 @@ def test_a_replaced_set_is_measured_again(log, tmp_path):
     assert missing() == []
     write(0.0)  # back again: what is known of it is shown, though other cells are later
     assert missing() == []
-    cells, sets = read_cells(tmp_path / "results.jsonl"), present_sets(layout, tmp_path / "sets")
-    (one,) = collect(layout, cells, sets=sets)["krr_st", "base", "dogs"]
+    cells = read_cells(tmp_path / "results.jsonl")
+    (one,) = collect(layout, cells, **flags)["krr_st", "base", "dogs"]
     assert one["synthetic_set"] == cells[1]["synthetic_set"] != cells[2]["synthetic_set"]
     shutil.rmtree(place)  # what was measured counts where no set says otherwise
     assert missing() == []
@@ -318,10 +349,10 @@ def test_a_replaced_set_is_measured_again(log, tmp_path):
 
 def test_interrupted_run_goes_on_without_repeating_or_losing(log, stand_in, capsys):
     folder = log()
-    flags = TablesFlags(log_dir=folder, num_test=1)
+    table = table_of(LAYOUT, log_dir=folder, num_test=1)
     ran, stop_after = [], 2
 
-    def run_job(method, model, targets, flags):
+    def run_job(method, model, targets):
         if len(ran) == stop_after:
             raise KeyboardInterrupt
         ran.append((method, model))
@@ -330,27 +361,27 @@ def test_interrupted_run_goes_on_without_repeating_or_losing(log, stand_in, caps
 
     stand_in(run_job)
     with pytest.raises(KeyboardInterrupt):
-        run_all(flags)
+        run_all(table)
     stop_after = None
-    run_all(flags)
+    run_all(table)
     assert len(ran) == len(set(ran)) == 4
     assert " left" in capsys.readouterr().out
     found = collect(LAYOUT, [json.loads(x) for x in (folder / "results.jsonl").open()])
-    assert set(found) == {p.key for p in places(LAYOUT)}
-    assert missing_jobs(LAYOUT, flags) == []
+    assert set(found) == set(LAYOUT.triples()) and len(found) == 8
+    assert table.missing_jobs() == []
 
 
 def test_a_job_that_cannot_run_does_not_stop_the_others(log, stand_in):
-    flags = TablesFlags(log_dir=log(), num_test=1)
+    table = table_of(LAYOUT, log_dir=log(), num_test=1)
     ran = []
 
-    def run_job(method, model, targets, flags):
+    def run_job(method, model, targets):
         ran.append(method)
         if method == "krr_st":
             raise UserError("no synthetic set")
 
     stand_in(run_job)
-    skipped = run_all(flags)
+    skipped = run_all(table)
     assert len(ran) == 4 and len(skipped) == 2 and "no synthetic set" in skipped[0]
 
 

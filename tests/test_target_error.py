@@ -5,22 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_set
+from conftest import CPU, write_set
 from test_transfer import SHARED, SHORT, cells, fails
 
-import data
 import test as test_command
 import test_scratch
+from data.load import load_set
 from data.synthetic import SyntheticSet
 from evaluation.probe import feature_error
-from krr_st.config import TestFlags
-from krr_st.target_model import Representation
-from krr_st.transfer import build_backbone, load_pretraining
+from evaluation.target import Representation
+from evaluation.transfer import TestFlags, build_backbone, load_pretraining
 from utils import checkpoint
 from utils.seed import local_seed
 
 NET = "convnet_4_8_bn"
-CPU = torch.device("cpu")
 ERROR = [*SHARED, "--target_model", NET, "--target_error", "--protocol", "linear"]
 
 
@@ -38,9 +36,8 @@ def tiny(workspace):
 
 
 def normalized(split):
-    image_set = data.load("tiny", 8, "datasets")
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in
-                 (image_set.stats.mean, image_set.stats.std))  # fmt: skip
+    image_set = load_set("tiny", 8, "datasets")
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (image_set.stats.mean, image_set.stats.std))
     return (getattr(image_set, split).images.float() / 255 - mean) / std
 
 
@@ -68,9 +65,7 @@ def test_its_value(tiny):
     found = [c for c in cells() if c["protocol"] == "target_error"]
     assert [c["seed"] for c in found] == [0, 1]
     for cell in found:
-        network = build_backbone(
-            NET, (3, 8, 8), pretraining, dropout=0.0, seed=cell["seed"], device=CPU
-        )
+        network = build_backbone(NET, (3, 8, 8), pretraining, dropout=0.0, seed=cell["seed"], device=CPU)
         assert cell["error"] == pytest.approx(by_hand(network, tiny), rel=1e-4)
         assert "accuracy" not in cell
     path = Path(f"test_log/tiny/krr_st/{NET}/linear/results.json")
@@ -94,17 +89,16 @@ def test_outputs_and_body_of_one_network(tiny, capsys):
     argv = [*ERROR, *SHORT, "--shots", "2_all", "--probe_on", "both"]
     assert test_command.main(argv) == 0
     printed = capsys.readouterr().out
-    for heading in (
-        "| 2 labels a class |",
-        "| outputs, all labels |",
-        "| error of target features |",
-    ):
+    for heading in ("| 2 labels per class |", "| outputs, all labels |", "| error of target features |"):
         assert heading in " ".join(printed.split())
     found = [(c["protocol"], c["shots"], c.get("probe_on")) for c in cells()]
     assert found == [
-        ("linear", "2", None), ("linear", "all", None), ("linear", "2", "outputs"),
-        ("linear", "all", "outputs"), ("target_error", "all", "outputs"),
-    ]  # fmt: skip
+        ("linear", "2", None),
+        ("linear", "all", None),
+        ("linear", "2", "outputs"),
+        ("linear", "all", "outputs"),
+        ("target_error", "all", "outputs"),
+    ]
     # Asked for alone, each of them is the same cell.
     alone = [*SHARED, *SHORT, "--protocol", "linear"]
     assert test_command.main([*alone, "--shots", "2_all"]) == 0

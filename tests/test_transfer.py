@@ -1,32 +1,40 @@
 """test.py and test_scratch.py: targets, early refusals, what is read, trained and overridden."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_set
+from conftest import CPU, write_set
 from torch import nn
 
 import test as test_command
 import test_scratch
+from data.loader import TensorLoader
 from data.synthetic import SyntheticSet
-from evaluation import protocols
-from evaluation.fit import fit, supervised
-from evaluation.recipes import DSA_STRATEGY, PRETRAIN, Recipe
-from krr_st import baselines, kd, transfer
-from krr_st.config import KdFlags, TestFlags
-from krr_st.measures import parse_shots
-from krr_st.presets import resolve_targets
+from evaluation import kd, transfer
+from evaluation.fit import Trainer
+from evaluation.kd import KdFlags
+from evaluation.presets import resolve_targets
+from evaluation.recipes import DSA_STRATEGY, PRETRAIN, Recipe, finetune_recipe
+from evaluation.transfer import TestFlags, parse_shots
+from krr_st import baselines
 from utils import checkpoint
 from utils.errors import UserError
 
 NET = "convnet_4_8_bn"
 SHARED = [
-    "--source_data_name", "tiny", "--img_size", "8", "--test_model", NET, "--device", "cpu",
-    "--num_test", "1",
-]  # fmt: skip
+    "--source_data_name",
+    "tiny",
+    "--img_size",
+    "8",
+    "--test_model",
+    NET,
+    "--device",
+    "cpu",
+    "--num_test",
+    "1",
+]
 SHORT = ["--pre_epoch", "2", "--finetune_iteration", "2"]
 
 
@@ -129,8 +137,18 @@ def test_test_labels_are_needed(tiny, capsys):
 
 def test_training_images_stand_in_where_a_row_has_no_test_split(workspace, capsys):
     write_set("datasets", "imagenet", size=64, train=8, test=0)
-    argv = ["--source_data_name", "imagenet", "--target_data_name", "imagenet", "--test_model", NET,
-            "--device", "cpu", "--num_test", "1"]  # fmt: skip
+    argv = [
+        "--source_data_name",
+        "imagenet",
+        "--target_data_name",
+        "imagenet",
+        "--test_model",
+        NET,
+        "--device",
+        "cpu",
+        "--num_test",
+        "1",
+    ]
     assert test_scratch.main([*argv, "--protocol", "linear"]) == 0
     printed = capsys.readouterr().out
     assert "imagenet has no test split: accuracies on it are those of its training" in printed
@@ -223,7 +241,7 @@ def test_recipes_are_printed(tiny, capsys):
 
 def test_gaussian_baseline_is_a_method(tiny):
     torch.manual_seed(0)
-    from krr_st.target_model import Representation
+    from evaluation.target import Representation
 
     state = Representation(NET, (3, 8, 8)).backbone.state_dict()
     checkpoint.save(state, f"teacher_ckpt/barlow_twins_{NET}_tiny.pt")
@@ -239,20 +257,23 @@ def test_gaussian_baseline_is_a_method(tiny):
 def test_every_hyper_parameter_has_a_flag(tiny, monkeypatch, prefix):
     """What the tables print can be overridden; the loss belongs to the method."""
     values = {
-        "optimizer": ("opt", "adam"), "lr": ("lr", 0.3), "wd": ("wd", 0.25),
-        "schedule": ("schedule", "linear"), "batch_size": ("batch_size", 3),
-        "momentum": ("momentum", 0.5), "steps": ("iteration", 7),
-    }  # fmt: skip
+        "optimizer": ("opt", "adam"),
+        "lr": ("lr", 0.3),
+        "wd": ("wd", 0.25),
+        "schedule": ("schedule", "linear"),
+        "batch_size": ("batch_size", 3),
+        "momentum": ("momentum", 0.5),
+        "steps": ("iteration", 7),
+    }
     if prefix == "pre_":
         values |= {"warmup": ("warmup", 4), "dsa": ("dsa", "color")}
-    missing = {f.name for f in dataclasses.fields(Recipe)} - values.keys()
+    recipes = PRETRAIN.values() if prefix == "pre_" else [finetune_recipe("tiny", NET, 8)]
+    missing = {name for recipe in recipes for name in recipe.record()} - values.keys()
     # Fine-tuning has neither warm-up nor DSA; one length stands for the other.
     assert missing == {"loss", "epochs"} | ({"warmup", "dsa"} if prefix != "pre_" else set())
     seen = {}
     monkeypatch.setattr(transfer, "pretrain", lambda *a, **k: seen.setdefault("pre_", a[2]))
-    monkeypatch.setattr(
-        transfer, "finetune", lambda *a, **k: seen.setdefault("finetune_", a[3]) and 50.0
-    )
+    monkeypatch.setattr(transfer, "finetune", lambda *a, **k: seen.setdefault("finetune_", a[3]) and 50.0)
     flags = [word for name, v in values.values() for word in (f"--{prefix}{name}", str(v))]
     assert test_command.main([*SHARED, *flags]) == 0
     changed = {field: getattr(seen[prefix], field) for field in values}
@@ -260,28 +281,46 @@ def test_every_hyper_parameter_has_a_flag(tiny, monkeypatch, prefix):
     assert seen[prefix].epochs == 0
 
 
+def two_rows(targets=1.0):
+    """One batch: the inputs 1 and 1."""
+    return TensorLoader(
+        torch.ones(2, 1),
+        torch.full((2, 1), targets),
+        batch_size=2,
+        device=CPU,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
 @pytest.mark.parametrize(
     ("recipe_steps", "warmup", "steps", "first_full"),
-    [(10000, 500, 200, 10), (1000, 500, 1000, 500), (0, 500, 40, 20), (100, 500, 100, 50),
-     (100, 0, 30, 0), (10, 4, 1, 0), (10, 4, 30, 4)],
-)  # fmt: skip
+    [
+        (10000, 500, 200, 10),
+        (1000, 500, 1000, 500),
+        (0, 500, 40, 20),
+        (100, 500, 100, 50),
+        (100, 0, 30, 0),
+        (10, 4, 1, 0),
+        (10, 4, 30, 4),
+    ],
+)
 def test_warmup_of_short_runs(recipe_steps, warmup, steps, first_full):
     """The peak is always reached: by steps given alone, by epochs, and under --steps_scale."""
     recipe = Recipe("mse", "adam", 0.5, 0.0, "cosine", 4, steps=recipe_steps, warmup=warmup)
-    batch, rates = (torch.ones(2, 1), torch.ones(2, 1)), []
-    protocols.train_by_recipe(
-        nn.Linear(1, 1), iter(lambda: batch, None), recipe, steps=steps, what="test",
-        on_step=lambda step, loss, rate: rates.append(rate),
-    )  # fmt: skip
+    recipe, rates = recipe if recipe_steps else recipe.override(epochs=steps), []
+    trainer = Trainer(
+        nn.Linear(1, 1), two_rows(), recipe, scale=steps / recipe_steps if recipe_steps else 1.0
+    )
+    trainer.run(on_step=lambda step, loss, rate: rates.append(rate))
+    assert len(rates) == steps
     assert rates.index(max(rates)) == first_full and max(rates) == 0.5
 
 
 def test_momentum_of_the_recipe():
-    recipe = Recipe("mse", "sgd", 0.1, 0.0, "constant", 4, momentum=0.25)
+    recipe = Recipe("mse", "sgd", 0.1, 0.0, "constant", 4, steps=3, momentum=0.25)
     model = nn.Linear(1, 1, bias=False)
     nn.init.ones_(model.weight)
-    batch = (torch.ones(2, 1), torch.zeros(2, 1))
-    protocols.train_by_recipe(model, iter(lambda: batch, None), recipe, steps=3, what="test")
+    Trainer(model, two_rows(0.0), recipe).run()
     weight, buffer = 1.0, 0.0
     for _ in range(3):
         buffer = 0.25 * buffer + 2 * weight
@@ -291,24 +330,24 @@ def test_momentum_of_the_recipe():
 
 def test_batchnorm_over_one_value_is_one_clear_line():
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    batches = [(torch.ones(1, 2), torch.zeros(1, 3))]
+    recipe = Recipe("mse", "sgd", 0.1, 0.0, "constant", 4, steps=1)
+    one = TensorLoader(
+        torch.ones(1, 2), torch.zeros(1, 3), batch_size=4, device=CPU, generator=torch.Generator()
+    )
     with pytest.raises(UserError, match=r"pre-training: a batch of one image .*batch size"):
-        fit(model, batches, supervised(nn.functional.mse_loss), optimizer, steps=1,
-            what="pre-training")  # fmt: skip
+        Trainer(model, one, recipe).run(what="pre-training")
 
-    def labelled():
-        yield torch.ones(1, 2), model(torch.ones(1, 2))  # by a teacher in train mode
+    def labelled(student, x, y):
+        return nn.functional.mse_loss(student(x), model.train()(x))  # by a teacher in train mode
 
     with pytest.raises(UserError, match=r"distillation: a batch of one image .*batch size"):
-        fit(nn.Linear(2, 3), labelled(), supervised(nn.functional.mse_loss), optimizer, steps=1,
-            what="distillation")  # fmt: skip
+        Trainer(nn.Linear(2, 3), one, recipe, loss_fn=labelled).run(what="distillation")
 
     def broken(model, x, y):
         raise ValueError("something else")
 
     with pytest.raises(ValueError, match="something else") as error:
-        fit(model, batches, broken, optimizer, steps=1)
+        Trainer(model, one, recipe, loss_fn=broken).run()
     assert not isinstance(error.value, UserError)
 
 
@@ -322,9 +361,14 @@ def test_sets_that_must_not_be_mirrored_are_not_mirrored_by_dsa(tiny):
     def strategies():
         pretraining = transfer.load_pretraining(TestFlags(**shared), 8, NET)
         flags = KdFlags(
-            **shared, target_data_name="goal", img_size=8, test_model=NET, device="cpu",
-            teacher_arch=NET, teacher_ckpt=Path("teacher.pt"),
-        )  # fmt: skip
+            **shared,
+            target_data_name="goal",
+            img_size=8,
+            test_model=NET,
+            device="cpu",
+            teacher_arch=NET,
+            teacher_ckpt=Path("teacher.pt"),
+        )
         return pretraining.recipe.dsa, kd.prepare(flags).recipe.dsa
 
     write_set("datasets", "goal")

@@ -11,36 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_set
+from conftest import CPU, NET, SHAPE, make_target, write_set, write_target
 
-import data
 import train
 from data.augment import count_views, view_numbers, views_from_numbers
+from data.load import load_set
 from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
-from krr_st.distill import real_loader
-from krr_st.target_model import Representation
-from krr_st.views import (
-    DTYPES,
-    OnlineTargets,
-    RealBatch,
-    TargetViews,
-    mapped_table,
-    plan_views,
-)
-from utils import checkpoint
+from distillation.problem import Problem
+from krr_st.krr_st import real_loader
+from krr_st.views import DTYPES, OnlineTargets, RealBatch, TargetViews, mapped_table, plan_views
+from utils.distributed import Group
 from utils.errors import UserError
-from utils.seed import local_seed
 
-CPU = torch.device("cpu")
-NET, SHAPE = "convnet_4_bn", (3, 8, 8)
 STATS = Stats((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def make_target():
-    with local_seed(77):
-        return Representation(NET, SHAPE).eval().requires_grad_(False)
 
 
 class Counting:
@@ -59,15 +44,11 @@ def naive_view(image, top, left, flip, pad):
     """One view of one image, sliced by hand."""
     x = F.pad(image.double() / 255, (pad,) * 4)[:, top : top + 8, left : left + 8]
     x = x.flip(-1) if flip else x
-    mean, std = (
-        torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (STATS.mean, STATS.std)
-    )
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (STATS.mean, STATS.std))
     return ((x - mean) / std).float()
 
 
-IMAGES = torch.randint(
-    256, (5, *SHAPE), generator=torch.Generator().manual_seed(3)
-).to(torch.uint8)  # fmt: skip
+IMAGES = torch.randint(256, (5, *SHAPE), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
 
 
 @pytest.mark.parametrize("hflip", [False, True])
@@ -101,9 +82,14 @@ def test_a_view_is_computed_once_whatever_is_drawn():
     target = Counting()
     table = TargetViews(target, torch.empty(5 * 50, 4), 50)
     loader = TensorLoader(
-        IMAGES, None, batch_size=4, device=CPU, generator=torch.Generator().manual_seed(0),
-        transform=ViewPipeline(STATS, pad=2, hflip=True), drop_last=True, with_index=True,
-    ).forever()  # fmt: skip
+        IMAGES,
+        None,
+        batch_size=4,
+        device=CPU,
+        generator=torch.Generator().manual_seed(0),
+        transform=ViewPipeline(STATS, pad=2, hflip=True),
+        drop_last=True,
+    ).forever()
     drawn, online = set(), OnlineTargets(target.model)
     for _ in range(200):
         (x, view), index = next(loader)
@@ -196,9 +182,7 @@ def test_no_room_for_a_table(tmp_path):
     ],
 )
 def test_plan(mode, keep, draws, free, kind):
-    plan = plan_views(
-        mode, DTYPES["fp32"], rows=1000, dim=128, draws=draws, free=free, keep=keep
-    )  # fmt: skip
+    plan = plan_views(mode, DTYPES["fp32"], rows=1000, dim=128, draws=draws, free=free, keep=keep)
     assert plan.kind == kind
 
 
@@ -208,7 +192,7 @@ def test_plan(mode, keep, draws, free, kind):
 @pytest.fixture
 def tiny(workspace):
     write_set("datasets", "tiny", train=32, test=8)
-    checkpoint.save(make_target().backbone.state_dict(), f"teacher_ckpt/barlow_twins_{NET}_tiny.pt")
+    write_target()
     return workspace
 
 
@@ -266,19 +250,25 @@ def stand_in(count):
     """An image set of so many images; image i is i in base 256."""
     digits = torch.arange(count)[:, None] // torch.tensor([1, 256, 65536]) % 256
     images = digits.to(torch.uint8)[:, :, None, None].expand(-1, -1, 8, 8).contiguous()
-    image_set = data.load("tiny", 8, "datasets")
+    image_set = load_set("tiny", 8, "datasets")
     return replace(image_set, train=replace(image_set.train, images=images, labels=None))
+
+
+def shard_loader(image_set, batch_size, rank=0, ranks=1, seed=0):
+    """The real batches of one of several processes."""
+    problem = Problem(image_set, CPU, 0, Group(rank, ranks))
+    return real_loader(problem, batch_size, torch.Generator().manual_seed(seed))
 
 
 def test_shards_of_a_batch_are_the_batch(tiny):
     image_set = stand_in(30)  # batches of 12, 12 and 6
 
-    def batches(shard):
-        loader = real_loader(image_set, 12, CPU, torch.Generator().manual_seed(0), shard).forever()
+    def batches(rank, ranks):
+        loader = shard_loader(image_set, 12, rank, ranks).forever()
         return [next(loader) for _ in range(5)]
 
-    parts = [batches((rank, 3)) for rank in range(3)]
-    for step, ((x, view), index) in enumerate(batches((0, 1))):
+    parts = [batches(rank, 3) for rank in range(3)]
+    for step, ((x, view), index) in enumerate(batches(0, 1)):
         for rank in range(3):
             (own_x, own_view), own_index = parts[rank][step]
             assert torch.equal(own_x, x[rank::3]) and torch.equal(own_view, view[rank::3])
@@ -287,7 +277,7 @@ def test_shards_of_a_batch_are_the_batch(tiny):
 
 def test_a_pass_shows_every_image_once(tiny):
     """CIFAR-100 in batches of 1024: 48 of them and one of 848."""
-    loader = real_loader(stand_in(50000), 1024, CPU, torch.Generator().manual_seed(0)).forever()
+    loader = shard_loader(stand_in(50000), 1024).forever()
     for _ in range(2):
         indices = [next(loader)[1] for _ in range(49)]
         assert [len(index) for index in indices] == [1024] * 48 + [848]
@@ -296,13 +286,13 @@ def test_a_pass_shows_every_image_once(tiny):
 
 @pytest.mark.parametrize("count", [31, 30, 25])  # last batches of 7, 6 and 1 image
 def test_ranks_get_equal_shares_of_the_last_batch(tiny, count):
-    def loader(shard, seed=0):
-        return real_loader(stand_in(count), 12, CPU, torch.Generator().manual_seed(seed), shard)
+    def loader(rank, ranks, seed=0):
+        return shard_loader(stand_in(count), 12, rank, ranks, seed)
 
     whole = [12, 12, *([6] if count > 29 else [])]  # what three ranks can share alike
-    loaders = [loader((rank, 3)) for rank in range(3)]
+    loaders = [loader(rank, 3) for rank in range(3)]
     streams = [own.forever() for own in loaders]
-    alone = loader((0, 1)).forever()
+    alone = loader(0, 1).forever()
     for _ in range(2):
         shown = []
         for size in whole:
@@ -315,7 +305,7 @@ def test_ranks_get_equal_shares_of_the_last_batch(tiny, count):
         assert len(order) == count and torch.equal(torch.cat(shown), order[: sum(whole)])
     # A stream that is restored anywhere in a pass goes on with the same rows.
     for stop in range(4):
-        first, other = loader((1, 3), 5), loader((1, 3), 6)
+        first, other = loader(1, 3, 5), loader(1, 3, 6)
         stream = first.forever()
         for _ in range(stop):
             next(stream)
@@ -328,9 +318,7 @@ def test_ranks_get_equal_shares_of_the_last_batch(tiny, count):
 
 def test_a_batch_that_cannot_be_dealt(tiny):
     with pytest.raises(ValueError, match="cannot be dealt to 5 ranks"):
-        real_loader(
-            data.load("tiny", 8, "datasets"), 12, CPU, torch.Generator().manual_seed(0), (0, 5)
-        )
+        shard_loader(load_set("tiny", 8, "datasets"), 12, 0, 5)
 
 
 def torchrun(*arguments):
@@ -338,8 +326,12 @@ def torchrun(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*command, str(ROOT / "train.py"), *arguments],
-        capture_output=True, text=True, timeout=120, env=environment, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+        check=False,
+    )
 
 
 def test_two_processes_equal_one(tiny):

@@ -185,11 +185,7 @@ def load_state(path: Path | str, *, what: str = "checkpoint") -> dict[str, torch
 
 
 def apply_state(
-    model: nn.Module,
-    state: dict[str, torch.Tensor],
-    *,
-    origin: Path | str,
-    skip: tuple[str, ...] = (),
+    model: nn.Module, state: dict[str, torch.Tensor], *, origin: Path | str, skip: tuple[str, ...] = ()
 ) -> None:
     """Load `state` into `model`; keys under the prefixes in `skip` (the head) are left alone.
 

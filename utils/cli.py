@@ -9,6 +9,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 C = TypeVar("C")
@@ -22,6 +23,8 @@ def flag(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    also: tuple[str, ...] = (),
+    identity: bool = True,
 ) -> Any:
     """Declare one flag of a config dataclass.
 
@@ -32,8 +35,19 @@ def flag(
         minimum: smallest allowed number (inclusive).
         above: exclusive lower bound.
         maximum: largest allowed number (inclusive).
+        also: further names of the flag.
+        identity: whether two runs that differ in it are different runs; False for what only says
+            where, how fast or how verbosely the same thing is computed.
     """
-    metadata = dict(help=help, choices=choices, minimum=minimum, above=above, maximum=maximum)
+    metadata = dict(
+        help=help,
+        choices=choices,
+        minimum=minimum,
+        above=above,
+        maximum=maximum,
+        also=also,
+        identity=identity,
+    )
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -41,6 +55,14 @@ def same_flag(config_class: type, name: str, **changes: Any) -> Any:
     """Declare a flag that another config has: its default, range and help, but for `changes`."""
     original = config_class.__dataclass_fields__[name]
     return flag(**{"default": original.default, **original.metadata, **changes})
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceFlags:
+    """Where a command computes."""
+
+    device: str | None = flag(None, "cpu, cuda, cuda:N or mps; default: the best there is", identity=False)
+    gpu_id: int = flag(0, "which GPU, where CUDA is present", minimum=0, also=("gpu",), identity=False)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,29 +110,52 @@ def _number(kind: type, metadata: Any) -> Any:
     return convert
 
 
-def build_parser(config_class: type, *, prog: str, description: str) -> argparse.ArgumentParser:
-    """Make the parser of a config dataclass; every field is one `--flag`."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+def _spelling(kind: type, allowed: tuple[str, ...] | None) -> Any:
+    """Names are matched without case."""
+    known = {name.lower(): name for name in allowed or ()}
+    return kind if not known else lambda text: known.get(text.lower(), text)
+
+
+def build_parser(
+    config_class: type,
+    *,
+    prog: str,
+    description: str,
+    choices: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> argparse.ArgumentParser:
+    """Make the parser of a config dataclass; every field is one `--flag`.
+
+    Args:
+        config_class: the flags.
+        prog: the command, for --help.
+        description: what it does, for --help.
+        choices: allowed strings of flags whose declaration cannot know them.
+    """
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         kind, several = _base_type(hints[field.name])
         default = " ".join(map(str, field.default or ())) if several else field.default
-        shown = "" if field.default is None else f" [{default}]"
+        shown = "" if field.default is None or kind is bool else f" [{default}]"
         help_text = (field.metadata["help"] + shown).replace("%", "%%")
+        names = [f"--{name}" for name in (field.name, *field.metadata["also"])]
+        common = dict(dest=field.name, default=field.default, help=help_text)
         if kind is bool:
-            parser.add_argument(
-                f"--{field.name}", action="store_true", default=field.default, help=help_text
-            )
+            parser.add_argument(*names, action="store_true", **common)
             continue
-        convert = _number(kind, field.metadata) if kind in (int, float) else kind
+        allowed = choices.get(field.name, field.metadata["choices"])
         parser.add_argument(
-            f"--{field.name}",
-            type=convert,
-            default=field.default,
+            *names,
+            **common,
+            type=_number(kind, field.metadata) if kind in (int, float) else _spelling(kind, allowed),
             nargs="+" if several else None,
-            choices=field.metadata["choices"],
-            metavar=None if field.metadata["choices"] else kind.__name__.upper(),
-            help=help_text,
+            choices=allowed,
+            metavar=None if allowed else kind.__name__.upper(),
         )
     return parser
 
@@ -122,7 +167,9 @@ def parse(
     prog: str,
     description: str,
     recipes: Mapping[str, Mapping[str, Any]] | None = None,
-    no_effect: Mapping[str, str] | None = None,
+    choices: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    no_effect: Mapping[str, str] = MappingProxyType({}),
 ) -> C:
     """Parse `argv` (default: the process's) into one frozen `config_class`.
 
@@ -131,20 +178,20 @@ def parse(
         argv: arguments after the command.
         prog: the command, for --help.
         description: what it does, for --help.
-        recipes: what each value of `--recipe` puts in place of other flags' defaults; a flag that
-            is given wins.
+        recipes: what each value of `--recipe` puts in place of other flags' defaults; explicit
+            flags take precedence.
+        choices: as in `build_parser`.
+        defaults: in place of the declared ones.
         no_effect: flags of published command lines that change nothing here, and why; one that is
             given is answered with one line.
 
     Raises:
         SystemExit: code 2 after one line for a bad flag, code 0 after --help.
     """
-    parser = build_parser(config_class, prog=prog, description=description)
-    no_effect = no_effect or {}
+    parser = build_parser(config_class, prog=prog, description=description, choices=choices)
+    parser.set_defaults(**defaults)
     for name, why in no_effect.items():
-        parser.add_argument(
-            f"--{name}", nargs="?", default=argparse.SUPPRESS, help=f"no effect: {why}"
-        )
+        parser.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=f"no effect: {why}")
     given = vars(parser.parse_args(argv))
     if recipes is not None:
         parser.set_defaults(**recipes[given["recipe"]])
@@ -159,3 +206,9 @@ def parse(
 def as_json(config: Any) -> dict[str, Any]:
     """A config as plain JSON values (paths become strings)."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The flags that say which run this is, as plain JSON values."""
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    return {k: v for k, v in as_json(config).items() if fields[k].metadata["identity"]}

@@ -38,9 +38,7 @@ def resolve_device(device: str | None, gpu_id: int = 0) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {device}: CUDA is not available here")
     if chosen.type == "cuda" and chosen.index >= torch.cuda.device_count():
-        raise UserError(
-            f"GPU {chosen.index} does not exist; this machine has {torch.cuda.device_count()}"
-        )
+        raise UserError(f"GPU {chosen.index} does not exist; this machine has {torch.cuda.device_count()}")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: no Apple GPU here")
     if chosen.type not in ("cpu", "cuda", "mps"):

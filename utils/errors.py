@@ -31,7 +31,7 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
 def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2.
 
-    A run that was asked to stop leaves with 128 + the signal's number. Of several processes under
+    A run that was asked to stop exits with 128 + the signal's number. Of several processes under
     torchrun only the first prints.
     """
 

@@ -43,9 +43,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
     if tuned or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    done = [
-        libc.mallopt(number, kept if keep else usual) for number, (kept, usual) in MALLOC.items()
-    ]
+    done = [libc.mallopt(number, kept if keep else usual) for number, (kept, usual) in MALLOC.items()]
     if not keep:
         libc.malloc_trim(0)
     return all(done)
@@ -89,7 +87,7 @@ class SplitBatches:
                     raise
             # Outside of the handler: the error holds on to the memory of the failed call.
             self.limit = size // 2
-            print(f"out of memory with {size} images at once; going on with {self.limit}")
+            print(f"out of memory with {size} images at once; continuing with {self.limit}")
             if x.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -111,6 +109,4 @@ def out_of_memory_says(device: torch.device, knobs: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         reason = (str(error).splitlines() or ["MemoryError"])[0]
-        raise UserError(
-            f"{device} is out of memory: {knobs}; the last save is kept ({reason})"
-        ) from None
+        raise UserError(f"{device} is out of memory: {knobs}; the last save is kept ({reason})") from None

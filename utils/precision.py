@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 # What each one costs and keeps. Losses, kernels and optimisers stay in float32 or better in all.
 PRECISIONS = ("fp32", "tf32", "bf16")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of what is kept
 
 
 def check_precision(name: str, device: torch.device) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from utils import checkpoint
-from utils.curves import draw_curves, read_series
 from utils.errors import UserError, entry_point
+from utils.plots import draw_curves, read_series
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -35,8 +35,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _table(values: dict[str, Any]) -> str:
     rows = (
-        f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(_plain(v))}</td></tr>"
-        for k, v in values.items()
+        f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(_plain(v))}</td></tr>" for k, v in values.items()
     )
     return f"<table>{''.join(rows)}</table>"
 

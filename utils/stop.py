@@ -106,6 +106,6 @@ class StopRequest:
         number = self.number or signal.SIGTERM
         raise Stopped(
             f"stopped {where} by {signal.Signals(number).name}; everything is saved, "
-            "the same command goes on from there",
+            "the same command resumes from there",
             number,
         )

@@ -12,19 +12,16 @@ ROOT = str(Path(__file__).resolve().parents[2])
 if ROOT not in sys.path:  # started from any folder
     sys.path.insert(0, ROOT)
 
-from clom.config import DistillFlags  # noqa: E402
-from clom.run import run_distillation  # noqa: E402
-from utils import cli  # noqa: E402
+from methods.command import distil  # noqa: E402
 from utils.errors import entry_point  # noqa: E402
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and distil."""
-    flags = cli.parse(
-        DistillFlags, argv, prog="python methods/DC_DSA_DM/main.py", description=__doc__
+    return distil(
+        argv, "dc", prog="python methods/DC_DSA_DM/main.py", description=__doc__, among=("dc", "dsa", "dm")
     )
-    return run_distillation(flags)
 
 
 if __name__ == "__main__":

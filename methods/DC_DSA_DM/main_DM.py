@@ -1,4 +1,4 @@
-"""Distil a labelled image set by DM (or --method DC, DSA): main.py with DM's own defaults.
+"""Distil a labelled image set by DM (or --method DC, DSA), with the defaults of the released script.
 
 python methods/DC_DSA_DM/main_DM.py --dataset CIFAR10 --model ConvNet --ipc 10
 """
@@ -13,18 +13,21 @@ if ROOT not in sys.path:  # started from any folder
     sys.path.insert(0, ROOT)
 
 from clom.config import MatchDMFlags  # noqa: E402
-from clom.run import run_distillation  # noqa: E402
-from utils import cli  # noqa: E402
+from methods.command import distil  # noqa: E402
 from utils.errors import entry_point  # noqa: E402
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and distil."""
-    flags = cli.parse(
-        MatchDMFlags, argv, prog="python methods/DC_DSA_DM/main_DM.py", description=__doc__
+    return distil(
+        argv,
+        "dm",
+        prog="python methods/DC_DSA_DM/main_DM.py",
+        description=__doc__,
+        flags=MatchDMFlags,
+        among=("dc", "dsa", "dm"),
     )
-    return run_distillation(flags)
 
 
 if __name__ == "__main__":

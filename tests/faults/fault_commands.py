@@ -22,16 +22,14 @@ from conftest import write_set
 
 from data.meta import own_statistics
 from data.synthetic import SyntheticSet
-from krr_st.target_model import Representation
+from evaluation.target import Representation
 from models import get_model
 from utils import checkpoint
 from utils.seed import local_seed
 
 NET, SHAPE = "convnet_4_bn", (3, 8, 8)
 # Facts about a start of a run, not about what it computed.
-CLOCK = {
-    "seconds", "seconds_of_last_start", "steps_in_this_start", "steps_per_second", "environment",
-}  # fmt: skip
+CLOCK = {"seconds", "seconds_of_last_start", "steps_in_this_start", "steps_per_second", "environment"}
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,9 @@ class Command:
 def module(script: str) -> ModuleType:
     """The module behind `Command.script`."""
     if "/" not in script:
-        return importlib.import_module(script.removesuffix(".py"))
+        name = script.removesuffix(".py")
+        package = importlib.util.find_spec(name).submodule_search_locations is not None
+        return importlib.import_module(f"{name}.__main__" if package else name)
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
@@ -121,9 +121,14 @@ def write_cifar10(folder: Path) -> None:
 def write_probe_targets(folder: Path) -> None:
     """The sets of a probe table, one image a class."""
     classes = {
-        "cifar10": 10, "cifar100": 100, "tinyimagenet": 200, "aircraft": 100, "cub2011": 200,
-        "dogs": 120, "flowers": 102,
-    }  # fmt: skip
+        "cifar10": 10,
+        "cifar100": 100,
+        "tinyimagenet": 200,
+        "aircraft": 100,
+        "cub2011": 200,
+        "dogs": 120,
+        "flowers": 102,
+    }
     for name, count in classes.items():
         write_set(folder / "datasets", name, size=32, train=count, test=10, classes=count)
 
@@ -152,68 +157,84 @@ def _of(folder: str, *names: str) -> tuple[str, ...]:
 
 def _distiller(method: str, steps: int) -> Command:
     return Command(
-        f"main.py {method}", _MAIN,
+        f"main.py {method}",
+        _MAIN,
         f"--method {method} {_DC} --batch_real 2 --num_eval 1 --Iteration {steps} --save_every 1 "
         f"--print_every 2 --eval_interval {steps // 2} --epoch_eval_train 1 --outer_loop 2 "
         "--inner_loop 1 --num_exp 2 --save_path run",
-        _of("run", "res_*.pt", "res_*.json", "vis_*.png"), write_cifar10,
-    )  # fmt: skip
+        _of("run", "res_*.pt", "res_*.json", "vis_*.png"),
+        write_cifar10,
+    )
 
 
 _ALL = (
     Command(
-        "train.py", "train.py",
+        "train.py",
+        "train.py",
         f"{_TINY} --train_model {NET} --num_images 6 --num_models 2 --online_iteration 3 "
         "--outer_iteration 30 --outer_lr 1e-2 --outer_batch_size 16 --print_every 4 "
         "--save_every 1 --eval_every 10 --pre_epoch 2 --test_iteration 3 --exp_name run",
-        _of("results/run", "x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png"), write_tiny,
+        _of("results/run", "x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png"),
+        write_tiny,
     ),
     Command(
-        "krr_st.target", "krr_st.target",
+        "krr_st.target",
+        "krr_st.target",
         f"{_TINY} --epochs 12 --batch_size 10 --projector_dim 8 --save_every 1 --eval_every 4 "
         "--save_dir made",
-        (*_of(f"made/barlow_twins_{NET}_tiny"), f"made/barlow_twins_{NET}_tiny.pt"), write_tiny,
+        (*_of(f"made/barlow_twins_{NET}_tiny"), f"made/barlow_twins_{NET}_tiny.pt"),
+        write_tiny,
     ),
     Command(
-        "krr_st.kd_teacher", "krr_st.kd_teacher",
+        "krr_st.kd_teacher",
+        "krr_st.kd_teacher",
         f"--data_name tiny --img_size 8 --device cpu --seed 4 --arch {NET} --epochs 12 "
         "--batch_size 10 --save_every 1 --save_dir made",
-        (*_of("made/teacher_tiny"), "made/teacher_tiny.pt"), write_tiny,
+        (*_of("made/teacher_tiny"), "made/teacher_tiny.pt"),
+        write_tiny,
     ),
     Command(
-        "train_original_models.py", "train_original_models.py",
+        "train_original_models.py",
+        "train_original_models.py",
         f"--normalize_data {_DC} --num 1 --epochs 8 --lr_decay_step 4 --save_every 2 --resume",
-        _of("pretrained_model/CIFAR10/original/ConvNetD1/index_0",
-            "CIFAR10_ConvNetD1_original_epoch8.pth"), write_cifar10,
+        _of("pretrained_model/CIFAR10/original/ConvNetD1/index_0", "CIFAR10_ConvNetD1_original_epoch8.pth"),
+        write_cifar10,
     ),
     _distiller("DM", 12),
     _distiller("DC", 4),
     Command(
-        "test.py", "test.py",
+        "test.py",
+        "test.py",
         f"--source_data_name tiny --img_size 8 --test_model {NET} --device cpu --seed 0 "
         "--num_test 3 --method krr_st --pre_epoch 3 --target_data_name tiny "
         "--finetune_iteration 6",
-        ("test_log/results.jsonl", "test_log/tiny/krr_st/*/finetune/results.json"), write_tiny,
+        ("test_log/results.jsonl", "test_log/tiny/krr_st/*/finetune/results.json"),
+        write_tiny,
     ),
     Command(
-        "krr_st.tables", "krr_st.tables",
+        "krr_st.tables",
+        "krr_st.tables",
         "--table probe_cifar10_1 --run --num_test 1 --device cpu",
-        ("test_log/results.jsonl", "test_log/table_probe_cifar10_1.*"), write_probe_targets,
+        ("test_log/results.jsonl", "test_log/table_probe_cifar10_1.*"),
+        write_probe_targets,
     ),
     Command(
-        "clom.tables", "clom.tables",
+        "clom.tables",
+        "clom.tables",
         "--run --datasets CIFAR10 --ipcs 1 --img_size 8 --model ConvNetD1 --Iteration 4 "
         "--num_eval 1 --epoch_eval_train 1 --batch_real 2 --device cpu --variants none "
         "--num_exp 1 --save_every 1 --methods DM DC",
-        ("test_log/clom/results.jsonl", "test_log/clom/table.*"), write_cifar10,
+        ("test_log/clom/results.jsonl", "test_log/clom/table.*"),
+        write_cifar10,
     ),
     Command(
-        "data.prepare", "data.prepare",
-        "--from_folder pictures --data_name own --size 8 --val_fraction 0.2 --workers 1 "
-        "--overwrite",
-        ("datasets/own/[!.]*",), write_pictures,
+        "data.prepare",
+        "data.prepare",
+        "--from_folder pictures --data_name own --size 8 --val_fraction 0.2 --workers 1 --overwrite",
+        ("datasets/own/[!.]*",),
+        write_pictures,
     ),
-)  # fmt: skip
+)
 COMMANDS = {command.name: command for command in _ALL}
 
 

@@ -54,6 +54,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int] | str]:
     """Every file and folder below: size and time of change, which any writing shows."""
     found = {}
     for base, folders, files in os.walk(folder):
+        folders[:] = {*folders} - _HARMLESS
         for name in {*folders, *files} - _HARMLESS:
             path = os.path.join(base, name)
             facts = os.lstat(path)

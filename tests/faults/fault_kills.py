@@ -26,9 +26,13 @@ _CHANGES = {"os.rename", "os.remove", "os.chmod", "os.mkdir", "os.rmdir", "os.tr
 OUTPUT = "output.txt"
 # What the commands import late; a fork should find it in memory.
 _LATE_IMPORTS = (
-    "torch._dynamo", "torchvision.transforms.v2", "kornia.augmentation", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "PIL.PngImagePlugin",
-)  # fmt: skip
+    "torch._dynamo",
+    "torchvision.transforms.v2",
+    "kornia.augmentation",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "PIL.PngImagePlugin",
+)
 
 
 class Process(Protocol):
@@ -67,9 +71,7 @@ class Forked:
         before: called in the child first; it may limit resources or add an audit hook.
     """
 
-    def __init__(
-        self, command: Command, folder: Path, before: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, command: Command, folder: Path, before: Callable[[], object] = lambda: None) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         self.code: int | None = None
@@ -187,9 +189,7 @@ def uninterrupted(command: Command, folder: Path) -> tuple[dict[str, Any], int, 
     return results(command, folder), changes.count, time.monotonic() - began
 
 
-def kill_at_random(
-    start: Callable[[], Process], output: Path, rng: random.Random, longest: float
-) -> bool:
+def kill_at_random(start: Callable[[], Process], output: Path, rng: random.Random, longest: float) -> bool:
     """Start, and kill after a random time; returns whether the process was still running.
 
     Args:

@@ -31,9 +31,7 @@ def stopped(command: Command, folder: Path, changes: int, rng: random.Random) ->
     raise AssertionError(f"{command.name} was never caught with two saves")
 
 
-def recover_damaged(
-    command: Command, folder: Path, changes: int, wanted: dict, rng: random.Random
-) -> str:
+def recover_damaged(command: Command, folder: Path, changes: int, wanted: dict, rng: random.Random) -> str:
     """Damage the last save of a stopped run, go on; returns what was damaged and how.
 
     Raises:
@@ -61,9 +59,7 @@ def small_disk(size: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def survive_small_disk(
-    command: Command, folder: Path, changes: int, wanted: dict, rng: random.Random
-) -> int:
+def survive_small_disk(command: Command, folder: Path, changes: int, wanted: dict, rng: random.Random) -> int:
     """Let the disk be too small for a stopped run, then large enough; returns the limit in bytes.
 
     Raises:

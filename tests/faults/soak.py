@@ -33,10 +33,15 @@ from fault_saves import finish, recover_damaged, survive_small_disk
 
 torch.set_num_threads(1)
 GROUPS = (
-    fault_inputs.train_cases, fault_inputs.hugging_face_cases, fault_inputs.evaluation_cases,
-    fault_inputs.target_cases, fault_inputs_more.validate_cases, fault_inputs_more.distill_cases,
-    fault_inputs_more.synthetic_cases, fault_inputs_more.prepare_cases,
-)  # fmt: skip
+    fault_inputs.train_cases,
+    fault_inputs.hugging_face_cases,
+    fault_inputs.evaluation_cases,
+    fault_inputs.target_cases,
+    fault_inputs_more.validate_cases,
+    fault_inputs_more.distill_cases,
+    fault_inputs_more.synthetic_cases,
+    fault_inputs_more.prepare_cases,
+)
 # Commands that save as they go; the others keep finished cells or start again.
 SAVING = ("train.py", "krr_st.target", "krr_st.kd_teacher", "main.py DM", "main.py DC")
 SLOW = ("krr_st.tables",)  # a minute a run: killed as a process now and then
@@ -105,9 +110,8 @@ class Soak:
             folder = Path(place)
             command.prepare(folder)
             hit = survive_kills(
-                lambda: spawn(command, folder), folder / OUTPUT, rng.randint(2, 5), rng,
-                3 + whole.seconds / 2,
-            )  # fmt: skip
+                lambda: spawn(command, folder), folder / OUTPUT, rng.randint(2, 5), rng, 3 + whole.seconds / 2
+            )
             self.compare(command, folder)
         self.counts[f"kills survived: {command.name}"] += hit
         self.counts["of them real processes"] += hit
@@ -164,9 +168,12 @@ class Soak:
             files = listing(work)
             line = Command(str(case), case.script, case.flags, (), lambda folder: None).line
             done = subprocess.run(
-                [word.replace("␣", " ") for word in line], cwd=work, capture_output=True, text=True,
+                [word.replace("␣", " ") for word in line],
+                cwd=work,
+                capture_output=True,
+                text=True,
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
+            )
             now = listing(work)
             changed = [name for name in {*files, *now} if files.get(name) != now.get(name)]
             lines = [text for text in done.stderr.splitlines() if text.strip()]
@@ -180,8 +187,9 @@ class Soak:
         lines = [f"{name}: {count}" for name, count in sorted(self.counts.items())]
         lines += [
             f"distinct malformed inputs: {len(self.refused)}",
-            f"kills survived in all: {kills}", "bytes of results lost: 0",
-        ]  # fmt: skip
+            f"kills survived in all: {kills}",
+            "bytes of results lost: 0",
+        ]
         return "\n".join(lines)
 
 

@@ -19,15 +19,23 @@ from fault_corpus import Case, problem, restore, run
 from fault_damage import PAYLOADS, payload
 
 import clom.config
-import clom.table_config
+import clom.tables
+import evaluation.kd
+import evaluation.transfer
 import krr_st.config
-from data.prepare import PrepareConfig
+import krr_st.tables
+from data.prepare.__main__ import PrepareFlags
 
 SEED, SHARE = 7, 0.2
 GROUPS = (
-    krr.train_cases, krr.evaluation_cases, krr.target_cases, more.validate_cases,
-    more.distill_cases, more.synthetic_cases, more.prepare_cases,
-)  # fmt: skip
+    krr.train_cases,
+    krr.evaluation_cases,
+    krr.target_cases,
+    more.validate_cases,
+    more.distill_cases,
+    more.synthetic_cases,
+    more.prepare_cases,
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +74,18 @@ def test_the_corpus_is_large_and_its_cases_are_distinct():
 
 
 def configs():
-    for module in (krr_st.config, clom.config, clom.table_config):
+    for module in (
+        krr_st.config,
+        krr_st.tables,
+        clom.config,
+        clom.tables,
+        evaluation.transfer,
+        evaluation.kd,
+    ):
         for value in vars(module).values():
             if isinstance(value, type) and value.__module__ == module.__name__:
                 yield value
-    yield PrepareConfig
+    yield PrepareFlags
 
 
 # Read as lines of JSON or written only.
@@ -144,11 +159,16 @@ def test_a_good_input_is_not_refused(folders):
     os.chdir(work)
     try:
         for script, flags in (
-            ("train.py", krr.GOING_ON), ("data.synthetic", "inspect set.safetensors"),
-            ("data.synthetic", "inspect png"), ("data.prepare", "--check tiny"),
-            ("validate.py", "--normalize_data --dataset CIFAR10 --img_size 8 --model ConvNetD1 "
-             "--device cpu --epochs 1 --num_eval 1 --synthesis_data_path res_a.pt"),
-        ):  # fmt: skip
+            ("train.py", krr.GOING_ON),
+            ("data.synthetic", "inspect set.safetensors"),
+            ("data.synthetic", "inspect png"),
+            ("data.prepare", "--check tiny"),
+            (
+                "validate.py",
+                "--normalize_data --dataset CIFAR10 --img_size 8 --model ConvNetD1 "
+                "--device cpu --epochs 1 --num_eval 1 --synthesis_data_path res_a.pt",
+            ),
+        ):
             assert run(Case(script, flags, "good")) == (0, [])
     finally:
         os.chdir(before)

@@ -3,16 +3,20 @@
 The full versions, with real processes and all commands, are in the soak (`make soak`).
 """
 
+import multiprocessing
 import os
 import random
 import select
+import shutil
+import signal
 import time
 
 import pytest
 from fault_commands import COMMANDS, differing, results
 from fault_kills import OUTPUT, Changes, Forked, spawn, survive_kills, uninterrupted
 
-from krr_st import distill
+from data.prepare import write
+from krr_st import setup
 
 SEED = 20240607
 SHORT = {
@@ -28,7 +32,7 @@ def whole(request, tmp_path_factory):
     """A command, what its uninterrupted run leaves, its changes to files, its seconds."""
     command = SHORT[request.param].without_curve()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "save_lines", lambda *args, **kwargs: None)  # matplotlib is slow
+        patch.setattr(setup, "save_lines", lambda *args, **kwargs: None)  # matplotlib is slow
         yield command, *uninterrupted(command, tmp_path_factory.mktemp("whole"))
 
 
@@ -46,7 +50,7 @@ def test_killed_before_a_change_to_its_files(whole, tmp_path):
     assert Forked(command, tmp_path).wait() == 0, (tmp_path / OUTPUT).read_text()
     assert differing(wanted, results(command, tmp_path)) == []
     if command.name != "data.prepare":  # the same result from a new start would prove nothing
-        assert "going on after" in (tmp_path / OUTPUT).read_text()
+        assert "resuming after" in (tmp_path / OUTPUT).read_text()
     assert left_overs(tmp_path) == []  # a killed writer's temporary files are as large as its saves
 
 
@@ -56,9 +60,7 @@ def test_killed_at_random_moments(whole, tmp_path):
         pytest.skip("has no steps: see the test above")
     command.prepare(tmp_path)
     output = tmp_path / OUTPUT
-    hit = survive_kills(
-        lambda: Forked(command, tmp_path), output, 3, random.Random(SEED), seconds / 2
-    )
+    hit = survive_kills(lambda: Forked(command, tmp_path), output, 3, random.Random(SEED), seconds / 2)
     assert hit, "no kill hit: the run is too short"
     assert differing(wanted, results(command, tmp_path)) == []
 
@@ -91,15 +93,27 @@ def test_the_harness_sees_a_lost_byte(tmp_path, name):
         results(command, tmp_path / "two")
 
 
+def die_beside_workers():
+    """Let this process die when the first rows reach it from one of its workers."""
+
+    def update(bar, count):
+        assert len(multiprocessing.active_children()) == 2
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write._Bar.update = update
+
+
 def test_workers_end_with_the_process_they_work_for(tmp_path):
     command = COMMANDS["data.prepare"].but(workers=2)
     command.prepare(tmp_path)
+    for picture in (tmp_path / "pictures/class0").glob("*.png"):
+        for number in range(20):
+            shutil.copy(picture, picture.with_name(f"{picture.stem}_{number}.png"))
     mine, theirs = os.pipe()
-    ends = Changes(20)  # in the middle of its pictures
     os.set_inheritable(theirs, True)
-    assert Forked(command, tmp_path, ends).wait() == -9
+    assert Forked(command, tmp_path, die_beside_workers).wait() == -9
     os.close(theirs)
-    ready, _, _ = select.select([mine], [], [], 10)
+    ready, _, _ = select.select([mine], [], [], 4)
     assert ready and os.read(mine, 1) == b""  # nobody holds the other end any more
     os.close(mine)
 

@@ -10,25 +10,33 @@ from conftest import write_set
 from fault_commands import NET, module, write_tiny
 
 from clom.matching import METRICS, distribution_distance, gradient_distance
-from evaluation.fit import fit, supervised
+from data.loader import TensorLoader
+from evaluation.fit import Trainer
+from evaluation.recipes import sgd_by_epochs
 from krr_st.loss import krr_loss
 from utils import checkpoint
 from utils.errors import UserError
 
 KRR = (
-    "train.py", f"--data_name tiny --img_size 8 --device cpu --seed 0 --target_model {NET} "
+    "train.py",
+    f"--data_name tiny --img_size 8 --device cpu --seed 0 --target_model {NET} "
     f"--train_model {NET} --num_models 1 --online_iteration 2 --outer_iteration 3 "
-    "--outer_batch_size 16 --pre_epoch 1 --test_iteration 1 --exp_name run", "results/run/?_syn.pt",
-)  # fmt: skip
+    "--outer_batch_size 16 --pre_epoch 1 --test_iteration 1 --exp_name run",
+    "results/run/?_syn.pt",
+)
 DC = (
-    "methods/DC_DSA_DM/main.py", "--dataset CIFAR10 --img_size 8 --model ConvNetD1 --device cpu "
+    "methods/DC_DSA_DM/main.py",
+    "--dataset CIFAR10 --img_size 8 --model ConvNetD1 --device cpu "
     "--seed 0 --ipc 1 --batch_real 2 --num_eval 1 --Iteration 2 --epoch_eval_train 1 "
-    "--outer_loop 2 --inner_loop 1 --save_path run", "run/res_*.pt",
-)  # fmt: skip
+    "--outer_loop 2 --inner_loop 1 --save_path run",
+    "run/res_*.pt",
+)
 TARGET = (
-    "krr_st.target", f"--data_name tiny --img_size 8 --device cpu --seed 0 --target_model {NET} "
-    "--epochs 2 --batch_size 10 --projector_dim 4 --save_dir made", "made/*.pt",
-)  # fmt: skip
+    "krr_st.target",
+    f"--data_name tiny --img_size 8 --device cpu --seed 0 --target_model {NET} "
+    "--epochs 2 --batch_size 10 --projector_dim 4 --save_dir made",
+    "made/*.pt",
+)
 
 
 def same_pictures(images):
@@ -36,19 +44,17 @@ def same_pictures(images):
 
 
 PICTURES = {
-    "black": torch.zeros_like, "all the same": same_pictures,
-    "one bright picture": lambda images: torch.zeros_like(images).index_fill(
-        0, torch.tensor([0]), 255
-    ),
-}  # fmt: skip
+    "black": torch.zeros_like,
+    "all the same": same_pictures,
+    "one bright picture": lambda images: torch.zeros_like(images).index_fill(0, torch.tensor([0]), 255),
+}
 
 
 def tensors(value):
     if isinstance(value, torch.Tensor):
         return [value]
     inner = value.values() if isinstance(value, dict) else value
-    return [t for v in inner if isinstance(v, torch.Tensor | dict | list | tuple)
-            for t in tensors(v)]  # fmt: skip
+    return [t for v in inner if isinstance(v, torch.Tensor | dict | list | tuple) for t in tensors(v)]
 
 
 def finite_or_one_line(folder, command):
@@ -89,9 +95,10 @@ def here(good, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", [KRR, DC, TARGET], ids=["train", "main", "target"])
 def test_constant_and_equal_pictures(here, monkeypatch, command, pictures):
     """Kernels of rank one, gradients of zero, BatchNorm without variance."""
-    from krr_st import distill
+    from krr_st import setup
 
-    monkeypatch.setattr(distill, "draw_artefacts", lambda *args: None)
+    for name in ("save_grid", "save_lines"):
+        monkeypatch.setattr(setup, name, lambda *args, **more: None)
     for path in here.glob("datasets/*/X_*_8.pth"):
         checkpoint.save(PICTURES[pictures](checkpoint.load(path)), path)
     flags = command[1] + (" --num_images 8" if command is KRR else "")
@@ -160,15 +167,24 @@ def test_class_means_of_an_empty_class_are_refused():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("step", [1, 4])
 def test_a_loss_that_is_not_finite_is_caught_in_its_step(value, step):
-    model, steps = torch.nn.Linear(2, 1), []
+    steps = []
 
-    def batches():
-        while True:
-            steps.append(1)
-            x = torch.ones(3, 2)
-            yield (x * value if len(steps) == step else x), torch.zeros(3, 1)
+    def spoil(x, generator):
+        steps.append(1)
+        return x * value if len(steps) == step else x
 
-    loss = supervised(lambda out, y: (out - y).abs().sum() if value > 0 else out.sum() * 1.0)
+    def loss(model, x, y):
+        return (model(x) - y).abs().sum() if value > 0 else model(x).sum() * 1.0
+
+    loader = TensorLoader(
+        torch.ones(3, 2),
+        torch.zeros(3, 1),
+        batch_size=3,
+        device=torch.device("cpu"),
+        generator=torch.Generator(),
+        transform=spoil,
+    )
+    recipe = sgd_by_epochs(9, 0.1, 0.0, 0.0, 3)
     with pytest.raises(UserError, match=f"step {step}"):
-        fit(model, batches(), loss, torch.optim.SGD(model.parameters(), lr=0.1), steps=9)
+        Trainer(torch.nn.Linear(2, 1), loader, recipe, loss_fn=loss).run()
     assert len(steps) == step

@@ -8,7 +8,8 @@ from fault_commands import COMMANDS
 from fault_kills import OUTPUT, Forked, uninterrupted
 from fault_saves import recover_damaged, small_disk, survive_small_disk
 
-from krr_st import distill
+from distillation import loop
+from krr_st import setup
 from utils.errors import UserError
 
 SEED = 11
@@ -25,7 +26,7 @@ def whole(request, tmp_path_factory):
     """A command, what it leaves, its changes to files."""
     command = SHORT[request.param].without_curve()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distill, "save_lines", lambda *args, **kwargs: None)
+        patch.setattr(setup, "save_lines", lambda *args, **kwargs: None)
         wanted, changes, _ = uninterrupted(command, tmp_path_factory.mktemp("whole"))
         yield command, wanted, changes
 
@@ -64,11 +65,12 @@ def test_the_harness_sees_a_save_that_is_not_kept(tmp_path, monkeypatch):
             if path.exists():
                 path.with_name("state.prev.pt").write_bytes(path.read_bytes())
             with path.open("wb") as file:
-                torch.save({**state, "tensors": tensors}, file)
+                torch.save({**state, "named": tensors}, file)
         except (OSError, RuntimeError) as error:
             raise UserError(f"cannot write {path}: {error}") from None
 
-    monkeypatch.setattr(distill, "save_run", in_place)
-    monkeypatch.setattr(distill, "draw_artefacts", lambda *args: None)
+    monkeypatch.setattr(loop, "save_run", in_place)
+    for name in ("save_grid", "save_lines"):
+        monkeypatch.setattr(setup, name, lambda *args, **more: None)
     with pytest.raises(AssertionError, match="is not the last save"):
         survive_small_disk(SHORT["train.py"], tmp_path, 160, {}, random.Random(SEED))

@@ -1,0 +1,82 @@
+"""What DC, DSA and DM share: images in class order, their optimiser, siamese augmentation, CLoM."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clom.config import DistillFlags
+from clom.source import network_factory
+from data.augment.dsa import diff_augment
+from distillation.base import Distiller
+from distillation.problem import Problem
+from evaluation.recipes import no_augmentation
+from utils.seed import draw_seed
+
+IMAGE_MOMENTUM = 0.5
+
+
+class MatchingDistiller(Distiller):
+    """Synthetic images in class order, matched to real ones of the same class.
+
+    Attributes:
+        x_syn: (classes · ipc, C, H, W).
+        y_syn: 0 ipc times, 1 ipc times, ...
+        extra: the CLoM term, or None.
+    """
+
+    parts = ("optimizer", "extra")
+    losses = ("loss", "clom")
+
+    def __init__(self, problem: Problem, flags: DistillFlags) -> None:
+        super().__init__(problem, flags)
+        x_syn, self.y_syn = problem.start_by_class(flags.ipc, flags.init)
+        self.x_syn = x_syn.clone().requires_grad_()
+        self.real, self.extra, self.ipc = problem.real, problem.extra, flags.ipc
+        self.new_network = network_factory(flags.model, problem.image_set, problem.device)
+        self.augmented = not no_augmentation(flags.dsa_strategy)
+        self.optimizer = torch.optim.SGD([self.x_syn], lr=flags.lr_img, momentum=IMAGE_MOMENTUM)
+
+    @classmethod
+    def cost(cls, flags: DistillFlags, classes: int) -> float:
+        """Real images forward, synthetic ones forward and backward, CLoM's model alike."""
+        return classes * (flags.batch_real + (3 + 3 * flags.CLoM) * flags.ipc)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """CLoM's value where it is used."""
+        return self.losses if self.extra is not None else self.losses[:1]
+
+    def draw_network(self) -> nn.Module:
+        """A new random network in train mode."""
+        return self.new_network(draw_seed(self.stream("networks"))).train()
+
+    def draw_class(self, c: int) -> Tensor:
+        """Real images of class c: `batch_real` of them, or all if it has fewer."""
+        return self.real.at(self.real.draw_class(c, self.flags.batch_real, self.stream("real images")))
+
+    def images_of(self, first: int, end: int) -> Tensor:
+        """A new leaf with the images of classes first to end - 1: its gradient has their size."""
+        part = self.x_syn.detach()[first * self.ipc : end * self.ipc]
+        return part.clone().requires_grad_()
+
+    def siamese(self, *batches: Tensor) -> list[Tensor]:
+        """Augment batches of one class alike: one seed, one set of parameters."""
+        if not self.augmented:
+            return list(batches)
+        flags, seed = self.flags, draw_seed(self.stream("augmentation"))
+        return [
+            diff_augment(x, flags.dsa_strategy, seed=seed, siamese=True, align_corners=flags.align_corners)
+            for x in batches
+        ]
+
+    def update_images(self, gradient: Tensor) -> Tensor:
+        """One SGD step along `gradient` (m, C, H, W) plus CLoM's; returns alpha · CLoM."""
+        value = gradient.new_zeros(())
+        if self.extra is not None:
+            value = self.extra(self.x_syn, self.y_syn)
+            gradient = gradient + torch.autograd.grad(value, self.x_syn)[0]
+        self.x_syn.grad = gradient
+        self.optimizer.step()
+        self.x_syn.grad = None
+        return value.detach()

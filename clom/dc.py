@@ -1,0 +1,114 @@
+"""DC and DSA: synthetic images whose gradient on a network is that of real images."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clom.base import MatchingDistiller
+from clom.config import DistillFlags
+from clom.matching import gradient_distance
+from data.loader import TensorLoader
+from distillation.problem import Problem
+from evaluation.fit import Trainer
+from evaluation.recipes import sgd_by_epochs
+from models.layout import batch_norms, images_at_once
+
+# Real images of each class from which BatchNorm takes its statistics.
+BATCH_NORM_IMAGES = 16
+
+
+class GradientMatching(MatchingDistiller):
+    """DC; DSA when real and synthetic images are augmented alike.
+
+    Invariant of the outer loop: the network has been trained `inner_loop` epochs on the synthetic
+    set after each update of the images but the last.
+
+    Source: Zhao et al., arXiv 2006.05929, alg. 1; Zhao and Bilen, arXiv 2102.08259, alg. 1.
+    """
+
+    def __init__(self, problem: Problem, flags: DistillFlags) -> None:
+        super().__init__(problem, flags)
+        # Plain SGD on the current synthetic set, each image augmented by itself.
+        recipe = sgd_by_epochs(flags.inner_loop, flags.lr_net, 0.0, 0.0, flags.batch_train)
+        self.inner = recipe.override(dsa=flags.dsa_strategy, align_corners=flags.align_corners)
+
+    @classmethod
+    def cost(cls, flags: DistillFlags, classes: int) -> float:
+        """The matching goes through the gradient once more."""
+        real, synthetic = flags.batch_real * classes, flags.ipc * classes
+        per_update = 3 * real + (6 + 3 * flags.CLoM) * synthetic
+        inner = 3 * (flags.outer_loop - 1) * flags.inner_loop * synthetic
+        return flags.outer_loop * per_update + inner
+
+    def step(self) -> dict[str, Tensor]:
+        """One iteration: a new network, `outer_loop` updates of the images."""
+        network, loops = self.draw_network(), self.flags.outer_loop
+        total = clom = self.x_syn.new_zeros(())
+        for outer in range(loops):
+            if batch_norms(network):
+                self._fix_statistics(network)
+            gradient, distance = self._match(network)
+            clom = clom + self.update_images(gradient)
+            total = total + distance
+            if outer < loops - 1:
+                self._train_network(network)
+        return {"loss": total / (self.real.num_classes * loops), "clom": clom / loops}
+
+    def _match(self, network: nn.Module) -> tuple[Tensor, Tensor]:
+        """Gradient on the images and value of the distance summed over classes."""
+        gradients, total = [], self.x_syn.new_zeros(())
+        for c in range(self.real.num_classes):
+            x_c = self.images_of(c, c + 1)
+            x_real, x_syn = self.siamese(self.draw_class(c), x_c)
+            grads_real = gradient_in_parts(network, x_real, c)
+            grads_syn = network_gradient(network, x_syn, c, create_graph=True)
+            distance = gradient_distance(grads_syn, grads_real, self.flags.dis_metric)
+            # Class by class instead of through the sum: the same gradient, one class's graph.
+            gradients += torch.autograd.grad(distance, x_c)
+            total = total + distance.detach()
+        return torch.cat(gradients), total
+
+    def _fix_statistics(self, network: nn.Module) -> None:
+        """One forward pass over real images in train mode, then BatchNorm in eval mode."""
+        x, _ = self.real.draw_all_classes(BATCH_NORM_IMAGES, self.stream("real images"))
+        network.train()
+        with torch.no_grad():
+            network(x)
+        for module in batch_norms(network):
+            module.eval()
+
+    def _train_network(self, network: nn.Module) -> None:
+        """`inner_loop` epochs on the synthetic set as it is now."""
+        if not self.flags.inner_loop:
+            return
+        loader = TensorLoader(
+            self.x_syn.detach().clone(),
+            self.y_syn,
+            batch_size=self.inner.batch_size,
+            device=self.x_syn.device,
+            generator=self.stream("inner loop"),
+            transform=self.inner.augment(),
+        )
+        Trainer(network, loader, self.inner).run(what="inner loop").train()
+
+
+def gradient_in_parts(network: nn.Module, x: Tensor, label: int) -> list[Tensor]:
+    """`network_gradient` of a real batch; the mean over images is joined from parts."""
+    part = images_at_once(network, x.shape, x.device, len(x))
+    total: list[Tensor] = []
+    for x_part in x.split(part):
+        gradient = network_gradient(network, x_part, label)
+        scaled = torch._foreach_mul(gradient, len(x_part) / len(x))
+        total = torch._foreach_add(total, scaled) if total else scaled
+    return total
+
+
+def network_gradient(
+    network: nn.Module, x: Tensor, label: int, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Gradient of the cross-entropy of images of one class on every parameter."""
+    y = torch.full((len(x),), label, device=x.device)
+    loss = F.cross_entropy(network(x), y)
+    return torch.autograd.grad(loss, list(network.parameters()), create_graph=create_graph)

@@ -1,0 +1,211 @@
+"""The pre-trained models that CLoM asks: found on disk, frozen, in eval mode, drawn from a pool."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clom.config import PREFIX, DistillFlags
+from data.space import Space, convert
+from data.specs import DC_SPECS, Stats
+from models import get_network
+from models.foundation import load_hf
+from models.layout import arranged
+from utils import checkpoint
+from utils.errors import UserError
+
+
+class Teacher(nn.Module):
+    """A frozen model that takes images of another space than its own.
+
+    Args:
+        model: has `forward` (logits) and `embed`, both on images of `own`.
+        own: the space it was trained in.
+        given: the space of the images it will get.
+        mode: interpolation where the sizes differ.
+    """
+
+    def __init__(self, model: nn.Module, own: Space, given: Space, mode: str = "bilinear") -> None:
+        super().__init__()
+        self.model, self.own, self.given, self.mode = model, own, given, mode
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) of `given` -> logits (B, K)."""
+        return self.model(convert(x, self.given, self.own, self.mode))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) of `given` -> features (B, D)."""
+        return self.model.embed(convert(x, self.given, self.own, self.mode))
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one architecture and the weight CLoM has under them."""
+
+    name: str
+    alpha: float
+    models: tuple[nn.Module, ...]
+
+
+class TeacherPool:
+    """Draws one architecture uniformly, then one of its models; all are frozen, in eval mode.
+
+    Args:
+        families: one entry per architecture.
+
+    Raises:
+        UserError: nothing to draw from.
+    """
+
+    def __init__(self, families: Sequence[Family]) -> None:
+        if not families or not all(family.models for family in families):
+            raise UserError("CLoM has no pre-trained model to ask")
+        self.families = tuple(families)
+        for model in (m for family in self.families for m in family.models):
+            # Training mode would let BatchNorm statistics drift with every synthetic batch.
+            model.eval().requires_grad_(False)
+
+    def draw(self, generator: torch.Generator) -> tuple[nn.Module, float]:
+        """A model and its alpha."""
+        family = self.families[int(torch.randint(len(self.families), (1,), generator=generator))]
+        number = int(torch.randint(len(family.models), (1,), generator=generator))
+        return family.models[number], family.alpha
+
+
+def model_folder(root: Path, dataset: str, model: str, kind: str = "original") -> Path:
+    """Where models of one architecture lie: of real images ("original", in folders index_{i})."""
+    return Path(root) / dataset / kind / model
+
+
+def checkpoint_name(dataset: str, model: str, epoch: int | str, kind: str = "original") -> str:
+    """File name of a state dict after `epoch` epochs."""
+    return f"{dataset}_{model}_{kind}_epoch{epoch}.pth"
+
+
+def index_folders(folder: Path) -> list[Path]:
+    """The index_{i} folders, by number."""
+    found = (p for p in folder.glob("index_*") if re.fullmatch(r"index_\d+", p.name))
+    return sorted(found, key=lambda p: int(p.name[6:]))
+
+
+def find_checkpoints(root: Path, dataset: str, model: str, epoch: int, count: int) -> list[Path]:
+    """The first `count` state dicts of an architecture at an epoch.
+
+    Raises:
+        UserError: fewer are there; says what was looked for, what was found, and what makes them.
+    """
+    folder = model_folder(root, dataset, model)
+    wanted = checkpoint_name(dataset, model, epoch)
+    found = [p / wanted for p in index_folders(folder) if (p / wanted).exists()]
+    if len(found) >= count:
+        return found[:count]
+    raise UserError(
+        f"looked for {count} x {folder / 'index_*' / wanted} and found {len(found)}; there is: "
+        f"{_describe(root, folder, dataset, model)}; train them with: python "
+        f"train_original_models.py --normalize_data --dataset {dataset} --model {model} "
+        f"--num {count - len(found)} --epochs {epoch}"
+    )
+
+
+def _describe(root: Path, folder: Path, dataset: str, model: str) -> str:
+    """What lies where checkpoints were expected, in a few words."""
+    pattern = re.compile(re.escape(checkpoint_name(dataset, model, "@")).replace("@", r"(\d+)"))
+    shown = []
+    for index in index_folders(folder):
+        epochs = sorted(int(m[1]) for p in index.iterdir() if (m := pattern.fullmatch(p.name)))
+        shown.append(f"{index.name} epochs {epochs[:2]} to {epochs[-1]}" if epochs else index.name)
+    if shown:
+        return "; ".join(shown[:5]) + (f"; and {len(shown) - 5} more" if len(shown) > 5 else "")
+    others = sorted(str(p.relative_to(root)) for p in Path(root).glob("*/original/*"))
+    return ", ".join(others[:8]) if others else f"nothing in {root}"
+
+
+def load_family(
+    flags: DistillFlags, model: str, alpha: float, given: Space, device: torch.device
+) -> tuple[Family, int]:
+    """Load the zoo networks of one architecture, ready for images of the space `given`.
+
+    Args:
+        flags: where they are, what they were trained on, epoch, how many, whose statistics.
+        model: their architecture.
+        alpha: weight of CLoM under them.
+        given: space of real and synthetic images.
+        device: where to compute.
+
+    Returns:
+        The family, and the number of classes its models know.
+
+    Raises:
+        UserError: too few checkpoints, damaged ones, or a source whose images are unknown.
+    """
+    teachers, num_classes, dataset = [], 0, flags.source_dataset
+    for path in find_checkpoints(flags.pretrained_path, dataset, model, flags.epoch, flags.model_num):
+        own, num_classes = source_space(path, dataset)
+        network = get_network(model, own.channels, num_classes, own.size)
+        state = checkpoint.load_state(path, what="pre-trained model")
+        checkpoint.apply_state(network, state, origin=path)
+        source = given
+        if flags.CLoM_teacher_stats == "target":
+            own, source = (replace(s, stats=pixel_stats(s.channels)) for s in (own, given))
+        teachers.append(Teacher(arranged(network, device), own, source))
+    return Family(model, alpha, tuple(teachers)), num_classes
+
+
+def pixel_stats(channels: int) -> Stats:
+    """Statistics that change nothing."""
+    return Stats((0.0,) * channels, (1.0,) * channels)
+
+
+def load_foundation(name: str, *, alpha: float, given: Space, device: torch.device) -> Family:
+    """Load `hf:NAME_OR_FOLDER` for images of the space `given`.
+
+    Images are de-normalised, given the model's number of channels, resized (antialiased,
+    differentiable) to its input size and normalised with its own statistics.
+
+    Args:
+        name: with its prefix.
+        alpha: weight of CLoM under this model.
+        given: space of real and synthetic images.
+        device: where to compute.
+
+    Raises:
+        UserError: as `models.foundation.load_hf`.
+    """
+    found = load_hf(name.removeprefix(PREFIX))
+    own = Space.of(Stats(found.mean, found.std), found.size)
+    teacher = Teacher(found.network, own, given, found.mode)
+    return Family(name, alpha, (teacher.to(device),))
+
+
+def source_space(path: Path, dataset: str) -> tuple[Space, int]:
+    """The image space and class count of a checkpoint: from its config.json, else the tables.
+
+    Raises:
+        UserError: neither says it.
+    """
+    config = path.parent / "config.json"
+    try:
+        facts = json.loads(config.read_text()) if config.exists() else {}
+        if not isinstance(facts, dict):
+            raise TypeError("not an object")
+        if "img_shape" in facts:
+            channels, *size = facts["img_shape"]
+            stats = Stats(tuple(facts["mean"]), tuple(facts["std"]))
+            return Space(stats, channels, tuple(size)), int(facts["num_classes"])
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+        raise UserError(f"{config} is damaged; expected what train_original_models.py writes") from None
+    if dataset not in DC_SPECS:
+        raise UserError(
+            f"the image size of {dataset} is unknown: {config} does not say it, and it is none of "
+            f"{', '.join(sorted(DC_SPECS))}"
+        )
+    spec = DC_SPECS[dataset]
+    size = spec.sizes[0]
+    return Space(spec.stats[size], spec.channels, (size, size)), spec.num_classes

@@ -1,0 +1,129 @@
+"""The driver behind train_original_models.py: the pre-trained models that CLoM asks."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from clom.config import OriginalFlags, given_seed, parse_epochs
+from clom.pool import checkpoint_name, index_folders, model_folder, pixel_stats
+from clom.source import load_data, network_factory
+from data.load import ImageSet
+from data.loader import ImagePipeline, TensorLoader
+from evaluation.epochs import train_epochs
+from evaluation.fit import Trainer
+from evaluation.recipes import sgd_by_epochs
+from evaluation.score import share_correct
+from utils import checkpoint, cli
+from utils.device import resolve_gpus
+from utils.memory import out_of_memory_says
+from utils.run_folder import RunFolder, claim_run, run_claims
+from utils.seed import derive_seed, make_generator, resolve_seed
+
+
+def train_originals(flags: OriginalFlags) -> int:
+    """Train `num` networks on the real images, each in the next free index folder.
+
+    Raises:
+        UserError: bad flags or data (nothing is written then), or a non-finite loss.
+    """
+    recipe = sgd_by_epochs(
+        flags.epochs,
+        flags.lr,
+        flags.momentum,
+        flags.weight_decay,
+        flags.batch_size,
+        parse_epochs(flags.lr_decay_step, "lr_decay_step"),
+    )
+    print(json.dumps(cli.as_json(flags), indent=2))
+    device, gpus = resolve_gpus(flags.device, flags.gpu_id, flags.multigpu)
+    if flags.dry_run:
+        return 0
+    image_set = in_space(load_data(flags), flags.normalize_data)
+    if not flags.normalize_data:
+        print("images stay in [0, 1]; the published command has --normalize_data")
+    new_network = network_factory(flags.model, image_set, device)
+    seed = resolve_seed(given_seed(flags))
+    folder = model_folder(flags.pretrained_path, flags.dataset, flags.model)
+    identity = cli.identity(flags)
+    earlier = earlier_folders(folder, identity)
+    unfinished = [place for place in earlier if not (place / "results.json").exists()]
+    finished = len(earlier) - len(unfinished) if flags.resume else 0
+    if finished:
+        print(f"{min(finished, flags.num)} of {flags.num} networks are there already")
+    for number in range(flags.num - finished):
+        with ExitStack() as held, out_of_memory_says(device, "lower --batch_size"):
+            place = unfinished[number] if number < len(unfinished) else next_index(folder)
+            held.enter_context(claim_run(place))
+            run = RunFolder(
+                place,
+                identity,
+                device=device,
+                tensorboard=flags.tensorboard,
+                seed=None if number < len(unfinished) else derive_seed(seed, place.name) % 2**31,
+                extra={
+                    "data_name": flags.dataset,
+                    "mean": image_set.stats.mean,
+                    "std": image_set.stats.std,
+                    "img_shape": image_set.img_shape,
+                    "num_classes": image_set.num_classes,
+                },
+            )
+            model = new_network(derive_seed(run.seed, "network"))
+            parallel = nn.DataParallel(model, list(gpus)) if len(gpus) > 1 else model
+            loader = TensorLoader(
+                image_set.train.images,
+                image_set.train.labels,
+                batch_size=recipe.batch_size,
+                device=device,
+                generator=make_generator(run.seed, "batches"),
+                transform=ImagePipeline(image_set.stats),
+            )
+            train_one(model, Trainer(parallel, loader, recipe), image_set, run, flags)
+    return 0
+
+
+def in_space(image_set: ImageSet, normalized: bool) -> ImageSet:
+    """The set with its own statistics, or with those that leave pixels in [0, 1]."""
+    if normalized:
+        return image_set
+    return replace(image_set, stats=pixel_stats(image_set.channels))
+
+
+def next_index(folder: Path) -> Path:
+    """The first index_{i} that does not exist."""
+    taken = {path.name for path in index_folders(folder)}
+    return next(folder / n for i in range(len(taken) + 1) if (n := f"index_{i}") not in taken)
+
+
+def earlier_folders(folder: Path, identity: dict) -> list[Path]:
+    """Index folders of the same flags that no other process is training in."""
+    found, claims = [], run_claims(folder)
+    for place in index_folders(folder):
+        try:
+            flags = json.loads((place / "config.json").read_text())["flags"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if flags == json.loads(json.dumps(identity)) and not claims.held_elsewhere(place.name):
+            found.append(place)
+    return found
+
+
+def train_one(
+    model: nn.Module, trainer: Trainer, image_set: ImageSet, run: RunFolder, flags: OriginalFlags
+) -> None:
+    """Train one network; state dicts and tests every `save_every` epochs and at the end."""
+
+    def measure(epoch: int) -> dict[str, float]:
+        if epoch % flags.save_every and epoch != flags.epochs:
+            return {}
+        name = checkpoint_name(flags.dataset, flags.model, epoch)
+        checkpoint.save({k: v.cpu() for k, v in model.state_dict().items()}, run.path / name)
+        return {"test_accuracy": share_correct(model.eval(), image_set, trainer.loader.device)}
+
+    train_epochs(trainer, run, save_every=flags.save_every, what=run.path.name, measure=measure)
+    run.finish({"epochs": flags.epochs, "test_accuracy": run.read_log()[-1]["test_accuracy"]})

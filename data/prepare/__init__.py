@@ -1,0 +1,1 @@
+"""From raw data sets to prepared tensors; the command is `python -m data.prepare`."""

@@ -1,0 +1,112 @@
+"""Any folder of images as a data set: class sub-folders, a train/val pair, or loose pictures."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+from data.prepare.raw import (
+    PICTURE_SUFFIXES,
+    Source,
+    file_source,
+    pictures_below,
+    pictures_by_class,
+    stratified_split,
+)
+from utils.errors import UserError
+
+_HELD_OUT = ("val", "valid", "validation", "test")
+
+
+def read_folder(path: Path, *, val_fraction: float = 0.0, unlabelled: bool = False) -> Source:
+    """Read a folder of images.
+
+    With `train/` beside `val/` (or valid, validation, test) each is read as its own split; so is a
+    lone `train/`. Otherwise sub-folders are classes, sorted by name, with the pictures of all
+    levels below them; pictures lying directly in the folder have no labels.
+
+    Args:
+        path: the folder.
+        val_fraction: share of every class (at least one picture where there are two) that becomes
+            the test split; drawn once with seed 0.
+        unlabelled: take all pictures on all levels, without labels.
+
+    Raises:
+        UserError: no pictures, an empty class folder, class names that differ only in spelling,
+            pictures beside class folders, or splits whose classes differ.
+    """
+    if not path.is_dir():
+        raise UserError(f"--from_folder {path} is not a folder")
+    origin = f"folder {path.name}"
+    below = {p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    held_out = [name for name in _HELD_OUT if name in below]
+    if "train" in below and held_out:
+        if val_fraction:
+            raise UserError(f"{path} has {held_out[0]}/ already; --val_fraction is for a folder without one")
+        if len(held_out) > 1:
+            print(f"{held_out[0]}/ becomes the test split; {', '.join(held_out[1:])} is left out")
+        names, *train = _read_split(path / "train", unlabelled)
+        test_names, *test = _read_split(path / held_out[0], unlabelled)
+        _check_same_classes(path, held_out[0], names, test_names)
+        return file_source(origin, names, train=train, test=test)
+    path = path / "train" if below == {"train"} else path
+    names, files, labels = _read_split(path, unlabelled)
+    if not val_fraction:
+        return file_source(origin, names, train=(files, labels))
+    strata = np.zeros(len(files), dtype=np.int64) if labels is None else np.asarray(labels)
+    train, test = (
+        ([files[i] for i in rows], None if labels is None else strata[rows])
+        for rows in stratified_split(
+            strata, lambda n: min(n - 1, max(1, round(val_fraction * n))) if n > 1 else 0
+        )
+    )
+    if not test[0]:
+        raise UserError(f"{path} has too few pictures for --val_fraction {val_fraction}")
+    return file_source(origin, names, train=train, test=test)
+
+
+def _check_same_classes(path: Path, held_out: str, train: list[str] | None, test: list[str] | None) -> None:
+    """Refuse splits whose class folders differ."""
+    if (train is None) != (test is None):
+        flat, sorted_in = ("train", held_out) if train is None else (held_out, "train")
+        raise UserError(
+            f"{path}: {sorted_in}/ has class folders and {flat}/ has none; "
+            "give both the same layout, or leave the labels out with --unlabelled"
+        )
+    if train != test:
+        odd = sorted(set(train) ^ set(test))
+        raise UserError(
+            f"{path}: train/ and {held_out}/ differ in {len(odd)} class folders ({', '.join(odd[:5])})"
+        )
+
+
+def _read_split(path: Path, unlabelled: bool) -> tuple[list[str] | None, list[Path], list[int] | None]:
+    """Class names, picture files and labels of one folder; no names or labels if it is flat."""
+    entries = [p for p in sorted(path.iterdir()) if not p.name.startswith((".", "__MACOSX"))]
+    loose = [p for p in entries if p.is_file() and p.name.lower().endswith(PICTURE_SUFFIXES)]
+    classes = [p for p in entries if p.is_dir()]
+    if unlabelled or not classes:
+        files = pictures_below(path)
+        if not files:
+            raise UserError(f"{path} holds no pictures ({' '.join(PICTURE_SUFFIXES)})")
+        return None, files, None
+    if loose:
+        raise UserError(
+            f"{path} holds {len(loose)} loose pictures (such as {loose[0].name}) beside "
+            f"{len(classes)} sub-folders; sort them in, or leave all labels out with --unlabelled"
+        )
+    names = [p.name for p in classes]
+    _check_names(names, path)
+    return names, *pictures_by_class(classes)
+
+
+def _check_names(names: list[str], path: Path) -> None:
+    """Refuse class names that differ only in case, spaces or Unicode form."""
+    seen: dict[str, str] = {}
+    for name in names:
+        key = unicodedata.normalize("NFKC", name).strip().casefold()
+        if key in seen:
+            raise UserError(f"{path} has class folders {seen[key]!r} and {name!r}; merge them")
+        seen[key] = name

@@ -1,0 +1,142 @@
+"""Raw sets that torchvision has a class for; it fetches, unpacks and checks them."""
+
+from __future__ import annotations
+
+import contextlib
+import urllib.error
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchvision import datasets
+
+from data.prepare.raw import Part, Source, check_data_files, file_source, require_pictures
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class TorchvisionSet:
+    """Reader of one of torchvision's classes.
+
+    Attributes:
+        name: of the set.
+        inside: what torchvision's root folder has to hold.
+        build: torchvision's class.
+        train: its options for each of its splits that make ours, one after another.
+        test: its options for our test split.
+        class_names: in label order, in place of torchvision's.
+    """
+
+    name: str
+    inside: str
+    build: Callable[..., Any]
+    train: tuple[dict[str, Any], ...] = ({"split": "train"},)
+    test: dict[str, Any] = field(default_factory=lambda: {"split": "test"})
+    class_names: tuple[str, ...] = ()
+
+    def __call__(self, raw: Path, download: bool) -> Source:
+        """Read the set; arrays are loaded split by split, when their turn comes."""
+        # Torchvision wants the parent of its own folder; accept that folder itself, too.
+        root = raw.parent if raw.name == self.inside and raw.is_dir() else raw
+        first = self._open(root, self.test, download)  # the smaller; tells early if it is missing
+        origin = f"torchvision {self.name}"
+        names = self.class_names or getattr(first, "classes", ())
+        names = tuple(name if isinstance(name, str) else name[0] for name in names)
+        splits = {"train": self.train, "test": (self.test,)}
+        if hasattr(first, "data"):
+            parts = {
+                split: (_array_part(self._open(root, one, download)) for one in theirs)
+                for split, theirs in splits.items()
+            }
+            return Source(origin, names, parts)
+        found = {}
+        for split, theirs in splits.items():
+            pairs = [pair for one in theirs for pair in _listed(self._open(root, one, download))]
+            files, labels = [Path(path) for path, _ in pairs], [label for _, label in pairs]
+            require_pictures(files, f"the {split} list of {root / self.inside}")
+            found[split] = files, labels
+        # Torchvision 0.21 has no names for the flowers; numbers stand in.
+        numbers = [str(label + 1) for label in range(max(found["train"][1]) + 1)]
+        return file_source(origin, names or numbers, **found)
+
+    def _open(self, root: Path, options: dict[str, Any], download: bool) -> Any:
+        with self._one_line(root, download):
+            return self.build(root, **options, download=download)
+
+    @contextlib.contextmanager
+    def _one_line(self, root: Path, download: bool) -> Iterator[None]:
+        """Turn whatever torchvision raises into one line."""
+        name = self.name
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:  # torchvision raises all sorts, down to AssertionError
+            check_data_files(root)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            by_hand = f"give the folder that holds {self.inside} with --raw PATH"
+            offline = isinstance(error, urllib.error.URLError | ConnectionError | TimeoutError)
+            if offline or (download and "downloading" in reason):
+                reason = getattr(error, "reason", reason)
+                message = f"cannot fetch {name} ({reason}); try again later, or {by_hand}"
+            elif download:
+                message = (
+                    f"cannot fetch and unpack {name} into {root} ({reason}); delete what is there "
+                    f"and try again, or {by_hand}"
+                )
+            elif "not found" in reason:
+                message = (
+                    f"no raw {name} in {root}, or it is not whole: fetch (or unpack) it with "
+                    f"--download, or {by_hand}"
+                )
+            else:
+                message = f"raw {name} in {root} is damaged ({reason})"
+            raise UserError(message) from None
+
+
+def _array_part(dataset: Any) -> Part:
+    """The whole array of a torchvision set, channels last (SVHN keeps them first)."""
+    images = np.asarray(dataset.data)
+    if images.ndim == 4 and images.shape[1] == 3:
+        images = images.transpose(0, 2, 3, 1)
+    labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
+    return Part(images, np.asarray(labels, np.int64))
+
+
+def _listed(dataset: Any) -> list[tuple[str, int]]:
+    """(path, label) of every picture; only torchvision's private lists tell without opening it."""
+    if hasattr(dataset, "_samples"):
+        return dataset._samples
+    return list(zip(dataset._image_files, map(int, dataset._labels), strict=True))
+
+
+def _imagenette(root: Path, *, split: str, download: bool) -> Any:
+    """The largest of the three releases that is there; --download takes the 320-pixel one."""
+    sizes = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
+    size = next((size for size, inside in sizes.items() if (root / inside).is_dir()), "320px")
+    return datasets.Imagenette(root, split, size, download=download)
+
+
+_BY_FLAG = {"train": ({"train": True},), "test": {"train": False}}
+
+# By the name of the prepared folder.
+TORCHVISION_SETS = {
+    "mnist": TorchvisionSet("MNIST", "MNIST", datasets.MNIST, **_BY_FLAG, class_names=tuple("0123456789")),
+    "fashionmnist": TorchvisionSet("FashionMNIST", "FashionMNIST", datasets.FashionMNIST, **_BY_FLAG),
+    "svhn": TorchvisionSet(
+        "SVHN", "train_32x32.mat and test_32x32.mat", datasets.SVHN, class_names=tuple("0123456789")
+    ),
+    "cifar10": TorchvisionSet("CIFAR-10", "cifar-10-batches-py", datasets.CIFAR10, **_BY_FLAG),
+    "cifar100": TorchvisionSet("CIFAR-100", "cifar-100-python", datasets.CIFAR100, **_BY_FLAG),
+    # 6667 pictures of train and val together, as usual for this benchmark; 3333 for test.
+    "aircraft": TorchvisionSet(
+        "FGVC-Aircraft", "fgvc-aircraft-2013b", datasets.FGVCAircraft, train=({"split": "trainval"},)
+    ),
+    # 1020 + 1020 pictures of train and val together, 6149 for test.
+    "flowers": TorchvisionSet(
+        "Flowers-102", "flowers-102", datasets.Flowers102, train=({"split": "train"}, {"split": "val"})
+    ),
+    "imagenette": TorchvisionSet("Imagenette", "imagenette2-320", _imagenette, test={"split": "val"}),
+}

@@ -1,0 +1,262 @@
+"""Streaming a source into prepared tensors: worker processes, bounded memory, all files or none.
+
+The rows go into a nameless scratch file per split by ordinary writes: on a full disk those fail
+like any other, where a mapped file would kill the process. It is then mapped and saved, so that no
+split has to fit in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import multiprocessing.connection
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from data.meta import measure_statistics, merge_meta, read_meta
+from data.prepare import images
+from data.prepare.raw import Part, Source
+from data.prepared import SPLITS, file_name
+from utils.checkpoint import atomic_path
+from utils.errors import UserError
+
+# Pictures that are converted together: so few that all workers finish together.
+_FILES, _ROWS = 64, 256
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread of tqdm's own: worker processes are forked while it shows
+
+
+def default_workers() -> int:
+    """One process per core this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def write_prepared(
+    folder: Path, size: int, channels: int, source: Source, *, workers: int, skip_broken: bool = False
+) -> dict[str, Any]:
+    """Convert `source` and put X/Y tensors and meta.json into `folder`.
+
+    All files of this size appear together at the end; after any failure the folder is as before.
+
+    Args:
+        folder: of the prepared set.
+        size: height = width in pixels.
+        channels: 1 or 3.
+        source: the raw set.
+        workers: number of processes that decode and resize.
+        skip_broken: leave unreadable pictures out and list them in meta.json.
+
+    Returns:
+        What meta.json says about this size.
+
+    Raises:
+        UserError: unreadable pictures (without `skip_broken`), labels that do not fit, a disk that
+            is full or cannot be written, or other classes than this set's other sizes have.
+    """
+    fresh = not folder.exists()
+    try:
+        with _disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        _check_same_classes(folder, size, source)
+        # New files take their names as `files` closes.
+        with contextlib.ExitStack() as files, _disk_errors(folder):
+            meta_path = files.enter_context(atomic_path(folder / "meta.json"))
+            tensors, broken = {}, {}
+            for split in source.splits:
+                scratch = files.enter_context(tempfile.TemporaryFile(dir=folder))
+                shape = channels, size, size
+                *found, skipped = _convert_split(source, split, shape, workers, scratch)
+                broken |= {split: skipped} if skipped else {}
+                tensors |= {(kind, split): t for kind, t in zip("XY", found, strict=True)}
+            if broken and not skip_broken:
+                raise UserError(_describe_broken(broken))
+            entry = _describe(tensors) | {"skipped": broken}
+            for (kind, split), tensor in tensors.items():
+                path = folder / file_name(kind, split, size)
+                if tensor is not None:
+                    _save(tensor, files.enter_context(atomic_path(path)))
+            common = {"source": source.origin, "class_names": source.class_names}
+            meta = merge_meta(folder, size, entry, replace=True, **common)
+            meta_path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            for split in SPLITS:  # of an earlier set under this name
+                for kind in "XY":
+                    if tensors.get((kind, split)) is None:
+                        (folder / file_name(kind, split, size)).unlink(missing_ok=True)
+        return entry
+    finally:
+        if fresh:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only if nothing was written
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what a full disk or a killed worker raises into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if "worker (pid" not in str(error):
+            raise
+        raise UserError("a worker process was killed (out of memory?); try --workers 1") from None
+
+
+def _convert_split(
+    source: Source, split: str, shape: tuple[int, int, int], workers: int, scratch: BinaryIO
+) -> tuple[Tensor | None, Tensor | None, list[dict[str, str]]]:
+    """Convert the parts of one split, one after another, to rows of `shape` in the file `scratch`.
+
+    Returns:
+        The images, mapped from the file, and the labels, None for an unlabelled set (both None if
+        no picture is readable); and the unreadable pictures with the reasons.
+    """
+    labels, skipped = [], []
+    with _Bar(total=0, desc=f"{split} {shape[1]}px", unit="img", disable=None) as bar:
+        for part in source.splits[split]:
+            if part.labels is not None and len(part.labels) != len(part.images):
+                raise UserError(f"{split} split: {len(part.labels)} labels for {len(part.images)} pictures")
+            keep = np.ones(len(part.images), dtype=bool)
+            bar.total += len(part.images)
+            for span, rows, broken in _convert(_Blocks(part, *shape[:2]), workers):
+                scratch.write(rows.tobytes())
+                bar.update(len(span))
+                for offset, reason in broken:
+                    keep[span[offset]] = False
+                    picture = str(part.images[span[offset]])
+                    skipped.append({"picture": picture, "reason": reason})
+            if part.labels is not None:
+                labels.append(part.labels[keep])
+            del part  # before the next one is read
+    scratch.flush()
+    count = scratch.tell() // math.prod(shape)
+    if not count:
+        return None, None, skipped
+    rows = torch.from_numpy(np.memmap(scratch, np.uint8, "r+", shape=(count, *shape)))
+    if source.class_names is None:
+        return rows, None, skipped
+    joined, last = torch.from_numpy(np.concatenate(labels)).long(), len(source.class_names) - 1
+    low, high = int(joined.min()), int(joined.max())
+    if low < 0 or high > last:
+        raise UserError(f"{split} split: labels from {low} to {high}, expected 0 to {last}")
+    return rows, joined, skipped
+
+
+class _Blocks:
+    """The pictures of a part as blocks of uint8 rows: a map-style data set for a DataLoader."""
+
+    def __init__(self, part: Part, channels: int, size: int) -> None:
+        self.images, self.channels, self.size = part.images, channels, size
+        self.array = isinstance(part.images, np.ndarray)
+        self.resized = not self.array or part.images.shape[1:3] != (size, size)
+        self.step = _ROWS if self.array else _FILES
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.step)
+
+    def __getitem__(self, number: int) -> tuple[range, np.ndarray, list[tuple[int, str]]]:
+        """The positions of a block, the rows of its readable pictures, the unreadable ones."""
+        span = range(len(self.images))[number * self.step : (number + 1) * self.step]
+        chosen = self.images[span.start : span.stop]
+        convert = images.rows_from_array if self.array else images.rows_from_files
+        return span, *convert(chosen, self.size, self.channels)
+
+
+def _convert(blocks: _Blocks, workers: int) -> DataLoader:
+    """The blocks in order, by worker processes where that pays."""
+    workers = workers if blocks.resized and workers > 1 and len(blocks) > 1 else 0
+    return DataLoader(
+        blocks,
+        batch_size=None,
+        num_workers=min(workers, len(blocks)),
+        collate_fn=_as_is,
+        worker_init_fn=_tie_to_parent,
+        generator=torch.Generator(),
+    )
+
+
+def _as_is(block: Any) -> Any:
+    """In place of a conversion to tensors, which would travel in scarce shared memory."""
+    return block
+
+
+def _tie_to_parent(worker: int) -> None:
+    """Leave Ctrl-C to the parent, and end with it: a killed one would leave a worker waiting."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _describe(tensors: dict[tuple[str, str], Tensor | None]) -> dict[str, Any]:
+    """What meta.json says about X and Y of the splits."""
+    entry = {"resize": images.RESIZE_RULE, "counts": {}, "sha256": {}}
+    for (kind, split), tensor in tensors.items():
+        if tensor is not None:
+            entry["counts"][split] = len(tensor)
+            entry["sha256"][f"{kind}_{SPLITS[split]}"] = checksum(tensor)
+        elif kind == "X":
+            raise UserError(f"the {split} split has no readable picture")
+    stats = measure_statistics(tensors["X", "train"])
+    return entry | {"mean": list(stats.mean), "std": list(stats.std)}
+
+
+def checksum(tensor: Tensor) -> str:
+    """SHA-256 over the SHA-256 digests of a tensor's bytes in blocks of 16 MiB, on all cores."""
+    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    blocks = [content[start : start + (1 << 24)] for start in range(0, len(content), 1 << 24)]
+    with ThreadPoolExecutor(min(len(blocks), default_workers()) or 1) as pool:
+        digests = pool.map(lambda block: hashlib.sha256(block).digest(), blocks)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _save(tensor: Tensor, path: Path) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(tensor, file)
+    except RuntimeError as error:  # torch reports a full disk this way
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def _check_same_classes(folder: Path, size: int, source: Source) -> None:
+    """Refuse to mix two different sets under one name; the class names belong to all sizes."""
+    meta = read_meta(folder)
+    others = [other for other in meta["sizes"] if other != str(size)]
+    names = None if source.class_names is None else list(source.class_names)
+    if others and "class_names" in meta and meta["class_names"] != names:
+        raise UserError(
+            f"{folder} is prepared at size {others[0]} with other classes; "
+            "choose another --data_name or remove that folder"
+        )
+
+
+def _describe_broken(broken: dict[str, list[dict[str, str]]]) -> str:
+    """One line with the count and the first few names."""
+    every = [item for items in broken.values() for item in items]
+    shown = "; ".join(f"{item['picture']}: {item['reason']}" for item in every[:5])
+    more = f"; and {len(every) - 5} more" if len(every) > 5 else ""
+    return (
+        f"{len(every)} unreadable picture{'s' * (len(every) > 1)} ({shown}{more}); "
+        "mend them, or leave them out with --skip_broken"
+    )

@@ -1,0 +1,184 @@
+"""Prepared tensors on disk: `X_{tr,te}_{size}.pth` and `Y_{tr,te}_{size}.pth`, one folder per set.
+
+Everything a later stage relies on is checked here once, so that no loop has to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.meta import read_meta
+from data.specs import DC_SPECS, KRR_SPECS, DatasetSpec
+from utils import checkpoint
+from utils.errors import UserError
+
+SPLITS = {"train": "tr", "test": "te"}
+_MAP_FROM_BYTES = 1 << 30
+_FAMILIES = {"krr": KRR_SPECS, "dc": DC_SPECS}
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """One split of a prepared set.
+
+    Attributes:
+        images: N×C×H×W, uint8 in [0, 255] or float32 in [0, 1], on the CPU (perhaps mapped).
+        labels: N int64 class indices, or None for an unlabelled set.
+        path: the file the images came from, for messages.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    path: Path
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def file_name(kind: str, split: str, size: int) -> str:
+    """Name of one tensor of a set; kind is X or Y, split train or test."""
+    return f"{kind}_{SPLITS[split]}_{size}.pth"
+
+
+def tensor_path(data_dir: Path | str, folder: str, kind: str, split: str, size: int) -> Path:
+    """Where that tensor lies."""
+    return Path(data_dir) / folder / file_name(kind, split, size)
+
+
+def prepared_names(data_dir: Path | str) -> list[str]:
+    """Folders below `data_dir` that hold at least one prepared tensor."""
+    return sorted({p.parent.name for p in Path(data_dir).glob("*/[XY]_t[re]_*.pth")})
+
+
+def prepared_sizes(folder: Path) -> list[int]:
+    """The sizes at which a set is prepared."""
+    sizes = {p.stem.split("_")[-1] for p in folder.glob("[XY]_t[re]_*.pth")}
+    return sorted(int(size) for size in sizes if size.isdecimal())
+
+
+def find_spec(name: str, data_dir: Path | str, family: str = "krr") -> DatasetSpec | None:
+    """The family's row for `name`; None for an own set that is prepared under that name.
+
+    Raises:
+        UserError: neither listed nor prepared; the message lists the valid names.
+    """
+    specs = _FAMILIES[family]
+    if name in specs:
+        return specs[name]
+    own = prepared_names(data_dir)
+    if name in own:
+        return None
+    raise UserError(
+        f"unknown data set {name!r}; known: {', '.join(sorted(specs))}; "
+        f"prepared in {data_dir}: {', '.join(own) or 'none'}; an own folder of images becomes one "
+        f"with: python -m data.prepare --from_folder PATH --data_name {name} --size 32"
+    )
+
+
+def default_size(name: str, data_dir: Path | str, family: str = "krr") -> int:
+    """The size to use when none is given: the published one, or the only one prepared.
+
+    Raises:
+        UserError: an own set prepared at several sizes.
+    """
+    spec = find_spec(name, data_dir, family)
+    if spec is not None:
+        return spec.sizes[0]
+    sizes = prepared_sizes(Path(data_dir) / name)
+    if len(sizes) != 1:
+        raise UserError(f"{Path(data_dir) / name} is prepared at sizes {sizes}; choose --img_size")
+    return sizes[0]
+
+
+def read_split(
+    folder: Path, split: str, size: int, spec: DatasetSpec | None, mmap: bool | None = None
+) -> ImageSplit | None:
+    """Read and check one split; None if neither of its files exists.
+
+    Args:
+        folder: of the prepared set.
+        split: train or test.
+        size: height = width in pixels.
+        spec: the set's row, whose channels and classes it must have; None for an own set.
+        mmap: map the image file instead of reading it; None: from 1 GiB on.
+
+    Raises:
+        UserError: one file of the pair is missing, or either is damaged or holds something else.
+    """
+    x_path, y_path = (folder / file_name(kind, split, size) for kind in "XY")
+    if not x_path.exists():
+        if y_path.exists():
+            raise UserError(f"{x_path} does not exist, but its labels {y_path} do; expected the pair")
+        return None
+    if mmap is None:
+        mmap = x_path.stat().st_size >= _MAP_FROM_BYTES
+    images = checkpoint.load_tensor(x_path, what="image tensor", mmap=mmap)
+    _check_images(images, x_path, size, spec.channels if spec else None)
+    labels = None
+    if y_path.exists():
+        labels = checkpoint.load_tensor(y_path, what="label tensor")
+        labels = _check_labels(labels, y_path, len(images), spec.num_classes if spec else None)
+    elif spec is not None:
+        raise UserError(f"{y_path} does not exist, but its images {x_path} do; expected the pair")
+    return ImageSplit(images, labels, x_path)
+
+
+def _check_images(images: Tensor, path: Path, size: int, channels: int | None) -> None:
+    """Check shape, dtype and pixel range of an image tensor (in chunks; no full float copy)."""
+    shape = tuple(images.shape)
+    valid_channels = (channels,) if channels else (1, 3)
+    if images.dim() != 4 or shape[1] not in valid_channels or shape[2:] != (size, size):
+        wanted = " x ".join(["N", "/".join(map(str, valid_channels)), str(size), str(size)])
+        raise UserError(f"{path} has shape {shape}, expected {wanted}")
+    if not len(images):
+        raise UserError(f"{path} is empty, expected at least one image")
+    if images.dtype == torch.uint8:
+        return
+    if images.dtype != torch.float32:
+        raise UserError(f"{path} has dtype {images.dtype}, expected uint8 or float32")
+    for chunk in images.split(4096):
+        low, high = chunk.aminmax()
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise UserError(f"{path} holds non-finite pixels, expected float32 in [0, 1]")
+        if low < -1e-3 or high > 1 + 1e-3:
+            raise UserError(f"{path} holds pixels from {low:.3g} to {high:.3g}, expected float32 in [0, 1]")
+
+
+def _check_labels(labels: Tensor, path: Path, count: int, num_classes: int | None) -> Tensor:
+    """Check a label tensor against its images; returns it as int64."""
+    if labels.dtype not in (torch.int64, torch.int32, torch.uint8, torch.int16):
+        raise UserError(f"{path} has dtype {labels.dtype}, expected int64 class indices")
+    if labels.shape != (count,):
+        raise UserError(f"{path} has shape {tuple(labels.shape)}, expected ({count},) as its images")
+    labels = labels.long()
+    low, high = int(labels.min()), int(labels.max())
+    limit = num_classes if num_classes is not None else high + 1
+    if low < 0 or high >= limit:
+        raise UserError(f"{path} holds labels from {low} to {high}, expected 0 to {limit - 1}")
+    return labels
+
+
+def count_classes(
+    folder: Path, train: ImageSplit, test: ImageSplit | None, spec: DatasetSpec | None
+) -> int | None:
+    """The class count of the row, of meta.json, or else of the labels themselves.
+
+    Raises:
+        UserError: only the test split is labelled, or a label has no name in meta.json.
+    """
+    if spec is not None:
+        return spec.num_classes
+    labels = [s.labels for s in (train, test) if s is not None and s.labels is not None]
+    if train.labels is None:
+        if labels:
+            raise UserError(f"{folder} has test labels but no training labels; expected both or none")
+        return None
+    names = read_meta(folder).get("class_names")
+    count = int(torch.cat(labels).max()) + 1
+    if names is not None and count > len(names):
+        raise UserError(f"{folder} holds label {count - 1}, but meta.json names {len(names)} classes")
+    return len(names) if names is not None else count

@@ -1,0 +1,89 @@
+"""The real images of a distillation: kept on the device as stored, drawn class by class."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from data.augment import normalize, to_float
+from data.load import ImageSet
+from data.loader import fits
+from data.specs import Stats
+from utils.errors import UserError
+
+
+class RealImages:
+    """Labelled images with an index list per class.
+
+    Args:
+        images: (N, C, H, W) uint8 or float in [0, 1], kept as they are; with `stats` None, float
+            images already in the space of the synthetic ones.
+        labels: (N,) int64.
+        stats: normalisation applied to every batch; None: none.
+        num_classes: None means the largest label + 1.
+        device: where batches are wanted; the images live there if half the free memory is enough.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        stats: Stats | None = None,
+        num_classes: int | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if len(images) != len(labels) or not len(images):
+            raise ValueError(f"{len(images)} images but {len(labels)} labels")
+        self.device = images.device if device is None else torch.device(device)
+        self.labels, self.stats = labels.cpu(), stats
+        self.num_classes = num_classes or int(self.labels.max()) + 1
+        self.images = images.to(self.device) if fits(images, self.device) else images
+        self._on_device = self.labels.to(self.device)
+        order = self.labels.argsort(stable=True)
+        counts = self.labels.bincount(minlength=self.num_classes)
+        self.index_of_class = order.split(counts.tolist())
+
+    @classmethod
+    def from_set(cls, image_set: ImageSet, device: torch.device) -> RealImages:
+        """The training split of a prepared set.
+
+        Raises:
+            UserError: no labels, or a class without images.
+        """
+        train = image_set.train
+        if train.labels is None:
+            raise UserError(f"{train.path.parent} has no labels; DC, DSA and DM work class by class")
+        real = cls(
+            train.images,
+            train.labels,
+            stats=image_set.stats,
+            num_classes=image_set.num_classes,
+            device=device,
+        )
+        empty = [c for c, index in enumerate(real.index_of_class) if not len(index)]
+        if empty:
+            raise UserError(f"{train.path} has no image of class {empty[0]} ({len(empty)} such)")
+        return real
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def at(self, index: Tensor) -> Tensor:
+        """Rows at `index` (CPU int64) as a float32 batch on the device, normalised."""
+        x = self.images[index.to(self.images.device)].to(self.device)
+        return to_float(x) if self.stats is None else normalize(x, self.stats)
+
+    def labels_at(self, index: Tensor) -> Tensor:
+        """Labels at `index`, on the device."""
+        return self._on_device[index.to(self.device)]
+
+    def draw_class(self, c: int, count: int, generator: torch.Generator) -> Tensor:
+        """Indices of `count` images of class c without replacement, or all if it has fewer."""
+        index = self.index_of_class[c]
+        return index[torch.randperm(len(index), generator=generator)[:count]]
+
+    def draw_all_classes(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[int]]:
+        """A batch of every class in class order: images, and how many each class gave."""
+        drawn = [self.draw_class(c, count, generator) for c in range(self.num_classes)]
+        return self.at(torch.cat(drawn)), [len(index) for index in drawn]

@@ -1,0 +1,133 @@
+"""Inspect or convert a synthetic set.
+
+python -m data.synthetic inspect PATH [--out grid.png]
+python -m data.synthetic convert SRC DST --form pair|res|safetensors|png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.specs import DC_SPECS, KRR_SPECS
+from data.synthetic.forms import FORMS, detect_form
+from data.synthetic.set import SyntheticSet
+from utils import cli
+from utils.errors import UserError, entry_point, pick
+
+
+def summarize(synthetic: SyntheticSet) -> list[str]:
+    """What a set holds, one fact a line."""
+    images, targets = synthetic.images, synthetic.targets
+    shape = " x ".join(map(str, images.shape[1:]))
+    lines = [
+        f"images   {len(synthetic)} of {shape} (C x H x W), {_range(images)}",
+        f"targets  {_count_targets(targets)}",
+        "finite   yes: no NaN or infinite value in images or targets",
+    ]
+    if synthetic.stats is None:
+        lines.append("stats    unknown (give --data_name to de-normalise)")
+    else:
+        outside = share_outside(synthetic)
+        lines.append(f"stats    mean {synthetic.stats.mean}, std {synthetic.stats.std}")
+        lines.append(f"pixels   {outside:.2%} outside [0, 1] after de-normalising")
+    lines.append(f"data     {synthetic.data_name or 'unknown'}")
+    return lines + [f"info     {key}: {json.dumps(value)}" for key, value in synthetic.info.items()]
+
+
+def _range(values: Tensor) -> str:
+    return f"range {values.min():.4g} to {values.max():.4g}, mean {values.mean():.4g}"
+
+
+def share_outside(synthetic: SyntheticSet) -> float:
+    """The share of de-normalised values outside [0, 1], which clamping changes."""
+    # Half an 8-bit step of tolerance: real pixels return from normalised space with rounding.
+    pixels = synthetic.unclamped_pixels() - 0.5
+    return float((pixels.abs() > 0.5 + 0.5 / 255).float().mean())
+
+
+def _count_targets(targets: Tensor) -> str:
+    if targets.is_floating_point():
+        return f"float vectors of length {targets.shape[1]}, {_range(targets)}"
+    classes, counts = (v.tolist() for v in targets.unique(return_counts=True))
+    if min(counts) == max(counts):
+        return f"class indices, {len(classes)} classes with {counts[0]} each"
+    listed = ", ".join(f"{c}: {n}" for c, n in zip(classes[:20], counts[:20], strict=True))
+    more = f", ... (from {min(counts)} to {max(counts)} each)" if len(classes) > 20 else ""
+    return f"class indices, {len(classes)} classes: {listed}{more}"
+
+
+def draw(synthetic: SyntheticSet, path: Path, limit: int = 100) -> str:
+    """Draw a grid of at most `limit` images spread evenly over the set."""
+    from utils.plots import save_grid  # torchvision: slow to import, and only drawing needs it
+
+    chosen = torch.linspace(0, len(synthetic) - 1, min(limit, len(synthetic))).round().long()
+    if synthetic.stats is None:
+        values, how = synthetic.images, "stretched to the full range, the statistics are unknown"
+        values = (values - values.min()) / (values.max() - values.min()).clamp_min(1e-12)
+    else:
+        values, how = synthetic.to_pixels(), "de-normalised and clamped"
+    save_grid(values[chosen], path)
+    return f"grid     {path}: {len(chosen)} of {len(synthetic)} images, {how}"
+
+
+def _load_flagged(args: argparse.Namespace, path: Path) -> SyntheticSet:
+    synthetic = SyntheticSet.load(path, data_name=args.data_name, experiment=args.experiment)
+    if args.data_name is None:
+        return synthetic
+    specs = {"krr": KRR_SPECS, "dc": DC_SPECS}[args.family]
+    stats, size = pick(specs, args.data_name, "data set").stats, synthetic.images.shape[-1]
+    if size not in stats:
+        raise UserError(f"{args.data_name} has no published mean and std at size {size}")
+    # Loading again lets a PNG folder be normalised with these values.
+    return SyntheticSet.load(path, stats=stats[size], data_name=args.data_name, experiment=args.experiment)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    synthetic = _load_flagged(args, args.path)
+    print(f"{args.path}: {detect_form(args.path)} form")
+    print("\n".join(summarize(synthetic)))
+    if args.out is not None:
+        print(draw(synthetic, args.out))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    synthetic = _load_flagged(args, args.src)
+    synthetic.save(args.dst, args.form)
+    again = SyntheticSet.load(args.dst, form=args.form)
+    worst = float((again.images - synthetic.images).abs().max())
+    same = "equal" if torch.equal(again.targets, synthetic.targets) else "NOT equal"
+    print(f"{args.dst}: {len(again)} images in {args.form} form")
+    if args.form == "png":
+        print(f"lost     {share_outside(synthetic):.2%} of pixels clamped to [0, 1], rest at 8 bits")
+    print(f"checked  read back: images differ by at most {worst:.3g}, targets {same}")
+    if detect_form(args.src) == "res" and synthetic.info["num_experiments"] > 1:
+        print(f"lost     only experiment {args.experiment} of {args.src} was converted")
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    """Inspect or convert a synthetic set."""
+    parser = cli._Parser(prog="python -m data.synthetic", description=main.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="print what a set holds")
+    inspect.add_argument("path", type=Path, help="folder or file of any form")
+    inspect.add_argument("--out", type=Path, help="draw a grid of at most 100 images into this PNG")
+    convert = commands.add_parser("convert", help="write a set in another form")
+    convert.add_argument("src", type=Path, help="folder or file of any form")
+    convert.add_argument("dst", type=Path, help="folder (pair, png) or file (res, safetensors)")
+    convert.add_argument("--form", required=True, choices=tuple(FORMS), help="form to write")
+    for command in (inspect, convert):
+        command.add_argument("--data_name", help="use the published mean and std of this data set")
+        command.add_argument("--family", choices=("krr", "dc"), default="krr", help="whose [krr]")
+        command.add_argument("--experiment", type=int, default=0, help="of a res file [0]")
+    args = parser.parse_args(argv)
+    {"inspect": _inspect, "convert": _convert}[args.command](args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,284 @@
+"""The file forms of a synthetic set: how each is recognised, read and written.
+
+pair         folder with `x_syn.pt` and `y_syn.pt`, two plain tensors (KRR-ST's published form)
+res          `res_*.pt`: {"data": [[images, labels], ...], "accs_all_exps": {...}} (DC family)
+safetensors  one file: `images`, `targets`, and JSON in the metadata
+png          folder of 8-bit `00000.png`, ... for people and other tools. `labels.csv`
+             (file,label[,class_name]) says which files belong to the set and in which order,
+             `meta.json` holds the mean and std that lead back to normalised space. Lost is what
+             lies outside [0, 1] or below 1/255.
+
+What is read and written is the content of a set: a dict with `images`, `targets` and, as far as
+known, `stats`, `data_name` and `info`; see `SyntheticSet`, which checks the tensors. The two
+published forms hold no statistics: a small JSON file of the same name lies beside them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from data.augment import denormalize, normalize
+from data.specs import Stats
+from utils import checkpoint
+from utils.errors import UserError
+
+Content = dict[str, Any]
+
+
+class Form(NamedTuple):
+    """One way of storing a set: content = read(path, statistics or None, experiment)."""
+
+    read: Callable[[Path, Stats | None, int], Content]
+    write: Callable[[Content, Path], None]
+
+
+def detect_form(path: Path) -> str:
+    """The form of an existing path, by its name and the files in it.
+
+    Raises:
+        UserError: nothing is there, or it is none of the forms.
+    """
+    if not path.exists():
+        raise UserError(f"synthetic set {path} does not exist")
+    if path.is_dir():
+        for form, mark in (("pair", "x_syn.pt"), ("png", "labels.csv")):
+            if (path / mark).exists():
+                return form
+        raise UserError(f"{path} holds neither x_syn.pt and y_syn.pt nor labels.csv with PNGs")
+    if path.name in ("x_syn.pt", "y_syn.pt"):
+        return "pair"
+    return "safetensors" if path.suffix == ".safetensors" else "res"
+
+
+def _describe(content: Content) -> str:
+    """What lies beside the tensors, as JSON."""
+    stats = content["stats"]
+    described = {
+        "mean": list(stats.mean) if stats else None,
+        "std": list(stats.std) if stats else None,
+        "data_name": content["data_name"],
+        "info": content["info"],
+    }
+    return json.dumps(described, indent=2) + "\n"
+
+
+def _read_description(path: Path) -> Content:
+    """Read what `_describe` gave (or a run's config.json); {} if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise UserError(f"{path} cannot be read as text") from None
+    return _parse_description(text, path)
+
+
+def _parse_description(text: str, path: Path) -> Content:
+    """The part of a content in a JSON object; keys that are absent or null are left out."""
+    try:
+        raw = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} does not hold readable JSON") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds a JSON {type(raw).__name__}, expected an object")
+    stats = Stats.parse(raw, path)
+    found: Content = {} if stats is None else {"stats": stats}
+    for key, kind in (("data_name", str), ("info", dict)):
+        if isinstance(raw.get(key), kind):
+            found[key] = raw[key]
+    return found
+
+
+def _read_pair(path: Path, stats: Stats | None, experiment: int) -> Content:
+    """Read a pair; its JSON file goes before the config.json of a run folder."""
+    folder = path if path.is_dir() else path.parent
+    content = {
+        "images": checkpoint.load_tensor(folder / "x_syn.pt", what="synthetic images"),
+        "targets": checkpoint.load_tensor(folder / "y_syn.pt", what="synthetic targets"),
+    }
+    run = _read_description(folder / "config.json")  # a run folder; its other keys are not info
+    run.pop("info", None)
+    return content | run | _read_description(folder / "x_syn.json")
+
+
+def _write_pair(content: Content, path: Path) -> None:
+    """Write a pair; each file is whole or not at all, the three together are not."""
+    folder = path.parent if path.name == "x_syn.pt" else path
+    checkpoint.save(content["images"], folder / "x_syn.pt")
+    checkpoint.save(content["targets"], folder / "y_syn.pt")
+    checkpoint.write_text(folder / "x_syn.json", _describe(content))
+
+
+def _read_res(path: Path, stats: Stats | None, experiment: int) -> Content:
+    """Read one experiment of a `res_*.pt`; its accuracies become info."""
+    raw = checkpoint.load(path, what="synthetic file")
+    runs = raw.get("data") if isinstance(raw, dict) else None
+    if not isinstance(runs, list | tuple) or not runs:
+        held = sorted(map(str, raw)) if isinstance(raw, dict) else type(raw).__name__
+        raise UserError(
+            f"{path} holds {held}, expected a dict whose 'data' lists [images, labels]; a pair is "
+            "read from the folder that holds x_syn.pt and y_syn.pt"
+        )
+    if not 0 <= experiment < len(runs):
+        raise UserError(f"{path} holds experiments 0 to {len(runs) - 1}, not {experiment}")
+    run = runs[experiment]
+    if not isinstance(run, list | tuple) or len(run) != 2:
+        raise UserError(f"{path}: experiment {experiment} is not a pair [images, labels]")
+    try:
+        accuracies = {
+            str(name): [float(a) for a in values] for name, values in (raw.get("accs_all_exps") or {}).items()
+        }
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: accs_all_exps must map names to lists of numbers") from None
+    content = {"images": run[0], "targets": run[1]} | _read_description(path.with_suffix(".json"))
+    facts = {"accs_all_exps": accuracies, "experiment": experiment, "num_experiments": len(runs)}
+    return content | {"info": content.get("info", {}) | facts}
+
+
+def write_experiments(contents: Sequence[Content], accuracies: dict[str, list[float]], path: Path) -> None:
+    """Write several experiments into one `res_*.pt`; see `data.synthetic.save_experiments`."""
+    if not contents:
+        raise UserError(f"cannot write {path}: no experiment is given")
+    if path.suffix != ".pt" or path.name in ("x_syn.pt", "y_syn.pt"):
+        raise UserError(f"cannot write {path}: a res file is named like res_DC_CIFAR10_10ipc.pt")
+    if any(content["targets"].is_floating_point() for content in contents):
+        raise UserError(
+            f"cannot write {path}: the res form holds class indices, these targets are float "
+            "vectors; use --form pair or safetensors"
+        )
+    data = [[content["images"], content["targets"]] for content in contents]
+    scores = {name: [float(a) for a in values] for name, values in accuracies.items()}
+    checkpoint.save({"data": data, "accs_all_exps": scores}, path)
+    checkpoint.write_text(path.with_suffix(".json"), _describe(contents[0]))
+
+
+def _write_res(content: Content, path: Path) -> None:
+    """Write one experiment with the accuracies in info."""
+    write_experiments([content], content["info"].get("accs_all_exps", {}), path)
+
+
+def _read_safetensors(path: Path, stats: Stats | None, experiment: int) -> Content:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = set(file.keys())
+            content = {key: file.get_tensor(key) for key in names & {"images", "targets"}}
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is truncated or not a safetensors file ({reason})") from None
+    if len(content) != 2:
+        raise UserError(f"{path} holds {sorted(names)}, expected images and targets")
+    return content | _parse_description(metadata.get("synthetic_set", "{}"), path)
+
+
+def _write_safetensors(content: Content, path: Path) -> None:
+    """Write one file; metadata values must be strings, hence the JSON."""
+    if path.suffix != ".safetensors":
+        raise UserError(f"cannot write {path}: expected a name ending in .safetensors")
+    tensors = {key: content[key] for key in ("images", "targets")}
+    metadata = {"format": "pt", "synthetic_set": _describe(content)}
+    payload = safetensors.torch.save(tensors, metadata)
+    checkpoint.write_atomic(path, lambda file: file.write(payload))
+
+
+def _read_png(path: Path, stats: Stats | None, experiment: int) -> Content:
+    """Read the listed images and normalise them with `stats`, else the stored ones."""
+    content = _read_description(path / "meta.json")
+    stats = stats or content.get("stats")
+    if stats is None:
+        raise UserError(f"{path / 'meta.json'} gives no mean and std, and none were passed")
+    try:
+        with (path / "labels.csv").open(newline="", encoding="utf-8") as file:
+            rows = [(row["file"], int(row["label"])) for row in csv.DictReader(file)]
+        labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError, csv.Error):
+        raise UserError(
+            f"{path / 'labels.csv'} is not a table with the columns file and label (an integer)"
+        ) from None
+    if not rows:
+        raise UserError(f"{path / 'labels.csv'} lists no image")
+    pixels = [_read_image(path, name) for name, _ in rows]
+    for (name, _), image in zip(rows, pixels, strict=True):
+        if image.shape != pixels[0].shape:
+            raise UserError(
+                f"{path / name} has shape {tuple(image.shape)}, the first image "
+                f"{tuple(pixels[0].shape)}; expected equal shapes"
+            )
+    images = torch.stack(pixels).float() / 255
+    stats.check_channels(images.shape[1], path)
+    return content | {"images": normalize(images, stats), "targets": labels}
+
+
+def _read_image(folder: Path, name: str) -> Tensor:
+    """One 8-bit image of the folder: C×H×W uint8."""
+    if Path(name).name != name:
+        raise UserError(f"{folder / 'labels.csv'} names {name!r}, expected a file in that folder")
+    try:
+        with Image.open(folder / name) as image:
+            mode, array = image.mode, np.array(image)
+    except Exception as error:  # Pillow raises many types on damaged files
+        raise UserError(f"{folder / name} cannot be read ({type(error).__name__})") from None
+    if mode not in ("L", "RGB"):
+        raise UserError(f"{folder / name} has mode {mode}, expected 8-bit grayscale or RGB")
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
+
+
+def _write_png(content: Content, path: Path) -> None:
+    """Write the folder, whole or not at all; `path` must be absent or empty."""
+    images, targets, stats = (content[key] for key in ("images", "targets", "stats"))
+    if targets.is_floating_point():
+        raise UserError(
+            f"cannot write {path}: a PNG folder cannot hold float targets; use --form pair or safetensors"
+        )
+    if images.shape[1] not in (1, 3):
+        raise UserError(f"cannot write {path}: PNG needs 1 or 3 channels")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"cannot write {path}: it exists and is not an empty folder")
+    if stats is None:
+        raise UserError("the mean and std of this synthetic set are unknown; give its data set")
+    pixels = denormalize(images, stats).clamp(0, 1).mul(255).round().byte()
+    pixels = pixels.permute(0, 2, 3, 1).squeeze(-1).numpy()
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        labels, classes = targets.tolist(), content["info"].get("class_names")
+        columns = {"file": [f"{i:05d}.png" for i in range(len(pixels))], "label": labels}
+        if isinstance(classes, list) and len(classes) > max(labels):
+            columns["class_name"] = [classes[label] for label in labels]
+        for name, image in zip(columns["file"], pixels, strict=True):
+            Image.fromarray(image).save(temporary / name)
+        with (temporary / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
+        (temporary / "meta.json").write_text(_describe(content), encoding="utf-8")
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # mkdtemp makes private folders
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+FORMS = {
+    "pair": Form(_read_pair, _write_pair),
+    "res": Form(_read_res, _write_res),
+    "safetensors": Form(_read_safetensors, _write_safetensors),
+    "png": Form(_read_png, _write_png),
+}

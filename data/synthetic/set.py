@@ -1,0 +1,192 @@
+"""Synthetic sets: the single currency between distillation and evaluation.
+
+KRR-ST writes float target vectors, the DC family class indices; every protocol reads either.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.augment import denormalize
+from data.specs import Stats
+from data.synthetic.forms import FORMS, detect_form, write_experiments
+from utils.errors import UserError, pick
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticSet:
+    """Distilled images with their targets.
+
+    The tensors are detached but share storage with what was given: clone first if that is
+    optimised further.
+
+    Attributes:
+        images: m×C×H×W float32 in normalised space, m >= 1.
+        targets: (m,) int64 class indices, or (m, D) float32 target vectors; other number types
+            are cast to these.
+        stats: mean and std that undo the normalisation; None if unknown.
+        data_name: the set it was distilled from; None if unknown.
+        info: JSON-able facts (method, accuracies, ...).
+
+    Raises:
+        UserError: wrong type, shape, dtype or length, or non-finite values.
+    """
+
+    images: Tensor
+    targets: Tensor
+    stats: Stats | None = None
+    data_name: str | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        images = _checked_images(self.images)
+        object.__setattr__(self, "images", images)
+        object.__setattr__(self, "targets", _checked_targets(self.targets, len(images)))
+        if self.stats is not None:
+            self.stats.check_channels(images.shape[1], "synthetic set")
+        try:
+            json.dumps(self.info)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"info must hold plain JSON values only ({error})") from None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def soft(self) -> bool:
+        """True for float target vectors, False for class indices."""
+        return self.targets.is_floating_point()
+
+    def unclamped_pixels(self) -> Tensor:
+        """The images de-normalised: m×C×H×W float32, 1 is white, values may leave [0, 1].
+
+        Raises:
+            UserError: the statistics are unknown.
+        """
+        if self.stats is None:
+            raise UserError("the mean and std of this synthetic set are unknown; give its data set")
+        return denormalize(self.images, self.stats)
+
+    def to_pixels(self) -> Tensor:
+        """The images de-normalised and clamped to [0, 1]; raises like `unclamped_pixels`."""
+        return self.unclamped_pixels().clamp(0, 1)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        form: str | None = None,
+        stats: Stats | None = None,
+        data_name: str | None = None,
+        experiment: int = 0,
+    ) -> SyntheticSet:
+        """Read any form without executing code from it.
+
+        Args:
+            path: folder or file.
+            form: one of FORMS; detected when None.
+            stats: take the place of stored statistics (a PNG folder is normalised with them).
+            data_name: takes the place of the stored name.
+            experiment: which experiment of a `res_*.pt` file; other forms hold one.
+
+        Raises:
+            UserError: missing, damaged, unsafe or inconsistent files; the message names the path.
+        """
+        path = Path(path)
+        name = form or detect_form(path)
+        if experiment and name != "res":
+            raise UserError(f"{path} holds one experiment; only res files hold several")
+        content = pick(FORMS, name, "form of a synthetic set").read(path, stats, experiment)
+        given = {"stats": stats, "data_name": data_name}
+        content |= {key: value for key, value in given.items() if value is not None}
+        try:
+            return cls(**content)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+    def save(self, path: Path | str, form: str = "pair") -> None:
+        """Write a form, into a folder ("pair", "png") or a file; each file whole or not at all.
+
+        Raises:
+            UserError: unknown form, a set the form cannot hold, or `path` cannot be written.
+        """
+        pick(FORMS, form, "form of a synthetic set").write(_content(self), Path(path))
+
+
+def save_experiments(
+    path: Path | str, sets: Sequence[SyntheticSet], accuracies: dict[str, list[float]]
+) -> None:
+    """Write several experiments into one `res_*.pt`; the first one's facts go beside it as JSON.
+
+    Args:
+        path: the file, published as `res_{method}_{dataset}_{model}_{ipc}ipc.pt`.
+        sets: one set of class indices per experiment.
+        accuracies: evaluation network -> test accuracies in [0, 1]; stored as Python floats.
+
+    Raises:
+        UserError: float targets, no set at all, or `path` cannot be written.
+    """
+    write_experiments([_content(each) for each in sets], accuracies, Path(path))
+
+
+def _content(synthetic: SyntheticSet) -> dict[str, Any]:
+    """What a form writes; contiguous CPU copies, as saving a view writes all the storage behind."""
+    copies = {
+        key: getattr(synthetic, key).cpu().clone(memory_format=torch.contiguous_format)
+        for key in ("images", "targets")
+    }
+    return vars(synthetic) | copies
+
+
+def _checked_images(images: Tensor) -> Tensor:
+    dense = isinstance(images, Tensor) and images.layout is torch.strided
+    if not dense or not images.is_floating_point():
+        kind = images.dtype if dense else type(images).__name__
+        raise UserError(f"images are {kind}, expected a dense float tensor in normalised space")
+    if images.dim() != 4 or 0 in images.shape:
+        raise UserError(f"images have shape {tuple(images.shape)}, expected (m, C, H, W) with m at least 1")
+    return _checked_finite(images, "images")
+
+
+def _checked_targets(targets: Tensor, count: int) -> Tensor:
+    wanted = f"({count},) class indices or ({count}, D) float vectors"
+    if not isinstance(targets, Tensor) or targets.layout is not torch.strided:
+        raise UserError(f"targets are {type(targets).__name__}, expected dense {wanted}")
+    described = f"targets have shape {tuple(targets.shape)} and dtype {targets.dtype}"
+    # A column of whole numbers is more likely a list of classes than vectors of one entry.
+    vectors = targets.dim() == 2 and (targets.is_floating_point() or targets.shape[1] > 1)
+    shape_fits = (targets.dim() == 1 or vectors) and 0 not in targets.shape
+    if not shape_fits or targets.is_complex() or targets.dtype == torch.bool:
+        raise UserError(f"{described}, expected {wanted}")
+    if len(targets) != count:
+        raise UserError(f"{described}, but there are {count} images")
+    # The shape says what they are: the number type is cast, as the release does.
+    values = _checked_finite(targets, "targets")
+    if vectors:
+        return values
+    indices = targets.detach().long()
+    odd = (indices != targets).nonzero().flatten()
+    if len(odd):
+        row = int(odd[0])
+        raise UserError(f"targets hold {float(targets[row]):g} in row {row}, expected whole numbers")
+    if int(indices.min()) < 0:
+        raise UserError(f"targets hold class index {int(indices.min())}, expected 0 or more")
+    return indices
+
+
+def _checked_finite(values: Tensor, what: str) -> Tensor:
+    """The values detached and in float32."""
+    values = values.detach().float()
+    bad = ~torch.isfinite(values).reshape(len(values), -1)
+    if bad.any():
+        first = int(bad.any(1).nonzero()[0])
+        raise UserError(f"{what} hold {int(bad.sum())} non-finite values (NaN or inf), first in row {first}")
+    return values

@@ -1,0 +1,123 @@
+"""The contract of a distillation method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from distillation.problem import Problem
+from utils.cli import DeviceFlags, flag
+from utils.progress import Every
+from utils.run_folder import TENSORBOARD
+from utils.seed import make_generator
+
+
+@dataclass(frozen=True)
+class RunFlags(DeviceFlags):
+    """Flags of every run of a method."""
+
+    method: str = flag("krr_st", "distillation method")
+    seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0, identity=False)
+    dry_run: bool = flag(False, "print the resolved configuration and stop", identity=False)
+    overwrite: bool = flag(False, "start again in a folder that holds another run", identity=False)
+    print_every: int = flag(100, "steps between log lines", minimum=1, identity=False)
+    save_every: Every = flag(
+        Every(2000), "steps between saves of the run, or seconds such as 300s", identity=False
+    )
+    tensorboard: bool = flag(False, TENSORBOARD, identity=False)
+
+
+class Monitor(Protocol):
+    """A loss of the set alone: everything else that it depends on stays as it was."""
+
+    def due(self, step: int) -> bool:
+        """Whether it is measured after this step."""
+
+    def __call__(self, x_syn: Tensor, y_syn: Tensor) -> list[float]:
+        """Its values."""
+
+
+class Distiller:
+    """A synthetic set and all that changes with it; one call of `step` is one outer step.
+
+    A method is a subclass that sets `x_syn` and `y_syn` and whatever else it needs when it is
+    built, and defines `step`. State is saved by name: attributes in `parts` by their own
+    `state_dict`, random streams from `stream` by themselves.
+
+    Args:
+        problem: data, device, seed, and the target model where the method needs one.
+        flags: the method's frozen flags.
+
+    Attributes:
+        x_syn: (m, C, H, W) float32 on the device, in normalised space.
+        y_syn: (m,) int64 class indices or (m, D) float32 target vectors, on the device.
+        parts: names of attributes with a state of their own, such as the optimiser; None is none.
+        losses: names of the scalars that `step` returns; the first is the one that is drawn.
+    """
+
+    x_syn: Tensor
+    y_syn: Tensor
+    parts: tuple[str, ...] = ("optimizer",)
+    losses: tuple[str, ...] = ("loss",)
+
+    def __init__(self, problem: Problem, flags: Any) -> None:
+        self.problem, self.flags = problem, flags
+        self._streams: dict[str, torch.Generator] = {}
+
+    def step(self) -> dict[str, Tensor]:
+        """One outer step; returns detached scalars on the device, one for each of `losses`."""
+        raise NotImplementedError
+
+    @classmethod
+    def cost(cls, flags: Any, classes: int) -> float:
+        """Images through the network per step; a training step counts thrice."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """What comes once, before the first step."""
+
+    def monitor(self) -> Monitor | None:
+        """A loss that can be compared over steps, made from the initial state; None: there is none."""
+        return None
+
+    def flush(self) -> None:
+        """Make what is kept on disk outlast this process; called before every save."""
+
+    def stream(self, name: str) -> torch.Generator:
+        """The random stream of that name: seeded by the run's seed, saved with the state."""
+        if name not in self._streams:
+            self._streams[name] = make_generator(self.problem.seed, name)
+        return self._streams[name]
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The names of `losses` that are worth a person's look."""
+        return self.losses
+
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs."""
+        parts = {name: getattr(self, name) for name in self.parts}
+        return {
+            "x_syn": self.x_syn.detach(),
+            "y_syn": self.y_syn.detach(),
+            "parts": {name: part and part.state_dict() for name, part in parts.items()},
+            "streams": {name: stream.get_state() for name, stream in self._streams.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        with torch.no_grad():
+            self.x_syn.copy_(state["x_syn"])
+            self.y_syn.copy_(state["y_syn"])
+        for name in self.parts:
+            if (part := getattr(self, name)) is not None:
+                part.load_state_dict(state["parts"][name])
+        for name, saved in state["streams"].items():
+            self.stream(name).set_state(saved)

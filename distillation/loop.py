@@ -1,0 +1,167 @@
+"""The one outer loop: steps, log, saves, evaluations, a way to leave and to resume."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from distillation.base import Distiller
+from utils.errors import UserError
+from utils.progress import FiniteGuard, LossWindow, Progress, SaveTimer
+from utils.run_folder import FollowedRun, RunFolder, load_run, save_run
+from utils.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of a loop and when what happens in it.
+
+    Attributes:
+        steps: outer steps in all.
+        print_every: steps between log lines.
+        save_every: steps (or seconds: "300s") between saves.
+        unit: what a step is called.
+        experiment: number of the experiment, or None where a run is a single one. The log's steps
+            go on growing over experiments.
+    """
+
+    steps: int
+    print_every: int
+    save_every: str | int
+    unit: str = "step"
+    experiment: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What runs, for progress and messages."""
+        return "distilling" if self.experiment is None else f"experiment {self.experiment}"
+
+    def log_step(self, step: int) -> int:
+        """The number of a step in the log."""
+        return (self.experiment or 0) * (self.steps + 1) + step
+
+    def where(self, step: int) -> dict[str, int]:
+        """What says in a log entry which step it is of."""
+        named = {} if self.experiment is None else {"experiment": self.experiment}
+        return {"step": self.log_step(step), **named, self.unit: step}
+
+
+class Observer(Protocol):
+    """What looks at the set while it is distilled."""
+
+    key: str  # of its log entries
+
+    def due(self, step: int) -> bool:
+        """Whether the set is evaluated after this step."""
+
+    def evaluate(self, step: int, distiller: Distiller) -> Any:
+        """Evaluate the set as it is now; returns what is logged under `key`."""
+
+    def watch(self, step: int, distiller: Distiller) -> dict[str, Any]:
+        """Cheap numbers to log after this step, from 0; empty: none are due."""
+
+    def saved(self, distiller: Distiller) -> None:
+        """The state is about to be saved: write what belongs beside it."""
+
+
+def run_loop(
+    distiller: Distiller, run: RunFolder | FollowedRun, observer: Observer, plan: Plan
+) -> dict[str, Any]:
+    """Run the outer loop from where `run` stopped to its end.
+
+    The state after each save is that of an uninterrupted run, random draws included.
+
+    Args:
+        distiller: at its initial state; restored if the run has a state of this experiment.
+        run: folder of the log and the state.
+        observer: evaluates the set; only the first of several processes asks it.
+        plan: length, and when what happens.
+
+    Returns:
+        steps, the mean of each loss over the last `print_every` steps, evaluations (log entries),
+        seconds and steps of this start.
+
+    Raises:
+        UserError: a non-finite loss, naming the step; the last save is kept.
+    """
+    steps, unit, group = plan.steps, plan.unit, distiller.problem.group
+    guard = FiniteGuard(plan.label)
+    windows = {name: LossWindow(plan.print_every) for name in distiller.losses}
+    parts = {"distiller": distiller, **windows}
+    resumed = load_run(run.state_path, parts, experiment=plan.experiment)
+    start = resumed or 0
+    if resumed is None:
+        distiller.begin()
+    else:
+        print(f"{plan.label}: resuming after {unit} {start} of {steps}")
+    run.truncate_log(plan.log_step(start))
+    evaluations = {e["step"]: e for e in run.read_log() if observer.key in e}
+    began, timer, saved = time.perf_counter(), SaveTimer(plan.save_every), start
+    progress = Progress(plan.label, unit, start, steps, bar=group.first)
+
+    def save(step: int) -> None:
+        nonlocal saved
+        guard.flush()
+        distiller.flush()
+        if group.first and saved != step:
+            observer.saved(distiller)
+            save_run(run.state_path, step, parts, experiment=plan.experiment)
+        saved = step
+
+    def watch(step: int) -> None:
+        found = observer.watch(step, distiller) if group.first else {}
+        if not found:
+            return
+        logged = (e.keys() for e in run.read_log() if e.get("step") == plan.log_step(step))
+        if not any(found.keys() <= keys for keys in logged):
+            run.log(**plan.where(step), **found)
+
+    if resumed is None:
+        watch(0)
+    with StopRequest() as stop:
+        for step in range(start, steps + 1):
+            due = group.first and observer.due(step)
+            if due and plan.log_step(step) not in evaluations:
+                save(step)
+                where = f"in the evaluation after {unit} {step} of {steps}"
+                # Several processes leave together or not at all.
+                with progress.paused(), stop.at_once(where) if group.ranks == 1 else nullcontext():
+                    found = observer.evaluate(step, distiller)
+                evaluations[plan.log_step(step)] = {**plan.where(step), observer.key: found}
+                run.log(**plan.where(step), **{observer.key: found})
+            if step == steps:
+                break
+            done, rate = step + 1, distiller.rate()
+            try:
+                losses = distiller.step()
+            except UserError as error:  # a network's own training diverged
+                raise UserError(f"{plan.label}, {unit} {done}: {error}") from None
+            guard.check(sum(losses.values()), done)
+            for name, window in windows.items():
+                window.add(losses[name])
+            progress.advance()
+            last, leaving = done == steps, bool(stop) and group.ranks == 1
+            if done % plan.print_every == 0 or last:
+                guard.flush()
+                # Several processes have to leave at the same step; agreeing costs a message.
+                leaving = group.any(bool(stop))
+                means = {name: window.mean() for name, window in windows.items()}
+                shown = ", ".join(f"{name} {means[name]:.4g}" for name in distiller.shown)
+                speed = progress.report(done, shown)
+                run.log(**plan.where(done), **means, lr=rate, steps_per_second=speed)
+            watch(done)  # before the save: a resumed run logs again what comes after its own
+            if timer.due(done) or last or leaving:
+                save(done)
+            if leaving and not last:
+                progress.close()
+                stop.leave(f"after {unit} {done} of {steps}")
+    progress.close()
+    return {
+        "steps": steps,
+        **{name: window.mean() for name, window in windows.items()},
+        "evaluations": list(evaluations.values()),
+        "seconds": time.perf_counter() - began,
+        "steps_in_this_start": steps - start,
+    }

@@ -1,0 +1,207 @@
+"""The one driver: a method and its flags in, a finished run folder out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.load import ImageSet
+from distillation.base import Distiller
+from distillation.loop import Observer, Plan, run_loop
+from distillation.problem import Problem
+from utils import cli
+from utils.device import resolve_device
+from utils.distributed import Group, local_gpu, process_group, quiet_unless_first
+from utils.errors import UserError
+from utils.memory import out_of_memory_says
+from utils.run_folder import FollowedRun, RunFolder, claim_run
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the registry: all that the commands need to know of a method.
+
+    Attributes:
+        name: as published, such as DSA; commands match it without case.
+        distiller: its class.
+        setup: what its family adds around the outer loop.
+        flags: its frozen flags.
+        about: one line for --help.
+        defaults: values of flags that are not given, where they differ within the family.
+        published: (data set, ipc) -> settings of its published cells that differ from `defaults`.
+        recipes: what each value of --recipe puts in place of the flags' defaults.
+        augments: whether synthetic and real images are augmented alike (DSA).
+        mirrors: whether its published augmentation mirrors every listed data set, digits included.
+    """
+
+    name: str
+    distiller: type[Distiller]
+    setup: type[Setup]
+    flags: type
+    about: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    published: Callable[[str, int], Mapping[str, Any]] = lambda dataset, ipc: {}
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    augments: bool = False
+    mirrors: bool = False
+
+
+class Setup:
+    """What a family of methods adds around the outer loop: data in, evaluations, files out.
+
+    Everything that can be wrong with flags, data and checkpoints is said when it is built, before
+    anything is written.
+
+    Args:
+        method: the row of the registry.
+        flags: resolved.
+        device: where to compute.
+        group: the processes that share the run.
+        held: contexts entered here stay open to the end of the run.
+
+    Attributes:
+        image_set: the source.
+        knobs: flags that need less memory, in words.
+        several_processes: whether the family's methods run under torchrun.
+        extra: more facts for config.json.
+    """
+
+    image_set: ImageSet
+    knobs = ""
+    several_processes = False
+
+    def __init__(
+        self, method: Method, flags: Any, device: torch.device, group: Group, held: ExitStack
+    ) -> None:
+        self.method, self.flags, self.device, self.group = method, flags, device, group
+        if group.ranks > 1 and not self.several_processes:
+            raise UserError(f"{method.name} runs in one process; start it without torchrun")
+
+    @classmethod
+    def resolve(cls, method: Method, flags: Any) -> Any:
+        """Fill in what presets, the method and the data set decide.
+
+        Raises:
+            UserError: flags that do not fit together.
+        """
+        return flags
+
+    @classmethod
+    def check(cls, flags: Any, device: torch.device) -> None:
+        """Raise a UserError for what this device cannot do."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        raise NotImplementedError
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """More facts for config.json."""
+        stats = self.image_set.stats
+        return {"data_name": self.image_set.name, "mean": stats.mean, "std": stats.std}
+
+    def begun(self, run: RunFolder) -> None:
+        """A new run begins in a folder that may hold files of another one."""
+
+    def finished(self, run: RunFolder | FollowedRun) -> bool:
+        """Whether all that the flags ask for is there."""
+        return run.finished
+
+    def run(self, run: RunFolder | FollowedRun) -> dict[str, Any]:
+        """Distil; returns what goes into results.json."""
+        raise NotImplementedError
+
+    def after(self, run: RunFolder | FollowedRun) -> None:
+        """What comes after a finished run, now or earlier."""
+
+    def observer(self, run: RunFolder | FollowedRun, plan: Plan, distiller: Distiller) -> Observer:
+        """What looks at the set while it is distilled; the distiller is at its initial state."""
+        raise NotImplementedError
+
+    def distil(
+        self, run: RunFolder | FollowedRun, problem: Problem, plan: Plan
+    ) -> tuple[Distiller, dict[str, Any]]:
+        """One distillation to its end; returns the distiller and what `run_loop` gives."""
+        distiller = self.method.distiller(problem, self.flags)
+        observer = self.observer(run, plan, distiller)
+        return distiller, run_loop(distiller, run, observer, plan)
+
+
+def resolved(method: Method, flags: Any) -> Any:
+    """The flags with everything filled in that the method, presets and data decide.
+
+    Raises:
+        UserError: flags that do not fit together.
+    """
+    given = {k: v for k, v in method.defaults.items() if getattr(flags, k) is None}
+    return method.setup.resolve(method, dataclasses.replace(flags, **given))
+
+
+def run_method(method: Method, flags: Any) -> int:
+    """Distil as `flags` say, in this process or in all those that torchrun started.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UserError: bad flags, data, checkpoints or run folder; nothing is written then.
+    """
+    with quiet_unless_first():
+        flags = resolved(method, flags)
+        print(json.dumps(cli.as_json(flags), indent=2))
+        device = resolve_device(flags.device, local_gpu(flags.gpu_id))
+        method.setup.check(flags, device)
+        if flags.dry_run:
+            return 0
+        with (
+            process_group(device) as group,
+            out_of_memory_says(device, method.setup.knobs),
+            ExitStack() as held,
+        ):
+            setup = method.setup(method, flags, device, group, held)
+            run = open_run(setup, held)
+            if setup.finished(run):
+                print(f"{run.path} holds the finished run of these flags; --overwrite repeats it")
+            else:
+                results = setup.run(run)
+                if device.type == "cuda":
+                    results["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+                run.finish(results)
+            setup.after(run)
+    return 0
+
+
+def open_run(setup: Setup, held: ExitStack) -> RunFolder | FollowedRun:
+    """The run folder, claimed and made by the first process, followed by the others.
+
+    Raises:
+        UserError: it holds a run with other flags, is in use, or cannot be written.
+    """
+    path, flags, run = setup.folder, setup.flags, None
+    if setup.group.first:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file; expected a folder for the run")
+        if getattr(flags, "resume", False) and not (path / "config.json").exists():
+            raise UserError(f"--resume: {path} holds no run to resume")
+        held.enter_context(claim_run(path))
+        run = RunFolder(
+            path,
+            cli.identity(flags),
+            seed=flags.seed,
+            device=setup.device,
+            overwrite=flags.overwrite,
+            tensorboard=flags.tensorboard,
+            extra=setup.extra,
+        )
+        if not run.resumed:
+            setup.begun(run)
+    shared = setup.group.from_first((run.seed, run.finished) if run else None)
+    return run or FollowedRun(path, *shared)

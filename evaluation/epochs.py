@@ -1,0 +1,150 @@
+"""Networks trained on a prepared set over epochs, each with a run folder beside its checkpoint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.fit import Trainer
+from utils import checkpoint, cli
+from utils.cli import DeviceFlags, flag
+from utils.errors import UserError
+from utils.memory import out_of_memory_says
+from utils.run_folder import TENSORBOARD, RunFolder, claim_run, load_run, save_run
+from utils.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class EpochFlags(DeviceFlags):
+    """Flags of the commands that train a network over epochs and write its checkpoint."""
+
+    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
+    seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0, identity=False)
+    img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
+    save_dir: Path = flag(Path("./teacher_ckpt"), "folder of the checkpoint")
+    tensorboard: bool = flag(False, TENSORBOARD, identity=False)
+    overwrite: bool = flag(False, "train again over a checkpoint of another configuration", identity=False)
+    epochs: int = flag(200, "passes over the training images", minimum=1)
+    save_every: int = flag(10, "epochs between saves of the run state", minimum=1, identity=False)
+
+
+def make_checkpoint(
+    path: Path,
+    flags: EpochFlags,
+    size: int,
+    device: torch.device,
+    train: Callable[[RunFolder], tuple[nn.Module, dict[str, Any]]],
+) -> None:
+    """Train a network and write its state dict, unless these flags have made it already.
+
+    Args:
+        path: the checkpoint; the run folder beside it bears its name without the suffix.
+        flags: of the command.
+        size: side of the images, which the flags may leave to the preset.
+        device: recorded with the run.
+        train: trains in that folder; returns the network and what else goes into results.json.
+
+    Raises:
+        UserError: the folder holds a run with other flags, `path` came from elsewhere, or the
+            trained weights are not finite.
+    """
+    folder = path.with_suffix("")
+    if path.exists() and not (folder / "config.json").exists() and not flags.overwrite:
+        raise UserError(
+            f"{path} is there already and was not made by this command; choose another --save_dir, "
+            "or pass --overwrite to replace it"
+        )
+    with claim_run(folder), out_of_memory_says(device, "lower --batch_size"):
+        _make(path, folder, flags, size, device, train)
+
+
+def _make(
+    path: Path,
+    folder: Path,
+    flags: EpochFlags,
+    size: int,
+    device: torch.device,
+    train: Callable[[RunFolder], tuple[nn.Module, dict[str, Any]]],
+) -> None:
+    run = RunFolder(
+        folder,
+        {**cli.identity(flags), "img_size": size},
+        seed=flags.seed,
+        device=device,
+        overwrite=flags.overwrite,
+        tensorboard=flags.tensorboard,
+    )
+    if run.finished and path.exists():
+        print(f"{path} is there already, trained with these flags; --overwrite trains it again")
+        return
+    began = time.perf_counter()
+    network, results = train(run)
+    state = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
+    if not all(v.isfinite().all() for v in state.values()):
+        raise UserError(f"{path}: the last step left weights that are not finite; lower --lr")
+    checkpoint.save(state, path)
+    loss = run.read_log()[-1]["loss"]
+    seconds = time.perf_counter() - began
+    run.finish({"checkpoint": path, "loss": loss, **results, "seconds": seconds})
+    print(f"checkpoint: {path}; log: {run.path}")
+
+
+def train_epochs(
+    trainer: Trainer,
+    run: RunFolder,
+    *,
+    save_every: int,
+    what: str,
+    measure: Callable[[int], dict[str, Any]] = lambda epoch: {},
+) -> None:
+    """Train to the last epoch, resuming where `run` stopped.
+
+    Args:
+        trainer: its recipe's length is in epochs; its network is left in eval mode.
+        run: folder of the log and the state.
+        save_every: epochs between saves of the run state.
+        what: the name of this training, for messages.
+        measure: what to log for an epoch beside loss and rate; numbers in it are printed.
+    """
+    per_epoch, steps, epochs = trainer.per_epoch, trainer.steps, trainer.recipe.epochs
+    parts = {"trainer": trainer}
+    if load_run(run.state_path, parts) is not None:
+        print(f"{what}: resuming after epoch {trainer.step // per_epoch} of {epochs}")
+    start = trainer.step
+    run.truncate_log(start)
+    began = time.perf_counter()
+
+    def leave(step: int, loss: Tensor) -> None:
+        if math.isfinite(float(loss)):
+            save_run(run.state_path, step, parts)
+        stop.leave(f"{what}: after epoch {step / per_epoch:.2f} of {epochs}")
+
+    def on_step(step: int, loss: Tensor, rate: float) -> None:
+        if step % per_epoch:
+            if stop:
+                leave(step, loss)
+            return
+        epoch, mean = step // per_epoch, trainer.window.mean()
+        found = measure(epoch)
+        trainer.model.train()
+        run.log(step=step, epoch=epoch, loss=mean, lr=rate, **found)
+        shown = [f", {k.replace('_', ' ')} {v:.4g}" for k, v in found.items() if v is not None]
+        if shown or epoch % max(1, epochs // 20) == 0:
+            left = (time.perf_counter() - began) / (step - start) * (steps - step)
+            line = f"{what} epoch {epoch}/{epochs}: loss {mean:.4g}{''.join(shown)}"
+            print(f"{line}, {left:.0f} s left", flush=True)
+        # A loss that is not finite stops the loop, on a GPU one step late: never save over it.
+        if epoch % save_every == 0 and step < steps and math.isfinite(mean):
+            save_run(run.state_path, step, parts)
+        if stop and step < steps:
+            leave(step, loss)
+
+    with StopRequest() as stop:
+        trainer.run(what=what, on_step=on_step)

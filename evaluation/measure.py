@@ -1,0 +1,190 @@
+"""Measurements: a key names all that a value depends on; what is finished is not measured again.
+
+Several processes, on one node or several, may write the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.parallel import in_parallel
+from utils import cli
+from utils.errors import UserError
+from utils.locks import exclusively
+from utils.run_folder import environment, write_json
+from utils.table import mean_std
+
+Cell = dict[str, Any]
+
+
+def read_cells(path: Path | str) -> list[Cell]:
+    """All finished cells of a file, oldest first; torn and foreign lines are left out.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    cells = []
+    for line in lines:
+        try:
+            cell = json.loads(line)
+        except (ValueError, RecursionError):
+            continue  # a line torn by a kill: its cell is measured again
+        if isinstance(cell, dict) and "id" in cell:
+            cells.append(cell)
+    return cells
+
+
+class CellStore:
+    """An append-only results.jsonl of finished cells, each one measurement.
+
+    Args:
+        path: the file; its folder is made.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._cells = {cell["id"]: cell for cell in read_cells(self.path)}
+
+    @staticmethod
+    def identity(key: dict[str, Any]) -> str:
+        """A short digest of the key."""
+        text = json.dumps(key, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def get(self, key: dict[str, Any]) -> Cell | None:
+        """The finished cell of `key`, or None."""
+        return self._cells.get(self.identity(key))
+
+    def add(self, key: dict[str, Any], **values: Any) -> Cell:
+        """Append a finished cell and return it; on the disk before this returns.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        cell = {"id": self.identity(key), **key, **values}
+        line = json.dumps(cell, default=str) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Appending alone is not atomic on network file systems.
+            with exclusively(self.path), self.path.open("ab+", buffering=0) as file:
+                _append(file.fileno(), line.encode())
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
+        self._cells[cell["id"]] = cell
+        return cell
+
+    def measure(
+        self, key: dict[str, Any], compute: Callable[[], dict[str, Any]], shown: Callable[[Cell], str]
+    ) -> Cell:
+        """The cell of `key`: the finished one, else what `compute` gives, with its seconds.
+
+        Args:
+            key: all that the values depend on.
+            compute: the values.
+            shown: a cell in one line, which is printed.
+        """
+        cell, kept = self.get(key), " (kept)"
+        if cell is None:
+            began, kept = time.perf_counter(), ""
+            found = compute()
+            cell = self.add(key, **found, seconds=time.perf_counter() - began)
+        print(f"{shown(cell)}{kept}", flush=True)
+        return cell
+
+    def measure_all(
+        self,
+        tasks: Sequence[tuple[dict[str, Any], Callable[[Callable[[], None]], dict[str, Any]]]],
+        device: torch.device,
+        shown: Callable[[Cell], str],
+        again: bool = False,
+    ) -> list[Cell]:
+        """`measure` for several keys, in parallel where that is faster.
+
+        Args:
+            tasks: keys with their computations, as `in_parallel` takes them.
+            device: where they compute.
+            shown: as in `measure`.
+            again: compute what is finished, too.
+        """
+        missing = [(key, task) for key, task in tasks if again or self.get(key) is None]
+        results = in_parallel([task for _, task in missing], device)
+        for (key, _), found in zip(missing, results, strict=True):
+            print(shown(self.add(key, **found)), flush=True)
+        return [self.get(key) for key, _ in tasks]
+
+
+def _append(handle: int, line: bytes) -> None:
+    """Write a whole line at once; a last line torn by a kill is closed first."""
+    end = os.lseek(handle, 0, os.SEEK_END)
+    if end:
+        os.lseek(handle, end - 1, os.SEEK_SET)
+        if os.read(handle, 1) != b"\n":
+            line = b"\n" + line
+    written = os.write(handle, line)
+    if written != len(line):
+        raise OSError(f"{written} of {len(line)} bytes written")
+    os.fsync(handle)
+
+
+def grouped(cells: Iterable[Cell], by: Callable[[Cell], Hashable]) -> dict[Hashable, list[Cell]]:
+    """Cells by what `by` gives, in the order of their first."""
+    groups: dict[Hashable, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(by(cell), []).append(cell)
+    return groups
+
+
+def spread(cells: Sequence[Cell], field: str = "accuracy") -> dict[str, float]:
+    """Number, mean and population standard deviation of a field over cells."""
+    mean, std = mean_std([cell[field] for cell in cells])
+    return {"n": len(cells), "mean": mean, "std": std}
+
+
+def finish(
+    folder: Path,
+    flags: Any,
+    device: torch.device,
+    cells: list[Cell],
+    summary: list[dict[str, Any]],
+    text: str,
+    **more: Any,
+) -> None:
+    """End of a measuring command: write results.json, print the table.
+
+    Args:
+        folder: of results.json.
+        flags: of the command.
+        device: recorded with the versions.
+        cells: finished.
+        summary: means over seeds.
+        text: the table.
+        more: facts for results.json.
+    """
+    write_json(
+        folder / "results.json",
+        {
+            "flags": cli.as_json(flags),
+            **more,
+            "environment": environment(device),
+            "summary": summary,
+            "cells": cells,
+        },
+    )
+    print(text)
+    print(f"results: {folder / 'results.json'}")

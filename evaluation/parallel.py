@@ -1,0 +1,54 @@
+"""Independent trainings at the same time: on a CPU one network a core beats all cores on one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Cancelled(Exception):
+    """Another training failed or the process was asked to leave; nobody wants this one's result."""
+
+
+def in_parallel(tasks: Sequence[Callable[[Callable[[], None]], T]], device: torch.device) -> Iterator[T]:
+    """Results of the tasks in their order, as they come.
+
+    On a CPU as many run at a time as torch has threads, each on one thread of its own; with one
+    thread, one task, or on a GPU they run one after another. A task is called with a function
+    that it has to call now and then: it raises `Cancelled` once the result is not wanted.
+
+    Args:
+        tasks: independent of each other and of global random state (see utils.seed.local_seed).
+        device: where they compute.
+    """
+    threads = torch.get_num_threads()
+    workers = min(len(tasks), threads)
+    if device.type != "cpu" or workers < 2:
+        for task in tasks:
+            yield task(lambda: None)
+        return
+    unwanted = threading.Event()
+
+    def check() -> None:
+        if unwanted.is_set():
+            raise Cancelled
+
+    def run(task: Callable[[Callable[[], None]], T]) -> T:
+        check()
+        torch.set_num_threads(1)  # of this thread; the work is spread by networks
+        return task(check)
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="training")
+    try:
+        for future in [pool.submit(run, task) for task in tasks]:
+            yield future.result()
+    finally:
+        unwanted.set()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)

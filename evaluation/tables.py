@@ -1,0 +1,324 @@
+"""Tables of a paper: places as data, jobs for what is missing, ours beside the published numbers.
+
+Jobs run cheapest first; any number of processes may share them, and a restart skips what is there.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.measure import Cell, grouped, read_cells
+from utils import checkpoint
+from utils.errors import UserError
+from utils.locks import Claims
+from utils.table import format_mean_std, markdown, mean_std
+
+# (table, row, column) -> (mean, std), accuracies in %; std is None where the source prints none.
+Number = tuple[float, float | None]
+Published = dict[tuple[str, str, str], Number]
+
+NOTE = "ours, mean ± std [published, difference]; – not run, † shortened"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One place of a table.
+
+    Attributes:
+        row: its row's heading.
+        column: its column's heading.
+        values: our accuracies in %, empty: not run.
+        scaled: ours come from shortened training.
+        published: the published mean and std, or None.
+    """
+
+    row: str
+    column: str
+    values: tuple[float, ...]
+    scaled: bool = False
+    published: Number | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The line of the CSV file; None where there is no number."""
+        mean, std = mean_std(self.values) if self.values else (None, None)
+        theirs, their_std = self.published or (None, None)
+        both = mean is not None and theirs is not None
+        return {
+            "row": self.row,
+            "column": self.column,
+            "n": len(self.values),
+            "mean": mean,
+            "std": std,
+            "scaled": self.scaled,
+            "published_mean": theirs,
+            "published_std": their_std,
+            "difference": mean - theirs if both else None,
+        }
+
+    def shown(self) -> str:
+        """`ours ± std† [published ± std, difference]`, a dash for what is not there."""
+        text = format_mean_std(self.values) + ("†" if self.scaled else "")
+        if self.published is None:
+            return text
+        theirs, their_std = self.published
+        text += f" [{theirs:.2f}" + (f" ± {their_std:.2f}" if their_std is not None else "")
+        difference = self.record()["difference"]
+        return text + (f", {difference:+.2f}]" if difference is not None else "]")
+
+
+def _cross(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of shown cells."""
+    columns = list(dict.fromkeys(e.column for e in entries))
+    rows: dict[str, list[str]] = {}
+    for entry in entries:
+        rows.setdefault(entry.row, []).append(entry.shown())
+    return ["method", *columns], [[row, *shown] for row, shown in rows.items()]
+
+
+def to_markdown(entries: Sequence[Entry]) -> str:
+    """An aligned Markdown table."""
+    return markdown(*_cross(entries))
+
+
+_TEX = {"±": "$\\pm$", "†": "$^\\dagger$", "–": "--", "×": "$\\times$"}
+
+
+def _tex(text: str) -> str:
+    escaped = re.sub(r"([_%&#$])", r"\\\1", text)
+    escaped = re.sub(r"(?<=, )([+-])(?=\d)", r"$\1$", escaped)  # a sign, not a hyphen
+    return re.sub("|".join(_TEX), lambda m: _TEX[m[0]], escaped)
+
+
+def to_latex(entries: Sequence[Entry]) -> str:
+    """The same cells as a LaTeX tabular."""
+    header, rows = _cross(entries)
+    lines = [" & ".join(map(_tex, row)) + " \\\\" for row in [header, *rows]]
+    spec = "l" + "r" * (len(header) - 1)
+    body = [lines[0], "\\hline", *lines[1:]]
+    return "\n".join([f"\\begin{{tabular}}{{{spec}}}", *body, "\\end{tabular}"])
+
+
+def to_csv(entries: Sequence[Entry]) -> str:
+    """One line an entry, empty fields where there is no number."""
+    records = [entry.record() for entry in entries]
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return buffer.getvalue().rstrip("\n")
+
+
+WRITERS: dict[str, Callable[[Sequence[Entry]], str]] = {".md": to_markdown, ".csv": to_csv, ".tex": to_latex}
+
+
+def write_table(entries: Sequence[Entry], stem: Path) -> None:
+    """Write `{stem}.md`, `.csv` and `.tex`, and print the first.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    for suffix, write in WRITERS.items():
+        checkpoint.write_text(stem.parent / (stem.name + suffix), write(entries) + "\n")
+    print(to_markdown(entries))
+
+
+def with_published_file(known: Published, path: Path | None) -> Published:
+    """The verified numbers, with a user's file put on top.
+
+    Args:
+        known: numbers of the project.
+        path: JSON `{table: {row: {column: [mean, std]}}}`; std may be null or left out.
+
+    Raises:
+        UserError: the file is missing or has another form.
+    """
+    if path is None:
+        return dict(known)
+    try:
+        content = json.loads(path.read_text())
+        given = {
+            (str(table), row, column): _number(value)
+            for table, rows in content.items()
+            for row, columns in rows.items()
+            for column, value in columns.items()
+        }
+    except OSError as error:
+        raise UserError(f"--published {path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise UserError(
+            f"--published {path}: expected JSON {{table: {{row: {{column: [mean, std]}}}}}}"
+        ) from None
+    return {**known, **given}
+
+
+def _number(value: Any) -> Number:
+    mean, std = [*(value if isinstance(value, list) else [value]), None][:2]
+    if not math.isfinite(float(mean)) or not math.isfinite(float(std or 0)):
+        raise ValueError(f"{value} is not finite")
+    return float(mean), None if std is None else float(std)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One piece of work.
+
+    Attributes:
+        name: what it computes; jobs of equal names are never run at the same time.
+        cost: expected work in any unit, for the order and the time left.
+        run: does it; a UserError means that it cannot be done here.
+    """
+
+    name: str
+    cost: float
+    run: Callable[[], object]
+
+
+def run_missing(missing: Callable[[], list[Job]], claims: Claims) -> list[str]:
+    """Run every missing job that no other process works on; one that cannot run is skipped.
+
+    Any number of processes may do so at the same time: `missing` is asked again before each choice
+    and once more after a job was claimed, so that none is run twice.
+
+    Args:
+        missing: reads the results and gives what they lack.
+        claims: of the shared folder.
+
+    Returns:
+        What could not be run, one line each.
+    """
+    tried: set[str] = set()
+    skipped: list[str] = []
+    done = spent = 0.0
+    while True:
+        jobs = sorted((j for j in missing() if j.name not in tried), key=lambda j: j.cost)
+        elsewhere = {j.name for j in jobs if claims.held_elsewhere(claim_name(j.name))}
+        free = [j for j in jobs if j.name not in elsewhere]
+        if not free:
+            if elsewhere:
+                print(f"jobs running in other processes: {len(elsewhere)}; nothing else is left")
+            if skipped:  # their messages may lie far above by now
+                print("\n".join(["could not be run:", *skipped, ""]))
+            return skipped
+        name = free[0].name
+        with claims.claim(claim_name(name)) as ours:
+            job = next((j for j in missing() if ours and j.name == name), None)
+            if job is None:  # another process was faster
+                continue
+            tried.add(name)
+            left = sum(j.cost for j in free) * spent / done / (1 + len(elsewhere)) if done else None
+            shown = "" if left is None else f", about {duration(left)} left"
+            print(f"\n[{len(tried)}/{len(tried) + len(jobs) - 1}] {name}{shown}", flush=True)
+            began = time.perf_counter()
+            try:
+                job.run()
+            except UserError as error:
+                skipped.append(f"{name}: {error}")
+                print(f"skipped: {error}", flush=True)
+                continue
+            done += job.cost
+            spent += time.perf_counter() - began
+
+
+def claim_name(name: str) -> str:
+    """A job's name as a file name."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name)[:200]
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# What cells of older versions and other protocols do not say.
+_IMPLIED = {"shots": "all", "probe_on": "body", "steps_scale": 1.0}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One cell of a printed table, and which finished measurements belong there.
+
+    Attributes:
+        row: heading of its row.
+        column: heading of its column.
+        wanted: what a measurement must hold.
+        field: where it holds the value, or the values.
+        fits: what it must fulfil besides.
+        origin: fields that the seeds of one mean share; of several origins the best counts, else
+            the latest.
+        rank: of an origin, by one of its measurements; the smallest is the best.
+        shortened: whether a measurement was made with shortened training.
+        published: the published mean and std, or None.
+    """
+
+    row: str
+    column: str
+    wanted: Mapping[str, Any]
+    field: str = "accuracy"
+    fits: Callable[[Cell], bool] = lambda cell: True
+    origin: tuple[str, ...] = ()
+    rank: Callable[[Cell], Any] = lambda cell: 0
+    shortened: Callable[[Cell], bool] = lambda cell: cell.get("steps_scale", 1.0) != 1.0
+    published: Number | None = None
+
+    def choose(self, cells: Sequence[Cell]) -> list[Cell]:
+        """The measurements that count, one per seed (the latest), by seed.
+
+        Args:
+            cells: oldest first.
+        """
+        mine = [
+            cell
+            for cell in cells
+            if all(cell.get(k, _IMPLIED.get(k)) == v for k, v in self.wanted.items()) and self.fits(cell)
+        ]
+        groups = grouped(reversed(mine), lambda c: repr([c.get(name) for name in self.origin]))
+        if not groups:
+            return []
+        best = min(groups.values(), key=lambda group: self.rank(group[0]))
+        by_seed = {cell["seed"]: cell for cell in reversed(best)}
+        return [by_seed[seed] for seed in sorted(by_seed)]
+
+    def entry(self, cells: Sequence[Cell]) -> Entry:
+        """What is printed."""
+        mine, values = self.choose(cells), []
+        for cell in mine:
+            found = cell[self.field]
+            values += found if isinstance(found, list) else [found]
+        shortened = any(map(self.shortened, mine))
+        return Entry(self.row, self.column, tuple(values), shortened, self.published)
+
+
+def make_table(
+    places: Sequence[Place], results: Path, stem: Path, missing: Callable[[], list[Job]] | None
+) -> list[Entry]:
+    """Run what is missing if wanted, then write and print the table.
+
+    Args:
+        places: in reading order.
+        results: the file of the measurements.
+        stem: of the table's files.
+        missing: reads the results and gives what they lack; None: nothing is run.
+
+    Returns:
+        The entries, in the order of the places.
+
+    Raises:
+        UserError: a file cannot be read or written.
+    """
+    if missing is not None:
+        run_missing(missing, Claims(results.parent / "claims"))
+    cells = read_cells(results)
+    entries = [place.entry(cells) for place in places]
+    write_table(entries, stem)
+    return entries

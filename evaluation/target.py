@@ -1,0 +1,237 @@
+"""The frozen target model g: what the synthetic set has to reproduce."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from data.augment import normalize, to_float
+from data.load import ImageSet
+from data.space import Space, convert
+from data.specs import Stats
+from evaluation.probe import feature_error
+from evaluation.protocols import outputs
+from models import get_model
+from models.base import Classifier
+from models.fold import fold_frozen
+from models.foundation import Foundation, load_hf, load_torchvision
+from utils import checkpoint
+from utils.checkpoint import fingerprint
+from utils.device import place
+from utils.errors import UserError, pick
+
+
+def _resnet50(channel: int) -> Classifier:
+    from models.standard_resnet import StandardResNet50  # torchvision is slow to import
+
+    return StandardResNet50(channel)
+
+
+# Architectures that serve as target models only; all others are zoo A's.
+TARGET_ONLY: dict[str, Callable[[int], Classifier]] = {"resnet50": _resnet50}
+
+
+def _hf(name: str, path: Path | None) -> Foundation:
+    if path is not None:
+        raise UserError(f"--target_ckpt {path} has no meaning for hf:{name}, which has its own")
+    return load_hf(name)
+
+
+# `prefix:NAME` -> (NAME, local checkpoint) -> network.
+FOREIGN: dict[str, Callable[[str, Path | None], Foundation]] = {"hf": _hf, "torchvision": load_torchvision}
+
+
+# Help of the flags that name a target model.
+TARGET_MODEL = (
+    "a name of zoo A, resnet50, hf:NAME_OR_FOLDER or torchvision:NAME; default: resnet18 "
+    "(imagenette: resnet50)"
+)
+TARGET_CKPT = (
+    "its checkpoint; default: teacher_ckpt/barlow_twins_{target_model}_{data_name}.pt, with "
+    "torchvision:NAME torchvision's weights"
+)
+
+
+class Target(Protocol):
+    """A frozen self-supervised target model."""
+
+    dim: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalised images (b, C, H, W) -> features (b, dim), without gradient."""
+
+
+class ForeignTarget(nn.Module):
+    """A network from elsewhere as a map from data-set-normalised images to features.
+
+    The images are brought into the form it was made for; all of it is differentiable in them.
+
+    Args:
+        found: the network.
+        img_shape: (C, H, W) of the data set.
+        stats: what its images are normalised with.
+
+    Attributes:
+        dim: width of the features.
+    """
+
+    def __init__(self, found: Foundation, img_shape: tuple[int, int, int], stats: Stats) -> None:
+        super().__init__()
+        self.network, self.dim, self.mode = found.network, found.dim, found.mode
+        self.given = Space.of(stats, img_shape[1:])
+        self.own = Space.of(Stats(found.mean, found.std), found.size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) normalised images -> (B, dim)."""
+        return self.network(convert(x, self.given, self.own, self.mode))
+
+
+class Representation(nn.Module):
+    """A network without its head, as a map from images to pooled features.
+
+    The state dict of `backbone` has the published key layout of a target checkpoint (a
+    torchvision-style network without `fc`).
+
+    Args:
+        arch: name in zoo A or TARGET_ONLY.
+        img_shape: (C, H, W).
+    """
+
+    def __init__(self, arch: str, img_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        if arch in TARGET_ONLY:
+            self.backbone = TARGET_ONLY[arch](img_shape[0])
+        else:
+            self.backbone = get_model(arch, img_shape=img_shape, num_classes=1)
+        self.backbone.fc = nn.Identity()
+        self.dim = self.backbone.num_pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) normalised images -> (B, dim): the last feature map averaged over space."""
+        return self.backbone.pooled(x)
+
+
+def default_checkpoint(arch: str, data_name: str, folder: Path | str = "teacher_ckpt") -> Path:
+    """The published place of a target checkpoint."""
+    return Path(folder) / f"barlow_twins_{arch}_{data_name}.pt"
+
+
+def resolve_checkpoint(arch: str, given: Path | None, data_name: str) -> Path | None:
+    """`given`, else the published place; None for `prefix:NAME`, which brings its own weights."""
+    if given is not None:
+        return Path(given)
+    return None if ":" in arch else default_checkpoint(arch, data_name)
+
+
+def target_command(arch: str, data_name: str, size: int, data_dir: Path) -> str:
+    """The command that makes the target model of a data set, for errors that miss it."""
+    return shlex.join(
+        [
+            "python",
+            "-m",
+            "krr_st.target",
+            "--data_name",
+            data_name,
+            "--img_size",
+            str(size),
+            "--target_model",
+            arch,
+            "--data_dir",
+            str(data_dir),
+        ]
+    )
+
+
+def load_target(
+    arch: str,
+    path: Path | None,
+    img_shape: tuple[int, int, int],
+    device: torch.device,
+    make_command: str,
+    stats: Stats | None = None,
+    layout: str = "channels_last",
+) -> nn.Module:
+    """Load a target model, in eval mode and frozen.
+
+    Args:
+        arch: name in zoo A or TARGET_ONLY, hf:NAME_OR_FOLDER or torchvision:NAME.
+        path: plain state dict without the head (a head that is there is left out); None where
+            `resolve_checkpoint` says so.
+        img_shape: (C, H, W).
+        device: where it shall live.
+        make_command: printed when the file does not exist.
+        stats: what the images are normalised with; needed by hf: and torchvision: alone.
+        layout: memory layout of its weights.
+
+    Returns:
+        A map from normalised images (B, C, H, W) to features (B, dim), with the attribute `dim`.
+
+    Raises:
+        UserError: missing file (with the command that makes it), or one that does not fit; an
+            unknown, unreachable or unsuitable foreign network.
+    """
+    family, colon, name = arch.partition(":")
+    if colon:
+        if stats is None:
+            raise ValueError(f"{arch} needs the statistics its images are normalised with")
+        found = pick(FOREIGN, family, "kind of target model")(name, path)
+        model = ForeignTarget(found, img_shape, stats)
+        return place(model, device, layout).eval().requires_grad_(False)
+    model = Representation(arch, img_shape)
+    if not path.exists():
+        raise UserError(f"target checkpoint {path} does not exist; make it with: {make_command}")
+    state = checkpoint.load_state(path, what="target checkpoint")
+    checkpoint.apply_state(model.backbone, state, origin=path, skip=("fc.",))
+    model.eval().requires_grad_(False)
+    model.backbone = fold_frozen(model.backbone, _sample(img_shape))
+    return place(model, device, layout)
+
+
+def _sample(img_shape: tuple[int, int, int]) -> Tensor:
+    return torch.randn(2, *img_shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def target_sample(target: Target, image_set: ImageSet, device: torch.device) -> Tensor:
+    """The target's features (D,) of the first training image: what it computes, wherever from."""
+    x = normalize(to_float(image_set.train.images[:1]), image_set.stats).to(device)
+    return target(x.expand(16, -1, -1, -1))[0].float()
+
+
+class TargetFeatures:
+    """The target model's features of one image set, computed when they are first asked for.
+
+    Args:
+        target: the frozen target model, with its attribute `dim`.
+        image_set: the set; its test images are the ones unseen.
+        device: where to compute.
+
+    Attributes:
+        dim: width of the features.
+        digest: what the target model computes, in short.
+    """
+
+    def __init__(self, target: nn.Module, image_set: ImageSet, device: torch.device) -> None:
+        self._target, self._image_set, self._device = target, image_set, device
+        self.dim: int = target.dim
+        self.digest = fingerprint(target_sample(target, image_set, device))
+
+    @functools.cached_property
+    def splits(self) -> tuple[Tensor, Tensor]:
+        """(N, dim) of the training images and (M, dim) of the test images."""
+        train, test = (
+            outputs(self._target, split.images, self._image_set, self._device).float()
+            for split in (self._image_set.train, self._image_set.test)
+        )
+        return train, test
+
+    def error(self, predicted: Tensor) -> float:
+        """Mean squared error of outputs for the test images (M, dim); see `feature_error`."""
+        train, test = self.splits
+        return feature_error(predicted.float(), test, train)

@@ -1,0 +1,164 @@
+"""KRR-ST: images and target features from which kernel regression predicts a target model."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.augment import default_padding
+from data.loader import TensorLoader, ViewPipeline
+from distillation.base import Distiller
+from distillation.problem import Problem
+from evaluation.target import target_sample
+from krr_st.config import TrainFlags
+from krr_st.held_out import HeldOutLoss
+from krr_st.loss import krr_loss
+from krr_st.pool import ModelPool
+from krr_st.views import RealBatch, targets_for
+from models import get_model
+from utils.device import place
+from utils.memory import SplitBatches
+from utils.optim import make_optimizer, make_schedule
+from utils.precision import autocast, compiled
+from utils.seed import local_seed
+
+
+class KRRST(Distiller):
+    """X_s and Y_s by bilevel optimisation, with kernel ridge regression in place of training.
+
+    One step: draw a network f of the pool, and a real batch X_r in random views. With features of
+    f, kernel ridge regression on (X_s, Y_s) predicts g(X_r); the mean squared error moves X_s and
+    Y_s. Then f itself takes one step of training on them.
+
+    Source: Lee et al., arXiv 2310.06511, alg. 1.
+    """
+
+    parts = ("optimizer", "schedule", "pool", "loader", "target_check")
+
+    def __init__(self, problem: Problem, flags: TrainFlags) -> None:
+        super().__init__(problem, flags)
+        x_syn, y_syn = problem.start_with_features(flags.num_images, flags.syn_init, flags.init_images)
+        self.x_syn, self.y_syn = x_syn.clone().requires_grad_(), y_syn.clone().requires_grad_()
+        self.pool = ModelPool(
+            functools.partial(pool_network, problem, flags),
+            lambda model: make_optimizer(
+                flags.online_opt, model.parameters(), lr=flags.online_lr, wd=flags.online_wd
+            ),
+            size=flags.num_models,
+            max_steps=flags.online_iteration,
+            generator=self.stream("pool"),
+            reset=flags.pool_reset,
+            precision=flags.precision,
+            compile=flags.compile,
+        )
+        self.loader = real_loader(problem, flags.outer_batch_size, self.stream("real batches"))
+        self.targets = targets_for(problem, flags)
+        groups = [
+            {"params": [self.x_syn]},
+            {"params": [self.y_syn], "lr": flags.outer_lr_y or flags.outer_lr},
+        ]
+        self.optimizer = make_optimizer(
+            flags.outer_opt, groups, lr=flags.outer_lr, wd=flags.outer_wd, momentum=0.5
+        )
+        self.schedule = make_schedule("linear", self.optimizer, flags.outer_iteration)
+        sample = target_sample(problem.target, problem.image_set, problem.device)
+        self.target_check = SameTarget(sample)
+        # Here and for the pool without `self`: a cycle would keep the table of views after the run.
+        embed = self._embed = compiled(lambda model, x: model.embed(x), flags.compile)
+        self._embed_real = SplitBatches(lambda x, model: embed(model, x))
+        self._batches = None
+
+    def begin(self) -> None:
+        """Train each network of the pool to an age of its own."""
+        x, y = self.x_syn.detach(), self.y_syn.detach()
+        self.pool.warm_up(x, y, progress=self.problem.group.first)
+
+    def monitor(self) -> HeldOutLoss:
+        """The loss on held-out images under fixed networks."""
+        return HeldOutLoss(self.problem, self.flags, self.pool, self.x_syn.detach(), self.y_syn.detach())
+
+    def step(self) -> dict[str, Tensor]:
+        """One outer step; the loss is that before it."""
+        flags, group = self.flags, self.problem.group
+        if self._batches is None:
+            self._batches = self.loader.forever()
+        slot = self.pool.draw()
+        (x, view), index = next(self._batches)
+        with autocast(flags.precision, x.device):
+            with torch.no_grad():
+                y_real = self.targets(RealBatch(x, index, view))  # (b, D)
+                f_real = self._embed_real(x, slot.model)  # (b, d)
+            f_syn = self._embed(slot.model, self.x_syn)  # (m, d)
+        loss = krr_loss(f_real, y_real, f_syn, self.y_syn, flags.ridge)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        loss = loss.detach()
+        group.average_([self.x_syn.grad, self.y_syn.grad, loss])
+        if flags.outer_grad_norm > 0:
+            for variable in (self.x_syn, self.y_syn):
+                nn.utils.clip_grad_norm_(variable, flags.outer_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        self.pool.update(slot, self.x_syn.detach(), self.y_syn.detach())
+        return {"loss": loss}
+
+    def flush(self) -> None:
+        """Keep the table of target views on disk up to date, where there is one."""
+        self.targets.flush()
+
+
+def pool_network(problem: Problem, flags: TrainFlags, seed: int) -> nn.Module:
+    """A fresh network of the pool, initialised from `seed` alone."""
+    with local_seed(seed):
+        network = get_model(flags.train_model, problem.image_set.img_shape, problem.target.dim)
+        return place(network, problem.device, flags.layout)
+
+
+class SameTarget:
+    """The target model's features of one fixed image, by which a state knows its target model.
+
+    Args:
+        sample: (D,).
+    """
+
+    def __init__(self, sample: Tensor) -> None:
+        self.sample = sample
+
+    def state_dict(self) -> dict[str, Any]:
+        """The features."""
+        return {"sample": self.sample}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare; raises a ValueError where they belong to another target model."""
+        before = state["sample"]
+        now = self.sample.to(before)  # not bit by bit: the run may have moved to another device
+        if now.shape != before.shape or (now - before).norm() > 0.05 * before.norm():
+            raise ValueError("the target model gives other features than before")
+
+
+def real_loader(problem: Problem, batch_size: int, generator: torch.Generator) -> TensorLoader:
+    """Endless batches of the training images, crop, flip, normalise: ((x, views), index).
+
+    The last, smaller batch of each pass is kept, as in the released code.
+
+    Args:
+        problem: its labels are not read.
+        batch_size: b, over all processes.
+        generator: order and views.
+    """
+    image_set, shard = problem.image_set, problem.group.shard
+    pipeline = ViewPipeline(
+        image_set.stats, pad=default_padding(image_set.size), hflip=image_set.hflip, shard=shard
+    )
+    return TensorLoader(
+        image_set.train.images,
+        None,
+        batch_size=batch_size,
+        device=problem.device,
+        generator=generator,
+        transform=pipeline,
+        shard=shard,
+    )

@@ -1,0 +1,58 @@
+"""The registry of distillation methods: one row each, and nowhere else is a method named."""
+
+from __future__ import annotations
+
+from clom.config import DistillFlags
+from clom.dc import GradientMatching
+from clom.dm import DistributionMatching
+from clom.setup import MatchingSetup
+from distillation.run import Method
+from krr_st.config import RECIPES, TrainFlags
+from krr_st.krr_st import KRRST
+from krr_st.setup import KernelSetup
+from utils.errors import pick
+
+_MATCHING = dict(Iteration=1000, lr_img=0.1, init="noise")
+
+ROWS = (
+    Method(
+        "KRR_ST",
+        KRRST,
+        KernelSetup,
+        TrainFlags,
+        "kernel ridge regression to self-supervised targets (ICLR 2024)",
+        recipes=RECIPES,
+    ),
+    Method("DC", GradientMatching, MatchingSetup, DistillFlags, "gradient matching (ICLR 2021)", _MATCHING),
+    Method(
+        "DSA",
+        GradientMatching,
+        MatchingSetup,
+        DistillFlags,
+        "gradient matching with siamese augmentation (ICML 2021)",
+        _MATCHING,
+        lambda dataset, ipc: {"init": "real"},
+        augments=True,
+    ),
+    Method(
+        "DM",
+        DistributionMatching,
+        MatchingSetup,
+        DistillFlags,
+        "distribution matching (WACV 2023)",
+        dict(Iteration=20000, lr_img=1.0, init="real"),
+        lambda dataset, ipc: {"lr_img": 10.0} if dataset == "CIFAR10" and ipc >= 100 else {},
+        augments=True,
+        mirrors=True,
+    ),
+)
+METHODS: dict[str, Method] = {row.name.lower(): row for row in ROWS}
+
+
+def find_method(name: str) -> Method:
+    """The row of a method, by its name without regard to case.
+
+    Raises:
+        UserError: unknown name; the message lists the valid ones.
+    """
+    return pick(METHODS, name.lower(), "--method")

@@ -1,0 +1,61 @@
+"""From a command line to a run: the method is named first, its flags follow."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from distillation.run import run_method
+from methods import METHODS, find_method
+from utils import cli
+
+
+def distil(
+    argv: list[str] | None,
+    default: str,
+    *,
+    prog: str,
+    description: str,
+    flags: type | None = None,
+    among: Sequence[str] = (),
+    no_effect: Mapping[str, str] = MappingProxyType({}),
+) -> int:
+    """Parse the flags of the method that `--method` names, and run it.
+
+    Args:
+        argv: arguments after the command; None: the process's.
+        default: the method without --method.
+        prog: the command, for --help.
+        description: what it does, for --help.
+        flags: in place of the method's own flags class.
+        among: names of the methods that the command offers; all of them when empty.
+        no_effect: as in `utils.cli.parse`.
+
+    Returns:
+        The exit code.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    offered = {name: row for name, row in METHODS.items() if not among or name in among}
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--method", default=default)
+    try:
+        name = peek.parse_known_args(argv)[0].method
+    except argparse.ArgumentError:  # no value: the real parser says so
+        name = default
+    row = offered.get(name.lower(), METHODS[default])
+    names = tuple(r.name for r in offered.values()) if among else tuple(offered)
+    about = "\n".join(f"  {known:8} {r.about}" for known, r in offered.items())
+    parsed = cli.parse(
+        flags or row.flags,
+        argv,
+        prog=prog,
+        description=f"{description}\nmethods:\n{about}",
+        recipes=row.recipes or None,
+        choices={"method": names},
+        defaults={"method": default},
+        no_effect=no_effect,
+    )
+    return run_method(find_method(parsed.method), dataclasses.replace(parsed, method=row.name))
