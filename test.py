@@ -15,8 +15,7 @@ from utils.errors import entry_point
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and measure."""
-    flags = cli.parse(TestFlags, argv, prog="python test.py", description=__doc__)
-    return run_transfer(flags)
+    return run_transfer(cli.parse(TestFlags, argv, prog="python test.py", description=__doc__))
 
 
 if __name__ == "__main__":

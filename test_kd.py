@@ -15,8 +15,7 @@ from utils.errors import entry_point
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and measure."""
-    flags = cli.parse(KdFlags, argv, prog="python test_kd.py", description=__doc__)
-    return run_kd(flags)
+    return run_kd(cli.parse(KdFlags, argv, prog="python test_kd.py", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from utils.errors import entry_point
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and train."""
-    flags = cli.parse(OriginalFlags, argv, prog="python train_original_models.py", description=__doc__)
-    return train_originals(flags)
+    return train_originals(
+        cli.parse(OriginalFlags, argv, prog="python train_original_models.py", description=__doc__)
+    )
 
 
 if __name__ == "__main__":

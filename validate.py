@@ -16,8 +16,7 @@ from utils.errors import entry_point
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and validate."""
-    flags = cli.parse(ValidateFlags, argv, prog="python validate.py", description=__doc__)
-    return validate(flags)
+    return validate(cli.parse(ValidateFlags, argv, prog="python validate.py", description=__doc__))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,7 @@ IMAGE_MOMENTUM = 0.5
 class MatchingDistiller(Distiller):
     """Synthetic images in class order, matched to real ones of the same class.
 
-    Attributes:
-        x_syn: (classes · ipc, C, H, W).
-        y_syn: 0 ipc times, 1 ipc times, ...
-        extra: the CLoM term, or None.
+    `x_syn` is (classes · ipc, C, H, W), `y_syn` 0 ipc times, 1 ipc times, ...; `extra` is CLoM or None.
     """
 
     parts = ("optimizer", "extra")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from clom.loss import CE_FORMS, DISTANCES
 from clom.matching import METRICS
 from data.specs import DC_SPECS
 from distillation.base import RunFlags
-from evaluation.recipes import DSA_STRATEGY
+from evaluation.recipes import DSA_STRATEGY, Recipe, sgd_by_epochs
 from models import EVAL_MODES, NETWORKS
 from utils.cli import DeviceFlags, flag, same_flag
 from utils.errors import UserError, pick
@@ -23,31 +23,30 @@ PREFIX = "hf:"  # of a foundation model among the names of a pool
 TEACHER_STATS = ("own", "target")
 LONGEST_NAME = 150  # characters of a default run folder's name
 
-# (outer_loop, inner_loop) by ipc, as published.
-LOOPS: dict[int, tuple[int, int]] = {
-    1: (1, 1),
-    10: (10, 50),
-    20: (20, 25),
-    30: (30, 20),
-    40: (40, 15),
-    50: (50, 10),
-}
+# ipc -> (outer_loop, inner_loop), as published.
+LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+
+# A flag of where, how fast or how verbosely: runs that differ in it are the same run.
+how = partial(flag, identity=False)
 
 
 @dataclass(frozen=True)
-class CommonFlags(DeviceFlags):
+class SourceFlags(DeviceFlags):
     """Flags of every command of this family."""
 
-    dataset: str = flag("CIFAR10", "data set: a listed name or a prepared set of yours", also=("data_name",))
     model: str = flag("ConvNet", "network (DC zoo)")
-    data_path: Path | None = flag(
-        None,
-        "folder of the prepared sets; default: ./data/[dataset] if it holds one, ./datasets",
-        also=("data_dir",),
-        identity=False,
+    data_path: Path | None = how(
+        None, "folder of the prepared sets; default: ./data/[dataset], else ./datasets", also=("data_dir",)
     )
     img_size: int | None = flag(None, "side in pixels; default: the published or only one", minimum=4)
-    dry_run: bool = flag(False, "print the resolved configuration and stop", identity=False)
+
+
+@dataclass(frozen=True)
+class CommonFlags(SourceFlags):
+    """Flags of every command that works on one data set."""
+
+    dataset: str = flag("CIFAR10", "data set: a listed name or a prepared set of yours", also=("data_name",))
+    dry_run: bool = how(False, "print the resolved configuration and stop")
 
     def __post_init__(self) -> None:
         """Names of listed sets get their published spelling: files and folders carry it."""
@@ -57,66 +56,34 @@ class CommonFlags(DeviceFlags):
 
 
 @dataclass(frozen=True)
-class DistillFlags(RunFlags, CommonFlags):
-    """Flags of DC, DSA and DM."""
+class CellFlags(SourceFlags):
+    """Flags of a run that a table gives all its runs."""
 
-    method: str = same_flag(RunFlags, "method", default="DC")
-    ipc: int = flag(1, "synthetic images per class", minimum=1)
-    eval_mode: str = flag("S", "networks of the evaluations (see models)", choices=EVAL_MODES)
-    num_exp: int = flag(1, "experiments with different draws", minimum=1, identity=False)
     num_eval: int = flag(20, "random networks per evaluation", minimum=1)
     epoch_eval_train: int | None = flag(
         None, "epochs of each of them; default: 300, or 1000 with augmentation", minimum=0
     )
-    eval_interval: int = flag(500, "iterations between evaluations (eval_mode S, SS)", minimum=1)
     Iteration: int | None = flag(
         None,
-        "iterations; default: 1000 (DM: 20000); 0: the start itself is evaluated (with "
-        "--init real, random real images)",
+        "iterations; default: 1000 (DM: 20000); 0 evaluates the start (--init real: random real images)",
         minimum=0,
         also=("outer_iteration",),
     )
     lr_img: float | None = flag(
         None, "learning rate of the images; default: 0.1 (DM: 1.0)", above=0, also=("outer_lr",)
     )
-    lr_net: float = flag(0.01, "learning rate of the networks", above=0)
     batch_real: int = flag(256, "real images of each class per step (all, if it has fewer)", minimum=1)
-    batch_train: int = flag(256, "batch size of network training", minimum=1)
     init: str | None = flag(None, "start of the images; default: noise (DM: real)", choices=("noise", "real"))
-    dsa_strategy: str | None = flag(
-        None, f"DSA operations joined by _, or None; default: DSA and DM {DSA_STRATEGY}"
-    )
-    align_corners: bool = flag(False, "DSA samples with align_corners (the KRR-ST convention)")
-    save_path: Path | None = flag(
-        None, "run folder; default: ./condensed/[dataset]/[method]/...", identity=False
-    )
-    exp_name: str | None = flag(
-        None, "name of the run folder in ./results, in place of --save_path", identity=False
-    )
-    num_images: int | None = flag(
-        None,
-        "synthetic images in all, in place of --ipc: a multiple of the number of classes",
-        minimum=1,
-        identity=False,
-    )
-    dis_metric: str = flag("ours", "distance of gradients", choices=tuple(METRICS))
-    outer_loop: int | None = flag(None, "image updates per iteration (DC, DSA); default: by ipc", minimum=1)
-    inner_loop: int | None = flag(None, "network epochs between them (DC, DSA); default: by ipc", minimum=0)
+    save_every: Every = how(Every(100), "iterations between saves of the run, or seconds such as 300s")
 
-    CLoM: bool = flag(False, "add the CLoM loss")
-    CLoM_distance: str = flag("ce", "distance of CLoM", choices=DISTANCES)
-    CLoM_ce_form: str = flag(
-        "contrastive", "ce as defined in the paper, or as in the released code", choices=CE_FORMS
-    )
-    CLoM_batch_size: int = flag(8196, "real images of CLoM per step", minimum=1)
     models_pool: tuple[str, ...] = flag(
         ("ConvNet",), "architectures of the pre-trained models: DC zoo, or hf:NAME_OR_FOLDER (cos)"
     )
-    alphas: tuple[float, ...] = flag((1000.0,), "weight of CLoM: one, or one per architecture", minimum=0)
     model_num: int = flag(1, "pre-trained models of each architecture", minimum=1)
     epoch: int = flag(150, "their epoch", minimum=0)
     source_dataset: str | None = flag(None, "what they were trained on; default: dataset")
     pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the pre-trained models")
+    CLoM_batch_size: int = flag(8196, "real images of CLoM per step", minimum=1)
     CLoM_teacher_stats: str = flag(
         "own",
         "images for them are normalised as in their training (own), or stay in the "
@@ -124,18 +91,42 @@ class DistillFlags(RunFlags, CommonFlags):
         choices=TEACHER_STATS,
     )
 
-    print_every: int = flag(10, "iterations between log lines", minimum=1, identity=False)
-    save_every: Every = flag(
-        Every(100), "iterations between saves of the run, or seconds such as 300s", identity=False
+
+@dataclass(frozen=True)
+class DistillFlags(CellFlags, RunFlags, CommonFlags):
+    """Flags of DC, DSA and DM."""
+
+    method: str = same_flag(RunFlags, "method", default="DC")
+    ipc: int = flag(1, "synthetic images per class", minimum=1)
+    num_images: int | None = how(
+        None, "synthetic images in all, in place of --ipc: a multiple of the number of classes", minimum=1
     )
-    resume: bool = flag(
-        False, "insist on resuming (a run that is there is resumed in any case)", identity=False
+    num_exp: int = how(1, "experiments with different draws", minimum=1)
+    eval_mode: str = flag("S", "networks of the evaluations (see models)", choices=EVAL_MODES)
+    eval_interval: int = flag(500, "iterations between evaluations (eval_mode S, SS)", minimum=1)
+    lr_net: float = flag(0.01, "learning rate of the networks", above=0)
+    batch_train: int = flag(256, "batch size of network training", minimum=1)
+    dsa_strategy: str | None = flag(
+        None, f"DSA operations joined by _, or None; default: DSA and DM {DSA_STRATEGY}"
     )
-    export: str | None = flag(
-        None,
-        "also write x_syn.pt, y_syn.pt for the KRR-ST tables, e.g. synthetic_data/{source}/{method}",
-        identity=False,
+    align_corners: bool = flag(False, "DSA samples with align_corners (the KRR-ST convention)")
+    dis_metric: str = flag("ours", "distance of gradients", choices=tuple(METRICS))
+    outer_loop: int | None = flag(None, "image updates per iteration (DC, DSA); default: by ipc", minimum=1)
+    inner_loop: int | None = flag(None, "network epochs between them (DC, DSA); default: by ipc", minimum=0)
+    save_path: Path | None = how(None, "run folder; default: ./condensed/[dataset]/[method]/...")
+    exp_name: str | None = how(None, "name of the run folder in ./results, in place of --save_path")
+    print_every: int = same_flag(RunFlags, "print_every", default=10, help="iterations between log lines")
+    resume: bool = how(False, "insist on resuming (a run that is there is resumed in any case)")
+    export: str | None = how(
+        None, "also write x_syn.pt, y_syn.pt for the KRR-ST tables, e.g. synthetic_data/{source}/{method}"
     )
+
+    CLoM: bool = flag(False, "add the CLoM loss")
+    CLoM_distance: str = flag("ce", "distance of CLoM", choices=DISTANCES)
+    CLoM_ce_form: str = flag(
+        "contrastive", "ce as defined in the paper, or as in the released code", choices=CE_FORMS
+    )
+    alphas: tuple[float, ...] = flag((1000.0,), "weight of CLoM: one, or one per architecture", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -152,30 +143,47 @@ class MatchDMFlags(DistillFlags):
 
 
 @dataclass(frozen=True)
-class OriginalFlags(CommonFlags):
-    """Flags of train_original_models.py."""
+class TrainingFlags(CommonFlags):
+    """Flags of the commands that train one network after another, each with the next seed."""
 
-    num: int = flag(1, "networks to train", minimum=1, identity=False)
-    normalize_data: bool = flag(False, "train on normalised images (recorded beside the model)")
+    normalize_data: bool = flag(False, "train (and test) on normalised images; else on [0, 1] pixels")
     epochs: int = flag(150, "passes over the data", minimum=1)
     batch_size: int = flag(256, "images per step", minimum=1)
     lr: float = flag(0.01, "learning rate", above=0)
     momentum: float = flag(0.9, "momentum", minimum=0, maximum=1)
     weight_decay: float = flag(0.005, "weight decay", minimum=0)
     lr_decay_step: str = flag("50,100", "epochs after which the rate falls to a tenth")
-    save_every: int = flag(1, "epochs between checkpoints", minimum=1, identity=False)
-    random_seed: int | None = flag(None, "the published name of --seed", minimum=0, identity=False)
-    seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0, identity=False)
-    multigpu: str | None = flag(
-        None, "GPUs that share each batch, such as 0,1; wins over --gpu", identity=False
-    )
-    pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the models", identity=False)
-    tensorboard: bool = flag(False, TENSORBOARD, identity=False)
-    resume: bool = flag(False, "count networks that these flags have finished towards num", identity=False)
+    random_seed: int | None = how(None, "the published name of --seed", minimum=0)
+    seed: int | None = how(None, "seed; default: drawn and printed", minimum=0)
+    multigpu: str | None = how(None, "GPUs that share each batch, such as 0,1; wins over --gpu")
+    pretrained_path: Path = how(Path("./pretrained_model"), "folder of the models")
+
+    def given_seed(self) -> int | None:
+        """--seed, or its published name."""
+        return self.random_seed if self.seed is None else self.seed
+
+    def recipe(self) -> Recipe:
+        """SGD as the flags say.
+
+        Raises:
+            UserError: --lr_decay_step is not a list of epochs.
+        """
+        decay = parse_epochs(self.lr_decay_step, "lr_decay_step")
+        return sgd_by_epochs(self.epochs, self.lr, self.momentum, self.weight_decay, self.batch_size, decay)
 
 
 @dataclass(frozen=True)
-class ValidateFlags(CommonFlags):
+class OriginalFlags(TrainingFlags):
+    """Flags of train_original_models.py."""
+
+    num: int = how(1, "networks to train", minimum=1)
+    save_every: int = how(1, "epochs between checkpoints", minimum=1)
+    tensorboard: bool = how(False, TENSORBOARD)
+    resume: bool = how(False, "count networks that these flags have finished towards num")
+
+
+@dataclass(frozen=True)
+class ValidateFlags(TrainingFlags):
     """Flags of validate.py."""
 
     method: str = flag("DC", "distiller of the set: names the default path and the results")
@@ -186,27 +194,21 @@ class ValidateFlags(CommonFlags):
         "run folder; default: the run folder of --method, --dataset, --model, --ipc",
     )
     experiment: int = flag(0, "which experiment of a res file", minimum=0)
-    normalize_data: bool = flag(False, "train and test on normalised images; else on [0, 1] pixels")
     eval_mode: str | None = flag(
         None, "several networks (see models); default: only --model", choices=EVAL_MODES
     )
     num_eval: int = flag(3, "networks with different seeds, for mean and std", minimum=1)
-    epochs: int = flag(1000, "passes over the synthetic set", minimum=1)
-    batch_size: int = flag(256, "images per step", minimum=1)
-    lr: float = flag(0.01, "learning rate", above=0)
-    momentum: float = flag(0.9, "momentum", minimum=0, maximum=1)
-    weight_decay: float = flag(5e-4, "weight decay", minimum=0)
-    lr_decay_step: str = flag("500", "epochs after which the rate falls to a tenth")
+    epochs: int = same_flag(TrainingFlags, "epochs", default=1000)
+    weight_decay: float = same_flag(TrainingFlags, "weight_decay", default=5e-4)
+    lr_decay_step: str = same_flag(TrainingFlags, "lr_decay_step", default="500")
     save_every: int = flag(50, "epochs between tests, and checkpoints", minimum=1)
     dsa: bool = flag(False, "train with DSA")
     dsa_strategy: str = flag(DSA_STRATEGY, "DSA operations joined by _")
-    align_corners: bool = flag(False, "DSA samples with align_corners (the KRR-ST convention)")
+    align_corners: bool = same_flag(DistillFlags, "align_corners")
     save_model: bool = flag(
         False, "save the networks at each test in save_path, the first one's last in pretrained_path, too"
     )
-    pretrained_path: Path = same_flag(OriginalFlags, "pretrained_path")
     save_path: Path = flag(Path("./test_log/validate"), "where results are written")
-    random_seed: int | None = same_flag(OriginalFlags, "random_seed")
     seed: int | None = flag(None, "seed of the first network, the next ones add 1; default: 0", minimum=0)
     multigpu: str | None = flag(None, "GPUs such as 0,1, of which the first is used: the networks are small")
 
@@ -216,35 +218,24 @@ def loops(ipc: int) -> tuple[int, int]:
     return LOOPS[max(row for row in LOOPS if row <= ipc)]
 
 
-def pair_alphas(names: Sequence[str], alphas: Sequence[float]) -> list[float]:
-    """One alpha per architecture; a single one serves all.
+def pair_pool(flags: DistillFlags) -> list[tuple[str, float]]:
+    """The architectures of the pool, each with its alpha; a single alpha serves all.
 
     Raises:
-        UserError: another count.
+        UserError: another count of alphas, unknown networks, or hf: models with ce.
     """
-    if len(alphas) == 1:
-        return list(alphas) * len(names)
-    if len(alphas) != len(names):
+    names, alphas = flags.models_pool, flags.alphas
+    for name in names:
+        if not name.startswith(PREFIX):
+            pick(NETWORKS, name, "network of --models_pool")
+        elif flags.CLoM_distance == "ce":
+            raise UserError(f"{name} has no class labels: use --CLoM_distance cos")
+    if len(alphas) not in (1, len(names)):
         raise UserError(
             f"--alphas gives {len(alphas)} values for the {len(names)} names of --models_pool "
             f"({', '.join(names)}); expected one, or one each"
         )
-    return list(alphas)
-
-
-def check_pool(flags: DistillFlags) -> None:
-    """Check the pool's flags against each other.
-
-    Raises:
-        UserError: see `pair_alphas`; unknown networks; or hf: models with ce.
-    """
-    pair_alphas(flags.models_pool, flags.alphas)
-    foreign = [name for name in flags.models_pool if name.startswith(PREFIX)]
-    for name in flags.models_pool:
-        if name not in foreign:
-            pick(NETWORKS, name, "network of --models_pool")
-    if flags.CLoM_distance == "ce" and foreign:
-        raise UserError(f"{foreign[0]} has no class labels: use --CLoM_distance cos")
+    return list(zip(names, alphas * (len(names) // len(alphas)), strict=True))
 
 
 def default_run_folder(flags: DistillFlags) -> Path:
@@ -268,11 +259,6 @@ def default_run_folder(flags: DistillFlags) -> Path:
 def result_name(method: str, dataset: str, model: str, ipc: int) -> str:
     """The published name of a file of synthetic sets."""
     return f"res_{method}_{dataset}_{model}_{ipc}ipc.pt"
-
-
-def given_seed(flags: OriginalFlags | ValidateFlags) -> int | None:
-    """--seed, or its published name."""
-    return flags.random_seed if flags.seed is None else flags.seed
 
 
 def parse_epochs(text: str, name: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ arXiv 2310.03295.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +32,8 @@ SMALLEST_SUM = 1e-6
 def clom_cosine(f_real: Tensor, y_real: Tensor, f_syn: Tensor, y_syn: Tensor) -> Tensor:
     """CLoM with D[i, j] = 1 - cos(f_real[i], f_syn[j]).
 
-    Args:
-        f_real: (n, D) features of real images.
-        y_real: (n,) int64 labels.
-        f_syn: (m, D) features of the synthetic images.
-        y_syn: (m,) int64 labels.
-
-    Returns:
-        A scalar in [0, 1], differentiable in the features; 0 where no labels agree.
+    Features (n, D) and int64 labels (n,) of real images, (m, D) and (m,) of synthetic ones ->
+    a scalar in [0, 1], differentiable in the features; 0 where no labels agree.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -61,20 +55,15 @@ def clom_ce(logits_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Tensor:
 
     D depends on i through the label only, so the sums run over classes, not over real images.
 
-    Args:
-        logits_syn: (m, K) logits of the synthetic images.
-        y_syn: (m,) int64 labels in [0, K).
-        y_real: (n,) int64 labels of a real batch in [0, K).
-
-    Returns:
-        A scalar in [0, 1], differentiable in the logits; 0 where no labels agree.
+    Logits (m, K) and int64 labels (m,) of the synthetic images, int64 labels (n,) of a real batch,
+    all in [0, K) -> a scalar in [0, 1], differentiable in the logits; 0 where no labels agree.
 
     Raises:
         ValueError: shapes or labels that do not fit.
 
     Source: arXiv 2310.03295, cross-entropy distance (in-distribution models).
     """
-    _check_logits(logits_syn, y_syn)
+    _check_labels(y_syn, len(logits_syn), "y_syn", _classes(logits_syn))
     _check_labels(y_real, len(y_real), "y_real", logits_syn.shape[1])
     surprise = -F.log_softmax(logits_syn, dim=1)  # (m, K): D of a real image of each class
     count = torch.bincount(y_real, minlength=logits_syn.shape[1]).to(surprise.dtype)
@@ -85,24 +74,19 @@ def clom_ce(logits_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Tensor:
 def clom_ce_mean(logits_syn: Tensor, y_syn: Tensor) -> Tensor:
     """What the released code computes for `ce`: mean cross-entropy of the synthetic images.
 
-    Args:
-        logits_syn: (m, K) logits of the synthetic images.
-        y_syn: (m,) int64 labels in [0, K).
-
-    Returns:
-        A scalar >= 0, differentiable in the logits.
+    Logits (m, K) and int64 labels (m,) in [0, K) -> a scalar >= 0, differentiable in the logits.
 
     Raises:
         ValueError: shapes or labels that do not fit.
     """
-    _check_logits(logits_syn, y_syn)
+    _check_labels(y_syn, len(logits_syn), "y_syn", _classes(logits_syn))
     return F.cross_entropy(logits_syn, y_syn)
 
 
-def _check_logits(logits: Tensor, y_syn: Tensor) -> None:
+def _classes(logits: Tensor) -> int:
     if logits.dim() != 2:
         raise ValueError(f"logits have shape {tuple(logits.shape)}, expected (m, K)")
-    _check_labels(y_syn, len(logits), "y_syn", logits.shape[1])
+    return logits.shape[1]
 
 
 def _check_labels(y: Tensor, count: int, name: str, classes: int | None = None) -> None:
@@ -117,57 +101,34 @@ DISTANCES = ("ce", "cos")
 CE_FORMS = ("contrastive", "classification")
 
 
-class Pool(Protocol):
-    """Frozen models to draw from."""
-
-    def draw(self, generator: torch.Generator) -> tuple[nn.Module, float]:
-        """A model in eval mode and the weight alpha of CLoM under it."""
-
-
-class Real(Protocol):
-    """Labelled real images; rows are named by int64 indices on the CPU."""
-
-    num_classes: int
-
-    def __len__(self) -> int: ...
-
-    def labels_at(self, index: Tensor) -> Tensor:
-        """Labels (n,) of the rows at `index`."""
-
-    def features(self, model: nn.Module, index: Tensor) -> Tensor:
-        """Features (n, D) of the rows at `index` under `model`, without gradient."""
-
-
-class GivenModels:
-    """Models of equal weight: one architecture of a pool.
+class ModelPool:
+    """Draws one family of models uniformly, then one of its models.
 
     Args:
-        models: one module or several; put into eval mode and frozen.
-        alpha: weight of CLoM under each.
+        families: (models, weight alpha of CLoM under them), such as those of one architecture; the
+            models are put into eval mode and frozen.
     """
 
-    def __init__(self, models: nn.Module | Sequence[nn.Module], alpha: float) -> None:
-        self.models = [models] if isinstance(models, nn.Module) else list(models)
-        self.alpha = alpha
-        if not self.models:
+    def __init__(self, families: Sequence[tuple[Sequence[nn.Module], float]]) -> None:
+        self.families = [(list(models), alpha) for models, alpha in families]
+        if not self.families or not all(models for models, _ in self.families):
             raise ValueError("CLoM needs a pre-trained model")
-        for model in self.models:
+        for model in (m for models, _ in self.families for m in models):
             # Training mode would let BatchNorm statistics drift with every synthetic batch.
             model.eval().requires_grad_(False)
 
     def draw(self, generator: torch.Generator) -> tuple[nn.Module, float]:
-        """A model drawn uniformly, and alpha."""
-        number = int(torch.randint(len(self.models), (1,), generator=generator))
-        return self.models[number], self.alpha
+        """A model and its alpha."""
+        family = int(torch.randint(len(self.families), (1,), generator=generator))
+        models, alpha = self.families[family]
+        return models[int(torch.randint(len(models), (1,), generator=generator))], alpha
 
 
 class GivenReal:
-    """Real images and labels as tensors; each model's features are computed once and kept.
+    """Images (N, C, H, W) and int64 labels (N,); each model's features are computed once and kept.
 
-    Args:
-        images: (N, C, H, W) in the space of the synthetic images.
-        labels: (N,) int64.
-        part: images that go through a model at once.
+    `part` images go through a model at once. What CLoM asks of its real data is `num_classes`,
+    `len()`, and the two methods, whose index is int64 on the CPU.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, part: int = 256) -> None:
@@ -181,12 +142,12 @@ class GivenReal:
         return len(self.images)
 
     def labels_at(self, index: Tensor) -> Tensor:
-        """Labels (n,)."""
+        """Labels (n,) of the rows at `index`."""
         return self.labels[index.to(self.labels.device)]
 
     @torch.no_grad()
     def features(self, model: nn.Module, index: Tensor) -> Tensor:
-        """Features (n, D)."""
+        """Features (n, D) of the rows at `index` under `model`, without gradient."""
         if model not in self._features:
             parts = [embed(model, x) for x in self.images.split(self.part)]
             self._features[model] = torch.cat(parts)
@@ -204,12 +165,12 @@ class CLoM:
     Each call draws a model, then a real batch with replacement. Only `x_syn` gets gradients.
 
     Args:
-        models: a Pool, or one module or several of equal rank; with "cos" their `embed` is used
+        models: a ModelPool, or one module or several of equal rank; with "cos" their `embed` is used
             where there is one, else their output; with "ce" their output is logits.
         distance: "ce" or "cos".
-        alpha: weight, where `models` is not a Pool (which has its own weights).
-        real: a Real, or (images, labels) in the space of the synthetic images. Needed by "cos";
-            for the contrastive form of "ce" only the labels are used.
+        alpha: weight, where `models` is not a ModelPool (which has its own weights).
+        real: (images, labels) in the space of the synthetic images, or an object like GivenReal.
+            Needed by "cos"; for the contrastive form of "ce" only the labels are used.
         ce_form: "contrastive" (the definition) or "classification" (the released code).
         batch_size: real images per call.
         generator: CPU generator of all draws; None: a new one seeded 0.
@@ -220,11 +181,11 @@ class CLoM:
 
     def __init__(
         self,
-        models: Pool | nn.Module | Sequence[nn.Module],
+        models: ModelPool | nn.Module | Sequence[nn.Module],
         *,
         distance: str = "cos",
         alpha: float = 1.0,
-        real: Real | tuple[Tensor, Tensor] | None = None,
+        real: GivenReal | tuple[Tensor, Tensor] | None = None,
         ce_form: str = "contrastive",
         batch_size: int = 8196,
         generator: torch.Generator | None = None,
@@ -234,7 +195,8 @@ class CLoM:
         if ce_form not in CE_FORMS:
             raise ValueError(f"unknown ce_form {ce_form!r}; valid: {', '.join(CE_FORMS)}")
         self.distance, self.ce_form = distance, ce_form
-        self.pool = models if hasattr(models, "draw") else GivenModels(models, alpha)
+        family = [models] if isinstance(models, nn.Module) else models
+        self.pool = models if hasattr(models, "draw") else ModelPool([(family, alpha)])
         self.real = GivenReal(*real) if isinstance(real, tuple) else real
         if self.real is None and (distance, ce_form) != ("ce", "classification"):
             raise ValueError(f"CLoM with distance {distance} needs real data; pass real=")

@@ -29,8 +29,7 @@ def gradient_distance(
         A scalar >= 0 (up to rounding), differentiable in both.
 
     Raises:
-        UserError: unknown metric.
-        ValueError: the lists do not fit each other.
+        ValueError: lists that do not fit each other, or (a UserError) an unknown metric.
 
     Source: Zhao et al., arXiv 2006.05929, eq. 10 ("ours").
     """
@@ -40,18 +39,12 @@ def gradient_distance(
     return pick(METRICS, metric, "dis_metric")(grads_syn, grads_real)
 
 
-def _rows(gradient: Tensor) -> Tensor | None:
-    """One row per output of a layer; None for biases and affine norms, which do not count."""
-    if gradient.dim() < 2:
-        return None
-    return gradient.flatten(1)  # conv (out, in·h·w), linear (out, in), layer norm (C, h·w)
-
-
 def _layerwise(grads_syn: Sequence[Tensor], grads_real: Sequence[Tensor]) -> Tensor:
     total = grads_syn[0].new_zeros(())
-    for g_syn, g_real in zip(map(_rows, grads_syn), map(_rows, grads_real), strict=True):
-        if g_syn is not None:
-            total = total + (1 - _cosine(g_syn, g_real)).sum()
+    for g_syn, g_real in zip(grads_syn, grads_real, strict=True):
+        if g_syn.dim() > 1:  # biases and affine norms do not count
+            # One row per output: conv (out, in·h·w), linear (out, in), layer norm (C, h·w).
+            total = total + (1 - _cosine(g_syn.flatten(1), g_real.flatten(1))).sum()
     return total
 
 
@@ -85,14 +78,8 @@ def distribution_distance(
 ) -> Tensor:
     """Σ over classes of ‖mean real feature - mean synthetic feature‖².
 
-    Args:
-        f_real: (N, D) features in class order; no gradient flows into them.
-        f_syn: (m, D) features in class order.
-        counts_real: rows of each class in `f_real`, at least 1 each; sums to N.
-        counts_syn: likewise for `f_syn`.
-
-    Returns:
-        A scalar >= 0, differentiable in `f_syn`.
+    Features (N, D) and (m, D) in class order, and how many rows each class has in them, at least
+    one -> a scalar >= 0, differentiable in `f_syn` alone.
 
     Raises:
         ValueError: the counts do not fit the features or each other.

@@ -1,11 +1,10 @@
-"""The pre-trained models that CLoM asks: found on disk, frozen, in eval mode, drawn from a pool."""
+"""The pre-trained models that CLoM asks, as found on disk; frozen, in eval mode."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,13 +21,9 @@ from utils.errors import UserError
 
 
 class Teacher(nn.Module):
-    """A frozen model that takes images of another space than its own.
+    """A frozen model of images in the space `own` that takes images (B, C, H, W) of `given`.
 
-    Args:
-        model: has `forward` (logits) and `embed`, both on images of `own`.
-        own: the space it was trained in.
-        given: the space of the images it will get.
-        mode: interpolation where the sizes differ.
+    `model` has `forward` (logits) and `embed`; `mode` is the interpolation where the sizes differ.
     """
 
     def __init__(self, model: nn.Module, own: Space, given: Space, mode: str = "bilinear") -> None:
@@ -37,46 +32,12 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) of `given` -> logits (B, K)."""
+        """Logits (B, K)."""
         return self.model(convert(x, self.given, self.own, self.mode))
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) of `given` -> features (B, D)."""
+        """Features (B, D)."""
         return self.model.embed(convert(x, self.given, self.own, self.mode))
-
-
-@dataclass(frozen=True)
-class Family:
-    """Models of one architecture and the weight CLoM has under them."""
-
-    name: str
-    alpha: float
-    models: tuple[nn.Module, ...]
-
-
-class TeacherPool:
-    """Draws one architecture uniformly, then one of its models; all are frozen, in eval mode.
-
-    Args:
-        families: one entry per architecture.
-
-    Raises:
-        UserError: nothing to draw from.
-    """
-
-    def __init__(self, families: Sequence[Family]) -> None:
-        if not families or not all(family.models for family in families):
-            raise UserError("CLoM has no pre-trained model to ask")
-        self.families = tuple(families)
-        for model in (m for family in self.families for m in family.models):
-            # Training mode would let BatchNorm statistics drift with every synthetic batch.
-            model.eval().requires_grad_(False)
-
-    def draw(self, generator: torch.Generator) -> tuple[nn.Module, float]:
-        """A model and its alpha."""
-        family = self.families[int(torch.randint(len(self.families), (1,), generator=generator))]
-        number = int(torch.randint(len(family.models), (1,), generator=generator))
-        return family.models[number], family.alpha
 
 
 def model_folder(root: Path, dataset: str, model: str, kind: str = "original") -> Path:
@@ -101,8 +62,7 @@ def find_checkpoints(root: Path, dataset: str, model: str, epoch: int, count: in
     Raises:
         UserError: fewer are there; says what was looked for, what was found, and what makes them.
     """
-    folder = model_folder(root, dataset, model)
-    wanted = checkpoint_name(dataset, model, epoch)
+    folder, wanted = model_folder(root, dataset, model), checkpoint_name(dataset, model, epoch)
     found = [p / wanted for p in index_folders(folder) if (p / wanted).exists()]
     if len(found) >= count:
         return found[:count]
@@ -127,20 +87,10 @@ def _describe(root: Path, folder: Path, dataset: str, model: str) -> str:
     return ", ".join(others[:8]) if others else f"nothing in {root}"
 
 
-def load_family(
-    flags: DistillFlags, model: str, alpha: float, given: Space, device: torch.device
-) -> tuple[Family, int]:
-    """Load the zoo networks of one architecture, ready for images of the space `given`.
-
-    Args:
-        flags: where they are, what they were trained on, epoch, how many, whose statistics.
-        model: their architecture.
-        alpha: weight of CLoM under them.
-        given: space of real and synthetic images.
-        device: where to compute.
-
-    Returns:
-        The family, and the number of classes its models know.
+def load_networks(
+    flags: DistillFlags, model: str, given: Space, device: torch.device
+) -> tuple[list[Teacher], int]:
+    """The zoo networks of one architecture, for images of the space `given`, and their class count.
 
     Raises:
         UserError: too few checkpoints, damaged ones, or a source whose images are unknown.
@@ -155,7 +105,7 @@ def load_family(
         if flags.CLoM_teacher_stats == "target":
             own, source = (replace(s, stats=pixel_stats(s.channels)) for s in (own, given))
         teachers.append(Teacher(arranged(network, device), own, source))
-    return Family(model, alpha, tuple(teachers)), num_classes
+    return teachers, num_classes
 
 
 def pixel_stats(channels: int) -> Stats:
@@ -163,25 +113,18 @@ def pixel_stats(channels: int) -> Stats:
     return Stats((0.0,) * channels, (1.0,) * channels)
 
 
-def load_foundation(name: str, *, alpha: float, given: Space, device: torch.device) -> Family:
+def load_foundation(name: str, given: Space, device: torch.device) -> Teacher:
     """Load `hf:NAME_OR_FOLDER` for images of the space `given`.
 
     Images are de-normalised, given the model's number of channels, resized (antialiased,
     differentiable) to its input size and normalised with its own statistics.
-
-    Args:
-        name: with its prefix.
-        alpha: weight of CLoM under this model.
-        given: space of real and synthetic images.
-        device: where to compute.
 
     Raises:
         UserError: as `models.foundation.load_hf`.
     """
     found = load_hf(name.removeprefix(PREFIX))
     own = Space.of(Stats(found.mean, found.std), found.size)
-    teacher = Teacher(found.network, own, given, found.mode)
-    return Family(name, alpha, (teacher.to(device),))
+    return Teacher(found.network, own, given, found.mode).to(device)
 
 
 def source_space(path: Path, dataset: str) -> tuple[Space, int]:
@@ -208,4 +151,4 @@ def source_space(path: Path, dataset: str) -> tuple[Space, int]:
         )
     spec = DC_SPECS[dataset]
     size = spec.sizes[0]
-    return Space(spec.stats[size], spec.channels, (size, size)), spec.num_classes
+    return Space.of(spec.stats[size], (size, size)), spec.num_classes

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
-from clom.config import OriginalFlags, given_seed, parse_epochs
+from clom.config import OriginalFlags
 from clom.pool import checkpoint_name, index_folders, model_folder, pixel_stats
 from clom.source import load_data, network_factory
 from data.load import ImageSet
 from data.loader import ImagePipeline, TensorLoader
 from evaluation.epochs import train_epochs
 from evaluation.fit import Trainer
-from evaluation.recipes import sgd_by_epochs
 from evaluation.score import share_correct
 from utils import checkpoint, cli
 from utils.device import resolve_gpus
@@ -31,14 +29,7 @@ def train_originals(flags: OriginalFlags) -> int:
     Raises:
         UserError: bad flags or data (nothing is written then), or a non-finite loss.
     """
-    recipe = sgd_by_epochs(
-        flags.epochs,
-        flags.lr,
-        flags.momentum,
-        flags.weight_decay,
-        flags.batch_size,
-        parse_epochs(flags.lr_decay_step, "lr_decay_step"),
-    )
+    recipe = flags.recipe()
     print(json.dumps(cli.as_json(flags), indent=2))
     device, gpus = resolve_gpus(flags.device, flags.gpu_id, flags.multigpu)
     if flags.dry_run:
@@ -47,7 +38,7 @@ def train_originals(flags: OriginalFlags) -> int:
     if not flags.normalize_data:
         print("images stay in [0, 1]; the published command has --normalize_data")
     new_network = network_factory(flags.model, image_set, device)
-    seed = resolve_seed(given_seed(flags))
+    seed = resolve_seed(flags.given_seed())
     folder = model_folder(flags.pretrained_path, flags.dataset, flags.model)
     identity = cli.identity(flags)
     earlier = earlier_folders(folder, identity)
@@ -55,23 +46,24 @@ def train_originals(flags: OriginalFlags) -> int:
     finished = len(earlier) - len(unfinished) if flags.resume else 0
     if finished:
         print(f"{min(finished, flags.num)} of {flags.num} networks are there already")
+    facts = {
+        "data_name": flags.dataset,
+        "mean": image_set.stats.mean,
+        "std": image_set.stats.std,
+        "img_shape": image_set.img_shape,
+        "num_classes": image_set.num_classes,
+    }
     for number in range(flags.num - finished):
-        with ExitStack() as held, out_of_memory_says(device, "lower --batch_size"):
-            place = unfinished[number] if number < len(unfinished) else next_index(folder)
-            held.enter_context(claim_run(place))
+        begun = number < len(unfinished)
+        place = unfinished[number] if begun else next_index(folder)
+        with claim_run(place), out_of_memory_says(device, "lower --batch_size"):
             run = RunFolder(
                 place,
                 identity,
                 device=device,
                 tensorboard=flags.tensorboard,
-                seed=None if number < len(unfinished) else derive_seed(seed, place.name) % 2**31,
-                extra={
-                    "data_name": flags.dataset,
-                    "mean": image_set.stats.mean,
-                    "std": image_set.stats.std,
-                    "img_shape": image_set.img_shape,
-                    "num_classes": image_set.num_classes,
-                },
+                seed=None if begun else derive_seed(seed, place.name) % 2**31,
+                extra=facts,
             )
             model = new_network(derive_seed(run.seed, "network"))
             parallel = nn.DataParallel(model, list(gpus)) if len(gpus) > 1 else model
@@ -89,9 +81,7 @@ def train_originals(flags: OriginalFlags) -> int:
 
 def in_space(image_set: ImageSet, normalized: bool) -> ImageSet:
     """The set with its own statistics, or with those that leave pixels in [0, 1]."""
-    if normalized:
-        return image_set
-    return replace(image_set, stats=pixel_stats(image_set.channels))
+    return image_set if normalized else replace(image_set, stats=pixel_stats(image_set.channels))
 
 
 def next_index(folder: Path) -> Path:

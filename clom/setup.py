@@ -11,15 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clom.config import DistillFlags, check_pool, default_run_folder, loops, result_name
-from clom.export import export
-from clom.plugin import Plugin
-from clom.source import count_classes, keeps_meaning_mirrored, load_data, network_factory
+from clom.config import DistillFlags, default_run_folder, loops, pair_pool, result_name
+from clom.plugin import clom_terms
+from clom.source import (
+    count_classes,
+    keeps_meaning_mirrored,
+    load_data,
+    network_factory,
+    set_folder,
+    to_space,
+)
 from data.augment import denormalize
 from data.augment.dc import dc_strategy
 from data.augment.dsa import without_flip
 from data.real_data import RealImages
-from data.specs import DC_SPECS
+from data.specs import DC_SPECS, KRR_SPECS
 from data.synthetic import SyntheticSet, save_experiments
 from distillation.base import Distiller
 from distillation.loop import Plan
@@ -35,7 +41,7 @@ from utils.errors import UserError
 from utils.plots import save_grid
 from utils.run_folder import RunFolder, forget_run
 from utils.seed import derive_seed, make_generator
-from utils.table import markdown, mean_std
+from utils.table import format_mean_std, markdown, mean_std
 
 
 def evaluation_recipe(method: Method, flags: DistillFlags, network: str) -> Recipe:
@@ -50,6 +56,24 @@ def evaluation_recipe(method: Method, flags: DistillFlags, network: str) -> Reci
     return recipe.override(align_corners=flags.align_corners)
 
 
+def siamese_strategy(method: Method, flags: DistillFlags) -> str:
+    """The operations by which real and synthetic images are augmented alike, or "none".
+
+    Raises:
+        UserError: an unknown operation.
+    """
+    strategy = flags.dsa_strategy
+    if not method.augments and not no_augmentation(strategy):
+        print(f"--dsa_strategy {strategy} is not used by --method {method.name}")
+    if method.augments and strategy is None:
+        mirrors = keeps_meaning_mirrored(flags) or (method.mirrors and flags.dataset in DC_SPECS)
+        strategy = DSA_STRATEGY if mirrors else without_flip(DSA_STRATEGY)
+    if not method.augments or no_augmentation(strategy):
+        return "none"
+    check_strategy(strategy)
+    return strategy
+
+
 class MatchingSetup(Setup):
     """Runs of DC, DSA and DM: several experiments, judged by random networks trained on the set."""
 
@@ -62,34 +86,25 @@ class MatchingSetup(Setup):
         Raises:
             UserError: unknown networks or operations, alphas that do not fit, hf: models with ce.
         """
-        if flags.CLoM_distance == "cos" and not flags.CLoM:
+        if flags.CLoM:
+            pair_pool(flags)
+        elif flags.CLoM_distance == "cos":
             print("--CLoM_distance is not used without --CLoM")
+        eval_pool(flags.eval_mode, flags.model)
         if flags.num_images is not None:
-            classes = count_classes(flags)
-            if flags.num_images % classes:
+            ipc, rest = divmod(flags.num_images, classes := count_classes(flags))
+            if rest:
                 raise UserError(
                     f"--num_images {flags.num_images}: expected a multiple of the {classes} "
                     f"classes of {flags.dataset}"
                 )
-            flags = dataclasses.replace(flags, ipc=flags.num_images // classes)
+            flags = dataclasses.replace(flags, ipc=ipc)
         if flags.exp_name is not None:
             flags = dataclasses.replace(flags, save_path=Path("./results") / flags.exp_name)
-        strategy = flags.dsa_strategy
-        if not method.augments:
-            if not no_augmentation(strategy):
-                print(f"--dsa_strategy {strategy} is not used by --method {method.name}")
-            strategy = "none"
-        elif strategy is None:
-            mirrors = keeps_meaning_mirrored(flags) or (method.mirrors and flags.dataset in DC_SPECS)
-            strategy = DSA_STRATEGY if mirrors else without_flip(DSA_STRATEGY)
-        check_strategy(strategy)
-        eval_pool(flags.eval_mode, flags.model)
         outer, inner = loops(flags.ipc)
-        if flags.CLoM:
-            check_pool(flags)
         return dataclasses.replace(
             flags,
-            dsa_strategy="none" if no_augmentation(strategy) else strategy,
+            dsa_strategy=siamese_strategy(method, flags),
             outer_loop=flags.outer_loop or outer,
             inner_loop=inner if flags.inner_loop is None else flags.inner_loop,
             source_dataset=flags.source_dataset or flags.dataset,
@@ -101,12 +116,13 @@ class MatchingSetup(Setup):
     ) -> None:
         super().__init__(method, flags, device, group, held)
         self.image_set = load_data(flags)
-        self.networks = eval_pool(flags.eval_mode, flags.model)
-        for name in {flags.model, *self.networks}:
-            network_factory(name, self.image_set, device)  # an unfit network fails now
+        # An unfit network fails now.
+        pool = eval_pool(flags.eval_mode, flags.model)
+        self.networks = {name: network_factory(name, self.image_set, device) for name in pool}
+        network_factory(flags.model, self.image_set, device)
         self.real = RealImages.from_set(self.image_set, device)
         check_start(self.real, flags.ipc, flags.init)
-        self.plugin = Plugin(flags, self.image_set, self.real) if flags.CLoM else None
+        self.new_clom = clom_terms(flags, self.image_set, self.real) if flags.CLoM else None
 
     @property
     def folder(self) -> Path:
@@ -119,16 +135,19 @@ class MatchingSetup(Setup):
         flags = self.flags
         return result_name(flags.method, flags.dataset, flags.model, flags.ipc)
 
+    def picture(self, experiment: int | str, step: int | str) -> str:
+        """The published name of a picture."""
+        return f"{Path(self.name).stem.replace('res_', 'vis_', 1)}_exp{experiment}_iter{step}.png"
+
     def experiment_path(self, run: RunFolder, experiment: int) -> Path:
         """Where a finished experiment is kept until all are done, and for later ones to join it."""
         return run.path / f"exp{experiment}_{self.name}"
 
     def begun(self, run: RunFolder) -> None:
         """Drop sets and pictures of another run."""
-        path = run.path / self.name
-        pictures = run.path.glob(path.stem.replace("res_", "vis_", 1) + "_exp*_iter*.png")
-        kept = run.path.glob(f"exp*_{path.name}")
-        for stale in (path, path.with_suffix(".json"), *pictures, *kept):
+        pictures, path = self.picture("*", "*"), run.path / self.name
+        kept = [*run.path.glob(pictures), *run.path.glob(f"exp*_{self.name}")]
+        for stale in (path, path.with_suffix(".json"), *kept):
             stale.unlink(missing_ok=True)
 
     def finished(self, run: RunFolder) -> bool:
@@ -150,7 +169,7 @@ class MatchingSetup(Setup):
             self.write(run, done)
         self.write(run, done)
         networks = self.summarize(done)
-        rows = [[r["network"], f"{r['mean']:.4f} ± {r['std']:.4f}", str(r["n"])] for r in networks]
+        rows = [[r["network"], format_mean_std(r["accuracies"], 4), str(r["n"])] for r in networks]
         print(markdown(["network", "test accuracy", "n"], rows))
         return {
             "iterations": flags.Iteration,
@@ -162,7 +181,7 @@ class MatchingSetup(Setup):
     def run_experiment(self, run: RunFolder, experiment: int) -> dict[str, Any]:
         """images, labels (CPU), accuracies after the last iteration, seconds of this start."""
         flags, seed = self.flags, derive_seed(run.seed, "experiment", experiment)
-        extra = self.plugin.term(make_generator(seed, "CLoM")) if self.plugin else None
+        extra = self.new_clom(generator=make_generator(seed, "CLoM")) if self.new_clom else None
         problem = Problem(self.image_set, self.device, seed, real=self.real, extra=extra)
         plan = Plan(flags.Iteration, flags.print_every, flags.save_every, "iteration", experiment)
         distiller, found = self.distil(run, problem, plan)
@@ -180,28 +199,18 @@ class MatchingSetup(Setup):
     def write(self, run: RunFolder, done: list[dict[str, Any]]) -> None:
         """Write `res_*.pt` with all finished experiments."""
         flags = self.flags
-        info = {"method": flags.method, "model": flags.model, "ipc": flags.ipc, "CLoM": flags.CLoM}
-        sets = [
-            SyntheticSet(r["images"], r["labels"], self.image_set.stats, flags.dataset, info) for r in done
-        ]
+        info = {name: getattr(flags, name) for name in ("method", "model", "ipc", "CLoM")}
+        facts = (self.image_set.stats, flags.dataset, info)
+        sets = [SyntheticSet(r["images"], r["labels"], *facts) for r in done]
         save_experiments(run.path / self.name, sets, joined_accuracies(done))
 
     def summarize(self, done: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """One entry per network; accuracies in [0, 1] after the last iteration."""
         networks = []
         for name, values in joined_accuracies(done).items():
-            mean, std = mean_std(values)
-            recipe = evaluation_recipe(self.method, self.flags, name)
-            networks.append(
-                {
-                    "network": name,
-                    "mean": mean,
-                    "std": std,
-                    "n": len(values),
-                    "accuracies": values,
-                    "augmentation": {"dsa": recipe.dsa, "dc": recipe.dc},
-                }
-            )
+            recipe, (mean, std) = evaluation_recipe(self.method, self.flags, name), mean_std(values)
+            networks.append({"network": name, "mean": mean, "std": std, "n": len(values)})
+            networks[-1] |= {"accuracies": values, "augmentation": {"dsa": recipe.dsa, "dc": recipe.dc}}
         return networks
 
     def after(self, run: RunFolder) -> None:
@@ -212,14 +221,7 @@ class MatchingSetup(Setup):
 
 
 class NetworkObserver:
-    """Draws the images, then tests them with `num_eval` random networks of each name.
-
-    Args:
-        setup: of the run.
-        run: its folder.
-        problem: of the experiment.
-        plan: of the experiment.
-    """
+    """Draws the images of one experiment, then tests them with `num_eval` networks of each name."""
 
     key = "test"
 
@@ -239,34 +241,31 @@ class NetworkObserver:
 
     def draw(self, step: int, x_syn: Tensor) -> None:
         """Write the picture of the images after a step."""
-        flags, stem = self.setup.flags, Path(self.setup.name).stem.replace("res_", "vis_", 1)
         save_grid(
             denormalize(x_syn, self.setup.image_set.stats),
-            self.folder / f"{stem}_exp{self.plan.experiment}_iter{step}.png",
-            columns=flags.ipc,
+            self.folder / self.setup.picture(self.plan.experiment, step),
+            columns=self.setup.flags.ipc,
             scale=1 if len(x_syn) > 400 else None,
         )
 
     def score(self, step: int, network: str, distiller: Distiller) -> list[float]:
         """Accuracies of `num_eval` random networks."""
-        image_set, device, flags = self.setup.image_set, self.problem.device, self.setup.flags
+        device, flags = self.problem.device, self.setup.flags
         recipe = evaluation_recipe(self.setup.method, flags, network)
         score = functools.partial(
             score_network,
-            network_factory(network, image_set, device),
+            self.setup.networks[network],
             SyntheticSet(distiller.x_syn, distiller.y_syn),
-            image_set,
+            self.setup.image_set,
             recipe,
             device=device,
         )
-        seeds = [
-            derive_seed(self.problem.seed, "evaluation", step, network, n) for n in range(flags.num_eval)
-        ]
+        place = (self.problem.seed, "evaluation", step, network)
+        seeds = [derive_seed(*place, n) for n in range(flags.num_eval)]
         tasks = [lambda check, own=own: score(seed=own, check=check) for own in seeds]
         found = [result.final for result in in_parallel(tasks, device)]
-        mean, std = mean_std(found)
         print(
-            f"iteration {step}: {network} {mean:.4f} ± {std:.4f} over {flags.num_eval} networks, "
+            f"iteration {step}: {network} {format_mean_std(found, 4)} over {flags.num_eval} networks, "
             f"{recipe.epochs} epochs, augmentation dsa {recipe.dsa}, dc {recipe.dc}",
             flush=True,
         )
@@ -287,3 +286,19 @@ def joined_accuracies(done: list[dict[str, Any]]) -> dict[str, list[float]]:
         for name, values in result["accuracies"].items():
             joined.setdefault(name, []).extend(values)
     return joined
+
+
+def export(path: Path, place: str, method: str) -> None:
+    """Write the first experiment of a res file as the KRR-ST pair.
+
+    It is normalised as that family does, where it knows the source at this size. {source} and
+    {method} in the folder `place` stand for the names that the KRR-ST tables use.
+    """
+    synthetic = SyntheticSet.load(path)
+    source = set_folder(synthetic.data_name)
+    stats = KRR_SPECS[source].stats.get(synthetic.images.shape[-1]) if source in KRR_SPECS else None
+    if stats is not None:
+        synthetic = dataclasses.replace(to_space(synthetic, stats), data_name=source)
+    folder = Path(place.replace("{source}", source).replace("{method}", method.lower()))
+    synthetic.save(folder, "pair")
+    print(f"exported: {folder}/x_syn.pt, y_syn.pt")

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from clom.config import CommonFlags
+from data import prepared
+from data.augment import normalize
 from data.load import ImageSet, load_set
 from data.meta import read_meta
 from data.prepared import default_size, tensor_path
-from data.specs import DC_SPECS, KRR_SPECS
+from data.specs import DC_SPECS, KRR_SPECS, Stats
+from data.synthetic import SyntheticSet
 from models import get_network
 from models.layout import arranged
 from utils.errors import UserError
 from utils.seed import local_seed
 
 
-def find_data_dir(dataset: str, data_path: Path | None, img_size: int | None) -> Path:
+def set_folder(dataset: str) -> str:
+    """The name of a data set's folder."""
+    return DC_SPECS[dataset].folder if dataset in DC_SPECS else dataset
+
+
+def find_data_dir(flags: CommonFlags) -> Path:
     """The folder that holds the prepared set's folder.
 
     `--data_path` if given (or its parent, where it is the set's own folder), else
     ./data/[dataset] if the set is there, else ./datasets.
     """
-    spec = DC_SPECS.get(dataset)
-    folder = spec.folder if spec else dataset
-    places = [Path("./data") / dataset, Path("./datasets")]
-    if data_path is not None:
-        places = [data_path.parent] * (data_path.name == folder) + [data_path]
-    for parent in places:
-        pattern = img_size or (spec.sizes[0] if spec else "*")
-        if list((parent / folder).glob(f"X_tr_{pattern}.pth")):
-            return parent
-    return places[-1]
+    folder, spec = set_folder(flags.dataset), DC_SPECS.get(flags.dataset)
+    places = [Path("./data") / flags.dataset, Path("./datasets")]
+    if flags.data_path is not None:
+        places = [flags.data_path.parent] * (flags.data_path.name == folder) + [flags.data_path]
+    size = flags.img_size or (spec.sizes[0] if spec else "*")
+    return next((p for p in places if list((p / folder).glob(f"X_tr_{size}.pth"))), places[-1])
 
 
 def keeps_meaning_mirrored(flags: CommonFlags) -> bool:
@@ -42,23 +47,24 @@ def keeps_meaning_mirrored(flags: CommonFlags) -> bool:
     spec = DC_SPECS.get(flags.dataset) or KRR_SPECS.get(flags.dataset)
     if spec is not None:
         return spec.hflip
-    folder = find_data_dir(flags.dataset, flags.data_path, flags.img_size) / flags.dataset
-    return bool(read_meta(folder).get("hflip", True))
+    return bool(read_meta(find_data_dir(flags) / flags.dataset).get("hflip", True))
 
 
 def count_classes(flags: CommonFlags) -> int:
-    """Classes of the set: the tables know, or its meta.json.
+    """Classes of the set: the tables know, or its meta.json, or its labels. Nothing is written.
 
     Raises:
-        UserError: neither says it.
+        UserError: the set is missing, damaged or has no labels.
     """
     if flags.dataset in DC_SPECS:
         return DC_SPECS[flags.dataset].num_classes
-    folder = find_data_dir(flags.dataset, flags.data_path, flags.img_size) / flags.dataset
-    names = read_meta(folder).get("class_names")
-    if not names:
-        raise UserError(f"{folder / 'meta.json'} names no classes; use --ipc for --num_images")
-    return len(names)
+    data_dir = find_data_dir(flags)
+    folder, size = data_dir / flags.dataset, flags.img_size or default_size(flags.dataset, data_dir, "dc")
+    train, test = (prepared.read_split(folder, split, size, None) for split in prepared.SPLITS)
+    classes = train and prepared.count_classes(folder, train, test, None)
+    if classes is None:
+        raise UserError(f"--num_images: {folder} has no labelled training images of size {size}")
+    return classes
 
 
 def load_data(flags: CommonFlags) -> ImageSet:
@@ -67,34 +73,34 @@ def load_data(flags: CommonFlags) -> ImageSet:
     Raises:
         UserError: missing (with the command that prepares it), damaged, or without labels.
     """
-    data_dir = find_data_dir(flags.dataset, flags.data_path, flags.img_size)
+    data_dir, folder = find_data_dir(flags), set_folder(flags.dataset)
     size = flags.img_size or default_size(flags.dataset, data_dir, "dc")
-    image_set = _load(flags.dataset, size, data_dir)
-    if image_set.train.labels is None:
-        raise UserError(f"{image_set.train.path.parent} has no labels; this family needs them")
-    if image_set.test is None:
-        spec = DC_SPECS.get(flags.dataset)
-        if spec is not None and spec.has_test:
-            path = tensor_path(data_dir, spec.folder, "X", "test", size)
-            raise UserError(f"{path} does not exist; prepare {spec.folder} again with its test split")
-        print(f"{flags.dataset} has no test split: accuracies are on the training images")
-    return image_set
-
-
-def _load(dataset: str, size: int, data_dir: Path) -> ImageSet:
-    """`load_set`; where it cannot prepare a missing set by itself, the error has the command."""
-    folder = DC_SPECS[dataset].folder if dataset in DC_SPECS else dataset
     path = tensor_path(data_dir, folder, "X", "train", size)
     missing = not path.exists()
     try:
-        return load_set(dataset, size, data_dir, family="dc")
-    except UserError as error:
+        image_set = load_set(flags.dataset, size, data_dir, family="dc")
+    except UserError as error:  # also where a missing set cannot prepare itself
         if not missing or "python -m data.prepare" in str(error):
             raise
         raise UserError(
             f"{path} does not exist: {error}; then: python -m data.prepare --data_name {folder} "
             f"--size {size} --data_dir {data_dir}"
         ) from None
+    if image_set.train.labels is None:
+        raise UserError(f"{path.parent} has no labels; this family needs them")
+    if image_set.test is None:
+        if flags.dataset in DC_SPECS and DC_SPECS[flags.dataset].has_test:
+            test = tensor_path(data_dir, folder, "X", "test", size)
+            raise UserError(f"{test} does not exist; prepare {folder} again with its test split")
+        print(f"{flags.dataset} has no test split: accuracies are on the training images")
+    return image_set
+
+
+def to_space(synthetic: SyntheticSet, stats: Stats) -> SyntheticSet:
+    """The set in the space that `stats` normalise to, whatever its own was."""
+    if synthetic.stats == stats:
+        return synthetic
+    return replace(synthetic, images=normalize(synthetic.unclamped_pixels(), stats), stats=stats)
 
 
 def network_factory(name: str, image_set: ImageSet, device: torch.device) -> Callable[[int], nn.Module]:

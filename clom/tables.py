@@ -6,11 +6,10 @@ that were not run show as a dash. With --run they are run first, cheapest first:
 what is finished and resumes what was begun. The same command in several shells or under torchrun
 (`torchrun --nproc_per_node 4 -m -- clom.tables ...`), on one node or several, shares the work.
 
-± is the population standard deviation over all networks of all experiments together (num_exp x
-num_eval), as the published code prints it; the CSV file's n is their number.
-
 A cell is one experiment: one distilled set and the `num_eval` networks trained on it. Its value
-depends on all of main.py's flags, the data and the pre-trained models, which identify it.
+depends on all of main.py's flags, the data and the pre-trained models, which identify it. ± is the
+population standard deviation over all networks of all experiments together, as the published code
+prints it; the CSV file's n is their number.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ import dataclasses
 import functools
 import json
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clom.config import PREFIX, DistillFlags
+from clom.config import PREFIX, CellFlags, DistillFlags
 from clom.pool import find_checkpoints
 from clom.published import FULL_DATA, RANDOM, published_numbers
 from clom.setup import evaluation_recipe
@@ -36,7 +34,7 @@ from evaluation.tables import NOTE, Job, Number, Place, make_table, with_publish
 from methods import METHODS, find_method
 from models import get_network
 from utils import checkpoint, cli, flops
-from utils.cli import flag, same_flag
+from utils.cli import flag
 from utils.distributed import local_gpu
 from utils.errors import UserError, entry_point, pick
 
@@ -48,23 +46,23 @@ def labelled() -> tuple[str, ...]:
     return tuple(row.name for row in METHODS.values() if issubclass(row.flags, DistillFlags))
 
 
+_CE, _COS = {"CLoM": True, "CLoM_distance": "ce"}, {"CLoM": True, "CLoM_distance": "cos"}
 # Variant -> what it sets of main.py's flags, and its heading.
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"CLoM": False}, ""),
-    "ce": ({"CLoM": True, "CLoM_distance": "ce"}, "CLoM ce"),
-    "ce_classification": (
-        {"CLoM": True, "CLoM_distance": "ce", "CLoM_ce_form": "classification"},
-        "CLoM ce, classification",
-    ),
-    "cos": ({"CLoM": True, "CLoM_distance": "cos"}, "CLoM cos"),
+    "ce": (_CE, "CLoM ce"),
+    "ce_classification": ({**_CE, "CLoM_ce_form": "classification"}, "CLoM ce, classification"),
+    "cos": (_COS, "CLoM cos"),
 }
+# Flags that mean nothing without CLoM.
+POOL_FLAGS = {"models_pool", "model_num", "epoch", "CLoM_batch_size", "source_dataset", "CLoM_teacher_stats"}
+# What `steps_scale` shortens.
+LENGTH = ("Iteration", "epoch_eval_train")
 DEFAULT_ALPHA = DistillFlags().alphas[0]
-# A flag of main.py: one default, one range, one help text.
-_as_distilled = functools.partial(same_flag, DistillFlags)
 
 
 @dataclass(frozen=True)
-class TablesFlags:
+class TablesFlags(CellFlags):
     """Flags of clom.tables; those of main.py's names mean the same for every cell."""
 
     run: bool = flag(False, "first run what is missing, cheapest first")
@@ -86,27 +84,9 @@ class TablesFlags:
         None, "JSON file of published numbers: {data set: {row: {ipc: [mean, std]}}}"
     )
 
-    model: str = _as_distilled("model")
-    img_size: int | None = _as_distilled("img_size")
-    Iteration: int | None = _as_distilled("Iteration")
-    num_eval: int = _as_distilled("num_eval")
-    epoch_eval_train: int | None = _as_distilled("epoch_eval_train")
-    lr_img: float | None = _as_distilled("lr_img")
-    batch_real: int = _as_distilled("batch_real")
-    init: str | None = _as_distilled("init")
-    models_pool: tuple[str, ...] = _as_distilled("models_pool")
-    model_num: int = _as_distilled("model_num")
-    epoch: int = _as_distilled("epoch")
-    CLoM_batch_size: int = _as_distilled("CLoM_batch_size")
     source_dataset: str | None = flag(
         None, "what the models of cos were trained on; default: the cell's data set"
     )
-    pretrained_path: Path = _as_distilled("pretrained_path")
-    CLoM_teacher_stats: str = _as_distilled("CLoM_teacher_stats")
-    data_path: Path | None = _as_distilled("data_path")
-    device: str | None = _as_distilled("device")
-    gpu_id: int = _as_distilled("gpu_id")
-    save_every: int = _as_distilled("save_every")
 
     def __post_init__(self) -> None:
         """Names of listed sets get their published spelling, as in main.py."""
@@ -115,12 +95,7 @@ class TablesFlags:
 
 @dataclass(frozen=True)
 class Variant:
-    """No CLoM, or one form of it with its weight.
-
-    Attributes:
-        name: a key of VARIANTS.
-        alpha: weight of the term.
-    """
+    """No CLoM, or one form of it (a key of VARIANTS) with its weight."""
 
     name: str
     alpha: float = DEFAULT_ALPHA
@@ -157,14 +132,9 @@ def parse_variant(text: str) -> Variant:
 
 @dataclass(frozen=True)
 class Spot:
-    """What is measured for one cell of the printed table.
+    """What is measured for one cell of the printed table, by its column and its row.
 
-    Attributes:
-        dataset: of its column.
-        ipc: of its column.
-        method: distiller of its row.
-        variant: of its row.
-        start: the value is that of the images before distillation.
+    With `start` the value is that of the images before distillation.
     """
 
     dataset: str
@@ -192,22 +162,14 @@ class Spot:
         Raises:
             UserError: flags that do not fit together.
         """
-        method, names = find_method(self.method), {f.name for f in dataclasses.fields(DistillFlags)}
-        shared = {k: v for k, v in vars(flags).items() if k in names - {"num_exp", "seed"}}
-        pool = (
-            "models_pool",
-            "model_num",
-            "epoch",
-            "CLoM_batch_size",
-            "source_dataset",
-            "CLoM_teacher_stats",
-        )
+        method, names = find_method(self.method), {f.name for f in dataclasses.fields(CellFlags)}
         if not self.variant.flags["CLoM"]:  # what is not used must not make another cell
-            shared = {k: v for k, v in shared.items() if k not in pool}
-        elif self.variant.flags["CLoM_distance"] == "ce":
+            names -= POOL_FLAGS
+        shared = {name: getattr(flags, name) for name in names}
+        if self.variant.flags.get("CLoM_distance") == "ce":
             shared["source_dataset"] = self.dataset
         shared |= {k: v for k, v in self.published().items() if shared.get(k) is None}
-        for name in ("Iteration", "epoch_eval_train"):
+        for name in LENGTH:
             shared[name] = max(1, round(flags.steps_scale * shared[name]))
         shared["gpu_id"] = local_gpu(flags.gpu_id)
         given = DistillFlags(
@@ -225,21 +187,21 @@ class Spot:
         method = find_method(self.method)
         default = resolved(method, DistillFlags(method=method.name, dataset=self.dataset))
         epochs = evaluation_recipe(method, default, default.model).epochs - 1  # epochs 0 to E
-        length = {"Iteration": default.Iteration, "epoch_eval_train": epochs}
-        return {**length, **method.published(self.dataset, self.ipc)}
+        length = zip(LENGTH, (default.Iteration, epochs), strict=True)
+        return {**dict(length), **method.published(self.dataset, self.ipc)}
 
     def is_shortened(self, flags: TablesFlags) -> bool:
         """Whether its cells take less than the published iterations or evaluation epochs."""
         mine, theirs = self.run_flags(flags), self.published()
-        return any(getattr(mine, name) < theirs[name] for name in ("Iteration", "epoch_eval_train"))
+        return any(getattr(mine, name) < theirs[name] for name in LENGTH)
 
     def is_published(self, flags: TablesFlags) -> bool:
         """Whether network, size, start, rate and real batch are those of the published cell.
 
         Its length is not asked about: shortened cells are marked.
         """
-        spec = DC_SPECS.get(self.dataset)
-        own_size = flags.img_size is None or (spec is not None and flags.img_size in spec.sizes)
+        sizes = DC_SPECS[self.dataset].sizes if self.dataset in DC_SPECS else ()
+        own_size = flags.img_size in (None, *sizes)
         names = ("model", "init") if self.start else ("model", "init", "lr_img", "batch_real")
         mine, theirs = self.run_flags(flags), self.run_flags(TablesFlags())
         return own_size and all(getattr(mine, name) == getattr(theirs, name) for name in names)
@@ -265,9 +227,8 @@ def spots(flags: TablesFlags) -> list[Spot]:
         UserError: a bad variant.
     """
     variants = [parse_variant(text) for text in dict.fromkeys(flags.variants)]
-    methods = list(dict.fromkeys(flags.methods))
+    methods, plain = list(dict.fromkeys(flags.methods)), Variant("none")
     rows = [(method, variant, False) for method in methods for variant in variants]
-    plain = Variant("none")
     real = [m for m in methods if (flags.init or find_method(m).defaults["init"]) == "real"]
     if real and plain in variants:
         rows.insert(0, (real[0], plain, True))
@@ -292,27 +253,14 @@ def cell_key(run: DistillFlags, seed: int) -> dict[str, Any]:
     Raises:
         UserError: missing or unreadable data or pre-trained models.
     """
-    facts = data_facts(run.dataset, run.data_path, run.img_size)
-    return {
-        **settings(run),
-        "seed": seed,
-        "data": facts.fingerprint,
-        "teachers": teacher_fingerprints(run) if run.CLoM else [],
-    }
-
-
-@dataclass(frozen=True)
-class Facts:
-    """A prepared set: digest of all images and labels, (C, H, W), number of classes."""
-
-    fingerprint: str
-    img_shape: tuple[int, int, int]
-    num_classes: int
+    data, _, _ = data_facts(run.dataset, run.data_path, run.img_size)
+    teachers = teacher_fingerprints(run) if run.CLoM else []
+    return {**settings(run), "seed": seed, "data": data, "teachers": teachers}
 
 
 @functools.cache
-def data_facts(dataset: str, data_path: Path | None, img_size: int | None) -> Facts:
-    """Read a set once.
+def data_facts(dataset: str, data_path: Path | None, img_size: int | None) -> tuple[str, tuple, int]:
+    """Of a prepared set, read once: digest of all images and labels, (C, H, W), number of classes.
 
     Raises:
         UserError: as `load_data`.
@@ -320,18 +268,18 @@ def data_facts(dataset: str, data_path: Path | None, img_size: int | None) -> Fa
     image_set = load_data(DistillFlags(dataset=dataset, data_path=data_path, img_size=img_size))
     splits = [s for s in (image_set.train, image_set.test) if s is not None]
     digest = checkpoint.fingerprint(*(t for s in splits for t in (s.images, s.labels)))
-    return Facts(digest, tuple(image_set.img_shape), image_set.num_classes)
+    return digest, tuple(image_set.img_shape), image_set.num_classes
 
 
 def teacher_fingerprints(run: DistillFlags) -> list[str]:
     """One digest per pre-trained model; those of transformers are known by their name."""
-    found = []
+    found, where = [], (run.pretrained_path, run.source_dataset)
     for name in run.models_pool:
         if name.startswith(PREFIX):
             found.append(name)
-            continue
-        paths = find_checkpoints(run.pretrained_path, run.source_dataset, name, run.epoch, run.model_num)
-        found += [_digest(path, path.stat().st_mtime) for path in paths]
+        else:
+            paths = find_checkpoints(*where, name, run.epoch, run.model_num)
+            found += [_digest(path, path.stat().st_mtime) for path in paths]
     return found
 
 
@@ -357,7 +305,7 @@ def missing_jobs(flags: TablesFlags) -> list[Job]:
             try:
                 key = cell_key(run, seed)
             except UserError as error:  # said in its turn, the others go on
-                jobs.append(Job(name, 0.0, functools.partial(_refuse, str(error))))
+                jobs.append(Job(name, 0.0, functools.partial(_refuse, error)))
                 continue
             if store.get(key) is None:
                 job = functools.partial(run_cell, flags, spot, run, key)
@@ -365,8 +313,8 @@ def missing_jobs(flags: TablesFlags) -> list[Job]:
     return jobs
 
 
-def _refuse(message: str) -> None:
-    raise UserError(message)
+def _refuse(error: UserError) -> None:
+    raise error
 
 
 def run_cell(flags: TablesFlags, spot: Spot, run: DistillFlags, key: dict[str, Any]) -> None:
@@ -375,23 +323,27 @@ def run_cell(flags: TablesFlags, spot: Spot, run: DistillFlags, key: dict[str, A
     Raises:
         UserError: as `run_method`.
     """
-    name = f"{spot.dataset}_{spot.method}_ipc{spot.ipc}_{spot.variant.name}_seed{key['seed']}"
+    seed = key["seed"]
+    name = f"{spot.dataset}_{spot.method}_ipc{spot.ipc}_{spot.variant.name}_seed{seed}"
     folder = flags.log_dir / "runs" / f"{name}_{CellStore.identity(key)[:8]}"
-    began = time.perf_counter()
-    own = dataclasses.replace(run, seed=key["seed"], save_path=folder)
-    run_method(find_method(spot.method), own)
-    after = json.loads((folder / "results.json").read_text())["networks"][0]["accuracies"]
-    percent = [100 * a for a in after]
-    CellStore(flags.log_dir / RESULTS).add(
-        key,
-        accuracy=sum(percent) / len(percent),
-        accuracies=percent,
-        start_accuracies=[100 * a for a in accuracies_at_start(folder)],
-        variant=spot.variant.name,
-        steps_scale=flags.steps_scale,
-        folder=folder.name,
-        seconds=time.perf_counter() - began,
-    )
+
+    def compute() -> dict[str, Any]:
+        own = dataclasses.replace(run, seed=seed, save_path=folder)
+        run_method(find_method(spot.method), own)
+        after = json.loads((folder / "results.json").read_text())["networks"][0]["accuracies"]
+        percent = [100 * a for a in after]
+        return {
+            "accuracy": sum(percent) / len(percent),
+            "accuracies": percent,
+            "start_accuracies": [100 * a for a in accuracies_at_start(folder)],
+            "variant": spot.variant.name,
+            "steps_scale": flags.steps_scale,
+            "folder": folder.name,
+        }
+
+    shown = f"{spot.column}: {spot.row}, seed {seed}"
+    store = CellStore(flags.log_dir / RESULTS)
+    store.measure(key, compute, lambda cell: f"{shown}: {cell['accuracy']:.2f} %")
 
 
 def accuracies_at_start(folder: Path) -> list[float]:
@@ -408,11 +360,10 @@ def estimate(run: DistillFlags) -> float:
 
     A training step is taken as three forward passes; CLoM's model as the distilled network.
     """
-    facts, row = data_facts(run.dataset, run.data_path, run.img_size), find_method(run.method)
-    synthetic = run.ipc * facts.num_classes
-    images = run.Iteration * row.distiller.cost(run, facts.num_classes)
-    images += 2 * run.num_eval * 3 * run.epoch_eval_train * synthetic
-    return float(images) * _network_flops(run.model, facts.img_shape, facts.num_classes)
+    _, img_shape, classes = data_facts(run.dataset, run.data_path, run.img_size)
+    images = run.Iteration * find_method(run.method).distiller.cost(run, classes)
+    images += 2 * run.num_eval * 3 * run.epoch_eval_train * run.ipc * classes
+    return float(images) * _network_flops(run.model, img_shape, classes)
 
 
 @functools.cache

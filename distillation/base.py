@@ -47,21 +47,14 @@ class Distiller:
     built, and defines `step`. State is saved by name: attributes in `parts` by their own
     `state_dict`, random streams from `stream` by themselves.
 
-    Args:
-        problem: data, device, seed, and the target model where the method needs one.
-        flags: the method's frozen flags.
-
-    Attributes:
-        x_syn: (m, C, H, W) float32 on the device, in normalised space.
-        y_syn: (m,) int64 class indices or (m, D) float32 target vectors, on the device.
-        parts: names of attributes with a state of their own, such as the optimiser; None is none.
-        losses: names of the scalars that `step` returns; the first is the one that is drawn.
+    `x_syn` is (m, C, H, W) float32 in normalised space, `y_syn` (m,) int64 class indices or (m, D)
+    float32 target vectors, both on the device.
     """
 
     x_syn: Tensor
     y_syn: Tensor
-    parts: tuple[str, ...] = ("optimizer",)
-    losses: tuple[str, ...] = ("loss",)
+    parts: tuple[str, ...] = ("optimizer",)  # attributes with a state of their own, or None
+    losses: tuple[str, ...] = ("loss",)  # scalars that `step` returns; the first is drawn
 
     def __init__(self, problem: Problem, flags: Any) -> None:
         self.problem, self.flags = problem, flags

@@ -16,21 +16,13 @@ from utils.stop import StopRequest
 
 @dataclass(frozen=True)
 class Plan:
-    """The length of a loop and when what happens in it.
+    """The length of a loop and when what happens in it."""
 
-    Attributes:
-        steps: outer steps in all.
-        print_every: steps between log lines.
-        save_every: steps (or seconds: "300s") between saves.
-        unit: what a step is called.
-        experiment: number of the experiment, or None where a run is a single one. The log's steps
-            go on growing over experiments.
-    """
-
-    steps: int
-    print_every: int
-    save_every: str | int
-    unit: str = "step"
+    steps: int  # outer steps in all
+    print_every: int  # steps between log lines
+    save_every: str | int  # steps (or seconds: "300s") between saves
+    unit: str = "step"  # what a step is called
+    # None where a run is a single one. The log's steps go on growing over experiments.
     experiment: int | None = None
 
     @property
@@ -71,13 +63,9 @@ def run_loop(
 ) -> dict[str, Any]:
     """Run the outer loop from where `run` stopped to its end.
 
-    The state after each save is that of an uninterrupted run, random draws included.
-
-    Args:
-        distiller: at its initial state; restored if the run has a state of this experiment.
-        run: folder of the log and the state.
-        observer: evaluates the set; only the first of several processes asks it.
-        plan: length, and when what happens.
+    The state after each save is that of an uninterrupted run, random draws included. The distiller
+    is at its initial state, and restored if the run has a state of this experiment; only the first
+    of several processes asks the observer.
 
     Returns:
         steps, the mean of each loss over the last `print_every` steps, evaluations (log entries),
@@ -146,7 +134,7 @@ def run_loop(
             if done % plan.print_every == 0 or last:
                 guard.flush()
                 # Several processes have to leave at the same step; agreeing costs a message.
-                leaving = group.any(bool(stop))
+                leaving = any(group.gathered(bool(stop)))
                 means = {name: window.mean() for name, window in windows.items()}
                 shown = ", ".join(f"{name} {means[name]:.4g}" for name in distiller.shown)
                 speed = progress.report(done, shown)

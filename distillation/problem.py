@@ -11,16 +11,16 @@ from torch import Tensor
 from data.augment import normalize, to_float
 from data.load import ImageSet
 from data.real_data import RealImages
-from distillation.selection import kmeans_indices
-from evaluation.protocols import outputs
+from distillation.selection import kmeans_indices, random_indices
+from evaluation.fit import outputs
 from evaluation.target import Target
-from utils.distributed import ALONE, Group
+from utils.distributed import Group
 from utils.errors import UserError
 from utils.seed import draw_seed, make_generator
 
 
 class ExtraLoss(Protocol):
-    """A loss that is added to the method's own, such as CLoM."""
+    """A loss that is added to the method's own, such as CLoM; its state is that of its draws."""
 
     def __call__(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:
         """A scalar, weight included."""
@@ -34,40 +34,25 @@ class ExtraLoss(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """One distillation: what is given, and nothing of how it is solved.
+    """One distillation: what is given, and nothing of how it is solved."""
 
-    Attributes:
-        image_set: the source.
-        device: where to compute.
-        seed: of every random stream.
-        group: the processes that share the work.
-        target: the target model; None for methods that work with class labels.
-        real: the labelled images class by class; None for methods that work without labels.
-        extra: a loss added to the method's own, or None.
-    """
-
-    image_set: ImageSet
+    image_set: ImageSet  # the source
     device: torch.device
-    seed: int
-    group: Group = ALONE
-    target: Target | None = None
-    real: RealImages | None = None
+    seed: int  # of every random stream
+    group: Group = Group()  # the processes that share the work
+    target: Target | None = None  # None for methods that work with class labels
+    real: RealImages | None = None  # labelled, class by class; None for methods without labels
     extra: ExtraLoss | None = None
 
     @torch.no_grad()
     def start_with_features(
         self, count: int, space: str = "normalized", images: str = "random"
     ) -> tuple[Tensor, Tensor]:
-        """`count` real images and the target model's features of them.
+        """`count` real images (m, C, H, W) and the target model's features of them (m, D), float32.
 
-        Args:
-            count: m.
-            space: "normalized", or "raw": the images in pixel space [0, 1] while the features
-                belong to the normalised ones, as in the released KRR-ST code.
-            images: "random", or "kmeans": the ones nearest to k-means centres in feature space.
-
-        Returns:
-            (m, C, H, W) and (m, D), float32 on the device.
+        In the "raw" space the images are in pixel space [0, 1] while the features belong to the
+        normalised ones, as in the released KRR-ST code. Images "kmeans" are the ones nearest to
+        k-means centres in feature space.
         """
         train = self.image_set.train
         generator = make_generator(self.seed, "initial images")
@@ -75,25 +60,14 @@ class Problem:
             points = outputs(self.target, train.images, self.image_set, self.device).float()
             index = kmeans_indices(points, count, draw_seed(generator))
         else:
-            index = torch.randperm(len(train), generator=generator)[:count]
+            index = random_indices(self.image_set, count, generator)
         pixels = to_float(train.images[index].to(self.device))
         x = normalize(pixels, self.image_set.stats)
         y = torch.cat([self.target(chunk).float() for chunk in x.split(256)])
         return (pixels if space == "raw" else x), y
 
     def start_by_class(self, ipc: int, init: str) -> tuple[Tensor, Tensor]:
-        """`ipc` images of every class: N(0, 1) noise, or real ones.
-
-        Args:
-            ipc: images per class.
-            init: "noise" or "real".
-
-        Returns:
-            (classes · ipc, C, H, W) float32 in class order, and their int64 labels.
-
-        Raises:
-            UserError: see `check_start`.
-        """
+        """`ipc` images of every class, N(0, 1) noise or real ones, in class order; and int64 labels."""
         check_start(self.real, ipc, init)
         generator = make_generator(self.seed, "initial images")
         labels = torch.arange(self.real.num_classes).repeat_interleave(ipc).to(self.device)

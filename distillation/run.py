@@ -26,56 +26,33 @@ from utils.run_folder import FollowedRun, RunFolder, claim_run
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the registry: all that the commands need to know of a method.
+    """A row of the registry: all that the commands need to know of a method."""
 
-    Attributes:
-        name: as published, such as DSA; commands match it without case.
-        distiller: its class.
-        setup: what its family adds around the outer loop.
-        flags: its frozen flags.
-        about: one line for --help.
-        defaults: values of flags that are not given, where they differ within the family.
-        published: (data set, ipc) -> settings of its published cells that differ from `defaults`.
-        recipes: what each value of --recipe puts in place of the flags' defaults.
-        augments: whether synthetic and real images are augmented alike (DSA).
-        mirrors: whether its published augmentation mirrors every listed data set, digits included.
-    """
-
-    name: str
+    name: str  # as published, such as DSA; commands match it without case
     distiller: type[Distiller]
-    setup: type[Setup]
+    setup: type[Setup]  # what its family adds around the outer loop
     flags: type
-    about: str
+    about: str  # one line for --help
+    # Values of flags that are not given, where they differ within the family.
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    # (data set, ipc) -> settings of its published cells that differ from `defaults`
     published: Callable[[str, int], Mapping[str, Any]] = lambda dataset, ipc: {}
+    # What each value of --recipe puts in place of the flags' defaults.
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    augments: bool = False
-    mirrors: bool = False
+    augments: bool = False  # synthetic and real images are augmented alike (DSA)
+    mirrors: bool = False  # the published augmentation mirrors every listed data set, digits included
 
 
 class Setup:
     """What a family of methods adds around the outer loop: data in, evaluations, files out.
 
     Everything that can be wrong with flags, data and checkpoints is said when it is built, before
-    anything is written.
-
-    Args:
-        method: the row of the registry.
-        flags: resolved.
-        device: where to compute.
-        group: the processes that share the run.
-        held: contexts entered here stay open to the end of the run.
-
-    Attributes:
-        image_set: the source.
-        knobs: flags that need less memory, in words.
-        several_processes: whether the family's methods run under torchrun.
-        extra: more facts for config.json.
+    anything is written. Contexts entered in `held` stay open to the end of the run.
     """
 
-    image_set: ImageSet
-    knobs = ""
-    several_processes = False
+    image_set: ImageSet  # the source
+    knobs = ""  # flags that need less memory, in words
+    several_processes = False  # whether the family's methods run under torchrun
 
     def __init__(
         self, method: Method, flags: Any, device: torch.device, group: Group, held: ExitStack
@@ -86,11 +63,7 @@ class Setup:
 
     @classmethod
     def resolve(cls, method: Method, flags: Any) -> Any:
-        """Fill in what presets, the method and the data set decide.
-
-        Raises:
-            UserError: flags that do not fit together.
-        """
+        """Fill in what presets, the method and the data set decide; a UserError where flags do not fit."""
         return flags
 
     @classmethod
@@ -136,20 +109,13 @@ class Setup:
 
 
 def resolved(method: Method, flags: Any) -> Any:
-    """The flags with everything filled in that the method, presets and data decide.
-
-    Raises:
-        UserError: flags that do not fit together.
-    """
+    """The flags with everything filled in that the method, presets and data decide."""
     given = {k: v for k, v in method.defaults.items() if getattr(flags, k) is None}
     return method.setup.resolve(method, dataclasses.replace(flags, **given))
 
 
 def run_method(method: Method, flags: Any) -> int:
-    """Distil as `flags` say, in this process or in all those that torchrun started.
-
-    Returns:
-        The exit code.
+    """Distil as `flags` say, in this process or in all those that torchrun started; the exit code.
 
     Raises:
         UserError: bad flags, data, checkpoints or run folder; nothing is written then.
@@ -203,5 +169,5 @@ def open_run(setup: Setup, held: ExitStack) -> RunFolder | FollowedRun:
         )
         if not run.resumed:
             setup.begun(run)
-    shared = setup.group.from_first((run.seed, run.finished) if run else None)
+    shared = setup.group.gathered((run.seed, run.finished) if run else None)[0]
     return run or FollowedRun(path, *shared)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from data.load import ImageSet
+from evaluation.probe import shuffled_classes
 
 
 def random_indices(image_set: ImageSet, count: int, generator: torch.Generator) -> Tensor:
@@ -16,24 +17,15 @@ def random_indices(image_set: ImageSet, count: int, generator: torch.Generator) 
 def balanced_indices(image_set: ImageSet, count: int, generator: torch.Generator) -> Tensor:
     """`count` images in class order, class counts as equal as `count` and the classes allow."""
     labels = image_set.train.labels
-    order = torch.randperm(len(labels), generator=generator)
-    by_class = order[labels[order].argsort(stable=True)]
-    sizes = labels.bincount(minlength=image_set.num_classes)
+    classes = shuffled_classes(labels, generator)
     # Rank of each image within its class; the lowest ranks of all classes are taken first.
-    starts = sizes.cumsum(0) - sizes
-    rank = torch.arange(len(labels)) - starts[labels[by_class]]
-    chosen = by_class[rank.argsort(stable=True)[:count]]
+    rank = torch.cat([torch.arange(len(mine)) for mine in classes])
+    chosen = torch.cat(classes)[rank.argsort(stable=True)[:count]]
     return chosen[labels[chosen].argsort(stable=True)]
 
 
 def kmeans_indices(points: Tensor, count: int, seed: int) -> Tensor:
-    """The image nearest to each of `count` k-means centres, no image twice.
-
-    Args:
-        points: (N, d) pixels or features.
-        count: centres.
-        seed: of k-means++.
-    """
+    """The image nearest to each of `count` k-means centres of the points (N, ...), no image twice."""
     from sklearn.cluster import MiniBatchKMeans
 
     points = points.flatten(1).float().cpu()

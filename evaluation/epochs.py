@@ -44,12 +44,8 @@ def make_checkpoint(
 ) -> None:
     """Train a network and write its state dict, unless these flags have made it already.
 
-    Args:
-        path: the checkpoint; the run folder beside it bears its name without the suffix.
-        flags: of the command.
-        size: side of the images, which the flags may leave to the preset.
-        device: recorded with the run.
-        train: trains in that folder; returns the network and what else goes into results.json.
+    `size` is the side of the images, which the flags may leave to the preset; `train` gets the run
+    folder beside the checkpoint and returns the network and what else goes into results.json.
 
     Raises:
         UserError: the folder holds a run with other flags, `path` came from elsewhere, or the
@@ -62,38 +58,26 @@ def make_checkpoint(
             "or pass --overwrite to replace it"
         )
     with claim_run(folder), out_of_memory_says(device, "lower --batch_size"):
-        _make(path, folder, flags, size, device, train)
-
-
-def _make(
-    path: Path,
-    folder: Path,
-    flags: EpochFlags,
-    size: int,
-    device: torch.device,
-    train: Callable[[RunFolder], tuple[nn.Module, dict[str, Any]]],
-) -> None:
-    run = RunFolder(
-        folder,
-        {**cli.identity(flags), "img_size": size},
-        seed=flags.seed,
-        device=device,
-        overwrite=flags.overwrite,
-        tensorboard=flags.tensorboard,
-    )
-    if run.finished and path.exists():
-        print(f"{path} is there already, trained with these flags; --overwrite trains it again")
-        return
-    began = time.perf_counter()
-    network, results = train(run)
-    state = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
-    if not all(v.isfinite().all() for v in state.values()):
-        raise UserError(f"{path}: the last step left weights that are not finite; lower --lr")
-    checkpoint.save(state, path)
-    loss = run.read_log()[-1]["loss"]
-    seconds = time.perf_counter() - began
-    run.finish({"checkpoint": path, "loss": loss, **results, "seconds": seconds})
-    print(f"checkpoint: {path}; log: {run.path}")
+        run = RunFolder(
+            folder,
+            {**cli.identity(flags), "img_size": size},
+            seed=flags.seed,
+            device=device,
+            overwrite=flags.overwrite,
+            tensorboard=flags.tensorboard,
+        )
+        if run.finished and path.exists():
+            print(f"{path} is there already, trained with these flags; --overwrite trains it again")
+            return
+        began = time.perf_counter()
+        network, results = train(run)
+        state = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
+        if not all(v.isfinite().all() for v in state.values()):
+            raise UserError(f"{path}: the last step left weights that are not finite; lower --lr")
+        checkpoint.save(state, path)
+        results = {"checkpoint": path, "loss": run.read_log()[-1]["loss"], **results}
+        run.finish({**results, "seconds": time.perf_counter() - began})
+        print(f"checkpoint: {path}; log: {run.path}")
 
 
 def train_epochs(
@@ -104,14 +88,10 @@ def train_epochs(
     what: str,
     measure: Callable[[int], dict[str, Any]] = lambda epoch: {},
 ) -> None:
-    """Train to the last epoch, resuming where `run` stopped.
+    """Train to the last epoch, resuming where `run` stopped; the network is left in eval mode.
 
-    Args:
-        trainer: its recipe's length is in epochs; its network is left in eval mode.
-        run: folder of the log and the state.
-        save_every: epochs between saves of the run state.
-        what: the name of this training, for messages.
-        measure: what to log for an epoch beside loss and rate; numbers in it are printed.
+    The recipe's length is in epochs. What `measure` gives for an epoch is logged beside loss and
+    rate; numbers in it are printed. `what` names this training in messages.
     """
     per_epoch, steps, epochs = trainer.per_epoch, trainer.steps, trainer.recipe.epochs
     parts = {"trainer": trainer}

@@ -1,8 +1,8 @@
-"""The one training loop."""
+"""The one training loop, and what is trained by it: pre-training, fine-tuning."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,11 +10,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from data.loader import TensorLoader
+from data.augment import default_padding
+from data.load import ImageSet, ImageSplit
+from data.loader import ImagePipeline, TensorLoader
+from data.synthetic import SyntheticSet
 from evaluation.recipes import LOSSES, Recipe
 from models.layout import images_at_once
 from utils.errors import UserError, pick
+from utils.memory import SplitBatches
+from utils.optim import make_optimizer
 from utils.progress import FiniteGuard, LossWindow
+
+PROBE_BATCH = 512
+_LARGE_BATCH = 64  # at 224 pixels one map of the zoo's residual networks takes 13 MB an image
 
 # (model, inputs, targets) -> scalar
 LossFn = Callable[[nn.Module, Any, Any], Tensor]
@@ -27,24 +35,15 @@ def train_step(
 ) -> Tensor:
     """One gradient step on one batch; returns the detached loss before the step.
 
-    Args:
-        model: the network.
-        x: inputs.
-        y: targets.
-        loss_fn: (model, inputs, targets) -> scalar; a mean over the images where `part` is given.
-        optimizer: over whatever is to be trained.
-        part: images that go through the network together; the step is that of the whole batch,
-            as long as no layer makes images interact. None: all.
+    `part` images go through the network together (None: all); the step is that of the whole batch
+    if the loss is a mean over images and no layer makes images interact.
     """
     optimizer.zero_grad(set_to_none=True)
-    if part is None or part >= len(x):
-        loss = loss_fn(model, x, y)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+    whole = part is None or part >= len(x)
     total = 0.0
-    for x_part, y_part in zip(x.split(part), y.split(part), strict=True):
-        loss = loss_fn(model, x_part, y_part) * (len(x_part) / len(x))
+    for x_part, y_part in [(x, y)] if whole else zip(x.split(part), y.split(part), strict=True):
+        loss = loss_fn(model, x_part, y_part)
+        loss = loss if whole else loss * (len(x_part) / len(x))
         loss.backward()
         total = total + loss.detach()
     optimizer.step()
@@ -54,19 +53,13 @@ def train_step(
 class Trainer:
     """A network, what trains it by a recipe, and how far it has come.
 
-    Args:
-        model: network on the loader's device.
-        loader: batches of (inputs, targets); its endless stream is used.
-        recipe: loss, optimiser, schedule and length.
-        scale: factor on the length.
-        loss_fn: (model, inputs, targets) -> scalar, in place of the recipe's loss on the outputs.
-
-    Attributes:
-        step: optimiser steps taken.
-        steps: optimiser steps in all.
-        per_epoch: steps of one pass over the loader's images.
-        window: the losses of the last pass.
+    The batches of (inputs, targets) are those of the loader's endless stream, `scale` is a factor
+    on the recipe's length, and `loss_fn` takes the place of its loss on the outputs. `step` of
+    `steps` optimiser steps are done, `per_epoch` in one pass over the loader's images; `window`
+    holds the losses of the last pass.
     """
+
+    parts = ("model", "optimizer", "schedule", "loader", "window")
 
     def __init__(
         self,
@@ -82,7 +75,8 @@ class Trainer:
         self.loss_fn = loss_fn or (lambda model, x, y: criterion(model(x), y))
         self.per_epoch = loader.steps_per_pass
         self.step, self.steps = 0, recipe.total_steps(self.per_epoch, scale)
-        self.optimizer = recipe.make_optimizer(model.parameters())
+        rates = dict(lr=recipe.lr, momentum=recipe.momentum, wd=recipe.wd)
+        self.optimizer = make_optimizer(recipe.optimizer, model.parameters(), **rates)
         self.schedule = recipe.make_schedule(self.optimizer, self.steps, self.per_epoch)
         self.window = LossWindow(self.per_epoch)
         self._batches = None
@@ -95,16 +89,10 @@ class Trainer:
         on_step: StepHook | None = None,
         progress: bool = False,
     ) -> nn.Module:
-        """Train in train mode up to a step.
+        """Train up to step `until` (None: the recipe's last); returns the network in eval mode.
 
-        Args:
-            until: the last step; None: the recipe's last.
-            what: the name of this training, for progress and messages.
-            on_step: called after each step.
-            progress: show a progress bar.
-
-        Returns:
-            The network in eval mode.
+        `what` names this training in messages and on the progress bar, if one is wanted; `on_step`
+        is called after each step.
 
         Raises:
             UserError: a loss is not finite (names the step), or a batch too small for BatchNorm.
@@ -115,9 +103,8 @@ class Trainer:
         part = images_at_once(self.model.train(), shape, self.loader.device, shape[0])
         if self._batches is None:
             self._batches = iter(self.loader.forever())
-        for step in tqdm(
-            range(self.step + 1, end + 1), desc=what, disable=None if progress else True, leave=False
-        ):
+        hidden = None if progress else True  # None: hidden where nobody watches
+        for step in tqdm(range(self.step + 1, end + 1), desc=what, disable=hidden, leave=False):
             rate = self.optimizer.param_groups[0]["lr"]
             try:
                 x, y = next(self._batches)
@@ -127,9 +114,8 @@ class Trainer:
                 if "more than 1 value per channel" not in str(error):
                     raise
                 raise UserError(
-                    f"{what}: a batch of one image leaves BatchNorm of this network a single "
-                    "value; choose a batch size that leaves no last batch of one, or another "
-                    "network"
+                    f"{what}: a batch of one image leaves BatchNorm of this network a single value; "
+                    "choose a batch size that leaves no last batch of one, or another network"
                 ) from None
             guard.check(loss, step)
             self.schedule.step()
@@ -144,22 +130,79 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed training needs."""
-        parts = ("model", "optimizer", "schedule", "loader", "window")
-        return {name: getattr(self, name).state_dict() for name in parts} | {"step": self.step}
+        return {name: getattr(self, name).state_dict() for name in self.parts} | {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        for name in ("model", "optimizer", "schedule", "loader", "window"):
+        for name in self.parts:
             getattr(self, name).load_state_dict(state[name])
         self.step, self._batches = int(state["step"]), None
-
-
-@torch.no_grad()
-def predict(function: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Any]]) -> Tensor:
-    """Outputs of `function` (a network or its `embed`) over one pass, joined: (N, D)."""
-    return torch.cat([function(x) for x, _ in batches])
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
     """Share of rows whose largest score is at the label, in %; scores (N, K), labels (N,)."""
     return 100.0 * float((scores.argmax(1) == labels.to(scores.device)).double().mean())
+
+
+@torch.no_grad()
+def outputs(
+    function: Callable[[Tensor], Tensor],
+    images: Tensor,
+    image_set: ImageSet,
+    device: torch.device,
+    batch_size: int | None = None,
+) -> Tensor:
+    """`function` (a network or its `embed`) of normalised images in batches: (N, D) on the device.
+
+    Where a batch does not fit the device's memory it is split, with the same result.
+    """
+    batch_size = batch_size or (PROBE_BATCH if image_set.size < 128 else _LARGE_BATCH)
+    loader = TensorLoader(
+        images,
+        None,
+        batch_size=batch_size,
+        device=device,
+        generator=torch.Generator(),
+        transform=ImagePipeline(image_set.stats),
+        shuffle=False,
+    )
+    function = SplitBatches(function)
+    return torch.cat([function(x) for x, _ in loader.epoch()])
+
+
+def held_out_accuracy(model: Callable[[Tensor], Tensor], image_set: ImageSet, device: torch.device) -> float:
+    """Accuracy in % on the test split, or on the training split of a set without one."""
+    split = image_set.test or image_set.train
+    return accuracy(outputs(model, split.images, image_set, device), split.labels)
+
+
+def pretrain(
+    model: nn.Module, synthetic: SyntheticSet, recipe: Recipe, generator: torch.Generator, scale: float = 1.0
+) -> nn.Module:
+    """Train `model`, with as many outputs as the targets need, on a synthetic set; eval mode.
+
+    `generator` gives order and augmentation, `scale` is a factor on the length.
+    """
+    device = next(model.parameters()).device
+    loader = recipe.loader(synthetic.images, synthetic.targets, device, generator)
+    return Trainer(model, loader, recipe, scale=scale).run(what="pre-training", progress=True)
+
+
+def finetune(
+    model: nn.Module,
+    image_set: ImageSet,
+    train: ImageSplit,
+    recipe: Recipe,
+    generator: torch.Generator,
+    scale: float = 1.0,
+) -> float:
+    """Fine-tune all of `model` on labelled images with crop and flip; test accuracy in %.
+
+    `train` is the part of the target's training split to use; its test split is read once, after
+    the last step. `generator` gives order and augmentation, `scale` is a factor on the length.
+    """
+    device = next(model.parameters()).device
+    pipeline = ImagePipeline(image_set.stats, pad=default_padding(image_set.size), hflip=image_set.hflip)
+    loader = recipe.loader(train.images, train.labels, device, generator, pipeline)
+    Trainer(model, loader, recipe, scale=scale).run(what="fine-tuning", progress=True)
+    return held_out_accuracy(model, image_set, device)

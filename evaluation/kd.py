@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -21,35 +21,29 @@ from torch import Tensor, nn
 from data.augment.dsa import without_flip
 from data.load import ImageSet, load_set
 from data.loader import TensorLoader
-from data.synthetic import SyntheticSet
-from evaluation.fit import Trainer, accuracy
+from evaluation.fit import Trainer, held_out_accuracy
 from evaluation.measure import Cell, CellStore, finish, spread
-from evaluation.presets import resolve_preset
-from evaluation.protocols import outputs
-from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, Recipe, kd_loss
+from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, kd_loss
 from evaluation.transfer import (
     MeasureFlags,
     PretrainFlags,
-    Pretraining,
     build_backbone,
     load_pretraining,
     may_mirror,
+    with_new_head,
 )
 from models import get_model
 from models.layout import batch_norms
 from utils import checkpoint
 from utils.checkpoint import apply_state, fingerprint
 from utils.cli import flag
-from utils.device import place, resolve_device
+from utils.device import place
 from utils.errors import UserError, pick
 from utils.memory import out_of_memory_says
 from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
 from utils.table import format_mean_std, markdown
 
 BN_MODES = {"running": "running statistics", "batch": "statistics of the test batch"}
-KNOBS = "lower --pre_batch_size or --kd_batch_size"
-
-
 KD_BN = (
     "BatchNorm of the teacher and of the tested student: running statistics, or as released the "
     "statistics of the batch at hand (of the student both accuracies are reported)"
@@ -98,91 +92,81 @@ class NoiseLoader(TensorLoader):
 
 
 def load_teacher(flags: KdFlags, target: ImageSet) -> nn.Module:
-    """The teacher with frozen weights, on the CPU in eval mode.
-
-    Raises:
-        UserError: no checkpoint (with the command that makes it), or one that does not fit.
-    """
+    """The teacher with frozen weights, on the CPU in eval mode; a UserError says how to make one."""
     name = f"teacher_{flags.target_data_name}.pt"
     path = flags.teacher_ckpt or Path("teacher_ckpt") / name
     if not path.exists():
-        command = [
-            "python",
-            "-m",
-            "krr_st.kd_teacher",
-            "--data_name",
-            flags.target_data_name,
-            "--img_size",
-            target.size,
-            "--arch",
-            flags.teacher_arch,
-            "--data_dir",
-            flags.data_dir,
-            "--save_dir",
-            path.parent,
-        ]
-        renamed = "" if path.name == name else f" (it writes {path.parent / name})"
-        raise UserError(
-            f"teacher checkpoint {path} does not exist; make it with: "
-            f"{shlex.join(map(str, command))}{renamed}"
+        command = (
+            f"python -m krr_st.kd_teacher --data_name {quote(flags.target_data_name)} "
+            f"--img_size {target.size} --arch {quote(flags.teacher_arch)} "
+            f"--data_dir {quote(str(flags.data_dir))} --save_dir {quote(str(path.parent))}"
         )
+        renamed = "" if path.name == name else f" (it writes {path.parent / name})"
+        raise UserError(f"teacher checkpoint {path} does not exist; make it with: {command}{renamed}")
     with local_seed(0):  # every weight is replaced
         teacher = get_model(flags.teacher_arch, target.img_shape, target.num_classes)
     apply_state(teacher, checkpoint.load_state(path, what="teacher checkpoint"), origin=path)
     return teacher.eval().requires_grad_(False)
 
 
-@dataclass(frozen=True)
 class Distillation:
-    """What all repetitions share.
+    """A teacher and the images it teaches on: everything read and checked, ready to train students.
 
-    Attributes:
-        flags: of the command.
-        target: its test split is read.
-        teacher: with frozen weights, on the device.
-        arch: of the student.
-        synthetic: the images; None for gaussian.
-        pretraining: of the student; None for scratch and gaussian.
-        count: synthetic images, or how many noise images make an epoch.
-        recipe: of the distillation.
-        device: where to compute.
+    `synthetic` is None for gaussian, `pretraining` (of the student) for scratch, too; `count` images,
+    synthetic or of noise, make an epoch.
+
+    Raises:
+        UserError: bad flags, data, synthetic set or teacher.
     """
 
-    flags: KdFlags
-    target: ImageSet
-    teacher: nn.Module
-    arch: str
-    synthetic: SyntheticSet | None
-    pretraining: Pretraining | None
-    count: int
-    recipe: Recipe
-    device: torch.device
+    def __init__(self, flags: KdFlags) -> None:
+        given = dict(epochs=flags.kd_epoch, lr=flags.kd_lr, batch_size=flags.kd_batch_size)
+        self.flags, self.recipe = flags, pick(KD, flags.method, "method").override(**given)
+        preset, self.arch, self.device = flags.setting()
+        self.target = target = load_set(flags.target_data_name, preset.size, flags.data_dir, splits=("test",))
+        if target.num_classes is None:
+            raise UserError(f"{target.test.path.parent} has no labels; a target needs them")
+        if not (target.hflip and may_mirror(flags.source_data_name, flags.data_dir)):
+            self.recipe = self.recipe.override(dsa=without_flip(self.recipe.dsa))
+        self.synthetic, self.pretraining, self.count = None, None, preset.num_images
+        if flags.method != GAUSSIAN:
+            untrained = flags.method == SCRATCH
+            source = replace(flags, method=RANDOM_FEATURES) if untrained else flags
+            pretraining = load_pretraining(source, preset.size, self.arch, kd=True)
+            self.synthetic, self.count = pretraining.synthetic, len(pretraining.synthetic)
+            self.pretraining = None if untrained else pretraining
+            shape = tuple(self.synthetic.images.shape[1:])
+            if shape != target.img_shape:
+                raise UserError(f"synthetic images are {shape}, those of the target {target.img_shape}")
+        get_model(self.arch, target.img_shape, target.num_classes)  # an unknown name fails now
+        self.teacher = place(load_teacher(flags, target), self.device)
+
+    @functools.cached_property
+    def teacher_accuracy(self) -> float:
+        """Of the teacher, in % on the target's test split."""
+        found = held_out_accuracy(self.teacher.eval(), self.target, self.device)
+        print(f"teacher: {found:.2f} % at {self.target.size} pixels")
+        return found
 
     def student(self, seed: int) -> nn.Module:
         """The backbone, pre-trained if at all, with a fresh head for the target's classes."""
-        shape, dropout = self.target.img_shape, self.flags.dropout
-        backbone = build_backbone(
-            self.arch, shape, self.pretraining, dropout=dropout, seed=seed, device=self.device
-        )
-        with local_seed(derive_seed(seed, "head", self.target.name)):
-            student = get_model(self.arch, shape, self.target.num_classes, dropout)
-        apply_state(student, backbone.state_dict(), origin="the pre-trained network", skip=("fc.",))
-        return place(student, self.device)
+        target, dropout, device = self.target, self.flags.dropout, self.device
+        common = dict(dropout=dropout, seed=seed, device=device)
+        backbone = build_backbone(self.arch, target.img_shape, self.pretraining, **common)
+        with local_seed(derive_seed(seed, "head", target.name)):
+            return with_new_head(backbone, self.arch, target, dropout, device)
 
     def run(self, seed: int) -> dict[str, float]:
         """Train one student; its test accuracies in % by BatchNorm mode."""
+        found = {"teacher_accuracy": self.teacher_accuracy}
         student, recipe = self.student(seed), self.recipe
-        make, images = TensorLoader, self.synthetic and self.synthetic.images
-        if images is None:
-            make, images = NoiseLoader, torch.empty(1).expand(self.count, *self.target.img_shape)
-        loader = make(
-            images,
-            None,
-            batch_size=recipe.batch_size,
-            device=self.device,
-            generator=make_generator(seed, "distillation"),
-            transform=recipe.augment(),
-        )
+        generator = make_generator(seed, "distillation")
+        if self.synthetic is not None:
+            loader = recipe.loader(self.synthetic.images, None, self.device, generator)
+        else:
+            shape = torch.empty(1).expand(self.count, *self.target.img_shape)
+            given = dict(batch_size=recipe.batch_size, device=self.device, generator=generator)
+            loader = NoiseLoader(shape, None, **given)
 
         def loss_fn(model: nn.Module, x: Tensor, _: None) -> Tensor:
             with torch.no_grad():
@@ -193,102 +177,43 @@ class Distillation:
         trainer = Trainer(student, loader, recipe, scale=self.flags.steps_scale, loss_fn=loss_fn)
         with local_seed(derive_seed(seed, "dropout")):
             trainer.run(what="distillation", progress=True)
-        found = {"accuracy_running": self.measure(student)}
+        found["accuracy_running"] = held_out_accuracy(student, self.target, self.device)
         with batch_statistics(student):
-            found["accuracy_batch"] = self.measure(student)
-        return {"accuracy": found[f"accuracy_{self.flags.kd_bn}"], **found}
-
-    def measure(self, model: nn.Module) -> float:
-        """Accuracy in % on the target's test split."""
-        test = self.target.test
-        return accuracy(outputs(model, test.images, self.target, self.device), test.labels)
+            found["accuracy_batch"] = held_out_accuracy(student, self.target, self.device)
+        return found | {"accuracy": found[f"accuracy_{self.flags.kd_bn}"]}
 
     def settings(self) -> dict[str, Any]:
         """Everything but the seed that a cell's values depend on."""
         flags, state = self.flags, self.teacher.state_dict()
-        settings: dict[str, Any] = {
-            "source": flags.source_data_name,
-            "method": flags.method,
-            "model": self.arch,
-            "size": self.target.size,
+        settings = {
+            **flags.settings(flags.method, self.arch, self.target.size, self.pretraining),
             "protocol": "kd",
             "target": self.target.name,
-            "dropout": flags.dropout,
-            "steps_scale": flags.steps_scale,
             "count": self.count,
             "distillation": self.recipe.record(),
             "kd_bn": flags.kd_bn,
             "teacher_arch": flags.teacher_arch,
             "teacher": fingerprint(*(state[key] for key in sorted(state))),
         }
-        if self.pretraining is not None:
-            settings |= self.pretraining.record()
-        elif self.synthetic is not None:
-            synthetic = self.synthetic
-            settings["synthetic_set"] = fingerprint(synthetic.images, synthetic.targets)
+        if self.pretraining is None and self.synthetic is not None:
+            settings["synthetic_set"] = fingerprint(self.synthetic.images, self.synthetic.targets)
         return settings
 
 
-def prepare(flags: KdFlags) -> Distillation:
-    """Read everything and check that it fits together.
-
-    Raises:
-        UserError: bad flags, data, synthetic set or teacher.
-    """
-    recipe = pick(KD, flags.method, "method").override(
-        epochs=flags.kd_epoch, lr=flags.kd_lr, batch_size=flags.kd_batch_size
-    )
-    preset = resolve_preset(flags.source_data_name, flags.data_dir, flags.img_size)
-    arch = preset.network if flags.test_model == "base" else flags.test_model.lower()
-    device = resolve_device(flags.device, flags.gpu_id)
-    target = load_set(flags.target_data_name, preset.size, flags.data_dir, splits=("test",))
-    if target.num_classes is None:
-        raise UserError(f"{target.test.path.parent} has no labels; a target needs them")
-    if not (target.hflip and may_mirror(flags.source_data_name, flags.data_dir)):
-        recipe = recipe.override(dsa=without_flip(recipe.dsa))
-    synthetic, pretraining, count = None, None, preset.num_images
-    if flags.method != GAUSSIAN:
-        untrained = flags.method == SCRATCH
-        source = replace(flags, method=RANDOM_FEATURES) if untrained else flags
-        pretraining = load_pretraining(source, preset.size, arch, kd=True)
-        synthetic, count = pretraining.synthetic, len(pretraining.synthetic)
-        pretraining = None if untrained else pretraining
-        shape = tuple(synthetic.images.shape[1:])
-        if shape != target.img_shape:
-            raise UserError(f"synthetic images are {shape}, those of the target {target.img_shape}")
-    get_model(arch, target.img_shape, target.num_classes)  # an unknown name fails now
-    teacher = place(load_teacher(flags, target), device)
-    return Distillation(flags, target, teacher, arch, synthetic, pretraining, count, recipe, device)
-
-
 def run_kd(flags: KdFlags) -> int:
-    """Measure every seed, print the table, write results.json.
-
-    Raises:
-        UserError: as `prepare`; finished cells stay in results.jsonl.
-    """
-    shared = prepare(flags)
+    """Measure every seed, print the table, write results.json; finished cells stay in results.jsonl."""
+    shared = Distillation(flags)
     first, store = resolve_seed(flags.seed), CellStore(flags.log_dir / "results.jsonl")
     if shared.pretraining is not None:
         print(f"pre-training: {shared.pretraining.recipe}")
     print(f"distillation: {shared.recipe}; teacher: {flags.kd_bn} statistics")
     settings, cells = shared.settings(), []
-
-    @functools.cache
-    def teacher_accuracy() -> float:
-        found = shared.measure(shared.teacher.eval())
-        print(f"teacher: {found:.2f} % at {shared.target.size} pixels")
-        return found
-
-    def compute(seed: int) -> Callable[[], dict[str, float]]:
-        return lambda: {"teacher_accuracy": teacher_accuracy(), **shared.run(seed)}
-
-    with out_of_memory_says(shared.device, KNOBS):
+    with out_of_memory_says(shared.device, "lower --pre_batch_size or --kd_batch_size"):
         for seed in range(first, first + flags.num_test):
-            cells.append(store.measure({**settings, "seed": seed}, compute(seed), describe))
+            key = {**settings, "seed": seed}
+            cells.append(store.measure(key, lambda seed=seed: shared.run(seed), describe))
     folder = flags.log_dir / flags.source_data_name / flags.method / shared.arch / "kd"
-    both = {f"mean_{m}": spread(cells, f"accuracy_{m}")["mean"] for m in BN_MODES}
-    both |= {f"std_{m}": spread(cells, f"accuracy_{m}")["std"] for m in BN_MODES}
+    both = {f"{k}_{m}": spread(cells, f"accuracy_{m}")[k] for k in ("mean", "std") for m in BN_MODES}
     row = {
         "target": shared.target.name,
         "kd_bn": flags.kd_bn,
@@ -302,23 +227,18 @@ def run_kd(flags: KdFlags) -> int:
 
 def describe(cell: Cell) -> str:
     """A finished cell in one line."""
-    return (
-        f"{cell['target']}, seed {cell['seed']}: {cell['accuracy_running']:.2f} % (running), "
-        f"{cell['accuracy_batch']:.2f} % (batch)"
-    )
+    found = ", ".join(f"{cell[f'accuracy_{mode}']:.2f} % ({mode})" for mode in BN_MODES)
+    return f"{cell['target']}, seed {cell['seed']}: {found}"
 
 
 def table(cells: list[Cell], flags: KdFlags) -> str:
     """One row, the two BatchNorm modes as columns, test accuracy in %."""
-    heads, values = [], []
-    for mode, words in BN_MODES.items():
-        heads.append(f"{words} (headline)" if mode == flags.kd_bn else words)
-        values.append(format_mean_std([cell[f"accuracy_{mode}"] for cell in cells]))
+    heads = [f"{words} (headline)" if mode == flags.kd_bn else words for mode, words in BN_MODES.items()]
+    values = [format_mean_std([cell[f"accuracy_{mode}"] for cell in cells]) for mode in BN_MODES]
     cell = cells[0]
     name = f"{cell['method']}, {cell['model']}, {cell['target']}"
-    note = f"test accuracy in %, mean ± std over {flags.num_test} seeds"
-    note += f"; the teacher has {cell['teacher_accuracy']:.2f}"
-    note += f" and labels by {flags.kd_bn} statistics"
-    if flags.steps_scale != 1:
-        note += f"; lengths scaled by {flags.steps_scale}, not the table's"
-    return f"{markdown(['student', *heads], [[name, *values]])}\n{note}"
+    note = (
+        f"test accuracy in %, mean ± std over {flags.num_test} seeds; the teacher has "
+        f"{cell['teacher_accuracy']:.2f} and labels by {flags.kd_bn} statistics"
+    )
+    return f"{markdown(['student', *heads], [[name, *values]])}\n{flags.footnote(note)}"

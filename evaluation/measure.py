@@ -6,6 +6,7 @@ Several processes, on one node or several, may write the same file.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import time
@@ -48,14 +49,7 @@ def read_cells(path: Path | str) -> list[Cell]:
 
 
 class CellStore:
-    """An append-only results.jsonl of finished cells, each one measurement.
-
-    Args:
-        path: the file; its folder is made.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """An append-only results.jsonl of finished cells, each one measurement; its folder is made."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -83,7 +77,7 @@ class CellStore:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Appending alone is not atomic on network file systems.
             with exclusively(self.path), self.path.open("ab+", buffering=0) as file:
-                _append(file.fileno(), line.encode())
+                _append(file, line.encode())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
         self._cells[cell["id"]] = cell
@@ -92,13 +86,7 @@ class CellStore:
     def measure(
         self, key: dict[str, Any], compute: Callable[[], dict[str, Any]], shown: Callable[[Cell], str]
     ) -> Cell:
-        """The cell of `key`: the finished one, else what `compute` gives, with its seconds.
-
-        Args:
-            key: all that the values depend on.
-            compute: the values.
-            shown: a cell in one line, which is printed.
-        """
+        """The cell of `key`, finished or what `compute` gives, with its seconds; prints it as `shown`."""
         cell, kept = self.get(key), " (kept)"
         if cell is None:
             began, kept = time.perf_counter(), ""
@@ -114,13 +102,9 @@ class CellStore:
         shown: Callable[[Cell], str],
         again: bool = False,
     ) -> list[Cell]:
-        """`measure` for several keys, in parallel where that is faster.
+        """`measure` for several keys with their computations, in parallel where that is faster.
 
-        Args:
-            tasks: keys with their computations, as `in_parallel` takes them.
-            device: where they compute.
-            shown: as in `measure`.
-            again: compute what is finished, too.
+        The computations are as `in_parallel` takes them; `again` repeats what is finished.
         """
         missing = [(key, task) for key, task in tasks if again or self.get(key) is None]
         results = in_parallel([task for _, task in missing], device)
@@ -129,17 +113,15 @@ class CellStore:
         return [self.get(key) for key, _ in tasks]
 
 
-def _append(handle: int, line: bytes) -> None:
+def _append(file: io.FileIO, line: bytes) -> None:
     """Write a whole line at once; a last line torn by a kill is closed first."""
-    end = os.lseek(handle, 0, os.SEEK_END)
-    if end:
-        os.lseek(handle, end - 1, os.SEEK_SET)
-        if os.read(handle, 1) != b"\n":
-            line = b"\n" + line
-    written = os.write(handle, line)
+    if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        line = line if file.read(1) == b"\n" else b"\n" + line
+    written = file.write(line)
     if written != len(line):
         raise OSError(f"{written} of {len(line)} bytes written")
-    os.fsync(handle)
+    os.fsync(file.fileno())
 
 
 def grouped(cells: Iterable[Cell], by: Callable[[Cell], Hashable]) -> dict[Hashable, list[Cell]]:
@@ -165,26 +147,11 @@ def finish(
     text: str,
     **more: Any,
 ) -> None:
-    """End of a measuring command: write results.json, print the table.
+    """End of a measuring command: write {folder}/results.json, print the table `text`.
 
-    Args:
-        folder: of results.json.
-        flags: of the command.
-        device: recorded with the versions.
-        cells: finished.
-        summary: means over seeds.
-        text: the table.
-        more: facts for results.json.
+    `summary` holds the means over seeds, `more` further facts for the file.
     """
-    write_json(
-        folder / "results.json",
-        {
-            "flags": cli.as_json(flags),
-            **more,
-            "environment": environment(device),
-            "summary": summary,
-            "cells": cells,
-        },
-    )
+    record = {"flags": cli.as_json(flags), **more, "environment": environment(device)}
+    write_json(folder / "results.json", {**record, "summary": summary, "cells": cells})
     print(text)
     print(f"results: {folder / 'results.json'}")

@@ -21,11 +21,8 @@ def in_parallel(tasks: Sequence[Callable[[Callable[[], None]], T]], device: torc
 
     On a CPU as many run at a time as torch has threads, each on one thread of its own; with one
     thread, one task, or on a GPU they run one after another. A task is called with a function
-    that it has to call now and then: it raises `Cancelled` once the result is not wanted.
-
-    Args:
-        tasks: independent of each other and of global random state (see utils.seed.local_seed).
-        device: where they compute.
+    that it has to call now and then: it raises `Cancelled` once the result is not wanted. The tasks
+    are independent of each other and of global random state (see utils.seed.local_seed).
     """
     threads = torch.get_num_threads()
     workers = min(len(tasks), threads)

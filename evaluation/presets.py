@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.prepared import default_size, prepared_names
@@ -40,19 +40,14 @@ PRESETS_BY_SIZE: dict[int, Preset] = {
 
 
 def resolve_preset(data_name: str, data_dir: Path, img_size: int | None) -> Preset:
-    """The preset of a source, at `img_size` if given.
-
-    Raises:
-        UserError: unknown data set, or a size no preset covers.
-    """
+    """The preset of a source, at `img_size` if given; a UserError for a size that none covers."""
     known = PRESETS.get(data_name)
     size = img_size or (known.size if known else default_size(data_name, data_dir))
     if known is not None and size == known.size:
         return known
     for limit, row in PRESETS_BY_SIZE.items():
         if size <= limit:
-            kept = known or row
-            return Preset(size, kept.num_images, row.network, kept.target_model)
+            return replace(known or row, size=size, network=row.network)
     raise UserError(f"images of {size} pixels are too large; the limit is {max(PRESETS_BY_SIZE)}")
 
 

@@ -2,49 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.errors import UserError
+from evaluation.fit import accuracy
+from utils.errors import UserError, pick
+
+
+def shuffled_classes(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Indices of every class's samples, each class in random order."""
+    order = torch.randperm(len(labels), generator=generator)
+    return order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
 
 
 def few_shot_indices(labels: Tensor, shots: int, generator: torch.Generator) -> Tensor:
-    """Indices of `shots` samples of every class that occurs, drawn without replacement, sorted.
-
-    Args:
-        labels: (N,) int64 on the CPU.
-        shots: samples per class.
-        generator: CPU generator.
-
-    Raises:
-        UserError: a class has fewer samples.
-    """
-    order = torch.randperm(len(labels), generator=generator)
-    by_class = order[labels[order].argsort(stable=True)]
-    counts = labels.bincount()
-    if counts[counts > 0].min() < shots:
-        short = int(torch.where(counts > 0, counts, counts.max()).argmin())
-        raise UserError(f"--shots {shots} is more than class {short} has ({int(counts[short])} samples)")
-    starts = F.pad(counts.cumsum(0), (1, 0))[:-1][counts > 0]
-    chosen = by_class[(starts[:, None] + torch.arange(shots)).flatten()]
-    return chosen.sort().values
+    """Sorted indices of `shots` samples of every class in `labels` (N,); a UserError if it has fewer."""
+    classes = shuffled_classes(labels, generator)
+    fewest, label = min((len(mine), label) for label, mine in enumerate(classes) if len(mine))
+    if fewest < shots:
+        raise UserError(f"--shots {shots} is more than class {label} has ({fewest} samples)")
+    return torch.cat([mine[:shots] for mine in classes]).sort().values
 
 
 def label_fraction_indices(labels: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Indices of a share of every class's samples, at least one each, sorted.
-
-    Args:
-        labels: (N,) int64 on the CPU.
-        fraction: in (0, 1].
-        generator: CPU generator.
-    """
-    order = torch.randperm(len(labels), generator=generator)
-    chosen = []
-    for label in labels.unique():
-        mine = order[labels[order] == label]
-        chosen.append(mine[: max(1, round(fraction * len(mine)))])
-    return torch.cat(chosen).sort().values
+    """Sorted indices of a share of every class's samples, at least one each; labels (N,) int64."""
+    classes = shuffled_classes(labels, generator)
+    return torch.cat([mine[: max(1, round(fraction * len(mine)))] for mine in classes]).sort().values
 
 
 def _mean_and_scale(train: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,16 +46,10 @@ def standardize(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 
 def feature_error(predicted: Tensor, features: Tensor, train_features: Tensor) -> float:
-    """Mean squared error of predicted features, each dimension in units of its variance.
+    """Mean squared error of predicted features (N, D), each dimension in units of its variance.
 
-    Args:
-        predicted: (N, D).
-        features: (N, D) the true ones.
-        train_features: (M, D) of the training images: the variances, 1/M Σ (y - mean)², are
-            theirs; dimensions that are constant there are left out.
-
-    Returns:
-        The mean over images and dimensions; about 1 for predicting the mean.
+    The variances, 1/M Σ (y - mean)², are those of the training images' features (M, D); dimensions
+    that are constant there are left out. Predicting the mean gives about 1.
     """
     scale = _mean_and_scale(train_features)[1]
     errors = ((predicted - features) * scale).square()
@@ -77,34 +57,21 @@ def feature_error(predicted: Tensor, features: Tensor, train_features: Tensor) -
 
 
 def linear_probe(
-    train_features: Tensor,
-    train_labels: Tensor,
-    num_classes: int,
-    *,
-    l2: float | None = None,
-    max_iter: int = 300,
+    features: Tensor, labels: Tensor, num_classes: int, l2: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression by L-BFGS over the full batch.
 
-    Minimises mean cross-entropy + l2/2·‖W‖² (the bias is free).
-
-    Args:
-        train_features: (N, D) float32, already standardised.
-        train_labels: (N,) int64.
-        num_classes: K.
-        l2: None means 1/N, which is scikit-learn's C = 1.
-        max_iter: L-BFGS iterations.
-
-    Returns:
-        Weight (K, D) and bias (K,).
+    Minimises mean cross-entropy + l2/2·‖W‖² (the bias is free) over standardised features (N, D)
+    and labels (N,); l2 None means 1/N, which is scikit-learn's C = 1. Returns weight (K, D) and
+    bias (K,).
     """
-    l2 = 1.0 / len(train_features) if l2 is None else l2
-    features, labels = train_features, train_labels.to(train_features.device)
+    l2 = 1.0 / len(features) if l2 is None else l2
+    labels = labels.to(features.device)
     weight = torch.zeros(num_classes, features.shape[1]).to(features).requires_grad_()
     bias = torch.zeros(num_classes).to(features).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [weight, bias],
-        max_iter=max_iter,
+        max_iter=300,
         history_size=20,
         line_search_fn="strong_wolfe",
         tolerance_grad=1e-6,
@@ -125,35 +92,46 @@ def linear_probe(
 
 @torch.no_grad()
 def knn_scores(
-    train_features: Tensor,
-    train_labels: Tensor,
-    features: Tensor,
-    num_classes: int,
-    *,
-    k: int = 20,
-    temperature: float = 0.1,
+    train: Tensor, labels: Tensor, test: Tensor, num_classes: int, k: int = 20, temperature: float = 0.1
 ) -> Tensor:
-    """Votes of the k nearest training rows by cosine similarity, weighted by exp(cos / T).
-
-    Args:
-        train_features: (N, D); k is cut to N.
-        train_labels: (N,) int64.
-        features: (M, D) to classify.
-        num_classes: K.
-        k: neighbours.
-        temperature: T.
-
-    Returns:
-        (M, K) scores.
+    """Votes (M, K) of the k nearest training rows (of N) by cosine similarity, weighted by exp(cos / T).
 
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination",
         arXiv 1805.01978, sec. 3.4.
     """
-    bank = F.normalize(train_features, dim=1)
-    labels = train_labels.to(bank.device)
+    bank, labels = F.normalize(train, dim=1), labels.to(train.device)
     scores = []
-    for chunk in F.normalize(features, dim=1).split(1024):
+    for chunk in F.normalize(test, dim=1).split(1024):
         similarity, index = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(chunk), num_classes).to(chunk)
         scores.append(votes.scatter_add_(1, labels[index], (similarity / temperature).exp()))
     return torch.cat(scores)
+
+
+def _linear_scores(train: Tensor, labels: Tensor, test: Tensor, num_classes: int) -> Tensor:
+    train, test = standardize(train, test)
+    return F.linear(test, *linear_probe(train, labels, num_classes))
+
+
+# (train features, train labels, test features, classes) -> test scores
+FROZEN: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
+    "linear": _linear_scores,
+    "probe": _linear_scores,
+    "knn": knn_scores,
+}
+
+
+def frozen_accuracy(
+    protocol: str,
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    num_classes: int,
+) -> float:
+    """Test accuracy in % of a classifier on frozen features (N, D) and (M, D), labels (N,) and (M,).
+
+    The protocol is linear or probe (standardised features, L-BFGS logistic regression), or knn.
+    """
+    score = pick(FROZEN, protocol, "protocol")
+    return accuracy(score(train_features, train_labels, test_features, num_classes), test_labels)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from data.augment.dc import OPERATIONS as DC_OPERATIONS
 from data.augment.dc import dc_augment
-from data.augment.dsa import OPERATIONS as DSA_OPERATIONS
-from data.augment.dsa import diff_augment
-from data.loader import Transform
+from data.augment.dsa import OPERATIONS, diff_augment
+from data.loader import TensorLoader, Transform
 from utils.errors import pick
-from utils.optim import make_optimizer, make_schedule
+from utils.optim import make_schedule
 
 
 def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -27,14 +26,9 @@ def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Cross-entropy of the student's distribution under the teacher's, temperature 1.
+    """Mean over the batch of -Σ_k p_k log q_k: student q under teacher p, temperature 1; (B, K) both.
 
-    Args:
-        student_logits: (B, K).
-        teacher_logits: (B, K); no gradient is taken with respect to them.
-
-    Returns:
-        Scalar, mean over the batch of -Σ_k p_k log q_k.
+    No gradient is taken with respect to the teacher's logits.
 
     Source: Lee et al., arXiv 2310.06511, target data-free knowledge distillation (Table 4).
     """
@@ -49,7 +43,6 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
-DECAY = 0.1
 
 
 def no_augmentation(strategy: str | None) -> bool:
@@ -57,55 +50,40 @@ def no_augmentation(strategy: str | None) -> bool:
     return strategy in (None, "", "none", "None")
 
 
-def check_strategy(strategy: str | None, kind: str = "dsa") -> None:
-    """Raise a UserError for an operation that does not exist; kind is dsa or dc."""
-    table = {"dsa": DSA_OPERATIONS, "dc": DC_OPERATIONS}[kind]
+def check_strategy(strategy: str | None) -> None:
+    """Raise a UserError for a DSA operation that does not exist."""
     for name in () if no_augmentation(strategy) else strategy.split("_"):
-        pick(table, name, f"{kind.upper()} operation")
+        pick(OPERATIONS, name, "DSA operation")
 
 
 _RARE = ("decay_epochs", "fresh_momentum", "dc", "align_corners", "rate_by_epoch")
+_FLAGS = {"epoch": "epochs", "iteration": "steps", "opt": "optimizer"}  # names that differ from the field's
 
 
 @dataclass(frozen=True)
 class Recipe:
     """One way to train a network.
 
-    Attributes:
-        loss: a name in LOSSES.
-        optimizer: a name in utils.optim.OPTIMIZERS; adam is AdamW.
-        lr: learning rate.
-        wd: weight decay.
-        schedule: a name in utils.optim.SCHEDULES; not used with `decay_epochs`.
-        batch_size: images per step.
-        epochs: length in passes over the training images; 0 where `steps` says it.
-        steps: length in optimiser steps; 0 where `epochs` says it.
-        warmup: warm-up steps of the schedule.
-        dsa: strategy of the differentiable augmentation, or "none".
-        momentum: of sgd and lars.
-        decay_epochs: epochs after which the learning rate falls to a tenth.
-        fresh_momentum: forget the momentum at each decay, as DC's evaluation does.
-        dc: strategy of the older DC augmentation, or "none".
-        align_corners: sampling convention of DSA's scale and rotate; True in the KRR-ST scripts.
-        rate_by_epoch: the schedule moves once per epoch, not once per step.
+    The length is in passes over the training images (`epochs`) or in optimiser steps (`steps`); the
+    other one is 0.
     """
 
-    loss: str
-    optimizer: str
+    loss: str  # a name in LOSSES
+    optimizer: str  # a name in utils.optim.OPTIMIZERS; adam is AdamW
     lr: float
     wd: float
-    schedule: str
+    schedule: str  # a name in utils.optim.SCHEDULES; not used with `decay_epochs`
     batch_size: int
     epochs: int = 0
     steps: int = 0
-    warmup: int = 0
-    dsa: str = "none"
-    momentum: float = 0.9
-    decay_epochs: tuple[int, ...] = ()
-    fresh_momentum: bool = False
-    dc: str = "none"
-    align_corners: bool = True
-    rate_by_epoch: bool = False
+    warmup: int = 0  # steps
+    dsa: str = "none"  # strategy of the differentiable augmentation
+    momentum: float = 0.9  # of sgd and lars
+    decay_epochs: tuple[int, ...] = ()  # after which the learning rate falls to a tenth
+    fresh_momentum: bool = False  # forget the momentum at each decay, as DC's evaluation does
+    dc: str = "none"  # strategy of the older DC augmentation
+    align_corners: bool = True  # in DSA's scale and rotate, as in the KRR-ST scripts
+    rate_by_epoch: bool = False  # the schedule moves once per epoch, not once per step
 
     def __str__(self) -> str:
         """What is set, in one line: `loss mse, optimizer sgd, lr 0.1, ...`."""
@@ -134,9 +112,10 @@ class Recipe:
             given["epochs"] = 0
         return dataclasses.replace(self, **given)
 
-    def make_optimizer(self, params: Iterable[Tensor]) -> torch.optim.Optimizer:
-        """The optimiser over `params`, at the full learning rate."""
-        return make_optimizer(self.optimizer, params, lr=self.lr, momentum=self.momentum, wd=self.wd)
+    def with_flags(self, flags: Any, prefix: str) -> Recipe:
+        """A copy with the flags put in whose names begin with `prefix`, such as --pre_lr."""
+        given = {k.removeprefix(prefix): v for k, v in vars(flags).items() if k.startswith(prefix)}
+        return self.override(**{_FLAGS.get(name, name): value for name, value in given.items()})
 
     def make_schedule(self, optimizer: torch.optim.Optimizer, steps: int, per_epoch: int) -> LambdaLR:
         """The learning-rate schedule of a run of `steps` steps.
@@ -146,7 +125,7 @@ class Recipe:
         """
         if self.decay_epochs:
             ends = [epoch * per_epoch for epoch in self.decay_epochs]
-            return LambdaLR(optimizer, lambda step: math.prod(DECAY for end in ends if step >= end))
+            return LambdaLR(optimizer, lambda step: math.prod(0.1 for end in ends if step >= end))
         shortened = round(self.warmup * min(1.0, steps / (self.steps or steps)))
         every = per_epoch if self.rate_by_epoch else 1
         return make_schedule(self.schedule, optimizer, steps, min(shortened, steps // 2), every)
@@ -154,12 +133,29 @@ class Recipe:
     def augment(self) -> Transform | None:
         """A loader's transform of normalised images; None without augmentation."""
         if not no_augmentation(self.dsa):
-            return lambda x, generator: diff_augment(
-                x, self.dsa, generator=generator, align_corners=self.align_corners
-            )
+            given = dict(strategy=self.dsa, align_corners=self.align_corners)
+            return lambda x, generator: diff_augment(x, generator=generator, **given)
         if not no_augmentation(self.dc):
             return lambda x, generator: dc_augment(x, self.dc, generator)
         return None
+
+    def loader(
+        self,
+        images: Tensor,
+        targets: Tensor | None,
+        device: torch.device,
+        generator: torch.Generator,
+        transform: Transform | None = None,
+    ) -> TensorLoader:
+        """The recipe's batches; with its own augmentation (normalised images) without a `transform`."""
+        return TensorLoader(
+            images,
+            targets,
+            batch_size=self.batch_size,
+            device=device,
+            generator=generator,
+            transform=transform or self.augment(),
+        )
 
 
 _LABELS = Recipe("cross_entropy", "sgd", 0.01, 5e-4, "tenth_at_half", 256, epochs=1000, dsa=DSA_STRATEGY)
@@ -191,22 +187,9 @@ KD: dict[str, Recipe] = {
 # Lengths of the vector recipe that the paper sets by source.
 _VECTOR_STEPS = {"tinyimagenet": 40000, "imagenette": 1000}
 
-_SHORT_FINETUNE = 5000
-_LONG_FINETUNE = {"cifar10", "cifar100", "tinyimagenet"}
-
 
 def pretrain_recipe(method: str, source: str, model: str, *, kd: bool = False) -> Recipe:
-    """How `method`'s synthetic set of `source` trains the network `model`.
-
-    Args:
-        method: whose set it is.
-        source: what it was distilled from.
-        model: the network.
-        kd: whether distillation from a teacher follows; one published batch differs.
-
-    Raises:
-        UserError: unknown method.
-    """
+    """How `method`'s set of `source` trains the network `model`, also ahead of distillation (`kd`)."""
     recipe = pick(PRETRAIN, method, "method")
     if recipe is _VECTORS:
         recipe = recipe.override(steps=_VECTOR_STEPS.get(source))
@@ -219,33 +202,17 @@ def pretrain_recipe(method: str, source: str, model: str, *, kd: bool = False) -
 
 def finetune_recipe(target: str, model: str, size: int) -> Recipe:
     """How a pre-trained `model` is fine-tuned on `target` at `size` pixels (crop and flip)."""
-    return Recipe(
-        "cross_entropy",
-        "sgd",
-        0.01,
-        5e-4,
-        "cosine",
-        batch_size=64 if model == "resnet18" and size >= 224 else 256,
-        steps=10000 if target in _LONG_FINETUNE else _SHORT_FINETUNE,
-    )
+    batch_size = 64 if model == "resnet18" and size >= 224 else 256
+    steps = 10000 if target in ("cifar10", "cifar100", "tinyimagenet") else 5000
+    return Recipe("cross_entropy", "sgd", 0.01, 5e-4, "cosine", batch_size, steps=steps)
 
 
 def sgd_by_epochs(
     epochs: int, lr: float, momentum: float, wd: float, batch_size: int, decay: tuple[int, ...] = ()
 ) -> Recipe:
     """Cross-entropy by SGD whose rate falls to a tenth after the epochs in `decay`."""
-    return Recipe(
-        "cross_entropy",
-        "sgd",
-        lr,
-        wd,
-        "constant",
-        batch_size,
-        epochs=epochs,
-        momentum=momentum,
-        decay_epochs=decay,
-        align_corners=False,
-    )
+    recipe = Recipe("cross_entropy", "sgd", lr, wd, "constant", batch_size, epochs, momentum=momentum)
+    return recipe.override(decay_epochs=decay, align_corners=False)
 
 
 def dc_evaluation(
@@ -253,14 +220,8 @@ def dc_evaluation(
 ) -> Recipe:
     """How DC, DSA and DM train a network on a synthetic set to judge it.
 
-    With `epoch_eval_train` = E the epochs are 0 to E, and the rate falls after number E//2+1.
-
-    Args:
-        epochs: E; None: 300, or 1000 with augmentation.
-        lr: learning rate.
-        batch_size: images per step.
-        dsa: strategy of the differentiable augmentation.
-        dc: strategy of the older one.
+    With `epochs` = E (their `epoch_eval_train`; None: 300, or 1000 with augmentation) the epochs are
+    0 to E, and the rate falls after number E//2+1.
     """
     if epochs is None:
         epochs = 300 if no_augmentation(dsa) and no_augmentation(dc) else 1000

@@ -9,10 +9,8 @@ import torch
 from torch import nn
 
 from data.load import ImageSet
-from data.loader import TensorLoader
 from data.synthetic import SyntheticSet
-from evaluation.fit import Trainer, accuracy
-from evaluation.protocols import PROBE_BATCH, outputs
+from evaluation.fit import PROBE_BATCH, Trainer, accuracy, outputs
 from evaluation.recipes import Recipe
 from models.layout import images_at_once
 from utils.seed import derive_seed, make_generator
@@ -20,19 +18,12 @@ from utils.seed import derive_seed, make_generator
 
 @dataclass(frozen=True)
 class Score:
-    """Test accuracies of one network, each in [0, 1].
+    """Test accuracies of one network, each in [0, 1]."""
 
-    Attributes:
-        final: after the last epoch: the result.
-        best: the largest over the tested epochs; chosen on the test set, not a result.
-        best_epoch: when that was.
-        loss: mean training loss of the last epoch.
-    """
-
-    final: float
-    best: float
+    final: float  # after the last epoch: the result
+    best: float  # the largest over the tested epochs; chosen on the test set, not a result
     best_epoch: int
-    loss: float
+    loss: float  # mean training loss of the last epoch
 
 
 def score_network(
@@ -47,30 +38,16 @@ def score_network(
     at_test: Callable[[int, nn.Module, float], None] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Train one random network on a set and test it.
+    """Train the network `new_network(seed)` on a set, for epochs, and test it on real images.
 
-    Args:
-        new_network: seed -> network on the device.
-        synthetic: images in the space that `image_set.stats` leads to; class indices, or class
-            probabilities (m, K).
-        image_set: its test split is read (or its training split where there is none).
-        recipe: how to train; its length is in epochs.
-        seed: of initialisation, order and augmentation.
-        device: where to compute.
-        test_every: epochs between tests; None: only the last.
-        at_test: called with (epoch, network, accuracy).
-        check: called after each step; may raise to end the training.
+    The synthetic images are in the space that `image_set.stats` leads to, with class indices or
+    class probabilities (m, K). Every `test_every` epochs (None: only after the last) the network is
+    tested and `at_test` called with (epoch, network, accuracy); `check` is called after each step
+    and may raise to end the training.
     """
     network = new_network(derive_seed(seed, "network"))
-    loader = TensorLoader(
-        synthetic.images,
-        synthetic.targets,
-        batch_size=recipe.batch_size,
-        device=device,
-        generator=make_generator(seed, "training"),
-        transform=recipe.augment(),
-    )
-    trainer = Trainer(network, loader, recipe)
+    generator = make_generator(seed, "training")
+    trainer = Trainer(network, recipe.loader(synthetic.images, synthetic.targets, device, generator), recipe)
     tests: list[tuple[float, int]] = []
     for epoch in [*range(test_every or recipe.epochs, recipe.epochs, test_every or 1), recipe.epochs]:
         trainer.run(epoch * trainer.per_epoch, what="evaluation", on_step=lambda *_: check())

@@ -31,27 +31,18 @@ NOTE = "ours, mean ± std [published, difference]; – not run, † shortened"
 
 @dataclass(frozen=True)
 class Entry:
-    """One place of a table.
-
-    Attributes:
-        row: its row's heading.
-        column: its column's heading.
-        values: our accuracies in %, empty: not run.
-        scaled: ours come from shortened training.
-        published: the published mean and std, or None.
-    """
+    """One place of a table, as it is printed."""
 
     row: str
     column: str
-    values: tuple[float, ...]
-    scaled: bool = False
+    values: tuple[float, ...]  # our accuracies in %; empty: not run
+    scaled: bool = False  # ours come from shortened training
     published: Number | None = None
 
     def record(self) -> dict[str, Any]:
         """The line of the CSV file; None where there is no number."""
         mean, std = mean_std(self.values) if self.values else (None, None)
         theirs, their_std = self.published or (None, None)
-        both = mean is not None and theirs is not None
         return {
             "row": self.row,
             "column": self.column,
@@ -61,7 +52,7 @@ class Entry:
             "scaled": self.scaled,
             "published_mean": theirs,
             "published_std": their_std,
-            "difference": mean - theirs if both else None,
+            "difference": None if mean is None or theirs is None else mean - theirs,
         }
 
     def shown(self) -> str:
@@ -101,10 +92,9 @@ def _tex(text: str) -> str:
 def to_latex(entries: Sequence[Entry]) -> str:
     """The same cells as a LaTeX tabular."""
     header, rows = _cross(entries)
-    lines = [" & ".join(map(_tex, row)) + " \\\\" for row in [header, *rows]]
-    spec = "l" + "r" * (len(header) - 1)
-    body = [lines[0], "\\hline", *lines[1:]]
-    return "\n".join([f"\\begin{{tabular}}{{{spec}}}", *body, "\\end{tabular}"])
+    first, *others = (" & ".join(map(_tex, row)) + " \\\\" for row in [header, *rows])
+    begin = f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
+    return "\n".join([begin, first, "\\hline", *others, "\\end{tabular}"])
 
 
 def to_csv(entries: Sequence[Entry]) -> str:
@@ -120,23 +110,10 @@ def to_csv(entries: Sequence[Entry]) -> str:
 WRITERS: dict[str, Callable[[Sequence[Entry]], str]] = {".md": to_markdown, ".csv": to_csv, ".tex": to_latex}
 
 
-def write_table(entries: Sequence[Entry], stem: Path) -> None:
-    """Write `{stem}.md`, `.csv` and `.tex`, and print the first.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
-    for suffix, write in WRITERS.items():
-        checkpoint.write_text(stem.parent / (stem.name + suffix), write(entries) + "\n")
-    print(to_markdown(entries))
-
-
 def with_published_file(known: Published, path: Path | None) -> Published:
     """The verified numbers, with a user's file put on top.
 
-    Args:
-        known: numbers of the project.
-        path: JSON `{table: {row: {column: [mean, std]}}}`; std may be null or left out.
+    The file is JSON `{table: {row: {column: [mean, std]}}}`; std may be null or left out.
 
     Raises:
         UserError: the file is missing or has another form.
@@ -154,9 +131,8 @@ def with_published_file(known: Published, path: Path | None) -> Published:
     except OSError as error:
         raise UserError(f"--published {path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError, RecursionError):
-        raise UserError(
-            f"--published {path}: expected JSON {{table: {{row: {{column: [mean, std]}}}}}}"
-        ) from None
+        form = "{table: {row: {column: [mean, std]}}}"
+        raise UserError(f"--published {path}: expected JSON {form}") from None
     return {**known, **given}
 
 
@@ -169,31 +145,19 @@ def _number(value: Any) -> Number:
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work.
+    """One piece of work."""
 
-    Attributes:
-        name: what it computes; jobs of equal names are never run at the same time.
-        cost: expected work in any unit, for the order and the time left.
-        run: does it; a UserError means that it cannot be done here.
-    """
-
-    name: str
-    cost: float
-    run: Callable[[], object]
+    name: str  # what it computes; jobs of equal names are never run at the same time
+    cost: float  # expected work in any unit, for the order and the time left
+    run: Callable[[], object]  # does it; a UserError means that it cannot be done here
 
 
 def run_missing(missing: Callable[[], list[Job]], claims: Claims) -> list[str]:
     """Run every missing job that no other process works on; one that cannot run is skipped.
 
-    Any number of processes may do so at the same time: `missing` is asked again before each choice
-    and once more after a job was claimed, so that none is run twice.
-
-    Args:
-        missing: reads the results and gives what they lack.
-        claims: of the shared folder.
-
-    Returns:
-        What could not be run, one line each.
+    Any number of processes may do so at the same time: `missing` (reads the results and gives what
+    they lack) is asked again before each choice and once more after a job was claimed, so that none
+    is run twice. Returns what could not be run, one line each.
     """
     tried: set[str] = set()
     skipped: list[str] = []
@@ -248,41 +212,28 @@ _IMPLIED = {"shots": "all", "probe_on": "body", "steps_scale": 1.0}
 class Place:
     """One cell of a printed table, and which finished measurements belong there.
 
-    Attributes:
-        row: heading of its row.
-        column: heading of its column.
-        wanted: what a measurement must hold.
-        field: where it holds the value, or the values.
-        fits: what it must fulfil besides.
-        origin: fields that the seeds of one mean share; of several origins the best counts, else
-            the latest.
-        rank: of an origin, by one of its measurements; the smallest is the best.
-        shortened: whether a measurement was made with shortened training.
-        published: the published mean and std, or None.
+    Of several origins the one with the smallest rank counts, else the latest.
     """
 
     row: str
     column: str
-    wanted: Mapping[str, Any]
-    field: str = "accuracy"
-    fits: Callable[[Cell], bool] = lambda cell: True
-    origin: tuple[str, ...] = ()
-    rank: Callable[[Cell], Any] = lambda cell: 0
+    wanted: Mapping[str, Any]  # what a measurement must hold
+    field: str = "accuracy"  # where it holds the value, or the values
+    fits: Callable[[Cell], bool] = lambda cell: True  # what it must fulfil besides
+    origin: tuple[str, ...] = ()  # fields that the seeds of one mean share
+    rank: Callable[[Cell], Any] = lambda cell: 0  # of an origin, by one of its measurements
     shortened: Callable[[Cell], bool] = lambda cell: cell.get("steps_scale", 1.0) != 1.0
     published: Number | None = None
 
     def choose(self, cells: Sequence[Cell]) -> list[Cell]:
-        """The measurements that count, one per seed (the latest), by seed.
+        """The measurements that count, one per seed (the latest), by seed; `cells` are oldest first."""
 
-        Args:
-            cells: oldest first.
-        """
-        mine = [
-            cell
-            for cell in cells
-            if all(cell.get(k, _IMPLIED.get(k)) == v for k, v in self.wanted.items()) and self.fits(cell)
-        ]
-        groups = grouped(reversed(mine), lambda c: repr([c.get(name) for name in self.origin]))
+        def belongs(cell: Cell) -> bool:
+            held = all(cell.get(k, _IMPLIED.get(k)) == v for k, v in self.wanted.items())
+            return held and self.fits(cell)
+
+        mine = reversed(list(filter(belongs, cells)))
+        groups = grouped(mine, lambda c: repr([c.get(name) for name in self.origin]))
         if not groups:
             return []
         best = min(groups.values(), key=lambda group: self.rank(group[0]))
@@ -295,30 +246,21 @@ class Place:
         for cell in mine:
             found = cell[self.field]
             values += found if isinstance(found, list) else [found]
-        shortened = any(map(self.shortened, mine))
-        return Entry(self.row, self.column, tuple(values), shortened, self.published)
+        return Entry(self.row, self.column, tuple(values), any(map(self.shortened, mine)), self.published)
 
 
 def make_table(
     places: Sequence[Place], results: Path, stem: Path, missing: Callable[[], list[Job]] | None
 ) -> list[Entry]:
-    """Run what is missing if wanted, then write and print the table.
+    """Run what is missing, then write the table to `{stem}.md`, .csv and .tex, and print it.
 
-    Args:
-        places: in reading order.
-        results: the file of the measurements.
-        stem: of the table's files.
-        missing: reads the results and gives what they lack; None: nothing is run.
-
-    Returns:
-        The entries, in the order of the places.
-
-    Raises:
-        UserError: a file cannot be read or written.
+    `results` is the file of the measurements; without `missing` nothing is run.
     """
     if missing is not None:
         run_missing(missing, Claims(results.parent / "claims"))
     cells = read_cells(results)
     entries = [place.entry(cells) for place in places]
-    write_table(entries, stem)
+    for suffix, write in WRITERS.items():
+        checkpoint.write_text(stem.parent / (stem.name + suffix), write(entries) + "\n")
+    print(to_markdown(entries))
     return entries

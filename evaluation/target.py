@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import shlex
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Protocol
 
 import torch
@@ -15,26 +15,15 @@ from data.augment import normalize, to_float
 from data.load import ImageSet
 from data.space import Space, convert
 from data.specs import Stats
+from evaluation.fit import outputs
 from evaluation.probe import feature_error
-from evaluation.protocols import outputs
 from models import get_model
-from models.base import Classifier
 from models.fold import fold_frozen
 from models.foundation import Foundation, load_hf, load_torchvision
 from utils import checkpoint
 from utils.checkpoint import fingerprint
 from utils.device import place
 from utils.errors import UserError, pick
-
-
-def _resnet50(channel: int) -> Classifier:
-    from models.standard_resnet import StandardResNet50  # torchvision is slow to import
-
-    return StandardResNet50(channel)
-
-
-# Architectures that serve as target models only; all others are zoo A's.
-TARGET_ONLY: dict[str, Callable[[int], Classifier]] = {"resnet50": _resnet50}
 
 
 def _hf(name: str, path: Path | None) -> Foundation:
@@ -45,7 +34,6 @@ def _hf(name: str, path: Path | None) -> Foundation:
 
 # `prefix:NAME` -> (NAME, local checkpoint) -> network.
 FOREIGN: dict[str, Callable[[str, Path | None], Foundation]] = {"hf": _hf, "torchvision": load_torchvision}
-
 
 # Help of the flags that name a target model.
 TARGET_MODEL = (
@@ -68,17 +56,9 @@ class Target(Protocol):
 
 
 class ForeignTarget(nn.Module):
-    """A network from elsewhere as a map from data-set-normalised images to features.
+    """A network from elsewhere as a map from normalised images of a data set to features (B, dim).
 
     The images are brought into the form it was made for; all of it is differentiable in them.
-
-    Args:
-        found: the network.
-        img_shape: (C, H, W) of the data set.
-        stats: what its images are normalised with.
-
-    Attributes:
-        dim: width of the features.
     """
 
     def __init__(self, found: Foundation, img_shape: tuple[int, int, int], stats: Stats) -> None:
@@ -96,17 +76,15 @@ class Representation(nn.Module):
     """A network without its head, as a map from images to pooled features.
 
     The state dict of `backbone` has the published key layout of a target checkpoint (a
-    torchvision-style network without `fc`).
-
-    Args:
-        arch: name in zoo A or TARGET_ONLY.
-        img_shape: (C, H, W).
+    torchvision-style network without `fc`). `arch` is resnet50 or a name in zoo A.
     """
 
     def __init__(self, arch: str, img_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        if arch in TARGET_ONLY:
-            self.backbone = TARGET_ONLY[arch](img_shape[0])
+        if arch == "resnet50":  # serves as a target model only
+            from models.resnet import StandardResNet50  # torchvision is slow to import
+
+            self.backbone = StandardResNet50(img_shape[0])
         else:
             self.backbone = get_model(arch, img_shape=img_shape, num_classes=1)
         self.backbone.fc = nn.Identity()
@@ -131,20 +109,9 @@ def resolve_checkpoint(arch: str, given: Path | None, data_name: str) -> Path | 
 
 def target_command(arch: str, data_name: str, size: int, data_dir: Path) -> str:
     """The command that makes the target model of a data set, for errors that miss it."""
-    return shlex.join(
-        [
-            "python",
-            "-m",
-            "krr_st.target",
-            "--data_name",
-            data_name,
-            "--img_size",
-            str(size),
-            "--target_model",
-            arch,
-            "--data_dir",
-            str(data_dir),
-        ]
+    return (
+        f"python -m krr_st.target --data_name {quote(data_name)} --img_size {size} "
+        f"--target_model {quote(arch)} --data_dir {quote(str(data_dir))}"
     )
 
 
@@ -159,15 +126,9 @@ def load_target(
 ) -> nn.Module:
     """Load a target model, in eval mode and frozen.
 
-    Args:
-        arch: name in zoo A or TARGET_ONLY, hf:NAME_OR_FOLDER or torchvision:NAME.
-        path: plain state dict without the head (a head that is there is left out); None where
-            `resolve_checkpoint` says so.
-        img_shape: (C, H, W).
-        device: where it shall live.
-        make_command: printed when the file does not exist.
-        stats: what the images are normalised with; needed by hf: and torchvision: alone.
-        layout: memory layout of its weights.
+    The file at `path` is a plain state dict without the head (a head that is there is left out);
+    None where `resolve_checkpoint` says so. `make_command` is printed when it does not exist. The
+    images are normalised with `stats`, which hf: and torchvision: alone need.
 
     Returns:
         A map from normalised images (B, C, H, W) to features (B, dim), with the attribute `dim`.
@@ -189,12 +150,9 @@ def load_target(
     state = checkpoint.load_state(path, what="target checkpoint")
     checkpoint.apply_state(model.backbone, state, origin=path, skip=("fc.",))
     model.eval().requires_grad_(False)
-    model.backbone = fold_frozen(model.backbone, _sample(img_shape))
+    sample = torch.randn(2, *img_shape, generator=torch.Generator().manual_seed(0))
+    model.backbone = fold_frozen(model.backbone, sample)
     return place(model, device, layout)
-
-
-def _sample(img_shape: tuple[int, int, int]) -> Tensor:
-    return torch.randn(2, *img_shape, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
@@ -207,29 +165,18 @@ def target_sample(target: Target, image_set: ImageSet, device: torch.device) -> 
 class TargetFeatures:
     """The target model's features of one image set, computed when they are first asked for.
 
-    Args:
-        target: the frozen target model, with its attribute `dim`.
-        image_set: the set; its test images are the ones unseen.
-        device: where to compute.
-
-    Attributes:
-        dim: width of the features.
-        digest: what the target model computes, in short.
+    `dim` is their width, `digest` what the target model computes, in short.
     """
 
     def __init__(self, target: nn.Module, image_set: ImageSet, device: torch.device) -> None:
-        self._target, self._image_set, self._device = target, image_set, device
-        self.dim: int = target.dim
-        self.digest = fingerprint(target_sample(target, image_set, device))
+        self.dim, self.digest = target.dim, fingerprint(target_sample(target, image_set, device))
+        self._of = lambda split: outputs(target, split.images, image_set, device).float()
+        self._image_set = image_set
 
     @functools.cached_property
     def splits(self) -> tuple[Tensor, Tensor]:
         """(N, dim) of the training images and (M, dim) of the test images."""
-        train, test = (
-            outputs(self._target, split.images, self._image_set, self._device).float()
-            for split in (self._image_set.train, self._image_set.test)
-        )
-        return train, test
+        return self._of(self._image_set.train), self._of(self._image_set.test)
 
     def error(self, predicted: Tensor) -> float:
         """Mean squared error of outputs for the test images (M, dim); see `feature_error`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from data.load import ImageSet, ImageSplit, load_set
 from data.meta import read_meta
 from data.specs import KRR_SPECS
 from data.synthetic import SyntheticSet
+from evaluation.fit import finetune, outputs, pretrain
 from evaluation.measure import Cell, CellStore, finish, grouped, spread
 from evaluation.presets import Preset, resolve_preset, resolve_targets
-from evaluation.probe import few_shot_indices, label_fraction_indices
-from evaluation.protocols import finetune, frozen_accuracy, outputs, pretrain
+from evaluation.probe import few_shot_indices, frozen_accuracy, label_fraction_indices
 from evaluation.recipes import SCRATCH, Recipe, finetune_recipe, pretrain_recipe
 from evaluation.target import (
     TARGET_CKPT,
@@ -42,6 +42,11 @@ from utils.table import format_mean_std, markdown
 TARGET_ERROR = "target_error"
 
 
+def _of_table(what: str, **limits: Any) -> Any:
+    """A flag for a hyper-parameter whose default is the published table's."""
+    return flag(None, f"{what}; default: table", **limits)
+
+
 @dataclass(frozen=True)
 class MeasureFlags(DeviceFlags):
     """Flags of test_scratch.py, test.py and test_kd.py."""
@@ -55,6 +60,28 @@ class MeasureFlags(DeviceFlags):
     dropout: float = flag(0.0, "dropout before the last layer", minimum=0, maximum=0.99)
     img_size: int | None = flag(None, "side in pixels; default: the source's preset", minimum=4)
     steps_scale: float = flag(1.0, "factor on all training lengths, for quick looks", above=0)
+
+    def setting(self) -> tuple[Preset, str, torch.device]:
+        """The source's preset, the network that is tested, and where to compute."""
+        preset = resolve_preset(self.source_data_name, self.data_dir, self.img_size)
+        arch = preset.network if self.test_model == "base" else self.test_model.lower()
+        return preset, arch, resolve_device(self.device, self.gpu_id)
+
+    def settings(self, method: str, arch: str, size: int, pretraining: Pretraining | None) -> dict[str, Any]:
+        """Everything but measure, target and seed that a cell's value depends on."""
+        return {
+            "source": self.source_data_name,
+            "method": method,
+            "model": arch,
+            "size": size,
+            "dropout": self.dropout,
+            "steps_scale": self.steps_scale,
+            **(pretraining.record() if pretraining else {}),
+        }
+
+    def footnote(self, text: str) -> str:
+        """`text` below a table, with what makes its numbers incomparable."""
+        return text + f"; lengths scaled by {self.steps_scale}, not the table's" * (self.steps_scale != 1)
 
 
 @dataclass(frozen=True)
@@ -70,22 +97,16 @@ class PretrainFlags:
     )
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "its {source}/{method}/ is read")
     synthetic_path: Path | None = flag(None, "a set anywhere instead (e.g. results/EXP)")
-    pre_epoch: int | None = flag(None, "pre-training epochs; default: table", minimum=1)
-    pre_iteration: int | None = flag(None, "pre-training steps; default: table", minimum=1)
-    pre_opt: str | None = flag(None, "pre-training optimiser", choices=("sgd", "adam"))
-    pre_momentum: float | None = flag(
-        None, "pre-training momentum (sgd); default: table", minimum=0, maximum=0.999
-    )
-    pre_schedule: str | None = flag(
-        None, "how the pre-training rate falls; default: table", choices=tuple(SCHEDULES)
-    )
-    pre_warmup: int | None = flag(
-        None, "warm-up steps (cosine), at most half of all; default: table", minimum=0
-    )
-    pre_lr: float | None = flag(None, "pre-training learning rate; default: table", above=0)
-    pre_wd: float | None = flag(None, "pre-training weight decay; default: table", minimum=0)
-    pre_batch_size: int | None = flag(None, "pre-training batch; default: table", minimum=1)
-    pre_dsa: str | None = flag(None, "pre-training DSA strategy or none; default: table")
+    pre_epoch: int | None = _of_table("pre-training epochs", minimum=1)
+    pre_iteration: int | None = _of_table("pre-training steps", minimum=1)
+    pre_opt: str | None = _of_table("pre-training optimiser", choices=("sgd", "adam"))
+    pre_momentum: float | None = _of_table("pre-training momentum (sgd)", minimum=0, maximum=0.999)
+    pre_schedule: str | None = _of_table("how the pre-training rate falls", choices=tuple(SCHEDULES))
+    pre_warmup: int | None = _of_table("warm-up steps (cosine), at most half of all", minimum=0)
+    pre_lr: float | None = _of_table("pre-training learning rate", above=0)
+    pre_wd: float | None = _of_table("pre-training weight decay", minimum=0)
+    pre_batch_size: int | None = _of_table("pre-training batch", minimum=1)
+    pre_dsa: str | None = _of_table("pre-training DSA strategy or none")
 
 
 @dataclass(frozen=True)
@@ -117,17 +138,13 @@ class ScratchFlags(MeasureFlags):
     )
     target_model: str | None = flag(None, f"for --target_error: {TARGET_MODEL}")
     target_ckpt: Path | None = flag(None, TARGET_CKPT)
-    finetune_iteration: int | None = flag(None, "fine-tuning steps; default: table", minimum=1)
-    finetune_opt: str | None = flag(None, "fine-tuning optimiser", choices=("sgd", "adam"))
-    finetune_momentum: float | None = flag(
-        None, "fine-tuning momentum (sgd); default: table", minimum=0, maximum=0.999
-    )
-    finetune_schedule: str | None = flag(
-        None, "how the fine-tuning rate falls; default: table", choices=tuple(SCHEDULES)
-    )
-    finetune_lr: float | None = flag(None, "fine-tuning learning rate; default: table", above=0)
-    finetune_wd: float | None = flag(None, "fine-tuning weight decay; default: table", minimum=0)
-    finetune_batch_size: int | None = flag(None, "fine-tuning batch; default: table", minimum=1)
+    finetune_iteration: int | None = _of_table("fine-tuning steps", minimum=1)
+    finetune_opt: str | None = _of_table("fine-tuning optimiser", choices=("sgd", "adam"))
+    finetune_momentum: float | None = _of_table("fine-tuning momentum (sgd)", minimum=0, maximum=0.999)
+    finetune_schedule: str | None = _of_table("how the fine-tuning rate falls", choices=tuple(SCHEDULES))
+    finetune_lr: float | None = _of_table("fine-tuning learning rate", above=0)
+    finetune_wd: float | None = _of_table("fine-tuning weight decay", minimum=0)
+    finetune_batch_size: int | None = _of_table("fine-tuning batch", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -139,25 +156,17 @@ class TestFlags(PretrainFlags, ScratchFlags):
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured of a pre-trained network: one column of the table.
+    """What is measured of a pre-trained network: one column of the table."""
 
-    Attributes:
-        protocol: one of --protocol, or TARGET_ERROR.
-        shots: labelled images per class, or "all".
-        on: what frozen protocols read: "body" or "outputs".
-        fraction: share of each class's labels, in place of shots.
-    """
-
-    protocol: str
-    shots: str = "all"
-    on: str = "body"
-    fraction: float | None = None
+    protocol: str  # one of --protocol, or TARGET_ERROR
+    shots: str = "all"  # labelled images per class
+    on: str = "body"  # what frozen protocols read, or "outputs"
+    fraction: float | None = None  # share of each class's labels, in place of shots
 
     @classmethod
     def of(cls, cell: Cell) -> Measure:
         """The measure whose cell it is."""
-        on = cell.get("probe_on", "body")
-        return cls(cell["protocol"], cell["shots"], on, cell["label_fraction"])
+        return cls(cell["protocol"], cell["shots"], cell.get("probe_on", "body"), cell["label_fraction"])
 
     @property
     def field(self) -> str:
@@ -189,12 +198,8 @@ def describe(cell: Cell) -> str:
 
 
 def parse_shots(joined: str) -> tuple[str, ...]:
-    """`10_all` -> ("10", "all").
-
-    Raises:
-        UserError: an entry that is neither a positive number nor all.
-    """
-    parts = tuple(joined.split("_"))
+    """`10_all` -> ("10", "all"); a UserError for what is neither a positive number nor all."""
+    parts = joined.split("_")
     for part in parts:
         if part != "all" and not (part.isdecimal() and int(part) > 0):
             raise UserError(f"--shots {joined}: {part!r} is neither a positive number nor 'all'")
@@ -202,17 +207,13 @@ def parse_shots(joined: str) -> tuple[str, ...]:
 
 
 def wanted_measures(flags: ScratchFlags) -> list[Measure]:
-    """The measures that the flags ask for, in the table's order.
-
-    Raises:
-        UserError: shots that are none, or outputs where fine-tuning replaces them.
-    """
+    """The measures that the flags ask for, in the table's order; a UserError where they do not fit."""
     fraction = flags.label_fraction
     shots = ("all",) if fraction is not None else parse_shots(flags.shots)
     if flags.protocol == "finetune" and flags.probe_on != "body":
         raise UserError(
-            f"--probe_on {flags.probe_on}: fine-tuning replaces the outputs; use --protocol "
-            "linear, probe or knn"
+            f"--probe_on {flags.probe_on}: fine-tuning replaces the outputs; "
+            "use --protocol linear, probe or knn"
         )
     read = ("body", "outputs") if flags.probe_on == "both" else (flags.probe_on,)
     found = [Measure(flags.protocol, count, on, fraction) for on in read for count in shots]
@@ -230,11 +231,8 @@ class Pretraining:
 
     def record(self) -> dict[str, Any]:
         """What a cell's value depends on."""
-        synthetic = self.synthetic
-        return {
-            "pretraining": self.recipe.record(),
-            "synthetic_set": fingerprint(synthetic.images, synthetic.targets),
-        }
+        digest = fingerprint(self.synthetic.images, self.synthetic.targets)
+        return {"pretraining": self.recipe.record(), "synthetic_set": digest}
 
 
 def build_backbone(
@@ -251,32 +249,26 @@ def build_backbone(
 
     `width` is the number of outputs where no pre-training says it.
     """
-    outputs_wanted = pretraining.outputs if pretraining else width
     with local_seed(derive_seed(seed, "network")):
-        model = place(get_model(arch, img_shape, outputs_wanted, dropout), device)
+        model = get_model(arch, img_shape, pretraining.outputs if pretraining else width, dropout)
+        model = place(model, device)
         if pretraining is not None:
-            pretrain(
-                model,
-                pretraining.synthetic,
-                pretraining.recipe,
-                device=device,
-                generator=make_generator(seed, "pre-training"),
-                scale=pretraining.scale,
-            )
+            generator = make_generator(seed, "pre-training")
+            pretrain(model, pretraining.synthetic, pretraining.recipe, generator, pretraining.scale)
     return model.eval()
 
 
+def with_new_head(
+    backbone: nn.Module, arch: str, target: ImageSet, dropout: float, device: torch.device
+) -> nn.Module:
+    """A copy of a pre-trained network with a head for the target's classes, drawn by global randomness."""
+    model = get_model(arch, target.img_shape, target.num_classes, dropout)
+    apply_state(model, backbone.state_dict(), origin="the pre-trained network", skip=("fc.",))
+    return place(model, device)
+
+
 def labelled_indices(target: ImageSet, measure: Measure, seed: int) -> Tensor:
-    """Which labelled images a cell may use: a draw from `seed` alone, so the same for all methods.
-
-    Args:
-        target: its training split has the labels.
-        measure: how many.
-        seed: of the repetition.
-
-    Raises:
-        UserError: a class has fewer images than `shots`.
-    """
+    """Which labelled images a cell may use: a draw from `seed` alone, so the same for all methods."""
     labels, shots, fraction = target.train.labels, measure.shots, measure.fraction
     generator = make_generator(seed, "labelled subset", shots, fraction)
     if fraction is not None:
@@ -290,11 +282,10 @@ def labelled_indices(target: ImageSet, measure: Measure, seed: int) -> Tensor:
 
 
 class TargetTask:
-    """One target set met by one pre-trained network: features are computed at most once."""
+    """One target set met by the network that `backbone` gives: features are computed at most once."""
 
-    def __init__(self, backbone: nn.Module, arch: str, target: ImageSet, device: torch.device):
-        self.backbone, self.arch, self.target, self.device = backbone, arch, target, device
-        self._read = {"body": backbone.embed, "outputs": backbone}
+    def __init__(self, backbone: Callable[[], nn.Module], target: ImageSet, device: torch.device) -> None:
+        self.backbone, self.target, self.device = backbone, target, device
         self._kept: dict[tuple[str, str], Tensor] = {}
 
     def frozen(self, measure: Measure, index: Tensor) -> float:
@@ -305,14 +296,8 @@ class TargetTask:
             features = self._compute(train.images[index], on)
         else:
             features = self.features("train", on)[index.to(self.device)]
-        return frozen_accuracy(
-            measure.protocol,
-            features,
-            train.labels[index],
-            self.features("test", on),
-            test.labels,
-            self.target.num_classes,
-        )
+        seen, unseen = (features, train.labels[index]), (self.features("test", on), test.labels)
+        return frozen_accuracy(measure.protocol, *seen, *unseen, self.target.num_classes)
 
     def features(self, split: str, on: str) -> Tensor:
         """Body features or outputs for a split, "train" or "test": (N, D) on the device."""
@@ -321,25 +306,9 @@ class TargetTask:
         return self._kept[split, on]
 
     def _compute(self, images: Tensor, on: str) -> Tensor:
-        return outputs(self._read[on], images, self.target, self.device)
-
-    def finetuned(self, index: Tensor, recipe: Recipe, *, dropout: float, scale: float, seed: int) -> float:
-        """Test accuracy in % after fine-tuning a copy on the images at `index`."""
-        target, train = self.target, self.target.train
-        if len(index) < len(train):
-            train = ImageSplit(train.images[index], train.labels[index], train.path)
-        with local_seed(derive_seed(seed, "head", target.name)):
-            model = get_model(self.arch, target.img_shape, target.num_classes, dropout)
-            apply_state(model, self.backbone.state_dict(), origin="the pre-trained network", skip=("fc.",))
-            return finetune(
-                place(model, self.device),
-                target,
-                train,
-                recipe,
-                device=self.device,
-                generator=make_generator(seed, "fine-tuning", target.name),
-                scale=scale,
-            )
+        backbone = self.backbone()
+        function = backbone.embed if on == "body" else backbone
+        return outputs(function, images, self.target, self.device)
 
 
 def may_mirror(name: str, data_dir: Path) -> bool:
@@ -361,31 +330,17 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
         UserError: unknown method, missing or damaged set, one of another image size or with
             labels that the source does not have.
     """
-    recipe = pretrain_recipe(flags.method, flags.source_data_name, arch, kd=kd).override(
-        epochs=flags.pre_epoch,
-        steps=flags.pre_iteration,
-        optimizer=flags.pre_opt,
-        lr=flags.pre_lr,
-        wd=flags.pre_wd,
-        batch_size=flags.pre_batch_size,
-        dsa=flags.pre_dsa,
-        momentum=flags.pre_momentum,
-        schedule=flags.pre_schedule,
-        warmup=flags.pre_warmup,
-    )
+    recipe = pretrain_recipe(flags.method, flags.source_data_name, arch, kd=kd).with_flags(flags, "pre_")
     if flags.pre_dsa is None and not may_mirror(flags.source_data_name, flags.data_dir):
         recipe = recipe.override(dsa=without_flip(recipe.dsa))
-    path = flags.synthetic_path
-    if path is None:
-        path = flags.synthetic_data_dir / flags.source_data_name / flags.method
+    path = flags.synthetic_path or flags.synthetic_data_dir / flags.source_data_name / flags.method
     synthetic = SyntheticSet.load(path)
     if synthetic.images.shape[2:] != (size, size):
-        raise UserError(
-            f"{path} holds images of {tuple(synthetic.images.shape[2:])} pixels, "
-            f"expected {size} x {size}; see --img_size"
-        )
-    wanted = "class indices" if recipe.loss == "cross_entropy" else "float vectors"
-    if synthetic.soft == (recipe.loss == "cross_entropy"):
+        found = tuple(synthetic.images.shape[2:])
+        raise UserError(f"{path} holds images of {found} pixels, expected {size} x {size}; see --img_size")
+    by_class = recipe.loss == "cross_entropy"
+    if synthetic.soft == by_class:
+        wanted = "class indices" if by_class else "float vectors"
         raise UserError(f"{path}: method {flags.method} is pre-trained on {wanted}, found others")
     if synthetic.soft:
         return Pretraining(synthetic, recipe, synthetic.targets.shape[1], flags.steps_scale)
@@ -401,11 +356,7 @@ def load_targets(
 ) -> list[ImageSet]:
     """Read every target once; of a set that has no test split the training split stands in.
 
-    Args:
-        names: of the targets.
-        size: side of their images.
-        data_dir: folder of the prepared tensors.
-        img_shape: (C, H, W) that one network takes; None: the first target's.
+    `img_shape` is the (C, H, W) that one network takes; None: the first target's.
 
     Raises:
         UserError: a set that is missing, lacks labels or a test split, or has other channels.
@@ -421,9 +372,8 @@ def load_targets(
             raise UserError(f"{target.train.path.parent} has no {what}; a target needs both")
         wanted = img_shape or (targets or [target])[0].img_shape
         if target.img_shape != wanted:
-            raise UserError(
-                f"images of {name} are {target.img_shape}, those the network is made for {wanted}"
-            )
+            found = target.img_shape
+            raise UserError(f"images of {name} are {found}, those the network is made for {wanted}")
         targets.append(target)
     return targets
 
@@ -431,10 +381,8 @@ def load_targets(
 class Transfer:
     """A synthetic set (or none) met by target sets: everything read and checked, ready to measure.
 
-    Args:
-        flags: of test_scratch.py, or TestFlags with a method.
-        measures: in place of those of the flags.
-        targets: in place of those of the flags, read already.
+    `flags` are those of test_scratch.py, or TestFlags with a method; `measures` and `targets` (read
+    already) take the place of theirs.
 
     Raises:
         UserError: bad flags, data or synthetic set.
@@ -448,16 +396,14 @@ class Transfer:
     ) -> None:
         self.flags = flags
         self.measures = wanted_measures(flags) if measures is None else measures
-        preset = resolve_preset(flags.source_data_name, flags.data_dir, flags.img_size)
-        self.size = preset.size
-        self.arch = preset.network if flags.test_model == "base" else flags.test_model.lower()
-        self.device = resolve_device(flags.device, flags.gpu_id)
+        preset, self.arch, self.device = flags.setting()
         self.method, self.pretraining, shape = SCRATCH, None, None
         if isinstance(flags, TestFlags):
             self.method = flags.method
             self.pretraining = load_pretraining(flags, preset.size, self.arch)
             shape = tuple(self.pretraining.synthetic.images.shape[1:])
             print(f"pre-training: {self.pretraining.recipe}")
+        self.settings = flags.settings(self.method, self.arch, preset.size, self.pretraining)
         if targets is None:
             names = resolve_targets(flags.source_data_name, flags.target_data_name, flags.data_dir)
             targets = load_targets(names, preset.size, flags.data_dir, shape)
@@ -472,14 +418,12 @@ class Transfer:
             self.features = {t.name: self._target_features(t, preset) for t in targets}
 
     def _target_features(self, target: ImageSet, preset: Preset) -> TargetFeatures:
-        """The features of a target set under the source's target model."""
         flags, pretraining = self.flags, self.pretraining
         name = flags.target_model or preset.target_model
         path = resolve_checkpoint(name, flags.target_ckpt, flags.source_data_name)
         hint = target_command(name, flags.source_data_name, preset.size, flags.data_dir)
         model = load_target(name, path, target.img_shape, self.device, hint, target.stats)
-        fits = pretraining is None or (pretraining.synthetic.soft and pretraining.outputs == model.dim)
-        if not fits:
+        if pretraining and not (pretraining.synthetic.soft and pretraining.outputs == model.dim):
             kind = "target vectors" if pretraining.synthetic.soft else "class labels"
             raise UserError(
                 f"--target_error: the synthetic set has {kind} for {pretraining.outputs} outputs; "
@@ -494,23 +438,10 @@ class Transfer:
             return self.pretraining.outputs
         return next((features.dim for features in self.features.values()), 1)
 
-    def settings(self) -> dict[str, Any]:
-        """Everything but measure, target and seed that a cell's value depends on."""
-        flags = self.flags
-        return {
-            "source": flags.source_data_name,
-            "method": self.method,
-            "model": self.arch,
-            "size": self.size,
-            "dropout": flags.dropout,
-            "steps_scale": flags.steps_scale,
-            **(self.pretraining.record() if self.pretraining else {}),
-        }
-
     def key(self, target: ImageSet, measure: Measure, seed: int) -> dict[str, Any]:
         """All that a cell's value depends on."""
         key = {
-            **self.settings(),
+            **self.settings,
             "protocol": measure.protocol,
             "target": target.name,
             "shots": measure.shots,
@@ -529,66 +460,52 @@ class Transfer:
 
     def finetuning(self, target: ImageSet) -> Recipe:
         """How a copy of the network is fine-tuned on a target."""
-        flags = self.flags
-        return finetune_recipe(target.name, self.arch, target.size).override(
-            steps=flags.finetune_iteration,
-            optimizer=flags.finetune_opt,
-            lr=flags.finetune_lr,
-            wd=flags.finetune_wd,
-            batch_size=flags.finetune_batch_size,
-            momentum=flags.finetune_momentum,
-            schedule=flags.finetune_schedule,
-        )
+        return finetune_recipe(target.name, self.arch, target.size).with_flags(self.flags, "finetune_")
+
+    def finetuned(self, task: TargetTask, index: Tensor, seed: int) -> float:
+        """Test accuracy in % after fine-tuning a copy of the network on the images at `index`."""
+        target, flags = task.target, self.flags
+        recipe, train, backbone = self.finetuning(target), target.train, task.backbone()
+        print(f"fine-tuning on {target.name}: {recipe}, {'crop and flip' if target.hflip else 'crop'}")
+        if len(index) < len(train):
+            train = ImageSplit(train.images[index], train.labels[index], train.path)
+        generator = make_generator(seed, "fine-tuning", target.name)
+        with local_seed(derive_seed(seed, "head", target.name)):
+            model = with_new_head(backbone, self.arch, target, flags.dropout, self.device)
+            return finetune(model, target, train, recipe, generator, flags.steps_scale)
 
     def repetition(self, seed: int, store: CellStore) -> list[Cell]:
         """All cells of one seed: one pre-trained network serves every target and measure."""
-        cells = []
-        backbone = functools.cache(
-            lambda: build_backbone(
-                self.arch,
-                self.targets[0].img_shape,
-                self.pretraining,
-                dropout=self.flags.dropout,
-                seed=seed,
-                device=self.device,
-                width=self.width,
-            )
-        )
+        cells, arch, device, dropout = [], self.arch, self.device, self.flags.dropout
+
+        @functools.cache
+        def backbone() -> nn.Module:
+            shape = self.targets[0].img_shape
+            common = dict(dropout=dropout, seed=seed, device=device, width=self.width)
+            return build_backbone(arch, shape, self.pretraining, **common)
+
         for target in self.targets:
-            task = functools.cache(
-                lambda target=target: TargetTask(backbone(), self.arch, target, self.device)
-            )
+            task = TargetTask(backbone, target, device)
             for measure in self.measures:
-                compute = functools.partial(self._measure, task, target, measure, seed)
+                compute = functools.partial(self._measure, task, measure, seed)
                 cells.append(store.measure(self.key(target, measure, seed), compute, describe))
         return cells
 
-    def _measure(self, task: Any, target: ImageSet, measure: Measure, seed: int) -> dict[str, Any]:
-        """The values of a cell."""
+    def _measure(self, task: TargetTask, measure: Measure, seed: int) -> dict[str, Any]:
         if measure.protocol == TARGET_ERROR:
-            predicted = task().features("test", "outputs")
-            return {"error": self.features[target.name].error(predicted)}
-        index = labelled_indices(target, measure, seed)
+            return {"error": self.features[task.target.name].error(task.features("test", "outputs"))}
+        index = labelled_indices(task.target, measure, seed)
         if measure.protocol == "finetune":
-            recipe = self.finetuning(target)
-            augmentation = "crop and flip" if target.hflip else "crop"
-            print(f"fine-tuning on {target.name}: {recipe}, {augmentation}")
-            value = task().finetuned(
-                index, recipe, dropout=self.flags.dropout, scale=self.flags.steps_scale, seed=seed
-            )
+            value = self.finetuned(task, index, seed)
         else:
-            value = task().frozen(measure, index)
+            value = task.frozen(measure, index)
         return {"accuracy": value, "labelled": len(index)}
 
 
 def run_transfer(flags: ScratchFlags) -> int:
     """Measure every (target, labels, seed) cell, print the table, write results.json.
 
-    Args:
-        flags: of test_scratch.py, or TestFlags with a method.
-
-    Raises:
-        UserError: bad flags, data or synthetic set; finished cells stay in results.jsonl.
+    Finished cells stay in results.jsonl whatever comes after them.
     """
     first = resolve_seed(flags.seed)
     transfer = Transfer(replace(flags, seed=first))
@@ -596,13 +513,13 @@ def run_transfer(flags: ScratchFlags) -> int:
     with out_of_memory_says(transfer.device, "lower --pre_batch_size or --finetune_batch_size"):
         for seed in range(first, first + flags.num_test):
             cells += transfer.repetition(seed, store)
-    folder = flags.log_dir / flags.source_data_name / transfer.method / transfer.arch
     groups = grouped(cells, lambda cell: (cell["target"], Measure.of(cell)))
     summary = [
         {"target": target, **asdict(measure), **spread(mine, measure.field)}
         for (target, measure), mine in groups.items()
     ]
-    finish(folder / flags.protocol, flags, transfer.device, cells, summary, table(cells, flags))
+    folder = flags.log_dir / flags.source_data_name / transfer.method / transfer.arch / flags.protocol
+    finish(folder, flags, transfer.device, cells, summary, table(cells, flags))
     return 0
 
 
@@ -613,12 +530,10 @@ def table(cells: list[Cell], flags: ScratchFlags) -> str:
     for name, mine in grouped(cells, lambda cell: cell["target"]).items():
         stand_in = {cell.get("tested_on") for cell in mine} - {None}
         found = grouped(mine, Measure.of)
-        rows.append([" on ".join([name, *stand_in])])
-        rows[-1] += [m.shown([cell[m.field] for cell in found.get(m, ())]) for m in measures]
+        shown = [m.shown([cell[m.field] for cell in found.get(m, ())]) for m in measures]
+        rows.append([" on ".join([name, *stand_in]), *shown])
     text = markdown(["target", *(m.heading() for m in measures)], rows)
     note = f"test accuracy in %, {flags.protocol}, mean ± std over {flags.num_test} seeds"
     if flags.target_error:
         note += "; error of the outputs in variances of the target's features: 1 predicts the mean"
-    if flags.steps_scale != 1:
-        note += f"; lengths scaled by {flags.steps_scale}, not the table's"
-    return f"{text}\n{note}"
+    return f"{text}\n{flags.footnote(note)}"

@@ -21,8 +21,8 @@ from data.augment import normalize, to_float
 from data.load import ImageSet, load_set
 from data.synthetic import SyntheticSet
 from distillation.selection import balanced_indices, kmeans_indices, random_indices
+from evaluation.fit import outputs
 from evaluation.presets import resolve_preset
-from evaluation.protocols import outputs
 from evaluation.target import load_target, resolve_checkpoint, target_command
 from krr_st.config import BaselineFlags
 from utils import cli
@@ -42,24 +42,25 @@ class Request:
     device: torch.device
     target: Callable[[], nn.Module]  # loaded only where it is needed
 
-    def normalized(self, index: Tensor) -> Tensor:
-        """Normalised float images at `index`, on the device."""
+    def labels(self) -> Tensor:
+        """Class labels of the training images."""
+        train = self.image_set.train
+        if train.labels is None:
+            raise UserError(
+                f"{train.path.parent} has no labels; use a method with features: "
+                "random_features or kmeans_features"
+            )
+        return train.labels
+
+    def images(self, index: Tensor) -> Tensor:
+        """Normalised training images at `index`, on the device."""
         pixels = to_float(self.image_set.train.images[index].to(self.device))
         return normalize(pixels, self.image_set.stats)
 
-    def labels(self, index: Tensor) -> Tensor:
-        """Class labels at `index`."""
-        if self.image_set.train.labels is None:
-            raise UserError(
-                f"{self.image_set.train.path.parent} has no labels; use a method with features: "
-                "random_features or kmeans_features"
-            )
-        return self.image_set.train.labels[index]
-
     @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor:
-        """The target model's features of normalised images."""
-        return torch.cat([self.target()(chunk) for chunk in x.split(256)])
+    def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images and the target model's features of them."""
+        return x, torch.cat([self.target()(chunk) for chunk in x.split(256)])
 
     def centres(self) -> Tensor:
         """Indices by k-means, in pixel space or in the target model's feature space."""
@@ -71,35 +72,30 @@ class Request:
 
 
 def _random(request: Request) -> tuple[Tensor, Tensor]:
-    generator = make_generator(request.seed, "random")
-    request.labels(torch.zeros(1, dtype=torch.long))
+    labels, generator = request.labels(), make_generator(request.seed, "random")
     index = balanced_indices(request.image_set, request.count, generator)
-    return request.normalized(index), request.labels(index)
+    return request.images(index), labels[index]
 
 
 def _random_features(request: Request) -> tuple[Tensor, Tensor]:
     generator = make_generator(request.seed, "random")
-    x = request.normalized(random_indices(request.image_set, request.count, generator))
-    return x, request.features(x)
+    return request.with_features(request.images(random_indices(request.image_set, request.count, generator)))
 
 
 def _kmeans(request: Request) -> tuple[Tensor, Tensor]:
-    request.labels(torch.zeros(1, dtype=torch.long))
-    index = request.centres()
-    order = request.labels(index).argsort(stable=True)
-    return request.normalized(index[order]), request.labels(index[order])
+    labels, index = request.labels(), request.centres()
+    index = index[labels[index].argsort(stable=True)]
+    return request.images(index), labels[index]
 
 
 def _kmeans_features(request: Request) -> tuple[Tensor, Tensor]:
-    x = request.normalized(request.centres())
-    return x, request.features(x)
+    return request.with_features(request.images(request.centres()))
 
 
 def _gaussian(request: Request) -> tuple[Tensor, Tensor]:
-    generator = make_generator(request.seed, "gaussian")
     shape = (request.count, *request.image_set.img_shape)
-    x = torch.randn(shape, generator=generator).to(request.device)
-    return x, request.features(x)
+    x = torch.randn(shape, generator=make_generator(request.seed, "gaussian"))
+    return request.with_features(x.to(request.device))
 
 
 BASELINES: dict[str, Callable[[Request], tuple[Tensor, Tensor]]] = {
@@ -125,18 +121,14 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(
             f"--num_images {count} is more than the {len(image_set.train)} images in {image_set.train.path}"
         )
-    target_model = flags.target_model or preset.target_model
-    path = resolve_checkpoint(target_model, flags.target_ckpt, flags.data_name)
-    hint = target_command(target_model, flags.data_name, preset.size, flags.data_dir)
-    request = Request(
-        image_set,
-        count,
-        flags.kmeans_space,
-        seed,
-        device,
-        lambda: load_target(target_model, path, image_set.img_shape, device, hint, image_set.stats),
-    )
-    x, y = make(request)
+    name = flags.target_model or preset.target_model
+    path = resolve_checkpoint(name, flags.target_ckpt, flags.data_name)
+    hint = target_command(name, flags.data_name, preset.size, flags.data_dir)
+
+    def target() -> nn.Module:
+        return load_target(name, path, image_set.img_shape, device, hint, image_set.stats)
+
+    x, y = make(Request(image_set, count, flags.kmeans_space, seed, device, target))
     folder = Path(flags.synthetic_data_dir) / flags.data_name / flags.method
     info = {"method": flags.method, "seed": seed}
     SyntheticSet(x, y, image_set.stats, flags.data_name, info).save(folder)

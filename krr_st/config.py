@@ -14,11 +14,9 @@ from utils.device import LAYOUTS
 from utils.precision import DTYPES, PRECISIONS
 
 
-@dataclass(frozen=True)
-class CommonFlags(DeviceFlags):
-    """Flags of every KRR-ST command."""
-
-    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
+def shared_flags(flags: Any, other: type) -> dict[str, Any]:
+    """The flags that the command with the flags `other` has, too: name -> value."""
+    return {k: v for k, v in vars(flags).items() if k in other.__dataclass_fields__}
 
 
 # What `--recipe` puts in place of train.py's defaults; where each comes from: RESULTS.md.
@@ -38,12 +36,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class TrainFlags(RunFlags, CommonFlags):
+class TrainFlags(RunFlags):
     """Flags of KRR-ST."""
 
+    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
     recipe: str = flag(
         "published",
-        "settings put in place of the defaults; explicit flags take precedence",
+        "settings in place of the defaults; explicit flags take precedence",
         choices=tuple(RECIPES),
     )
     target_model: str | None = flag(None, TARGET_MODEL)
@@ -57,7 +56,7 @@ class TrainFlags(RunFlags, CommonFlags):
     test_model: str | None = flag(None, "network of the evaluation; default: train_model")
     syn_init: str = flag(
         "normalized",
-        "start from normalised pixels, or from raw ones as the released code does",
+        "start from normalised pixels, or raw ones as the released code",
         choices=("normalized", "raw"),
     )
     init_images: str = flag(
@@ -89,9 +88,7 @@ class TrainFlags(RunFlags, CommonFlags):
     outer_grad_norm: float = flag(0.0, "clip the gradient norm of each tensor; 0: off", minimum=0)
 
     precision: str = flag(
-        "fp32",
-        "of the networks (tf32: CUDA only); the kernel solve is never below float32",
-        choices=PRECISIONS,
+        "fp32", "of the networks (tf32: CUDA only); kernel solves take at least float32", choices=PRECISIONS
     )
     layout: str = flag("channels_last", "memory layout of images in the networks", choices=tuple(LAYOUTS))
     compile: bool = flag(False, "compile the pool network's passes with torch.compile")
@@ -103,14 +100,10 @@ class TrainFlags(RunFlags, CommonFlags):
         identity=False,
     )
     views_dtype: str | None = flag(
-        None,
-        "of the looked-up targets; default: bf16 with --precision bf16, else fp32",
-        choices=tuple(DTYPES),
+        None, "of looked-up targets; default: bf16 if --precision bf16, else fp32", choices=tuple(DTYPES)
     )
     views_dir: Path | None = flag(
-        None,
-        "keep looked-up targets in this folder, for other runs with this target and data",
-        identity=False,
+        None, "keep looked-up targets in this folder, for runs with this target and data", identity=False
     )
 
     eval_every: int = flag(16000, "steps between linear evaluations", minimum=1)
@@ -150,9 +143,10 @@ class TargetFlags(EpochFlags):
 
 
 @dataclass(frozen=True)
-class BaselineFlags(CommonFlags):
+class BaselineFlags(DeviceFlags):
     """Flags of krr_st.baselines."""
 
+    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
     seed: int | None = flag(0, "seed of the draw", minimum=0, identity=False)
     method: str = flag("random", "random, random_features, kmeans, kmeans_features or gaussian")
     data_name: str = flag("cifar100", "source data set")

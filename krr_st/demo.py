@@ -12,8 +12,10 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -90,15 +92,12 @@ def labelled(flags: DemoFlags) -> dict[str, str]:
 
 def rows(flags: DemoFlags) -> dict[str, tuple[str, str]]:
     """Folder of the results of an unlabelled row -> (its label, the command that judges it)."""
-    count, more = flags.num_images, MORE * flags.num_images
     drawn = "test.py --method random_features --synthetic_data_dir synthetic_data/random_"
     distilled = "test.py --method krr_st --synthetic_path results/demo"
-    return {
-        "scratch": ("no pre-training", "test_scratch.py"),
-        "random": (f"{count} random real images + target features", f"{drawn}{count}"),
-        "more": (f"{more} random real images + target features", f"{drawn}{more}"),
-        "krr_st": (f"{count} KRR-ST images", distilled),
-    }
+    found = {"scratch": ("no pre-training", "test_scratch.py")}
+    for name, count in (("random", flags.num_images), ("more", MORE * flags.num_images)):
+        found[name] = (f"{count} random real images + target features", f"{drawn}{count}")
+    return found | {"krr_st": (f"{flags.num_images} KRR-ST images", distilled)}
 
 
 def unlabelled(flags: DemoFlags) -> dict[str, str]:
@@ -140,15 +139,11 @@ def run_step(title: str, argv: list[str], folder: Path) -> None:
     print(f"\n# {title}\n$ python {shlex.join(argv)}", flush=True)
     script = argv if argv[0] == "-m" else [str(ROOT / argv[0]), *argv[1:]]
     began = time.perf_counter()
-    process = subprocess.run([sys.executable, *script], cwd=folder, env=_environment(), check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, *script], cwd=folder, env=environment, check=False)
     if process.returncode:
         raise UserError(f"the demo stopped: this command ended with {process.returncode}")
     print(f"({time.perf_counter() - began:.0f} s)", flush=True)
-
-
-def _environment() -> dict[str, str]:
-    """The process's environment with the project importable from any folder."""
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def final_tables(flags: DemoFlags) -> str:
@@ -168,61 +163,55 @@ def labelled_table(folder: Path) -> str:
     for name in [*(f"random_{count}" for count in RANDOM), *DISTILLED]:
         (network,) = _read(folder / "condensed" / name / "results.json")["networks"]
         found[name] = [100 * value for value in network["accuracies"]]
-    curve = {10 * count: _mean(found[f"random_{count}"]) for count in RANDOM}
-    lines = [
-        [f"{10 * count} random real images", format_mean_std(found[f"random_{count}"]), ""]
-        for count in RANDOM
-    ]
+    curve, lines = {}, []
+    for count in RANDOM:
+        values = found[f"random_{count}"]
+        curve[10 * count] = fmean(values)
+        lines.append([f"{10 * count} random real images", format_mean_std(values), ""])
     for name, label in DISTILLED.items():
-        equal = equivalent_images(curve, _mean(found[name]), 10)
+        equal = equivalent_images(curve, fmean(found[name]), 10)
         lines.append([f"10 images by {label}", format_mean_std(found[name]), _images(equal)])
     header = ["a fresh network trained on", "test accuracy", "as good as so many random ones"]
     return markdown(header, lines)
 
 
+# Column -> the protocol, the labels per class and what is read of the network.
+COLUMNS = {
+    "error of target features": ("target_error", "all", "outputs"),
+    "outputs, 10 labels per class": ("linear", "10", "outputs"),
+    "body, 10 labels per class": ("linear", "10", "body"),
+    "outputs, all labels": ("linear", "all", "outputs"),
+    "body, all labels": ("linear", "all", "body"),
+}
+
+
 def unlabelled_table(flags: DemoFlags) -> str:
     """Pre-trainings by their error of target features and their probes; what the seeds say."""
-    columns = {
-        "error of target features": ("target_error", "all", "outputs"),
-        "outputs, 10 labels per class": ("linear", "10", "outputs"),
-        "body, 10 labels per class": ("linear", "10", "body"),
-        "outputs, all labels": ("linear", "all", "outputs"),
-        "body, all labels": ("linear", "all", "body"),
-    }
-    values: dict[str, dict[str, list[float]]] = {}
-    for name in rows(flags):
+    error, *probes = COLUMNS
+    values, lines = {}, []
+    for name, (label, _) in rows(flags).items():
         (path,) = (flags.folder / "test_log" / name).glob("digits/*/*/linear/results.json")
-        cells: dict[tuple[str, ...], list[float]] = {}
+        cells: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for cell in _read(path)["cells"]:
             key = cell["protocol"], cell["shots"], cell.get("probe_on", "body")
-            cells.setdefault(key, []).append(cell.get("error", cell.get("accuracy")))
-        values[name] = {title: cells[key] for title, key in columns.items()}
-    error, *probes = columns
-    lines = [
-        [
-            label,
-            format_mean_std(values[name][error], 3),
-            *(format_mean_std(values[name][title]) for title in probes),
-        ]
-        for name, (label, _) in rows(flags).items()
-    ]
-    curve = {
-        count: -_mean(values[name][error])
-        for name, count in (("random", flags.num_images), ("more", MORE * flags.num_images))
-    }
-    equal = equivalent_images(curve, -_mean(values["krr_st"][error]), flags.num_images)
+            cells[key].append(cell.get("error", cell.get("accuracy")))
+        found = values[name] = {title: cells[key] for title, key in COLUMNS.items()}
+        accuracies = [format_mean_std(found[title]) for title in probes]
+        lines.append([label, format_mean_std(found[error], 3), *accuracies])
+    count = flags.num_images
+    curve = {count: -fmean(values["random"][error]), MORE * count: -fmean(values["more"][error])}
+    equal = equivalent_images(curve, -fmean(values["krr_st"][error]), count)
     ahead = []
-    for title in columns:
-        sign = -1 if title == error else 1
+    for title in COLUMNS:
         pairs = zip(values["krr_st"][title], values["random"][title], strict=True)
-        wins = sum(sign * (ours - theirs) > 0 for ours, theirs in pairs)
+        wins = sum(ours < theirs if title == error else ours > theirs for ours, theirs in pairs)
         ahead.append(f"{title}: {wins} of {flags.num_test}")
     return (
-        f"{markdown(['pre-training', *columns], lines)}\n\n"
+        f"{markdown(['pre-training', *COLUMNS], lines)}\n\n"
         "The error is that of the outputs on unseen images, in variances of the target's features "
         "(1: predicting their mean); by it the "
-        f"{flags.num_images} KRR-ST images are worth {_images(equal)} random ones.\n"
-        f"Seeds on which they beat {flags.num_images} random ones: {'; '.join(ahead)}."
+        f"{count} KRR-ST images are worth {_images(equal)} random ones.\n"
+        f"Seeds on which they beat {count} random ones: {'; '.join(ahead)}."
     )
 
 
@@ -244,10 +233,6 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Run every step and print the tables."""
@@ -256,11 +241,11 @@ def main(argv: list[str] | None = None) -> int:
     flags.folder.mkdir(parents=True, exist_ok=True)
     for title, command in commands(flags):
         run_step(title, command, flags.folder)
-    run = flags.folder / "results" / "demo"
-    draw_digits(flags.folder, flags.folder / "results" / "digits.png")
+    run, digits = flags.folder / "results" / "demo", flags.folder / "results" / "digits.png"
+    draw_digits(flags.folder, digits)
     print(
         f"\n{final_tables(flags)}\n\n"
-        f"real images, DM, DM + CLoM: {flags.folder / 'results' / 'digits.png'}\n"
+        f"real images, DM, DM + CLoM: {digits}\n"
         f"KRR-ST images:              {run / 'x_syn.png'}\n"
         f"loss curve:                 {run / 'loss.png'}\n"
         f"total: {time.perf_counter() - began:.0f} s"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distillation.problem import Problem
-from evaluation.protocols import outputs
+from evaluation.fit import outputs
 from krr_st.config import TrainFlags
 from krr_st.loss import krr_loss
 from krr_st.pool import ModelPool
@@ -23,19 +23,9 @@ MEASUREMENTS = 8  # in a run, after the one of its start
 class HeldOutLoss:
     """KRR loss of a synthetic set on fixed real images, under each of a few fixed networks.
 
-    The networks are one network of the pool's kind at the ages 0, T/4, T/2 and T, trained on the
-    initial set: a resumed run makes the same ones again.
-
-    Args:
-        problem: images of its test split are used (no labels), or training images without one.
-        flags: of the run.
-        pool: makes and trains the networks; its own stay untouched.
-        x_syn: (m, C, H, W) initial images.
-        y_syn: (m, D) their targets.
-
-    Attributes:
-        ages: of the networks, in steps.
-        where: what the images are, in words.
+    The images are of the test split, or of the training split where there is none. The networks are
+    one network of the pool's kind at the ages 0, T/4, T/2 and T, trained on the initial set: a
+    resumed run makes the same ones again.
     """
 
     def __init__(
@@ -45,8 +35,7 @@ class HeldOutLoss:
         generator = make_generator(problem.seed, "held-out loss")
         split = image_set.test or image_set.train
         images = split.images[torch.randperm(len(split), generator=generator)[:IMAGES]]
-        limit = pool.max_steps
-        self.ages = sorted({0, limit // 4, limit // 2, limit})
+        self.ages = sorted({pool.max_steps * k // 4 for k in (0, 1, 2, 4)})
         self.where = f"{len(images)} {'training' if split is image_set.train else 'held-out'} images"
         self.ridge, steps = flags.ridge, flags.outer_iteration
         self._due = {round(k * steps / MEASUREMENTS) for k in range(MEASUREMENTS + 1)}
@@ -67,5 +56,4 @@ class HeldOutLoss:
         ]
 
     def __str__(self) -> str:
-        """What is measured, in a few words."""
         return f"{self.where}, fixed networks of ages {', '.join(map(str, self.ages))}"

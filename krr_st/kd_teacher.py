@@ -15,9 +15,8 @@ from data.augment import default_padding
 from data.load import ImageSet, load_set
 from data.loader import ImagePipeline, TensorLoader
 from evaluation.epochs import make_checkpoint, train_epochs
-from evaluation.fit import Trainer, accuracy
+from evaluation.fit import Trainer, held_out_accuracy
 from evaluation.presets import resolve_preset
-from evaluation.protocols import outputs
 from evaluation.recipes import Recipe
 from krr_st.config import KdTeacherFlags
 from models import get_model
@@ -31,41 +30,22 @@ from utils.seed import derive_seed, local_seed, make_generator
 def train_teacher(
     flags: KdTeacherFlags, image_set: ImageSet, run: RunFolder, device: torch.device
 ) -> nn.Module:
-    """Train a classifier on the training images, resuming where `run` stopped.
-
-    Args:
-        flags: architecture and recipe.
-        image_set: a labelled prepared set.
-        run: folder of the log and the state; its seed is used.
-        device: where to compute.
-
-    Returns:
-        The network in eval mode.
-    """
+    """Train a classifier on the training images, resuming where `run` stopped; in eval mode."""
     with local_seed(derive_seed(run.seed, "teacher")):
         model = place(get_model(flags.arch, image_set.img_shape, image_set.num_classes), device)
-    pipeline = ImagePipeline(image_set.stats, pad=default_padding(image_set.size), hflip=image_set.hflip)
+    pad = default_padding(image_set.size)
     loader = TensorLoader(
         image_set.train.images,
         image_set.train.labels,
         batch_size=flags.batch_size,
         device=device,
         generator=make_generator(run.seed, "batches"),
-        transform=pipeline,
+        transform=ImagePipeline(image_set.stats, pad=pad, hflip=image_set.hflip),
         drop_last=True,
     )
-    recipe = Recipe(
-        "cross_entropy",
-        "sgd",
-        flags.lr,
-        flags.wd,
-        "cosine",
-        flags.batch_size,
-        epochs=flags.epochs,
-        momentum=flags.momentum,
-    )
-    trainer = Trainer(model, loader, recipe)
-    train_epochs(trainer, run, save_every=flags.save_every, what="teacher")
+    length = dict(epochs=flags.epochs, momentum=flags.momentum)
+    recipe = Recipe("cross_entropy", "sgd", flags.lr, flags.wd, "cosine", flags.batch_size, **length)
+    train_epochs(Trainer(model, loader, recipe), run, save_every=flags.save_every, what="teacher")
     return model
 
 
@@ -84,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         model = train_teacher(flags, image_set, run, device)
         test, found = image_set.test, None
         if test is not None and test.labels is not None:
-            found = accuracy(outputs(model, test.images, image_set, device), test.labels)
+            found = held_out_accuracy(model, image_set, device)
             print(f"test accuracy {found:.2f} %")
         return model, {"test_accuracy": found}
 

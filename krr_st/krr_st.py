@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from data.augment import default_padding
 from data.loader import TensorLoader, ViewPipeline
@@ -44,9 +45,6 @@ class KRRST(Distiller):
         self.x_syn, self.y_syn = x_syn.clone().requires_grad_(), y_syn.clone().requires_grad_()
         self.pool = ModelPool(
             functools.partial(pool_network, problem, flags),
-            lambda model: make_optimizer(
-                flags.online_opt, model.parameters(), lr=flags.online_lr, wd=flags.online_wd
-            ),
             size=flags.num_models,
             max_steps=flags.online_iteration,
             generator=self.stream("pool"),
@@ -56,16 +54,11 @@ class KRRST(Distiller):
         )
         self.loader = real_loader(problem, flags.outer_batch_size, self.stream("real batches"))
         self.targets = targets_for(problem, flags)
-        groups = [
-            {"params": [self.x_syn]},
-            {"params": [self.y_syn], "lr": flags.outer_lr_y or flags.outer_lr},
-        ]
-        self.optimizer = make_optimizer(
-            flags.outer_opt, groups, lr=flags.outer_lr, wd=flags.outer_wd, momentum=0.5
-        )
+        lr, wd = flags.outer_lr, flags.outer_wd
+        groups = [{"params": [self.x_syn]}, {"params": [self.y_syn], "lr": flags.outer_lr_y or lr}]
+        self.optimizer = make_optimizer(flags.outer_opt, groups, lr=lr, wd=wd, momentum=0.5)
         self.schedule = make_schedule("linear", self.optimizer, flags.outer_iteration)
-        sample = target_sample(problem.target, problem.image_set, problem.device)
-        self.target_check = SameTarget(sample)
+        self.target_check = SameTarget(problem)
         # Here and for the pool without `self`: a cycle would keep the table of views after the run.
         embed = self._embed = compiled(lambda model, x: model.embed(x), flags.compile)
         self._embed_real = SplitBatches(lambda x, model: embed(model, x))
@@ -73,8 +66,7 @@ class KRRST(Distiller):
 
     def begin(self) -> None:
         """Train each network of the pool to an age of its own."""
-        x, y = self.x_syn.detach(), self.y_syn.detach()
-        self.pool.warm_up(x, y, progress=self.problem.group.first)
+        self.pool.warm_up(self.x_syn.detach(), self.y_syn.detach(), progress=self.problem.group.first)
 
     def monitor(self) -> HeldOutLoss:
         """The loss on held-out images under fixed networks."""
@@ -110,22 +102,20 @@ class KRRST(Distiller):
         self.targets.flush()
 
 
-def pool_network(problem: Problem, flags: TrainFlags, seed: int) -> nn.Module:
-    """A fresh network of the pool, initialised from `seed` alone."""
+def pool_network(problem: Problem, flags: TrainFlags, seed: int) -> tuple[nn.Module, Optimizer]:
+    """A new network of the pool, initialised from `seed` alone, and its optimiser."""
     with local_seed(seed):
         network = get_model(flags.train_model, problem.image_set.img_shape, problem.target.dim)
-        return place(network, problem.device, flags.layout)
+    network = place(network, problem.device, flags.layout)
+    lr, wd = flags.online_lr, flags.online_wd
+    return network, make_optimizer(flags.online_opt, network.parameters(), lr=lr, wd=wd)
 
 
 class SameTarget:
-    """The target model's features of one fixed image, by which a state knows its target model.
+    """The target model's features (D,) of one fixed image, by which a state knows its target model."""
 
-    Args:
-        sample: (D,).
-    """
-
-    def __init__(self, sample: Tensor) -> None:
-        self.sample = sample
+    def __init__(self, problem: Problem) -> None:
+        self.sample = target_sample(problem.target, problem.image_set, problem.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The features."""
@@ -142,23 +132,17 @@ class SameTarget:
 def real_loader(problem: Problem, batch_size: int, generator: torch.Generator) -> TensorLoader:
     """Endless batches of the training images, crop, flip, normalise: ((x, views), index).
 
-    The last, smaller batch of each pass is kept, as in the released code.
-
-    Args:
-        problem: its labels are not read.
-        batch_size: b, over all processes.
-        generator: order and views.
+    `batch_size` is that over all processes; `generator` draws order and views. The last, smaller
+    batch of each pass is kept, as in the released code.
     """
-    image_set, shard = problem.image_set, problem.group.shard
-    pipeline = ViewPipeline(
-        image_set.stats, pad=default_padding(image_set.size), hflip=image_set.hflip, shard=shard
-    )
+    image_set, shard = problem.image_set, problem.group
+    pad = default_padding(image_set.size)
     return TensorLoader(
         image_set.train.images,
         None,
         batch_size=batch_size,
         device=problem.device,
         generator=generator,
-        transform=pipeline,
+        transform=ViewPipeline(image_set.stats, pad=pad, hflip=image_set.hflip, shard=shard),
         shard=shard,
     )

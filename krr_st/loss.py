@@ -47,14 +47,8 @@ def krr_predict(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-
 
     with a linear kernel on features that each have a constant 1 appended (here, inside).
 
-    Args:
-        f_real: (b, d) features of the real images.
-        f_syn: (m, d) features of the synthetic images.
-        y_syn: (m, D) target representations.
-        ridge: λ relative to the trace of K_ss; above 0.
-
-    Returns:
-        (b, D), float32 or the wider dtype of the inputs.
+    Features are (b, d) of the real and (m, d) of the synthetic images, y_syn is (m, D); the result is
+    (b, D), float32 or the wider dtype of the inputs. `ridge` is above 0.
 
     Source: Lee et al., arXiv 2310.06511, eq. 4-5 and alg. 1; kernel with bias as in FRePo.
     """
@@ -74,30 +68,16 @@ def krr_predict(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-
 def krr_loss(f_real: Tensor, y_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-6) -> Tensor:
     """Mean squared error of `krr_predict` against the target model's representations.
 
-    Gradients flow into f_syn and y_syn (and into f_real unless it is detached).
-
-    Args:
-        f_real: (b, d) features of real images.
-        y_real: (b, D) their target representations.
-        f_syn: (m, d) features of synthetic images.
-        y_syn: (m, D) synthetic target representations.
-        ridge: relative ridge, above 0.
-
-    Returns:
-        Scalar: the mean over all b·D entries.
+    The mean is over all entries of y_real (b, D). Gradients flow into f_syn (m, d) and y_syn (m, D),
+    and into f_real (b, d) unless it is detached.
 
     Raises:
         ValueError: shapes do not fit together, or ridge is not positive.
     """
-    if f_real.dim() != 2 or f_syn.dim() != 2 or f_real.shape[1] != f_syn.shape[1]:
-        raise ValueError(
-            f"features must be (b, d) and (m, d), got {tuple(f_real.shape)}, {tuple(f_syn.shape)}"
-        )
-    wanted = [(len(f_real), y_syn.shape[-1]), (len(f_syn), y_syn.shape[-1])]
-    if [tuple(y_real.shape), tuple(y_syn.shape)] != wanted:
-        raise ValueError(
-            f"targets must be {wanted[0]} and {wanted[1]}, got {tuple(y_real.shape)} and {tuple(y_syn.shape)}"
-        )
+    b, m, d, outputs = len(f_real), len(f_syn), f_syn.shape[-1], y_syn.shape[-1]
+    shapes = [tuple(t.shape) for t in (f_real, y_real, f_syn, y_syn)]
+    if shapes != [(b, d), (b, outputs), (m, d), (m, outputs)]:
+        raise ValueError(f"features and targets must be (b, d), (b, D), (m, d), (m, D), got {shapes}")
     if not ridge > 0:
         raise ValueError(f"ridge must be positive, got {ridge}")
     predicted = krr_predict(f_real, f_syn, y_syn, ridge)

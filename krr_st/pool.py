@@ -39,25 +39,23 @@ class ModelPool:
     slot's present network has taken.
 
     Args:
-        make_model: builds a fresh network on its device from an integer seed.
-        make_optimizer: builds the optimiser of a fresh network.
+        make_network: a new network on its device, from an integer seed, and its optimiser.
         size: number of networks.
         max_steps: T; a network that has taken T steps is replaced at its next update.
         generator: CPU generator for draws, ages and the networks' seeds.
-        reset: "paper" or "released", see RESET_AGE.
-        precision: in which the networks compute when they are trained.
-        compile: compile their passes in training.
+        reset: a key of RESET_AGE.
+        precision: of the networks in training.
+        compile: whether their passes in training are compiled.
 
     Raises:
-        UserError: unknown reset policy.
+        UserError: an unknown reset policy.
 
     Source: Lee et al., arXiv 2310.06511, alg. 1; the pool is FRePo's.
     """
 
     def __init__(
         self,
-        make_model: Callable[[int], nn.Module],
-        make_optimizer: Callable[[nn.Module], Optimizer],
+        make_network: Callable[[int], tuple[nn.Module, Optimizer]],
         *,
         size: int,
         max_steps: int,
@@ -66,40 +64,26 @@ class ModelPool:
         precision: str = "fp32",
         compile: bool = False,
     ) -> None:
-        self._make_model, self._make_optimizer = make_model, make_optimizer
-        self.max_steps, self.generator = max_steps, generator
+        self._make_network, self.max_steps, self.generator = make_network, max_steps, generator
         self._age_after_reset = pick(RESET_AGE, reset, "pool_reset")
         self.precision = precision
         self._forward = compiled(lambda model, x: model(x), compile)
-        self.slots = [self._fresh() for _ in range(size)]
-
-    def _fresh(self, age: int = 0) -> Slot:
-        return self._slot(draw_seed(self.generator), age)
-
-    def _slot(self, seed: int, age: int = 0) -> Slot:
-        model = self._make_model(seed)
-        return Slot(model, self._make_optimizer(model), age)
+        self.slots = [Slot(*make_network(draw_seed(generator))) for _ in range(size)]
 
     def warm_up(self, x_syn: Tensor, y_syn: Tensor, progress: bool = False) -> None:
         """Train each network t steps on (x_syn, y_syn), t uniform in [1, T) (1 when T is 1)."""
         for slot in tqdm(self.slots, desc="model pool", disable=None if progress else True, leave=False):
-            steps = int(torch.randint(1, max(2, self.max_steps), (1,), generator=self.generator))
-            for _ in range(steps):
-                self._train(slot, x_syn, y_syn)
+            age = int(torch.randint(1, max(2, self.max_steps), (1,), generator=self.generator))
+            self._train(slot, x_syn, y_syn, age)
 
     def aged_copies(self, seed: int, ages: Sequence[int], x_syn: Tensor, y_syn: Tensor) -> list[nn.Module]:
-        """One network outside of the pool at several ages, frozen, in eval mode.
+        """One network outside of the pool at rising ages, frozen, in eval mode.
 
-        Args:
-            seed: of its weights; the pool's generator is left alone.
-            ages: steps on (x_syn, y_syn) before each copy, rising.
-            x_syn: (m, C, H, W).
-            y_syn: (m, D).
+        Its weights are drawn from `seed`, the pool's generator is left alone.
         """
-        slot, copies = self._slot(seed), []
+        slot, copies = Slot(*self._make_network(seed)), []
         for age in ages:
-            while slot.age < age:
-                self._train(slot, x_syn, y_syn)
+            self._train(slot, x_syn, y_syn, age)
             copies.append(copy.deepcopy(slot.model).eval().requires_grad_(False))
         return copies
 
@@ -110,23 +94,18 @@ class ModelPool:
         return slot
 
     def update(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
-        """One SGD step on MSE(f(x_syn), y_syn), or a fresh network in place of one that took T.
-
-        Args:
-            slot: what `draw` returned.
-            x_syn: (m, C, H, W) synthetic images, no gradient.
-            y_syn: (m, D) their targets, no gradient.
-        """
+        """One SGD step on MSE(f(x_syn), y_syn), or a new network in place of one that took T."""
         if slot.age < self.max_steps:
-            self._train(slot, x_syn, y_syn)
+            self._train(slot, x_syn, y_syn, slot.age + 1)
             return
-        fresh = self._fresh(self._age_after_reset(slot.age))
-        slot.model, slot.optimizer, slot.age = fresh.model, fresh.optimizer, fresh.age
+        slot.model, slot.optimizer = self._make_network(draw_seed(self.generator))
+        slot.age = self._age_after_reset(slot.age)
 
-    def _train(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
+    def _train(self, slot: Slot, x_syn: Tensor, y_syn: Tensor, age: int) -> None:
         slot.model.train().requires_grad_(True)
-        train_step(slot.model, x_syn, y_syn, self._loss, slot.optimizer)
-        slot.age += 1
+        while slot.age < age:
+            train_step(slot.model, x_syn, y_syn, self._loss, slot.optimizer)
+            slot.age += 1
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with autocast(self.precision, x.device):
@@ -135,13 +114,11 @@ class ModelPool:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: weights, optimisers, ages, generator."""
-        return {
-            "generator": self.generator.get_state(),
-            "slots": [
-                {"model": slot.model.state_dict(), "optimizer": slot.optimizer.state_dict(), "age": slot.age}
-                for slot in self.slots
-            ],
-        }
+        slots = [
+            {"model": slot.model.state_dict(), "optimizer": slot.optimizer.state_dict(), "age": slot.age}
+            for slot in self.slots
+        ]
+        return {"generator": self.generator.get_state(), "slots": slots}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""

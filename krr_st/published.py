@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from evaluation.tables import Published
 
-_COLUMNS = ("cifar10", "cifar100", "tinyimagenet", "aircraft", "cub2011", "dogs", "flowers")
+PROBE_TARGETS = ("cifar10", "cifar100", "tinyimagenet", "aircraft", "cub2011", "dogs", "flowers")
 
 # MKDT, ICLR 2025; "random" there is random real images with the target model's features. The
 # KRR-ST row of source cifar10 is of doubtful provenance.
-_PROBE: dict[str, dict[str, str]] = {
+PROBE_TABLES: dict[str, dict[str, str]] = {
     "probe_cifar10_1": {
         "random_features": "38.25 .69  9.13 .23  3.10 .21  1.88 .32  1.20 .16  1.83 .04  2.55 .44",
         "krr_st": "22.14 1.3  2.91 .23  1.36 .23  1.08 .07  .63 .07  .81 .10  1.65 1.14",
@@ -42,15 +42,9 @@ _PROBE: dict[str, dict[str, str]] = {
     },
 }
 
-
-def _probe_cells() -> Published:
-    cells: Published = {}
-    for table, rows in _PROBE.items():
-        for method, text in rows.items():
-            numbers = [float(part) for part in text.split()]
-            for column, mean, std in zip(_COLUMNS, numbers[::2], numbers[1::2], strict=True):
-                cells[table, method, column] = (mean, std)
-    return cells
-
-
-PROBE_CELLS = _probe_cells()
+PROBE_CELLS: Published = {}
+for _table, _rows in PROBE_TABLES.items():
+    for _method, _text in _rows.items():
+        _numbers = [float(part) for part in _text.split()]
+        for _column, _mean, _std in zip(PROBE_TARGETS, _numbers[::2], _numbers[1::2], strict=True):
+            PROBE_CELLS[_table, _method, _column] = (_mean, _std)

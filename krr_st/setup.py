@@ -27,18 +27,13 @@ from utils import checkpoint
 from utils.distributed import Group
 from utils.errors import UserError
 from utils.memory import SplitBatches
-from utils.plots import read_series, save_grid, save_lines
+from utils.plots import save_grid, save_lines
 from utils.precision import autocast, check_compile, check_precision, float32_mode
-from utils.run_folder import FollowedRun, RunFolder
+from utils.run_folder import FollowedRun, RunFolder, read_series
 
 
 class FrozenTarget:
-    """The target model without gradient, in the run's precision, in parts where memory is short.
-
-    Args:
-        model: from `load_target`.
-        precision: of its passes.
-    """
+    """The target model without gradient, in the run's precision, in parts where memory is short."""
 
     def __init__(self, model: torch.nn.Module, precision: str) -> None:
         self.dim, self.precision = model.dim, precision
@@ -103,18 +98,12 @@ class KernelSetup(Setup):
                 f"--outer_batch_size: a batch of {batch} images cannot be dealt to {group.ranks} "
                 "processes; use a multiple of their number"
             )
-        model = load_target(
-            flags.target_model,
-            flags.target_ckpt,
-            image_set.img_shape,
-            device,
-            target_command(flags.target_model, flags.data_name, flags.img_size, flags.data_dir),
-            image_set.stats,
-            layout=flags.layout,
-        )
+        hint = target_command(flags.target_model, flags.data_name, flags.img_size, flags.data_dir)
+        shape, stats, layout = image_set.img_shape, image_set.stats, flags.layout
+        model = load_target(flags.target_model, flags.target_ckpt, shape, device, hint, stats, layout)
         self.target = FrozenTarget(model, flags.precision)
         for arch in (flags.train_model, flags.test_model):  # an unknown name fails now
-            get_model(arch, image_set.img_shape, model.dim)
+            get_model(arch, shape, model.dim)
 
     @property
     def folder(self) -> Path:
@@ -124,9 +113,9 @@ class KernelSetup(Setup):
     @property
     def syn_stats(self) -> Stats:
         """What undoes the normalisation of X_s; with a raw start there is nothing to undo."""
-        channels = self.image_set.channels
-        raw = self.flags.syn_init == "raw"
-        return Stats((0.0,) * channels, (1.0,) * channels) if raw else self.image_set.stats
+        if self.flags.syn_init != "raw":
+            return self.image_set.stats
+        return Stats((0.0,) * self.image_set.channels, (1.0,) * self.image_set.channels)
 
     @property
     def extra(self) -> dict[str, Any]:
@@ -161,7 +150,7 @@ class KernelSetup(Setup):
         found = {}
         if "held_out_loss" in series:
             curve = [e["held_out_loss"] for e in run.read_log() if "held_out_loss" in e]
-            found = {"of": self.monitored, "start": curve[0], "end": curve[-1]}
+            found = {"held_out_loss": {"of": self.monitored, "start": curve[0], "end": curve[-1]}}
             lines = {self.monitored: series["held_out_loss"], **lines}
         save_lines(
             lines,
@@ -172,7 +161,7 @@ class KernelSetup(Setup):
             title="Only the fixed networks compare step with step: the pool's age and follow the set",
             legend="outside lower center",
         )
-        return {"held_out_loss": found} if found else {}
+        return found
 
     def after(self, run: RunFolder | FollowedRun) -> None:
         """Say where the set is."""
@@ -180,12 +169,7 @@ class KernelSetup(Setup):
 
 
 class SetObserver:
-    """Evaluates the set by a linear classifier, and writes it beside every save.
-
-    Args:
-        setup: of the run.
-        run: its folder.
-    """
+    """Evaluates the set by a linear classifier, and writes it beside every save."""
 
     key = "linear_accuracy"
 
@@ -196,24 +180,11 @@ class SetObserver:
         if self.monitor is not None:
             print(f"held-out loss: {self.monitor}")
         self.path, self.labelled = run.path, is_labelled(setup.image_set)
-        pretraining = Recipe(
-            "mse",
-            flags.pre_opt,
-            flags.pre_lr,
-            flags.pre_wd,
-            "constant",
-            flags.pre_batch_size,
-            epochs=flags.pre_epoch,
-        )
-        classifier = Recipe(
-            "cross_entropy",
-            flags.test_opt,
-            flags.test_lr,
-            flags.test_wd,
-            "cosine",
-            flags.test_batch_size,
-            steps=flags.test_iteration,
-        )
+        opt, lr, wd, batch = flags.pre_opt, flags.pre_lr, flags.pre_wd, flags.pre_batch_size
+        pretraining = Recipe("mse", opt, lr, wd, "constant", batch, epochs=flags.pre_epoch)
+        opt, lr, wd, batch = flags.test_opt, flags.test_lr, flags.test_wd, flags.test_batch_size
+        steps = flags.test_iteration
+        classifier = Recipe("cross_entropy", opt, lr, wd, "cosine", batch, steps=steps)
         self.evaluation = LinearEvaluation(
             setup.image_set, flags.test_model, pretraining, classifier, setup.device, run.seed
         )
@@ -233,8 +204,7 @@ class SetObserver:
         """The loss under fixed networks, at the start, on the way and at the end."""
         if self.monitor is None or not self.monitor.due(step):
             return {}
-        with torch.no_grad():
-            return {"held_out_loss": self.monitor(distiller.x_syn, distiller.y_syn)}
+        return {"held_out_loss": self.monitor(distiller.x_syn, distiller.y_syn)}
 
     def saved(self, distiller: Distiller) -> None:
         """Write x_syn.pt and y_syn.pt, the published result files: two plain CPU tensors."""

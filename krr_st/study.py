@@ -13,7 +13,7 @@ import gc
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,11 @@ from evaluation.measure import CellStore
 from evaluation.recipes import PRETRAIN, SCRATCH
 from evaluation.target import default_checkpoint
 from evaluation.transfer import Measure, ScratchFlags, TestFlags, Transfer, load_targets, parse_shots
-from krr_st import baselines
-from krr_st.config import TrainFlags
-from krr_st.target import __main__ as target
+from krr_st import baselines, target
+from krr_st.config import TrainFlags, shared_flags
 from methods import METHODS
 from utils import checkpoint, cli
 from utils.cli import flag
-from utils.device import resolve_device
 from utils.errors import UserError, entry_point, pick
 from utils.plots import save_lines
 from utils.precision import PRECISIONS
@@ -86,10 +84,7 @@ class StudyFlags:
     levers: tuple[str, ...] = flag(("krr_st",), f"of: {', '.join(LEVERS)}, all, or none")
     seeds: int = flag(3, "repetitions, each with sets, networks and labels of its own", minimum=1)
     first_seed: int = flag(
-        0,
-        "begin with this repetition: several processes share the work, and the command "
-        "without it then prints the tables",
-        minimum=0,
+        0, "begin with this repetition, to share the work; the tables come without it", minimum=0
     )
     outer_iteration: int = flag(3000, "outer steps", minimum=1)
     outer_lr: float = flag(1e-2, "learning rate of X_s and Y_s", above=0)
@@ -101,21 +96,14 @@ class StudyFlags:
     pre_iteration: int = flag(200, "steps of pre-training on a set of features", minimum=1)
     finetune_iteration: int = flag(0, "steps of fine-tuning; 0: probes only", minimum=0)
     targets: tuple[str, ...] = flag((), "more prepared sets of this size to transfer to")
-    extra_sets: tuple[str, ...] = flag(
-        (), "more sets as NAME=METHOD=PATH, such as dm=dm=synthetic_data/cifar10/dm"
-    )
+    extra_sets: tuple[str, ...] = flag((), "more sets as NAME=METHOD=PATH: dm=dm=synthetic_data/cifar10/dm")
     shots: str = flag("1_5_10_50", "labelled images per class of the few-shot probes")
 
 
 def validation_set(flags: StudyFlags) -> str:
-    """Split the training images into a set of their own: four fifths to train, a fifth to test.
-
-    Returns:
-        The name of the set.
-    """
+    """Split the training images into a set of their own, a fifth of them to test; returns its name."""
     name = f"{flags.data_name}_val"
-    place = tensor_path(flags.data_dir, name, "Y", "test", flags.img_size)
-    if not place.exists():
+    if not tensor_path(flags.data_dir, name, "Y", "test", flags.img_size).exists():
         whole = load_set(flags.data_name, flags.img_size, flags.data_dir).train
         order = torch.randperm(len(whole), generator=make_generator(0, "held-out images"))
         held_out = int(HELD_OUT * len(whole))
@@ -127,102 +115,80 @@ def validation_set(flags: StudyFlags) -> str:
 
 
 class Study:
-    """The commands of one study, run in this process and printed as a user would type them.
-
-    Args:
-        flags: of the study.
-    """
+    """The commands of one study, run in this process and printed as a user would type them."""
 
     def __init__(self, flags: StudyFlags) -> None:
         self.flags = flags
         self.name = validation_set(flags) if flags.validation else flags.data_name
         self.folder = flags.folder / self.name
         self.checkpoint = default_checkpoint(flags.network, self.name, flags.folder / "teacher_ckpt")
-        self.log_dir = self.folder / "test_log"
-        self.device = resolve_device(flags.device)
-        self.on_device = f"--device {flags.device}" if flags.device else ""
-        sets = (self.name, *flags.targets)
-        self.targets = load_targets(sets, flags.img_size, flags.data_dir, None)
+        self.names = (self.name, *flags.targets)
+        self.targets = load_targets(self.names, flags.img_size, flags.data_dir, None)
+        shots = () if flags.shots == "none" else parse_shots(flags.shots)
+        self.probes = [Measure("linear", fraction=fraction) for fraction in FRACTIONS]
+        self.few_shot = [Measure("linear", count) for count in shots]
+        self.finetuning = [Measure("finetune", count) for count in FINETUNED if flags.finetune_iteration]
         # (row, target, measure) -> seed -> accuracy
         self.found: dict[tuple, dict[int, float]] = defaultdict(dict)
 
     def make_target(self) -> None:
         """Train the target model once."""
-        f = self.flags
         if not self.checkpoint.exists():
-            self._main(
+            self._run(
                 target.main,
                 "krr_st.target",
-                (
-                    f"--data_dir {f.data_dir} --data_name {self.name} --img_size {f.img_size} "
-                    f"--target_model {f.network} --epochs {f.target_epochs} --projector_dim 512 "
-                    f"--save_dir {self.checkpoint.parent} --seed 0 {self.on_device}"
-                ),
+                f"--epochs {self.flags.target_epochs} --projector_dim 512 --seed 0 "
+                f"--save_dir {self.checkpoint.parent}",
             )
 
     def make_set(self, method: str, count: int, seed: int) -> Path:
         """One set of `krr_st.baselines`; returns its folder."""
-        f, root = self.flags, self.folder / "sets" / f"{count}-{seed}"
-        place = root / self.name / method
-        if not (place / "y_syn.pt").exists():
-            self._main(
+        root = self.folder / "sets" / f"{count}-{seed}"
+        folder = root / self.name / method
+        if not (folder / "y_syn.pt").exists():
+            self._run(
                 baselines.main,
                 "krr_st.baselines",
-                (
-                    f"--data_dir {f.data_dir} --data_name {self.name} --img_size {f.img_size} "
-                    f"--method {method} --num_images {count} --seed {seed} "
-                    f"--target_model {f.network} --target_ckpt {self.checkpoint} "
-                    f"--synthetic_data_dir {root} {self.on_device}"
-                ),
+                f"--method {method} --num_images {count} --seed {seed} "
+                f"--target_ckpt {self.checkpoint} --synthetic_data_dir {root}",
             )
-        return place
+        return folder
+
+    def _run(self, main: Callable[[list[str]], int], module: str, more: str) -> None:
+        f = self.flags
+        on_device = f"--device {f.device}" if f.device else ""
+        arguments = (
+            f"--data_dir {f.data_dir} --data_name {self.name} --img_size {f.img_size} "
+            f"--target_model {f.network} {more} {on_device}"
+        )
+        print(f"\n$ python -m {module} {arguments}", flush=True)
+        if main(shlex.split(arguments)):
+            raise UserError(f"the study stopped: {module} failed")
 
     def distil(self, lever: str, seed: int) -> Path:
         """One KRR-ST run; returns its folder."""
-        f = self.flags
-        settings = {
-            "outer_lr": f.outer_lr,
-            "num_models": f.num_models,
-            "online_iteration": f.online_iteration,
-            "outer_iteration": f.outer_iteration,
-            "precision": f.precision,
-            **pick(LEVERS, lever, "lever"),
-        }
-        run = f"{lever.replace(' ', '_')}-{seed}"
-        run_method(
-            METHODS["krr_st"],
-            TrainFlags(
-                data_dir=f.data_dir,
-                data_name=self.name,
-                img_size=f.img_size,
-                seed=seed,
-                target_model=f.network,
-                target_ckpt=self.checkpoint,
-                train_model=f.network,
-                num_images=f.num_images,
-                outer_batch_size=f.outer_batch_size,
-                save_dir=self.folder / "runs",
-                exp_name=run,
-                eval_every=10**9,
-                test_iteration=500,
-                pre_epoch=100,
-                print_every=500,
-                device=f.device,
-                **settings,
-            ),
+        f, run = self.flags, f"{lever.replace(' ', '_')}-{seed}"
+        settings = dict(
+            data_name=self.name,
+            seed=seed,
+            target_model=f.network,
+            target_ckpt=self.checkpoint,
+            train_model=f.network,
+            save_dir=self.folder / "runs",
+            exp_name=run,
+            eval_every=10**9,
+            test_iteration=500,
+            pre_epoch=100,
+            print_every=500,
         )
+        run_method(METHODS["krr_st"], TrainFlags(**shared_flags(f, TrainFlags) | settings | LEVERS[lever]))
         gc.collect()  # the table of views is large
         return self.folder / "runs" / run
 
     def measure(self, row: str, method: str, path: Path | None, seed: int) -> None:
         """All probes of one set (or of none) with one seed, on one pre-trained network."""
-        f, curve = self.flags, row.startswith("curve")
-        measures = [Measure("linear", fraction=fraction) for fraction in FRACTIONS]
-        if not curve and f.shots != "none":
-            measures += [Measure("linear", shots) for shots in parse_shots(f.shots)]
-        if not curve and f.finetune_iteration:
-            measures += [Measure("finetune", shots) for shots in FINETUNED]
-        common = dict(
+        f = self.flags
+        flags = ScratchFlags(
             source_data_name=self.name,
             data_dir=f.data_dir,
             img_size=f.img_size,
@@ -231,17 +197,14 @@ class Study:
             seed=seed,
             finetune_iteration=f.finetune_iteration or None,
         )
-        given = ScratchFlags(**common)
         if path is not None:
-            features = PRETRAIN[method].loss == "mse"
-            given = TestFlags(
-                **common,
-                method=method,
-                synthetic_path=path,
-                pre_iteration=f.pre_iteration if features else None,
-            )
-        transfer = Transfer(given, measures, self.targets[: 1 if curve else None])
-        for cell in transfer.repetition(seed, CellStore(self.log_dir / row / "results.jsonl")):
+            steps = f.pre_iteration if PRETRAIN[method].loss == "mse" else None
+            flags = TestFlags(**vars(flags), method=method, synthetic_path=path, pre_iteration=steps)
+        measures, targets = [*self.probes, *self.few_shot, *self.finetuning], self.targets
+        if row.startswith("curve"):
+            measures, targets = self.probes, targets[:1]
+        store = CellStore(self.folder / "test_log" / row / "results.jsonl")
+        for cell in Transfer(flags, measures, targets).repetition(seed, store):
             self.found[row, cell["target"], Measure.of(cell)][seed] = cell["accuracy"]
 
     def accuracies(self, row: str, measure: Measure, target: str | None = None) -> list[float]:
@@ -249,16 +212,13 @@ class Study:
         found = self.found[row, target or self.name, measure]
         return [found[seed] for seed in sorted(found)]
 
-    def table_of(self, rows: list[str], name: str, measures: Sequence[Measure]) -> str:
-        """Markdown: the rows' accuracies on the set `name`, one column per measure."""
-        lines = [[row, *(format_mean_std(self.accuracies(row, m, name)) for m in measures)] for row in rows]
-        heads = [measure.heading() for measure in measures]
-        return markdown([f"{self.flags.num_images} images, {name}", *heads], lines)
+    def mean(self, row: str, measure: Measure) -> float:
+        """The mean of `accuracies` on the source set."""
+        return mean_std(self.accuracies(row, measure))[0]
 
-    def _main(self, main: Any, module: str, arguments: str) -> None:
-        print(f"\n$ python -m {module} {arguments}", flush=True)
-        if main(shlex.split(arguments)):
-            raise UserError(f"the study stopped: {module} failed")
+    def shown(self, row: str, measures: Sequence[Measure], target: str | None = None) -> list[str]:
+        """The accuracies of a row as a table prints them."""
+        return [format_mean_std(self.accuracies(row, measure, target)) for measure in measures]
 
 
 def run_all(study: Study) -> list[str]:
@@ -272,8 +232,7 @@ def run_all(study: Study) -> list[str]:
     for seed in range(flags.first_seed, flags.seeds):
         study.measure("no pre-training", SCRATCH, None, seed)
         for row, method in SETS.items():
-            path = study.make_set(method, flags.num_images, seed)
-            study.measure(row, method, path, seed)
+            study.measure(row, method, study.make_set(method, flags.num_images, seed), seed)
         for row, method, path in extra:
             study.measure(row, method, Path(path.format(seed=seed)), seed)
         for lever in levers:
@@ -286,58 +245,40 @@ def run_all(study: Study) -> list[str]:
 
 def tables(study: Study, rows: list[str]) -> dict[str, str]:
     """The Markdown tables of a finished study: probes with equivalence ratios, few shots."""
-    flags, found = study.flags, {}
-    curves = {
-        fraction: {
-            m: mean_std(study.accuracies(f"curve {m}", Measure("linear", fraction=fraction)))[0]
-            for m in flags.curve
-        }
-        for fraction in FRACTIONS
-    }
-    body = []
+    flags, images = study.flags, f"{study.flags.num_images} images"
+    shares = [f"{100 * fraction:g} % of labels" for fraction in FRACTIONS]
+    curves = [{m: study.mean(f"curve {m}", probe) for m in flags.curve} for probe in study.probes]
+    body, curve_body = [], []
     for row in rows:
-        line = [row]
-        for fraction in FRACTIONS:
-            values = study.accuracies(row, Measure("linear", fraction=fraction))
-            ratio = equivalent_images(curves[fraction], mean_std(values)[0], flags.num_images)
-            line += [format_mean_std(values), str(ratio)]
-        body.append(line)
-    header = [f"{flags.num_images} images", "1 % of labels", "worth", "5 % of labels", "worth"]
-    found["probe"] = markdown(header, body)
-    found["curve"] = markdown(
-        ["random images + features", *map(str, flags.curve)],
-        [
-            [
-                f"{100 * f:g} % of labels",
-                *(
-                    format_mean_std(study.accuracies(f"curve {m}", Measure("linear", fraction=f)))
-                    for m in flags.curve
-                ),
-            ]
-            for f in FRACTIONS
-        ],
-    )
-    for name in (study.name, *flags.targets):
-        few = flags.shots.split("_") if flags.shots != "none" else ()
-        tables = {
-            "few-shot": [Measure("linear", shots) for shots in few],
-            "fine-tuning": [Measure("finetune", shots) for shots in FINETUNED],
-        }
-        if not flags.finetune_iteration:
-            del tables["fine-tuning"]
-        for title, measures in tables.items():
+        body.append([row])
+        for probe, curve in zip(study.probes, curves, strict=True):
+            ratio = equivalent_images(curve, study.mean(row, probe), flags.num_images)
+            body[-1] += [*study.shown(row, [probe]), str(ratio)]
+    for probe, share in zip(study.probes, shares, strict=True):
+        curve_body.append([share, *(study.shown(f"curve {m}", [probe])[0] for m in flags.curve)])
+    heads = [head for share in shares for head in (share, "worth")]
+    found = {
+        "probe": markdown([images, *heads], body),
+        "curve": markdown(["random images + features", *map(str, flags.curve)], curve_body),
+    }
+    for name in study.names:
+        for title, measures in (("few-shot", study.few_shot), ("fine-tuning", study.finetuning)):
             if measures:
-                found[f"{title} {name}"] = study.table_of(rows, name, measures)
-    lines = {
-        f"random + features, {100 * f:g} % of labels": (list(c), list(c.values())) for f, c in curves.items()
-    }
-    for row in rows:
-        lines[row] = (
-            [flags.num_images],
-            [mean_std(study.accuracies(row, Measure("linear", fraction=FRACTIONS[-1])))[0]],
-        )
-    save_lines(lines, study.folder / "worth.png", x_label="images", y_label="probe accuracy in %", log_x=True)
+                heads = [f"{images}, {name}", *(measure.heading() for measure in measures)]
+                lines = [[row, *study.shown(row, measures, name)] for row in rows]
+                found[f"{title} {name}"] = markdown(heads, lines)
     return found
+
+
+def draw(study: Study, rows: list[str]) -> None:
+    """worth.png: the curves of random images, and each row where its set stands."""
+    flags, lines = study.flags, {}
+    for fraction, probe in zip(FRACTIONS, study.probes, strict=True):
+        means = [study.mean(f"curve {m}", probe) for m in flags.curve]
+        lines[f"random + features, {100 * fraction:g} % of labels"] = (flags.curve, means)
+    for row in rows:
+        lines[row] = ([flags.num_images], [study.mean(row, study.probes[-1])])
+    save_lines(lines, study.folder / "worth.png", x_label="images", y_label="probe accuracy in %", log_x=True)
 
 
 @entry_point
@@ -353,9 +294,9 @@ def main(argv: list[str] | None = None) -> int:
     if flags.first_seed:
         print("the tables: the same command without --first_seed")
         return 0
-    found = tables(study, rows)
+    draw(study, rows)
     split = "a held-out part of the training images" if flags.validation else "the test split"
-    text = "\n\n".join(f"{title}\n\n{table}" for title, table in found.items())
+    text = "\n\n".join(f"{title}\n\n{table}" for title, table in tables(study, rows).items())
     note = (
         f"accuracy in % on {split} of {flags.data_name} at {flags.img_size} pixels, mean ± std "
         f"over {flags.seeds} seeds; worth: random real images of equal accuracy, divided by "

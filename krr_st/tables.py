@@ -20,18 +20,11 @@ from data.synthetic import SyntheticSet
 from evaluation.kd import KD_BN, KdFlags, run_kd
 from evaluation.measure import Cell, read_cells
 from evaluation.presets import FULL_TARGETS, PRESETS
-from evaluation.recipes import (
-    GAUSSIAN,
-    KD,
-    RANDOM_FEATURES,
-    SCRATCH,
-    Recipe,
-    finetune_recipe,
-    pretrain_recipe,
-)
-from evaluation.tables import NOTE, Entry, Job, Number, Place, make_table, with_published_file
+from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, finetune_recipe, pretrain_recipe
+from evaluation.tables import NOTE, Entry, Job, Place, make_table, with_published_file
 from evaluation.transfer import ScratchFlags, TestFlags, run_transfer
-from krr_st.published import PROBE_CELLS
+from krr_st.config import shared_flags
+from krr_st.published import PROBE_CELLS, PROBE_TABLES, PROBE_TARGETS
 from models import get_model
 from utils import cli, flops
 from utils.checkpoint import fingerprint
@@ -62,51 +55,34 @@ _TABLE_1 = ("random", "kmeans", "dsa", "dm", "mtt", "kip", "frepo", "krr_st")
 _TABLE_2 = tuple(m for m in _TABLE_1 if m != "kip")
 _FIVE = ("base", "vgg", "alexnet", "mobilenet", "resnet10")
 _FINE_GRAINED = ("aircraft", "cars", "cub2011", "dogs", "flowers")
-_PROBE_TARGETS = ("cifar10", "cifar100", "tinyimagenet", "aircraft", "cub2011", "dogs", "flowers")
 # Images that are only looked at, per target: a test split, or training features as well.
 _MEASURED = {"finetune": 10000, "kd": 20000, "probe": 60000}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One table: its rows are methods (times models), its columns targets (or models).
-
-    Attributes:
-        source: source data set.
-        methods: rows.
-        models: networks; with one model they are not shown.
-        targets: columns (a single one in table 4, whose columns are the models).
-        protocol: finetune, kd or probe.
-        fraction: label fraction of the probe tables.
-        pre_epoch: length of pre-training where the table sets one.
-        kd_bn: BatchNorm mode of table 4.
-    """
+    """One table: its rows are methods (times models), its columns targets (or models)."""
 
     source: str
     methods: tuple[str, ...]
-    models: tuple[str, ...]
-    targets: tuple[str, ...]
-    protocol: str = "finetune"
-    fraction: float | None = None
-    pre_epoch: int | None = None
-    kd_bn: str | None = None
+    models: tuple[str, ...]  # a single one is not shown
+    targets: tuple[str, ...]  # of a single one the columns are the models
+    protocol: str = "finetune"  # or kd, probe
+    fraction: float | None = None  # of the labels, in the probe tables
+    pre_epoch: int | None = None  # where the table sets a length of pre-training
+    kd_bn: str | None = None  # BatchNorm mode of table 4
 
     def network(self, model: str) -> str:
         """`base` is the source's own network."""
         return PRESETS[self.source].network if model == "base" else model
 
-    def set_folder(self, method: str) -> str:
-        """Whose synthetic images a method trains on: without pre-training those of real images."""
-        return RANDOM_FEATURES if method == SCRATCH and self.protocol == "kd" else method
-
     def triples(self) -> list[tuple[str, str, str]]:
         """(method, model, target) in reading order."""
-        if len(self.targets) == 1:
-            return [(m, n, self.targets[0]) for m in self.methods for n in self.models]
-        return [(m, n, t) for n in self.models for m in self.methods for t in self.targets]
+        found = [(m, n, t) for n in self.models for m in self.methods for t in self.targets]
+        return found if len(self.targets) > 1 else sorted(found, key=lambda f: self.methods.index(f[0]))
 
     def headings(self, method: str, model: str, target: str) -> tuple[str, str]:
-        """Row and column of a triple. With a single target the columns are the networks."""
+        """Row and column of a triple."""
         if len(self.targets) == 1:
             return method, model
         return (f"{method} ({model})" if len(self.models) > 1 else method), target
@@ -115,31 +91,21 @@ class Layout:
 # Every table has two rows more than the published ones: without them no gain can be read.
 _EXTRA = (SCRATCH, RANDOM_FEATURES)
 
-
-def _probe(source: str, percent: int) -> Layout:
-    methods = (*_EXTRA, "krr_st", "mkdt")
-    return Layout(source, methods, ("base",), _PROBE_TARGETS, "probe", percent / 100, 20)
-
-
 LAYOUTS: dict[str, Layout] = {
     "1": Layout("cifar100", (*_EXTRA, *_TABLE_1), ("base",), FULL_TARGETS["cifar100"]),
     "2": Layout("tinyimagenet", (*_EXTRA, *_TABLE_2), ("base",), FULL_TARGETS["tinyimagenet"]),
     "3": Layout("imagenet", (*_EXTRA, "random", "frepo", "krr_st"), ("base",), FULL_TARGETS["imagenet"]),
     "4": Layout("tinyimagenet", (GAUSSIAN, *_EXTRA, *_TABLE_2), _FIVE, ("cifar10",), "kd", kd_bn="running"),
     "fig3": Layout("tinyimagenet", (*_EXTRA, *_TABLE_2), _FIVE[1:], _FINE_GRAINED),
-    "probe_cifar10_1": _probe("cifar10", 1),
-    "probe_cifar10_5": _probe("cifar10", 5),
-    "probe_cifar100_1": _probe("cifar100", 1),
-    "probe_cifar100_5": _probe("cifar100", 5),
-    "probe_tinyimagenet_5": _probe("tinyimagenet", 5),
 }
+for _name in PROBE_TABLES:
+    _, _source, _percent = _name.split("_")
+    _methods = (*_EXTRA, "krr_st", "mkdt")
+    LAYOUTS[_name] = Layout(_source, _methods, ("base",), PROBE_TARGETS, "probe", int(_percent) / 100, 20)
 
 
 class KernelTable:
     """A layout met by the flags: its places and its jobs.
-
-    Args:
-        flags: of the command.
 
     Raises:
         UserError: an unknown table, or a bad file of published numbers.
@@ -155,9 +121,10 @@ class KernelTable:
         """Method -> the fingerprint that cells of its synthetic set carry, where there is one."""
         layout, found = self.layout, {}
         for method in layout.methods:
+            # Distillation without pre-training uses real images.
+            owner = RANDOM_FEATURES if method == SCRATCH and layout.protocol == "kd" else method
             with contextlib.suppress(UserError):  # none, or a damaged one: its job will say so
-                path = self.flags.synthetic_data_dir / layout.source / layout.set_folder(method)
-                synthetic = SyntheticSet.load(path)
+                synthetic = SyntheticSet.load(self.flags.synthetic_data_dir / layout.source / owner)
                 found[method] = fingerprint(synthetic.images, synthetic.targets)
         return found
 
@@ -175,17 +142,9 @@ class KernelTable:
         """One cell; `present` is the fingerprint of the method's synthetic set."""
         layout = self.layout
         row, column = layout.headings(method, model, target)
-        wanted = {
-            "source": layout.source,
-            "method": method,
-            "model": layout.network(model),
-            "target": target,
-            "protocol": layout.protocol,
-            "label_fraction": layout.fraction,
-            "kd_bn": layout.kd_bn,
-            "shots": "all",
-            "probe_on": "body",
-        }
+        wanted = dict(source=layout.source, method=method, model=layout.network(model), target=target)
+        wanted |= dict(protocol=layout.protocol, label_fraction=layout.fraction, kd_bn=layout.kd_bn)
+        wanted |= dict(shots="all", probe_on="body")
 
         def fits(cell: Cell) -> bool:
             recipe = cell.get("pretraining")
@@ -194,16 +153,9 @@ class KernelTable:
         def rank(cell: Cell) -> tuple[bool, float]:
             return cell.get("synthetic_set") != present, abs(cell.get("steps_scale", 1.0) - 1)
 
-        published: Number | None = self.published.get((self.flags.table, row, column))
-        return Place(
-            row,
-            column,
-            wanted,
-            fits=fits,
-            rank=rank,
-            published=published,
-            origin=("steps_scale", "synthetic_set", "teacher"),
-        )
+        published = self.published.get((self.flags.table, row, column))
+        origin = ("steps_scale", "synthetic_set", "teacher")
+        return Place(row, column, wanted, fits=fits, rank=rank, origin=origin, published=published)
 
     def missing_jobs(self) -> list[Job]:
         """One job for each method and network whose targets lack some of `num_test` seeds.
@@ -243,13 +195,10 @@ class KernelTable:
             recipes += [finetune_recipe(target, arch, preset.size) for target in targets]
         elif layout.protocol == "kd":
             recipes += [KD[method]] * len(targets)
-        count = preset.num_images
-
-        def trained(recipe: Recipe) -> int:
+        count, images = preset.num_images, _MEASURED[layout.protocol] * len(targets)
+        for recipe in recipes:
             batch = recipe.batch_size if recipe.steps else min(recipe.batch_size, count)
-            return recipe.steps_on(count, flags.steps_scale) * batch
-
-        images = 3 * sum(map(trained, recipes)) + _MEASURED[layout.protocol] * len(targets)
+            images += 3 * recipe.steps_on(count, flags.steps_scale) * batch
         return float(flags.num_test * images * forward_flops(arch, preset.size))
 
     def run_job(self, method: str, model: str, targets: Sequence[str]) -> None:
@@ -258,28 +207,18 @@ class KernelTable:
         Raises:
             UserError: no data or no synthetic set.
         """
-        flags, layout = self.flags, self.layout
-        shared = dict(
-            source_data_name=layout.source,
-            target_data_name="_".join(targets),
-            test_model=model,
-            num_test=flags.num_test,
-            data_dir=flags.data_dir,
-            log_dir=flags.log_dir,
-            gpu_id=local_gpu(flags.gpu_id),
-            device=flags.device,
-            seed=flags.seed,
-            steps_scale=flags.steps_scale,
-        )
-        a_set = dict(method=method, synthetic_data_dir=flags.synthetic_data_dir)
+        layout = self.layout
+        flags = replace(self.flags, gpu_id=local_gpu(self.flags.gpu_id))
+        what = dict(source_data_name=layout.source, target_data_name="_".join(targets), test_model=model)
         if layout.protocol == "kd":
-            run_kd(KdFlags(**shared, **a_set, kd_bn=layout.kd_bn))
+            run_kd(KdFlags(**shared_flags(flags, KdFlags), **what, method=method))
             return
-        shared |= dict(protocol=layout.protocol, label_fraction=layout.fraction)
+        what |= dict(protocol=layout.protocol, label_fraction=layout.fraction)
         if method == SCRATCH:
-            run_transfer(ScratchFlags(**shared))
+            run_transfer(ScratchFlags(**shared_flags(flags, ScratchFlags), **what))
         else:
-            run_transfer(TestFlags(**shared, **a_set, pre_epoch=layout.pre_epoch))
+            what |= dict(method=method, pre_epoch=layout.pre_epoch)
+            run_transfer(TestFlags(**shared_flags(flags, TestFlags), **what))
 
 
 @functools.cache
@@ -296,12 +235,12 @@ def main(argv: list[str] | None = None) -> int:
     table = KernelTable(flags)
     stem = flags.log_dir / f"table_{flags.table}"
     entries = make_table(table.places(), table.results, stem, table.missing_jobs if flags.run else None)
-    layout = table.layout
+    layout, picture = table.layout, stem.with_suffix(".png")
     norms = f" (BatchNorm: {layout.kd_bn} statistics)" if layout.kd_bn else ""
     print(f"test accuracy in %, source {layout.source}, {layout.protocol}{norms}; {NOTE}")
     if flags.table == "fig3":
-        draw_bars(layout, entries, stem.with_suffix(".png"))
-        print(f"picture: {stem.with_suffix('.png')}")
+        draw_bars(layout, entries, picture)
+        print(f"picture: {picture}")
     print(f"written: {stem}.md, .csv, .tex")
     return 0
 

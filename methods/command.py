@@ -23,19 +23,10 @@ def distil(
     among: Sequence[str] = (),
     no_effect: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
-    """Parse the flags of the method that `--method` names, and run it.
+    """Parse the flags of the method that `--method` names (else `default`), run it, give the exit code.
 
-    Args:
-        argv: arguments after the command; None: the process's.
-        default: the method without --method.
-        prog: the command, for --help.
-        description: what it does, for --help.
-        flags: in place of the method's own flags class.
-        among: names of the methods that the command offers; all of them when empty.
-        no_effect: as in `utils.cli.parse`.
-
-    Returns:
-        The exit code.
+    `flags` stands in place of the method's own flags class; `among` names the methods that the
+    command offers, all of them when empty. The rest is as in `utils.cli.parse`.
     """
     argv = sys.argv[1:] if argv is None else argv
     offered = {name: row for name, row in METHODS.items() if not among or name in among}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.errors import UserError
+
+Size = tuple[int, int]  # (height, width)
 
 
 class Classifier(nn.Module):
@@ -18,33 +19,23 @@ class Classifier(nn.Module):
     without it `fc.*`. Either network loads the other's state dict.
 
     A subclass builds its layers, implements `forward_features` and calls `set_head` last.
-
-    Attributes:
-        head_name: name of the last linear layer, the one replaced for another task.
-        global_pool: `embed` averages the feature map over space instead of flattening it.
-        num_features: width of `embed(x)`.
-        num_pooled: width of `pooled(x)`.
     """
 
-    head_name: str = "fc"
-    global_pool: bool = False
-    num_features: int
-    num_pooled: int
+    head_name: str = "fc"  # of the last linear layer, the one replaced for another task
+    global_pool: bool = False  # `embed` averages the feature map instead of flattening it
+    num_features: int  # width of `embed(x)`
+    num_pooled: int  # width of `pooled(x)`
 
     def set_head(
         self,
         num_classes: int,
         num_pooled: int,
-        map_size: tuple[int, int] = (1, 1),
+        map_size: Size = (1, 1),
         *,
         head_name: str = "fc",
         dropout: float = 0.0,
     ) -> None:
-        """Add the head for a feature map of shape (num_pooled, *map_size).
-
-        Raises:
-            UserError: `dropout` is outside [0, 1) or `num_classes` is not positive.
-        """
+        """Add the head for a feature map of shape (num_pooled, *map_size)."""
         if not 0 <= dropout < 1:
             raise UserError(f"dropout is {dropout}; expected a probability in [0, 1)")
         if num_classes < 1:
@@ -61,7 +52,7 @@ class Classifier(nn.Module):
         last = getattr(self, self.head_name)
         return last[1] if isinstance(last, nn.Sequential) else last
 
-    def renamed(self, state: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    def renamed(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         """A state dict of this network, with or without dropout, under this one's head keys."""
         plain = f"{prefix}{self.head_name}."
         other, own = f"{plain}1.", plain
@@ -76,37 +67,31 @@ class Classifier(nn.Module):
         state_dict.update(renamed)  # in place: torch hands this very dict on to the children
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> the last feature map (B, num_pooled, h, w).
 
         MLP and LeNet have linear layers in between and return (B, num_pooled).
         """
         raise NotImplementedError
 
-    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+    def pooled(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> features averaged over space (B, num_pooled)."""
         features = self.forward_features(x)
         return features.mean((2, 3)) if features.dim() == 4 else features
 
-    def embed(self, x: torch.Tensor) -> torch.Tensor:
+    def embed(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> features before the head (B, num_features)."""
         return self.pooled(x) if self.global_pool else self.forward_features(x).flatten(1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> logits (B, num_classes)."""
         return getattr(self, self.head_name)(self.embed(x))
 
 
-def map_size(
-    name: str, im_size: tuple[int, int], side: Callable[[int], int], least: int = 1
-) -> tuple[int, int]:
-    """Feature map size for images of `im_size` = (height, width).
+def map_size(name: str, im_size: Size, side: Callable[[int], int], least: int = 1) -> Size:
+    """Size of the network's last feature map, at least `least` on each side.
 
-    Args:
-        name: the network, for the error message.
-        im_size: height and width of the images.
-        side: side of the images -> side of the feature map; 0 or less where nothing is left.
-        least: the smallest feature map that makes sense.
+    `side` gives a side of the map for one of the images; 0 or less where nothing is left.
 
     Raises:
         UserError: the images are too small; the message names the smallest that work.

@@ -5,28 +5,22 @@ Source: He et al., "Deep Residual Learning for Image Recognition", 2016.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from models.base import Classifier, map_size
+from models.base import Classifier, Size, map_size
 from models.plain import NORMS
 from utils.errors import pick
 
 
 class CifarBlock(nn.Module):
-    """Two convolutions 3x3 and a shortcut; the norms are called bn1 and bn2 whatever they are."""
+    """Two convolutions 3x3 and a shortcut; the norms are called bn1 and bn2 whatever they are.
+
+    `norm` is a key of NORMS, "batch" or "instance". With `pool_down` a stride of 2 is that of an
+    AvgPool after a convolution of stride 1.
+    """
 
     def __init__(self, in_width: int, width: int, stride: int, norm: str, pool_down: bool = False) -> None:
-        """Build the block.
-
-        Args:
-            in_width: channels that come in.
-            width: channels that go out.
-            stride: 1, or 2 to halve the map.
-            norm: key of NORMS, "batch" or "instance".
-            pool_down: halve the map by AvgPool 2 after a stride-1 convolution.
-        """
         super().__init__()
         make_norm = pick(NORMS, norm, "norm")
         conv_stride = 1 if pool_down else stride
@@ -41,7 +35,7 @@ class CifarBlock(nn.Module):
             pool = [nn.AvgPool2d(2)] if self.pool_main else []
             self.shortcut = nn.Sequential(conv, *pool, make_norm(width, (0, 0)))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, in_width, h, w) -> (B, width, h / stride, w / stride)."""
         out = F.relu(self.bn1(self.conv1(x)))
         if self.pool_main:
@@ -58,42 +52,28 @@ class CifarResNet18(Classifier):
     """
 
     def __init__(
-        self,
-        channel: int,
-        num_classes: int,
-        im_size: tuple[int, int],
-        *,
-        name: str,
-        norm: str,
-        pool_down: bool = False,
+        self, channel: int, num_classes: int, im_size: Size, *, name: str, norm: str, pool_down: bool = False
     ) -> None:
         super().__init__()
         # Strided convolutions round up (28 -> 4), poolings down (28 -> 3).
         # Over a single pixel instance norm returns its bias: the last map needs two.
-        height, width = map_size(
-            name,
-            im_size,
-            side=lambda side: side // 8 if pool_down else (side + 7) // 8,
-            least=2 if norm == "instance" else 1,
-        )
+        up, least = 0 if pool_down else 7, 2 if norm == "instance" else 1
+        height, width = map_size(name, im_size, lambda side: (side + up) // 8, least)
         # Maps smaller than the published 4x4 (images below 25x25) are averaged whole.
         self.pool = (1, 1) if pool_down else (min(4, height), min(4, width))
         self.conv1 = nn.Conv2d(channel, 64, 3, padding=1, bias=False)
         self.bn1 = pick(NORMS, norm, "norm")(64, (0, 0))
-        self.layer1 = self._stage(64, 64, 1, norm, pool_down)
-        self.layer2 = self._stage(64, 128, 2, norm, pool_down)
-        self.layer3 = self._stage(128, 256, 2, norm, pool_down)
-        self.layer4 = self._stage(256, 512, 2, norm, pool_down)
+
+        def stage(in_width: int, width: int, stride: int) -> nn.Sequential:
+            first = CifarBlock(in_width, width, stride, norm, pool_down)
+            return nn.Sequential(first, CifarBlock(width, width, 1, norm, pool_down))
+
+        self.layer1, self.layer2 = stage(64, 64, 1), stage(64, 128, 2)
+        self.layer3, self.layer4 = stage(128, 256, 2), stage(256, 512, 2)
         size = (height // self.pool[0], width // self.pool[1])
         self.set_head(num_classes, 512, size, head_name="classifier")
 
-    @staticmethod
-    def _stage(in_width: int, width: int, stride: int, norm: str, pool_down: bool) -> nn.Sequential:
-        return nn.Sequential(
-            CifarBlock(in_width, width, stride, norm, pool_down), CifarBlock(width, width, 1, norm, pool_down)
-        )
-
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> (B, 512, h, w) after the last AvgPool."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))

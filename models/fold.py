@@ -30,15 +30,9 @@ def can_fold(conv: nn.Module, norm: nn.Module) -> bool:
 
 
 def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """`norm(conv(x))` in one convolution; gradients reach x and the convolution's parameters.
+    """`norm(conv(x))` of (B, C, H, W) in one convolution, where `can_fold` holds.
 
-    Args:
-        conv: the convolution.
-        norm: BatchNorm2d for which `can_fold` holds.
-        x: (B, C, H, W).
-
-    Returns:
-        (B, C', H', W').
+    Gradients reach x and the convolution's parameters.
     """
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     shift = norm.bias - norm.running_mean * scale
@@ -51,60 +45,39 @@ def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 def fold_frozen(model: nn.Module, sample: Tensor) -> nn.Module:
     """A copy of a frozen eval-mode network, BatchNorm that directly follows a convolution folded.
 
-    Which one follows which is seen on `sample`; the copy is returned only if it computes the same.
-
-    Args:
-        model: any network that takes `sample`, in eval mode.
-        sample: (B, C, H, W) on the model's device.
-
-    Returns:
-        The folded copy, or `model` itself where nothing can be folded or the outputs differ.
+    Which one follows which is seen on `sample`, (B, C, H, W) on its device. The network itself is
+    returned where nothing can be folded or the copy computes something else.
     """
-    produced: dict[int, str] = {}
-    pairs: dict[str, str] = {}
-    outputs = []  # kept alive, so that ids stay unique
+    made: dict[int, tuple[str, Tensor]] = {}  # id of a tensor -> convolution; kept, so ids are unique
+    pairs: dict[str, str] = {}  # BatchNorm -> convolution
 
-    def after_conv(name: str):
+    def watch(name: str):
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            outputs.append(output)
-            produced[id(output)] = name
+            if type(module) is nn.Conv2d:
+                made[id(output)] = name, output
+            elif id(inputs[0]) in made:
+                pairs[name] = made[id(inputs[0])][0]
 
         return hook
 
-    def before_norm(name: str):
-        def hook(module: nn.Module, inputs: tuple) -> None:
-            if id(inputs[0]) in produced:
-                pairs[name] = produced[id(inputs[0])]
-
-        return hook
-
-    candidates = dict(model.named_modules())
+    modules = dict(model.named_modules())
     handles = [
-        module.register_forward_hook(after_conv(name))
-        for name, module in candidates.items()
-        if type(module) is nn.Conv2d
-    ] + [
-        module.register_forward_pre_hook(before_norm(name))
-        for name, module in candidates.items()
-        if isinstance(module, nn.BatchNorm2d)
+        module.register_forward_hook(watch(name))
+        for name, module in modules.items()
+        if type(module) is nn.Conv2d or isinstance(module, nn.BatchNorm2d)
     ]
     try:
         wanted = model(sample)
     finally:
         for handle in handles:
             handle.remove()
-    pairs = {n: c for n, c in pairs.items() if can_fold(candidates[c], candidates[n])}
+    pairs = {norm: conv for norm, conv in pairs.items() if can_fold(modules[conv], modules[norm])}
     if not pairs or len(set(pairs.values())) < len(pairs):
         return model
     folded = copy.deepcopy(model)
-    for norm_name, conv_name in pairs.items():
-        conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
-        _replace(folded, conv_name, fuse_conv_bn_eval(conv, norm))
-        _replace(folded, norm_name, nn.Identity())
+    for norm, conv in pairs.items():
+        fused = fuse_conv_bn_eval(folded.get_submodule(conv), folded.get_submodule(norm))
+        folded.set_submodule(conv, fused)
+        folded.set_submodule(norm, nn.Identity())
     folded.requires_grad_(False)
     return folded if torch.allclose(folded(sample), wanted, rtol=1e-3, atol=1e-4) else model
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

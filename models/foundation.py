@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from utils import checkpoint
-from utils.errors import UserError, pick
+from utils.errors import UserError, first_line, pick
 from utils.seed import local_seed
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,35 +28,22 @@ _NOT_OF_IMAGES = ("text", "logit", "multimodal", "image_to_mm")
 
 @dataclass(frozen=True)
 class Foundation:
-    """A network from elsewhere, in eval mode.
-
-    Attributes:
-        network: (B, 1 or 3, *size) normalised with mean and std -> (B, dim) features.
-        dim: width of the features.
-        size: (height, width) of its images.
-        mean: of each of its channels, for pixels in [0, 1].
-        std: the same.
-        mode: how images are resized, bilinear or bicubic.
-    """
+    """A network from elsewhere in eval mode: normalised (B, 1 or 3, *size) -> (B, dim) features."""
 
     network: nn.Module
     dim: int
-    size: tuple[int, int]
-    mean: tuple[float, ...]
+    size: tuple[int, int]  # (height, width) of its images
+    mean: tuple[float, ...]  # of each of their channels, for pixels in [0, 1]
     std: tuple[float, ...]
-    mode: str
+    mode: str  # how images are resized, bilinear or bicubic
 
 
 class ImageTower(nn.Module):
-    """The image side of a transformers model.
+    """The image side of a transformers model: any vision or vision-language model.
 
     Uses the projected image embedding where the model has one (CLIP, SigLIP), else the pooled
     output if it was trained, else the class token, else the mean over positions. A masked
-    autoencoder sees every patch.
-
-    Args:
-        model: any vision or vision-language model.
-        missing: its weights that the checkpoint lacks.
+    autoencoder sees every patch. `missing` are weights that the checkpoint lacks.
 
     Raises:
         UserError: the image side lacks weights other than a pooler's.
@@ -84,37 +71,25 @@ class ImageTower(nn.Module):
     def embed(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> features (B, D)."""
         ask = self.model.get_image_features if self.joint else self.model
-        out = ask(pixel_values=x, **self._mask(x))
+        options = {}
+        if self.masked:  # patches are ordered by noise, which would be drawn: a ramp keeps theirs
+            patches = self.model.embeddings.patch_embeddings.num_patches
+            options["noise"] = torch.arange(patches, device=x.device).expand(len(x), -1)
+        out = ask(pixel_values=x, **options)
         if not isinstance(out, Tensor):
             pooled = getattr(out, "pooler_output", None) if self.pooled else None
             out = out.last_hidden_state if pooled is None else pooled
-        return self._from_positions(out)
+        if out.dim() == 3:  # tokens (B, T, D)
+            return out[:, 0] if self.has_token else out.mean(1)
+        return out.mean((2, 3)) if out.dim() == 4 else out  # maps (B, D, h, w), or features
 
-    def forward(self, x: Tensor) -> Tensor:
-        """There are no logits; the same as `embed`."""
-        return self.embed(x)
-
-    def _mask(self, x: Tensor) -> dict[str, Tensor]:
-        """Patches are ordered by this noise, which would be drawn: a ramp keeps their order."""
-        if not self.masked:
-            return {}
-        patches = self.model.embeddings.patch_embeddings.num_patches
-        return {"noise": torch.arange(patches, device=x.device).expand(len(x), -1)}
-
-    def _from_positions(self, hidden: Tensor) -> Tensor:
-        """(B, D) features, (B, T, D) tokens or (B, D, h, w) maps -> (B, D)."""
-        if hidden.dim() == 2:
-            return hidden
-        if hidden.dim() == 4:
-            return hidden.mean((2, 3))
-        return hidden[:, 0] if self.has_token else hidden.mean(1)
+    forward = embed  # there are no logits
 
 
 def load_hf(name: str) -> Foundation:
-    """A transformers network, from a local folder or the hub; no code of the checkpoint is run.
+    """A transformers network; no code of the checkpoint is run.
 
-    Args:
-        name: folder as `save_pretrained` writes it (used offline), or a name on the hub.
+    `name` is a folder as `save_pretrained` writes it (used offline), or a name on the hub.
 
     Raises:
         UserError: unknown name, no network, damaged or missing weights, or no image network.
@@ -156,8 +131,7 @@ def load_hf(name: str) -> Foundation:
 
 def _refuse(what: str, error: Exception) -> NoReturn:
     """One line out of whatever another library raised."""
-    lines = str(error).strip().splitlines() or [""]
-    raise UserError(f"{what} ({type(error).__name__}: {lines[0][:300]})") from None
+    raise UserError(f"{what} ({type(error).__name__}: {first_line(error)[:300]})") from None
 
 
 def _feature_width(network: nn.Module, img_shape: tuple[int, int, int], where: str) -> int:
@@ -190,24 +164,22 @@ def _processor(source: str, local: bool, options: dict[str, Any], where: str) ->
 
 def _input_size(processor: Any | None, config: Any) -> tuple[int, int]:
     """(height, width) after the processor's crop or resize, else the network's own, else 224."""
-    sizes = [getattr(config, "image_size", None), 224]
+    sizes = [getattr(config, "image_size", None)]
     if processor is not None:
         crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
         sizes = [crop, getattr(processor, "size", None), *sizes]
-    for size in sizes:
+    for size in filter(None, sizes):
         if isinstance(size, int):
             return size, size
-        if isinstance(size, (list, tuple)) and len(size) == 2:
+        if not isinstance(size, (list, tuple)):
+            sides = dict(size)
+            size = [sides.get(side) or sides.get("shortest_edge") for side in ("height", "width")]
+        if len(size) == 2 and all(size):
             return int(size[0]), int(size[1])
-        sides = dict(size) if size is not None else {}
-        if sides.get("height") and sides.get("width"):
-            return int(sides["height"]), int(sides["width"])
-        if sides.get("shortest_edge"):
-            return int(sides["shortest_edge"]), int(sides["shortest_edge"])
-    raise AssertionError("224 always fits")
+    return 224, 224
 
 
-def _processor_stats(processor: Any | None, where: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _processor_stats(processor: Any | None, where: str) -> tuple[tuple[float, ...], ...]:
     """Mean and std of pixels in [0, 1] that amount to the processor's rescaling and normalising."""
     if processor is None:
         return IMAGENET
@@ -229,11 +201,9 @@ def _processor_stats(processor: Any | None, where: str) -> tuple[tuple[float, ..
 
 
 def load_torchvision(name: str, path: Path | None = None) -> Foundation:
-    """A torchvision classifier without its last linear layer.
+    """A torchvision classifier, named as in `torchvision.models`, without its last linear layer.
 
-    Args:
-        name: as in `torchvision.models`.
-        path: a state dict of that network; None: torchvision's default weights, downloaded once.
+    `path` is a state dict of it; None: torchvision's default weights, downloaded once.
 
     Raises:
         UserError: unknown name, failed download, a state dict that does not fit, no linear layer.
@@ -262,7 +232,6 @@ def load_torchvision(name: str, path: Path | None = None) -> Foundation:
     network.set_submodule(linear[-1], nn.Identity())
     recipe = weights.transforms()
     size = recipe.crop_size[0], recipe.crop_size[-1]
-    return Foundation(
-        network, _feature_width(network.eval(), (3, *size), where), size, tuple(recipe.mean),
-        tuple(recipe.std), "bilinear" if recipe.interpolation.value == "bilinear" else "bicubic",
-    )  # fmt: skip
+    dim = _feature_width(network.eval(), (3, *size), where)
+    mode = "bilinear" if recipe.interpolation.value == "bilinear" else "bicubic"
+    return Foundation(network, dim, size, tuple(recipe.mean), tuple(recipe.std), mode)

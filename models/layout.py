@@ -15,16 +15,10 @@ CPU_PIXELS = 64 * 32 * 32
 def images_at_once(
     network: nn.Module, shape: torch.Size | tuple[int, ...], device: torch.device, largest: int
 ) -> int:
-    """Images of a batch that a network is best given together.
+    """How many images of a (B, C, H, W) batch to give a network, in the mode it is in, at once.
 
-    Args:
-        network: in the mode it is used in.
-        shape: of the batch, (B, C, H, W).
-        device: where it computes.
-        largest: what to take where memory is no matter (a GPU; no convolutions).
-
-    Returns:
-        At least 1; B where BatchNorm in training mode makes the images interact.
+    At least 1; B where BatchNorm in training mode makes the images interact; `largest` where
+    memory is no matter (a GPU; no convolutions).
     """
     if any(module.training for module in batch_norms(network)):
         return max(1, shape[0])
@@ -37,9 +31,9 @@ def images_at_once(
 def arranged(network: nn.Module, device: torch.device) -> nn.Module:
     """Move a network to the device, channels-last where that is faster and as exact.
 
-    It is neither with the other norms. On a CPU with torch 2.14, GroupNorm (the zoo's instance
-    norm) took 2.5 times as long backwards, which ate up what the convolutions won, and rounded
-    worse: DM's gradient was off by 4e-3 against float64, in the default layout by 4e-6. A step of
+    It is neither with other norms than BatchNorm. On a CPU with torch 2.14, GroupNorm (the zoo's
+    instance norm) took 2.5 times as long backwards, which ate up what the convolutions won, and
+    DM's gradient was off by 4e-3 against float64, in the default layout by 4e-6. A step of
     ConvNetLN took 1.4 times as long.
     """
     others = any(isinstance(module, (nn.GroupNorm, nn.LayerNorm)) for module in network.modules())

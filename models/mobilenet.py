@@ -5,11 +5,10 @@ Source: Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks"
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from models.base import Classifier, map_size
+from models.base import Classifier, Size, map_size
 
 # (expansion, width, blocks, stride of the first block)
 STAGES = (
@@ -40,7 +39,7 @@ class InvertedResidual(nn.Module):
         if self.residual and in_width != width:
             self.shortcut = nn.Sequential(nn.Conv2d(in_width, width, 1, bias=False), nn.BatchNorm2d(width))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(B, in_width, h, w) -> (B, width, h / stride, w / stride)."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
@@ -54,7 +53,7 @@ class MobileNetV2(Classifier):
     global_pool = True
 
     def __init__(
-        self, channel: int, num_classes: int, im_size: tuple[int, int], *, name: str, dropout: float = 0.0
+        self, channel: int, num_classes: int, im_size: Size, *, name: str, dropout: float = 0.0
     ) -> None:
         super().__init__()
         map_size(name, im_size, lambda side: (side + 7) // 8)  # any size of 1 or more
@@ -62,8 +61,7 @@ class MobileNetV2(Classifier):
         self.bn1 = nn.BatchNorm2d(32)
         blocks, in_width = [], 32
         for expansion, width, count, first_stride in STAGES:
-            for i in range(count):
-                stride = first_stride if i == 0 else 1
+            for stride in (first_stride, *[1] * (count - 1)):
                 blocks.append(InvertedResidual(in_width, width, expansion, stride))
                 in_width = width
         self.layers = nn.Sequential(*blocks)
@@ -71,7 +69,7 @@ class MobileNetV2(Classifier):
         self.bn2 = nn.BatchNorm2d(1280)
         self.set_head(num_classes, 1280, dropout=dropout)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> (B, 1280, h, w) before the global average."""
         x = self.layers(F.relu(self.bn1(self.conv1(x))))
         return F.relu(self.bn2(self.conv2(x)))

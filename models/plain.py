@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from models.base import Classifier, map_size
+from models.base import Classifier, Size, map_size
 from models.fold import can_fold, folded_conv
 from utils.errors import pick
 
@@ -28,10 +28,7 @@ class AveragePool(nn.AvgPool2d):
     formats and on small maps torch's is as fast or faster.
     """
 
-    def __init__(self, side: int) -> None:
-        super().__init__(side)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) -> (B, C, H // k, W // k)."""
         k = self.kernel_size
         slow = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
@@ -42,8 +39,8 @@ class AveragePool(nn.AvgPool2d):
             return F.conv2d(x, weight, stride=k, groups=x.shape[1])
 
 
-# (channels, (height, width)) -> the norm that follows a convolution.
-NORMS: dict[str, Callable[[int, tuple[int, int]], nn.Module | None]] = {
+# (channels, size of the map) -> the norm that follows a convolution.
+NORMS: dict[str, Callable[[int, Size], nn.Module | None]] = {
     "none": lambda c, size: None,
     "batch": lambda c, size: nn.BatchNorm2d(c),
     "layer": lambda c, size: nn.LayerNorm((c, *size)),
@@ -92,14 +89,12 @@ def pad_single_channel(rows: Sequence[Row], channel: int) -> list[Row]:
 def rows_side(rows: Sequence[Row], side: int) -> int:
     """Side of the feature map for images of `side`; 0 or less when they are too small."""
     for row in rows:
-        side = row.side(side)
-        if side < 1:
-            return 0
+        side = row.side(side) if side > 0 else 0
     return side
 
 
 def conv_blocks(
-    channel: int, rows: Sequence[Row], im_size: tuple[int, int], norm: str, act: str = "relu"
+    channel: int, rows: Sequence[Row], im_size: Size, norm: str, act: str = "relu"
 ) -> list[list[nn.Module]]:
     """Modules of each row in the published order: conv, norm, activation, pooling.
 
@@ -119,42 +114,35 @@ def conv_blocks(
 
 
 class PlainNet(Classifier):
-    """Rows of convolutions and a linear head on the flattened feature map."""
+    """Rows of convolutions and a linear head on the flattened feature map.
+
+    `rows` are the class's own by default, `norm` and `act` keys of NORMS and ACTIVATIONS, `name` is
+    the published one, for error messages. `dc_padding` pads single-channel images as the DC zoo
+    does. `nested` makes state-dict names `layers.{row}.block.{n}` instead of a flat `features.{n}`.
+
+    Raises:
+        UserError: the images are too small for the rows.
+    """
+
+    ROWS: Sequence[Row] = ()
 
     def __init__(
         self,
         channel: int,
         num_classes: int,
-        im_size: tuple[int, int],
-        rows: Sequence[Row],
+        im_size: Size,
         *,
         name: str,
         norm: str,
+        rows: Sequence[Row] | None = None,
         act: str = "relu",
         head_name: str = "fc",
         dropout: float = 0.0,
         dc_padding: bool = False,
         nested: bool = False,
     ) -> None:
-        """Build the network.
-
-        Args:
-            channel: channels of the images.
-            num_classes: outputs of the head.
-            im_size: height and width of the images.
-            rows: the convolutions.
-            name: the published name, for error messages.
-            norm: key of NORMS.
-            act: key of ACTIVATIONS.
-            head_name: name of the head in the state dict.
-            dropout: probability before the head.
-            dc_padding: pad single-channel images as the DC zoo does.
-            nested: state-dict names `layers.{row}.block.{n}` instead of a flat `features.{n}`.
-
-        Raises:
-            UserError: the images are too small for the rows.
-        """
         super().__init__()
+        rows = rows or self.ROWS
         if dc_padding:
             rows = pad_single_channel(rows, channel)
         # Over a single pixel instance norm returns its bias, whatever the image shows.
@@ -162,36 +150,27 @@ class PlainNet(Classifier):
         size = map_size(name, im_size, lambda s: rows_side(rows, s), least=2 if alone else 1)
         blocks = conv_blocks(channel, rows, im_size, norm, act)
         if nested:
-            self.layers = nn.Sequential(
-                *(nn.Sequential(OrderedDict(block=nn.Sequential(*block))) for block in blocks)
-            )
+            named = [OrderedDict(block=nn.Sequential(*block)) for block in blocks]
+            self.layers = nn.Sequential(*map(nn.Sequential, named))
         else:
-            self.features = nn.Sequential(*(module for block in blocks for module in block))
-        self.trunk_name = "layers" if nested else "features"
+            self.features = nn.Sequential(*itertools.chain(*blocks))
+        self.nested = nested
         self.set_head(num_classes, rows[-1].width, size, head_name=head_name, dropout=dropout)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> the last feature map (B, num_pooled, h, w).
 
         Where BatchNorm is a fixed affine map (eval mode, no gradient of its parameters) it goes
         into the weights of the convolution before it.
         """
-        trunk = getattr(self, self.trunk_name)
-        layers = list(self._rows(trunk))
+        trunk = self.layers if self.nested else self.features
+        layers = [module for module in trunk.modules() if not list(module.children())]
         if not any(can_fold(layer, after) for layer, after in itertools.pairwise(layers)):
             return trunk(x)
-        position = 0
-        while position < len(layers):
-            layer, after = layers[position], layers[position + 1 : position + 2]
-            if after and can_fold(layer, after[0]):
-                x, position = folded_conv(layer, after[0], x), position + 2
-            else:
-                x, position = layer(x), position + 1
+        while layers:
+            layer = layers.pop(0)
+            x = folded_conv(layer, layers.pop(0), x) if layers and can_fold(layer, layers[0]) else layer(x)
         return x
-
-    @staticmethod
-    def _rows(trunk: nn.Module) -> Iterator[nn.Module]:
-        return (module for module in trunk.modules() if next(module.children(), None) is None)
 
 
 class ConvNet(PlainNet):
@@ -204,18 +183,15 @@ class ConvNet(PlainNet):
 
     def __init__(
         self,
-        channel: int,
-        num_classes: int,
-        im_size: tuple[int, int],
-        *,
+        *shape: Any,
         widths: Sequence[int] = (128, 128, 128),
         norm: str = "instance",
         pool: str = "avg",
-        **kwargs,
+        **options: Any,
     ) -> None:
-        """Build the network from the widths of its blocks; `kwargs` as in PlainNet."""
+        """`shape` and `options` as in PlainNet; `widths` are those of its blocks."""
         rows = [Row(width, pool=pool) for width in widths]
-        super().__init__(channel, num_classes, im_size, rows, norm=norm, **kwargs)
+        super().__init__(*shape, rows=rows, norm=norm, **options)
 
 
 class AlexNet(PlainNet):
@@ -225,13 +201,13 @@ class AlexNet(PlainNet):
     2012, as reduced by Zhao et al., "Dataset Condensation with Gradient Matching", 2021.
     """
 
-    ROWS = (Row(128, 5, 2, "max"), Row(192, 5, 2, "max"), Row(256), Row(192), Row(192, pool="max"))
-
-    def __init__(
-        self, channel: int, num_classes: int, im_size: tuple[int, int], *, norm: str, **kwargs
-    ) -> None:
-        """Build the network; `kwargs` as in PlainNet."""
-        super().__init__(channel, num_classes, im_size, self.ROWS, norm=norm, **kwargs)
+    ROWS = (
+        Row(128, kernel=5, padding=2, pool="max"),
+        Row(192, kernel=5, padding=2, pool="max"),
+        Row(256),
+        Row(192),
+        Row(192, pool="max"),
+    )
 
 
 class VGG11(PlainNet):
@@ -254,9 +230,3 @@ class VGG11(PlainNet):
         Row(512),
         Row(512, pool="max"),
     )
-
-    def __init__(
-        self, channel: int, num_classes: int, im_size: tuple[int, int], *, norm: str, **kwargs
-    ) -> None:
-        """Build the network; `kwargs` as in PlainNet."""
-        super().__init__(channel, num_classes, im_size, self.ROWS, norm=norm, **kwargs)

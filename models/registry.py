@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from models.base import Classifier
+from models.base import Classifier, Size
 from models.cifar_resnet import CifarResNet18
 from models.mobilenet import MobileNetV2
 from models.plain import VGG11, AlexNet, ConvNet
@@ -18,30 +19,20 @@ _CONVNET_NAME = re.compile(r"convnet((?:_[1-9][0-9]*)+)_(bn|in|none)")
 _CONVNET_NORMS = {"bn": "batch", "in": "instance2d", "none": "none"}
 
 
-def _named_convnet(
-    channel: int, num_classes: int, im_size: tuple[int, int], *, name: str, dropout: float
-) -> ConvNet:
+def _named_convnet(*shape: Any, name: str, dropout: float) -> ConvNet:
     """KRR-ST zoo's ConvNet: the widths and the norm are part of the name."""
     match = _CONVNET_NAME.fullmatch(name)
     if match is None:
         raise UserError(f"{name} is a pattern; write a name like convnet_128_256_512_bn")
-    return ConvNet(
-        channel,
-        num_classes,
-        im_size,
-        widths=[int(width) for width in match[1].split("_")[1:]],
-        norm=_CONVNET_NORMS[match[2]],
-        nested=True,
-        name=name,
-        dropout=dropout,
-    )
+    widths, norm = [int(width) for width in match[1].split("_")[1:]], _CONVNET_NORMS[match[2]]
+    return ConvNet(*shape, widths=widths, norm=norm, nested=True, name=name, dropout=dropout)
 
 
-def _small_stem_resnet(*args, **kwargs) -> Classifier:
+def _small_stem_resnet(*shape: Any, **options: Any) -> Classifier:
     """KRR-ST zoo's ResNets, whose torchvision takes a second to import: all others go without."""
     from models.resnet import SmallStemResNet
 
-    return SmallStemResNet(*args, **kwargs)
+    return SmallStemResNet(*shape, **options)
 
 
 MODELS: dict[str, Callable[..., Classifier]] = {
@@ -106,16 +97,11 @@ EVAL_MODES = tuple(_EVAL_POOLS)
 def get_model(
     name: str, img_shape: tuple[int, int, int] = (3, 32, 32), num_classes: int = 10, dropout: float = 0.0
 ) -> Classifier:
-    """A freshly initialised network of the KRR-ST zoo; its last layer is `fc`.
+    """A freshly initialised network of the KRR-ST zoo for (C, H, W) images; its last layer is `fc`.
 
-    Args:
-        name: key of MODELS, or a ConvNet such as convnet_128_256_512_bn, in any case.
-        img_shape: (channels, height, width) of the images.
-        num_classes: outputs of `fc`.
-        dropout: probability in [0, 1) of the Dropout before `fc`.
-
-    Raises:
-        UserError: unknown name, or images too small for the network.
+    `name` is a key of MODELS, or a ConvNet such as convnet_128_256_512_bn, upper or lower case;
+    `dropout` is the probability in [0, 1) of the Dropout before `fc`. A UserError says that the
+    name is unknown or the images too small.
     """
     channel, *im_size = img_shape
     lower = name.lower()
@@ -124,30 +110,18 @@ def get_model(
     return build(channel, num_classes, tuple(im_size), name=lower, dropout=dropout)
 
 
-def get_network(name: str, channel: int, num_classes: int, im_size: tuple[int, int] = (32, 32)) -> Classifier:
-    """A freshly initialised network of the DC zoo.
+def get_network(name: str, channel: int, num_classes: int, im_size: Size = (32, 32)) -> Classifier:
+    """A freshly initialised network of the DC zoo: `name` is a key of NETWORKS.
 
-    Args:
-        name: key of NETWORKS.
-        channel: channels of the images.
-        num_classes: outputs of the head.
-        im_size: (height, width) of the images.
-
-    Raises:
-        UserError: unknown name, or images too small for the network.
+    A UserError says that it is none or that the images are too small.
     """
     return pick(NETWORKS, name, "network")(channel, num_classes, tuple(im_size), name=name)
 
 
 def eval_pool(mode: str, model_name: str) -> list[str]:
-    """Networks on which a synthetic set is evaluated.
+    """Networks on which a synthetic set is evaluated, for the published `--eval_mode`.
 
-    Args:
-        mode: key of EVAL_MODES, the published `--eval_mode`.
-        model_name: the network the set was distilled with (matters for S and SS).
-
-    Raises:
-        UserError: unknown mode or network.
+    `model_name` is the network that the set was distilled with; it matters for S and SS.
     """
     pick(NETWORKS, model_name, "network")
     return pick(_EVAL_POOLS, mode, "eval_mode")(model_name)

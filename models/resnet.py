@@ -1,4 +1,4 @@
-"""torchvision's residual networks with a small stem (KRR-ST zoo).
+"""torchvision's residual networks with the contract of the KRR-ST zoo.
 
 Source: He et al., "Deep Residual Learning for Image Recognition", 2016.
 """
@@ -7,27 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torchvision
-from torch import nn
-from torchvision.models.resnet import BasicBlock
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from models.base import Classifier, map_size
+from models.base import Classifier, Size, map_size
 
 
-class SmallStemResNet(Classifier, torchvision.models.ResNet):
-    """KRR-ST zoo: torchvision's key names, stem conv 3x3 with padding 2, no max-pooling.
+class _ResNet(Classifier, torchvision.models.ResNet):
+    global_pool = True
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> (B, num_pooled, h, w) before the global average."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+class SmallStemResNet(_ResNet):
+    """ResNet-10 and -18 with torchvision's key names, stem conv 3x3 with padding 2, no max-pooling.
 
     Source: Lee et al., "Self-Supervised Dataset Distillation for Transfer Learning", 2024.
     """
-
-    global_pool = True
 
     def __init__(
         self,
         channel: int,
         num_classes: int,
-        im_size: tuple[int, int],
+        im_size: Size,
         *,
         blocks: Sequence[int],
         name: str,
@@ -41,7 +47,15 @@ class SmallStemResNet(Classifier, torchvision.models.ResNet):
         self.maxpool = nn.Identity()
         self.set_head(num_classes, 512, dropout=dropout)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W) -> (B, 512, h, w) before the global average."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+class StandardResNet50(_ResNet):
+    """torchvision's ResNet-50 with its usual stem, a target model for 224-pixel sets.
+
+    The layout of the public Barlow Twins weights: Zbontar et al., arXiv 2103.03230; 2048 features.
+    """
+
+    def __init__(self, channel: int) -> None:
+        super().__init__(Bottleneck, [3, 4, 6, 3])
+        if channel != 3:
+            self.conv1 = nn.Conv2d(channel, 64, 7, stride=2, padding=3, bias=False)
+        self.set_head(1, 2048)

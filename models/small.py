@@ -6,27 +6,24 @@ Source: Zhao et al., "Dataset Condensation with Gradient Matching", 2021, where 
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from models.base import Classifier, map_size
+from models.base import Classifier, Size, map_size
 from models.plain import Row, conv_blocks, pad_single_channel, rows_side
 
 
 class MLP(Classifier):
     """Three linear layers with ReLU between them."""
 
-    def __init__(
-        self, channel: int, num_classes: int, im_size: tuple[int, int], *, name: str = "MLP"
-    ) -> None:
+    def __init__(self, channel: int, num_classes: int, im_size: Size, *, name: str = "MLP") -> None:
         super().__init__()
         height, width = map_size(name, im_size, lambda side: side)
         self.fc_1 = nn.Linear(channel * height * width, 128)
         self.fc_2 = nn.Linear(128, 128)
         self.set_head(num_classes, 128, head_name="fc_3")
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> (B, 128)."""
         x = F.relu(self.fc_1(x.flatten(1)))
         return F.relu(self.fc_2(x))
@@ -40,9 +37,7 @@ class LeNet(Classifier):
 
     ROWS = (Row(6, 5, 0, "max"), Row(16, 5, 0, "max"))
 
-    def __init__(
-        self, channel: int, num_classes: int, im_size: tuple[int, int], *, name: str = "LeNet"
-    ) -> None:
+    def __init__(self, channel: int, num_classes: int, im_size: Size, *, name: str = "LeNet") -> None:
         super().__init__()
         rows = pad_single_channel(self.ROWS, channel)
         height, width = map_size(name, im_size, lambda side: rows_side(rows, side))
@@ -52,7 +47,7 @@ class LeNet(Classifier):
         self.fc_2 = nn.Linear(120, 84)
         self.set_head(num_classes, 84, head_name="fc_3")
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+    def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> (B, 84)."""
         x = F.relu(self.fc_1(self.features(x).flatten(1)))
         return F.relu(self.fc_2(x))

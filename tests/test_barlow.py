@@ -8,8 +8,8 @@ import torch
 
 from data.specs import Stats
 from evaluation.target import Representation, load_target
-from krr_st.target import __main__ as target_module
-from krr_st.target.barlow import TwoViews, barlow_twins_loss, projector
+from krr_st import target as target_module
+from krr_st.target import TwoViews, barlow_twins_loss, projector
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -108,7 +108,7 @@ def test_projector(layers):
 
 
 def views(size=8, channels=3, stats=STATS, hflip=True, min_crop=0.3, jitter=0.5):
-    return TwoViews(size, channels, stats, hflip=hflip, min_crop=min_crop, jitter=jitter)
+    return TwoViews((channels, size, size), stats, hflip=hflip, min_crop=min_crop, jitter=jitter)
 
 
 def test_two_views_are_reproducible_and_differ():

@@ -15,8 +15,7 @@ import test as test_command
 import test_scratch
 import train
 from evaluation.target import Representation
-from krr_st import baselines, demo
-from krr_st.target import __main__ as target
+from krr_st import baselines, demo, target
 from utils import checkpoint
 from utils.errors import UserError
 

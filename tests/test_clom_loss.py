@@ -9,13 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clom.loss import CLoM, clom_ce, clom_ce_mean, clom_cosine
+from clom.loss import CLoM, ModelPool, clom_ce, clom_ce_mean, clom_cosine
 from clom.plugin import RealFeatures
-from clom.pool import Family, TeacherPool
 from data.real_data import RealImages
 from data.specs import Stats
 from models import get_network
-from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 N, M, D, K = 7, 5, 6, 3
@@ -180,9 +178,10 @@ def test_embed_or_output_of_any_module(real):
 
 
 def _skip_draws():
-    """The generator of CLoM after it has drawn a model."""
+    """The generator of CLoM after it has drawn a family and a model of it."""
     generator = torch.Generator().manual_seed(0)
-    torch.randint(1, (1,), generator=generator)
+    for _ in range(2):
+        torch.randint(1, (1,), generator=generator)
     return generator
 
 
@@ -235,8 +234,8 @@ def test_misuse_is_named(real):
         CLoM([], real=real)
     with pytest.raises(ValueError, match="30 images but 29 labels"):
         CLoM(tiny_net(), real=(real[0], real[1][1:]))
-    with pytest.raises(UserError, match="no pre-trained model"):
-        TeacherPool([])
+    with pytest.raises(ValueError, match="needs a pre-trained model"):
+        ModelPool([])
 
 
 SCRIPT = """
@@ -261,7 +260,7 @@ def test_the_plug_in_stands_alone():
 
 def test_draws_are_uniform_over_architectures_and_repeat():
     nets = [tiny_net(seed=s) for s in range(3)]
-    pool = TeacherPool([Family("a", 1.0, (nets[0],)), Family("b", 5.0, (nets[1], nets[2]))])
+    pool = ModelPool([(nets[:1], 1.0), (nets[1:], 5.0)])
 
     def sequence(seed, count):
         generator = torch.Generator().manual_seed(seed)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import CPU
 
-from clom.config import DistillFlags, pair_alphas
+from clom.config import DistillFlags, pair_pool
 from clom.loss import CLoM
-from clom.pool import Teacher, find_checkpoints, load_family, load_foundation
+from clom.pool import Teacher, find_checkpoints, load_foundation, load_networks
 from data.space import Space, convert
 from data.specs import DC_SPECS, Stats
 from models import get_network
@@ -42,7 +42,7 @@ def load(name="ConvNetD1", source="CIFAR10", given=None, count=1, stats="own"):
         model_num=count,
         CLoM_teacher_stats=stats,
     )
-    return load_family(flags, name, 1.0, given, CPU)
+    return load_networks(flags, name, given, CPU)
 
 
 def test_found_models_are_the_saved_ones(workspace):
@@ -50,7 +50,7 @@ def test_found_models_are_the_saved_ones(workspace):
     family, classes = load("ConvNetBN", count=3)
     assert classes == 10
     x = torch.randn(2, 3, 32, 32)
-    for teacher, model in zip(family.models, saved, strict=True):
+    for teacher, model in zip(family, saved, strict=True):
         torch.testing.assert_close(teacher(x), model(x))
         torch.testing.assert_close(teacher.embed(x), model.embed(x))
 
@@ -90,23 +90,27 @@ def test_damaged_models_are_named(workspace):
 
 
 def test_alphas():
-    assert pair_alphas(["a", "b"], [3.0]) == [3.0, 3.0]
-    assert pair_alphas(["a", "b"], [3.0, 4.0]) == [3.0, 4.0]
+    def alphas(*values):
+        pool = DistillFlags(models_pool=("ConvNet", "MLP"), alphas=values)
+        return pair_pool(pool)
+
+    assert alphas(3.0) == [("ConvNet", 3.0), ("MLP", 3.0)]
+    assert alphas(3.0, 4.0) == [("ConvNet", 3.0), ("MLP", 4.0)]
     with pytest.raises(UserError, match="3 values for the 2 names"):
-        pair_alphas(["a", "b"], [1.0, 2.0, 3.0])
+        alphas(1.0, 2.0, 3.0)
 
 
 def test_teachers_do_not_drift_and_take_no_gradient(workspace):
     save_model("ConvNetBN")
     family, _ = load("ConvNetBN")
     x_real, y = torch.randn(8, 3, 32, 32), torch.arange(8) % 10
-    clom = CLoM([family.models[0].train()], real=(x_real, torch.arange(8)), batch_size=8)
-    before = {k: v.clone() for k, v in family.models[0].state_dict().items()}
+    clom = CLoM([family[0].train()], real=(x_real, torch.arange(8)), batch_size=8)
+    before = {k: v.clone() for k, v in family[0].state_dict().items()}
     x = torch.randn(4, 3, 32, 32, requires_grad=True)
     clom(x, y[:4]).backward()
-    after = family.models[0].state_dict()
+    after = family[0].state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items())
-    assert all(p.grad is None and not p.requires_grad for p in family.models[0].parameters())
+    assert all(p.grad is None and not p.requires_grad for p in family[0].parameters())
     assert x.grad.abs().sum() > 0
 
 
@@ -137,8 +141,8 @@ def test_sources_of_another_size_and_channel_count(workspace):
     family, _ = load(source="MNIST", given=SMALL)
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     own = convert(x, SMALL, Space(GRAY, 1, (28, 28)))
-    torch.testing.assert_close(family.models[0](x), model(own))
-    family.models[0](x).sum().backward()
+    torch.testing.assert_close(family[0](x), model(own))
+    family[0](x).sum().backward()
     assert x.grad.abs().sum() > 0
 
 
@@ -146,7 +150,7 @@ def test_images_in_the_statistics_of_the_source_or_of_the_target(workspace):
     """The released code gives models of another source the target's images as they are."""
     model, cifar = save_model("ConvNetD1", "SVHN"), DC_SPECS["CIFAR10"].stats[32]
     given, x = Space(cifar, 3, (32, 32)), torch.randn(2, 3, 32, 32)
-    own, target = (load(source="SVHN", given=given, stats=s)[0].models[0] for s in ("own", "target"))
+    own, target = (load(source="SVHN", given=given, stats=s)[0][0] for s in ("own", "target"))
     mean, std, to_mean, to_std = (
         torch.tensor(v).view(1, 3, 1, 1)
         for stats in (cifar, DC_SPECS["SVHN"].stats[32])
@@ -162,7 +166,7 @@ def test_images_in_the_statistics_of_the_source_or_of_the_target(workspace):
     facts = {"img_shape": [1, 32, 32], "mean": GRAY.mean, "std": GRAY.std, "num_classes": 10}
     path = "pretrained_model/MNIST/original/ConvNetD1/index_0/config.json"
     checkpoint.write_text(path, json.dumps(facts))
-    (target,) = load(source="MNIST", given=given, stats="target")[0].models
+    (target,) = load(source="MNIST", given=given, stats="target")[0]
     torch.testing.assert_close(target(x), gray(x.mean(1, keepdim=True)))
 
 
@@ -177,7 +181,7 @@ def test_config_beside_the_checkpoint_states_the_space(workspace):
     assert classes == 10
     x = torch.randn(2, 3, 8, 8)
     unit = Space(Stats((0.0,) * 3, (1.0,) * 3), 3, (8, 8))
-    torch.testing.assert_close(family.models[0](x), model(convert(x, SMALL, unit)))
+    torch.testing.assert_close(family[0](x), model(convert(x, SMALL, unit)))
 
 
 def _vit(hf):
@@ -235,8 +239,7 @@ def test_foundation_models(workspace, make, width):
     model, processor = make(transformers)
     model.save_pretrained("foundation")
     processor.save_pretrained("foundation")
-    family = load_foundation("hf:foundation", alpha=7.0, given=SMALL, device=CPU)
-    (teacher,) = family.models
+    teacher = load_foundation("hf:foundation", SMALL, CPU)
     assert isinstance(teacher, Teacher) and teacher.own.size == (12, 12)
     assert teacher.own.stats.mean == tuple(processor.image_mean)
     clom = CLoM(teacher, real=(torch.randn(6, 3, 8, 8), torch.arange(6) % 3), batch_size=6)
@@ -264,8 +267,8 @@ def load_features(x):
     found = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        family = load_foundation("hf:foundation", alpha=1.0, given=SMALL, device=CPU)
-        found.append(family.models[0].embed(x))
+        teacher = load_foundation("hf:foundation", SMALL, CPU)
+        found.append(teacher.embed(x))
     return found
 
 
@@ -277,7 +280,7 @@ def test_features_hold_nothing_untrained_or_random(workspace):
     classifier = hf.ViTForImageClassification(hf.ViTConfig(**_TINY)).eval()
     save_foundation(classifier)
     first, second = load_features(x)
-    own = load_foundation("hf:foundation", alpha=1.0, given=SMALL, device=CPU).models[0].own
+    own = load_foundation("hf:foundation", SMALL, CPU).own
     expected = classifier.vit(convert(x, SMALL, own, "bilinear")).last_hidden_state[:, 0]
     torch.testing.assert_close(first, expected)
     assert torch.equal(first, second)
@@ -296,7 +299,7 @@ def test_features_hold_nothing_untrained_or_random(workspace):
 def test_foundation_models_that_cannot_be_had(workspace):
     pytest.importorskip("transformers")
     with pytest.raises(UserError, match=r"hf:\./nowhere: the folder nowhere does not exist"):
-        load_foundation("hf:./nowhere", alpha=1.0, given=SMALL, device=CPU)
+        load_foundation("hf:./nowhere", SMALL, CPU)
     (workspace / "empty").mkdir()
     with pytest.raises(UserError, match=r"hf:\./empty cannot be loaded"):
-        load_foundation("hf:./empty", alpha=1.0, given=SMALL, device=CPU)
+        load_foundation("hf:./empty", SMALL, CPU)

@@ -113,7 +113,7 @@ def test_published_batch_of_mobilenet_is_the_commands(workspace):
     checkpoint.save(get_model(NET, (3, 64, 64), 4).state_dict(), "teacher_ckpt/teacher_goal.pt")
     load_set("goal", 64)  # stores the statistics in meta.json
     flags = {"method": "frepo", "test_model": "mobilenet", "target_data_name": "goal", "device": "cpu"}
-    distillation = kd.prepare(kd.KdFlags(**flags, teacher_arch=NET))
+    distillation = kd.Distillation(kd.KdFlags(**flags, teacher_arch=NET))
     assert distillation.pretraining.recipe.batch_size == 128
     assert Transfer(TestFlags(**flags)).pretraining.recipe.batch_size == 256
 
@@ -160,8 +160,8 @@ def test_a_restart_keeps_finished_cells(goal, capsys, monkeypatch):
 def test_batch_mode_keeps_the_teacher_in_train_mode(goal, monkeypatch):
     """As released: it labels by the batch's statistics while its running statistics drift."""
     calls, shared = recorded(monkeypatch), []
-    real = kd.prepare
-    monkeypatch.setattr(kd, "prepare", lambda flags: shared.append(real(flags)) or shared[-1])
+    real = kd.Distillation
+    monkeypatch.setattr(kd, "Distillation", lambda flags: shared.append(real(flags)) or shared[-1])
     argv = [*ARGV, "--num_test", "1", "--kd_batch_size", "4", "--kd_bn"]
     assert test_kd.main([*argv, "batch"]) == test_kd.main([*argv, "running"]) == 0
     teacher = get_model(NET, (3, 8, 8), 4)
@@ -285,7 +285,7 @@ def test_scratch_differs_from_random_features_by_its_pre_training(goal, monkeypa
     assert "synthetic_data/tiny/random_features" in capsys.readouterr().err
     x, y = torch.randn(6, 3, 8, 8), torch.randn(6, 5)
     SyntheticSet(x, y).save(Path("synthetic_data/tiny/random_features"))
-    shared = kd.prepare(
+    shared = kd.Distillation(
         kd.KdFlags(
             source_data_name="tiny",
             target_data_name="goal",
@@ -321,7 +321,7 @@ def test_student_keeps_the_pre_trained_backbone_and_gets_a_fresh_head(goal):
         teacher_arch=NET,
         pre_epoch=2,
     )
-    shared = kd.prepare(flags)
+    shared = kd.Distillation(flags)
     backbone = kd.build_backbone(
         NET, (3, 8, 8), shared.pretraining, dropout=0.0, seed=3, device=CPU
     ).state_dict()

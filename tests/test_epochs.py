@@ -12,8 +12,7 @@ from data.loader import TensorLoader
 from evaluation import epochs
 from evaluation.fit import Trainer
 from evaluation.recipes import sgd_by_epochs
-from krr_st import kd_teacher
-from krr_st.target import __main__ as target
+from krr_st import kd_teacher, target
 from utils.progress import FiniteGuard
 from utils.run_folder import RunFolder
 

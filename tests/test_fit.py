@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 from data.loader import TensorLoader
-from evaluation.fit import Trainer, accuracy, predict, train_step
+from data.specs import Stats
+from evaluation.fit import Trainer, accuracy, outputs, train_step
 from evaluation.recipes import Recipe, half_squared_error, sgd_by_epochs
 from utils.errors import UserError
 from utils.progress import FiniteGuard
@@ -64,7 +66,7 @@ def test_loss_falls_and_the_classes_are_told_apart():
     )
     assert losses[0] == pytest.approx(math.log(2))  # before the first step
     assert losses[-1] < 0.05 and len(losses) == 40
-    assert accuracy(predict(model, [(x[:30], None), (x[30:], None)]), y) == 100.0
+    assert accuracy(model(x), y) == 100.0
 
 
 FORMULAS = {
@@ -257,9 +259,9 @@ def test_accuracy_by_hand():
     assert accuracy(scores, torch.tensor([0, 1, 0, 1])) == 0.0
 
 
-def test_predict_joins_batches_without_gradients():
-    model = nn.Linear(2, 3)
-    batches = [(torch.ones(4, 2), None), (torch.zeros(1, 2), None)]
-    out = predict(model, batches)
+def test_outputs_join_batches_without_gradients():
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.rand(5, 1, 2, 2)
+    image_set = SimpleNamespace(stats=Stats((0.5,), (2.0,)), size=2)
+    out = outputs(model, images, image_set, CPU, batch_size=4)
     assert out.shape == (5, 3) and not out.requires_grad
-    torch.testing.assert_close(out[4], model.bias.detach())
+    torch.testing.assert_close(out, model((images - 0.5) / 2).detach())

@@ -200,6 +200,14 @@ def test_bad_flags_of_dm(tiny, capsys, given, words):
 
 
 def test_a_set_that_names_no_classes(tiny, capsys):
+    """Its labels say how many there are."""
     Path("datasets/tiny/meta.json").unlink()
+    assert run("dm", "a", "--dry_run") == 0
+    printed = capsys.readouterr().out
+    assert f'"ipc": {IMAGES // CLASSES},' in printed and not Path("datasets/tiny/meta.json").exists()
     argv = ["--method", "dm", *SHARED.split(), *SMALL[DistillFlags].split()]
-    fails(capsys, train, argv, "meta.json", "--ipc")
+    fails(capsys, train, [*argv, "--num_images", "9"], "--num_images 9", f"{CLASSES} classes")
+    labels = sorted(Path("datasets/tiny").glob("Y_*"))
+    for path in labels:
+        path.unlink()
+    fails(capsys, train, argv, "--num_images", "no labelled training images")

@@ -30,12 +30,16 @@ def make_optimizer(model):
     return optimizer
 
 
+def make_network(seed):
+    model = make_model(seed)
+    return model, make_optimizer(model)
+
+
 def make_pool(size=2, max_steps=3, seed=0, reset="paper"):
     BUILT.clear()
     TAKEN.clear()
     return ModelPool(
-        make_model,
-        make_optimizer,
+        make_network,
         size=size,
         max_steps=max_steps,
         generator=torch.Generator().manual_seed(seed),

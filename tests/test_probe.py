@@ -7,8 +7,14 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from evaluation.probe import few_shot_indices, knn_scores, label_fraction_indices, linear_probe, standardize
-from evaluation.protocols import frozen_accuracy
+from evaluation.probe import (
+    few_shot_indices,
+    frozen_accuracy,
+    knn_scores,
+    label_fraction_indices,
+    linear_probe,
+    standardize,
+)
 from utils.errors import UserError
 
 LABELS = torch.tensor([0, 1, 2, 0, 0, 1, 2, 2, 0, 1, 4, 4, 4, 0])  # class 3 does not occur

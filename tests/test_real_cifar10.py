@@ -13,8 +13,7 @@ from data.load import load_set
 from data.meta import measure_statistics
 from data.prepare.check import check_prepared
 from data.specs import find_row
-from krr_st import baselines
-from krr_st.target import __main__ as target
+from krr_st import baselines, target
 
 ROOT = Path(__file__).resolve().parents[1]
 UNPACK = ROOT.parent / "shared" / "data" / "unpack_cifar10.py"

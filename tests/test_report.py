@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from utils import report
-from utils.plots import numbers, read_series
-from utils.run_folder import RunFolder
+from utils.run_folder import RunFolder, numbers, read_series
 
 
 def make_run(path="run", steps=5, **options):

@@ -15,16 +15,7 @@ from evaluation.measure import CellStore, read_cells
 from utils import checkpoint
 from utils.errors import UserError
 from utils.locks import in_use, is_left_over
-from utils.run_folder import (
-    RunFolder,
-    claim_run,
-    forget_run,
-    has_state,
-    load_run,
-    previous_path,
-    read_state,
-    save_run,
-)
+from utils.run_folder import RunFolder, claim_run, forget_run, load_run, previous_path, read_state, save_run
 
 
 def model(value):
@@ -54,7 +45,7 @@ def test_the_save_before_stays(saved):
     assert checkpoint.load(previous_path(saved))["step"] == 1
     assert sorted(p.name for p in saved.parent.iterdir()) == ["state.prev.pt", "state.pt"]
     forget_run(saved)
-    assert not has_state(saved) and list(saved.parent.iterdir()) == []
+    assert read_state(saved) is None and list(saved.parent.iterdir()) == []
 
 
 def test_a_state_of_another_experiment_is_left_alone(saved, tmp_path):
@@ -109,7 +100,7 @@ def test_both_damaged(saved):
 
 def test_killed_between_the_two_renames(saved, capsys):
     saved.unlink()
-    assert has_state(saved) and loaded(saved) == 1
+    assert read_state(saved)["step"] == loaded(saved) == 1
     assert capsys.readouterr().out == ""  # nothing is damaged
 
 

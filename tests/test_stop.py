@@ -15,9 +15,8 @@ import train_original_models
 from clom.dm import DistributionMatching
 from evaluation.linear import LinearEvaluation
 from evaluation.target import Representation
-from krr_st import kd_teacher, setup
+from krr_st import kd_teacher, setup, target
 from krr_st.krr_st import KRRST
-from krr_st.target import __main__ as target
 from utils import checkpoint
 from utils.errors import entry_point
 from utils.progress import LossWindow

@@ -369,7 +369,7 @@ def test_sets_that_must_not_be_mirrored_are_not_mirrored_by_dsa(tiny):
             teacher_arch=NET,
             teacher_ckpt=Path("teacher.pt"),
         )
-        return pretraining.recipe.dsa, kd.prepare(flags).recipe.dsa
+        return pretraining.recipe.dsa, kd.Distillation(flags).recipe.dsa
 
     write_set("datasets", "goal")
     torch.manual_seed(0)

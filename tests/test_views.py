@@ -182,8 +182,8 @@ def test_no_room_for_a_table(tmp_path):
     ],
 )
 def test_plan(mode, keep, draws, free, kind):
-    plan = plan_views(mode, DTYPES["fp32"], rows=1000, dim=128, draws=draws, free=free, keep=keep)
-    assert plan.kind == kind
+    found, _ = plan_views(mode, DTYPES["fp32"], rows=1000, dim=128, draws=draws, free=free, keep=keep)
+    assert found == kind
 
 
 # --- as commands ---

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.locks import in_use, is_left_over
 from utils.memory import is_out_of_memory
 
@@ -78,7 +78,7 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
         try:
             write(file)
         except RuntimeError as error:  # torch reports a full disk this way
-            raise OSError(str(error).splitlines()[0]) from error
+            raise OSError(first_line(error)) from error
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -94,10 +94,8 @@ def save(obj: Any, path: Path | str) -> None:
 def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
     """Read a file written by `torch.save` onto the CPU without executing code from it.
 
-    Args:
-        path: the file.
-        what: what the file should be, for the error message ("target checkpoint", ...).
-        mmap: map the storage instead of reading it (large tensors).
+    `what` the file should be goes into error messages ("target checkpoint"). `mmap` maps the
+    storage instead of reading it (large tensors).
 
     Raises:
         UserError: missing, truncated, not a torch file, too large for the memory, or it names a
@@ -108,56 +106,48 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
         raise UserError(f"{what} {path} does not exist")
     if path.is_dir():
         raise UserError(f"{what} {path} is a folder; expected a file")
+    if not mmap:
+        check_sums(path, what=what)
     try:
-        if not mmap:
-            check_sums(path, what=what)
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensors of kinds that are refused further on
             mapped = mmap and zipfile.is_zipfile(path)  # the older torch format cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except UserError:
-        raise
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = "is not a torch file"
         if refused:
-            raise UserError(
-                f"{what} {path} is refused: loading it would run {refused.group(1)}; "
-                "expected tensors and plain containers only"
-            ) from None
-        raise UserError(f"{what} {path} is not a torch file") from None
+            why = f"is refused: loading it would run {refused[1]}; "
+            why += "expected tensors and plain containers only"
+        raise UserError(f"{what} {path} {why}") from None
     except Exception as error:  # the readers below torch.load raise a dozen types on a torn file
         # EINVAL is one of them: a torn file makes a reader seek to a place that cannot be.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             reason = os.strerror(error.errno).lower()
             raise UserError(f"{what} {path} cannot be read: {reason}") from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        if is_out_of_memory(error):
-            raise _too_large(what, path, error) from None
-        raise UserError(f"{what} {path} is truncated or not a torch file ({reason})") from None
+        raise _damaged(f"{what} {path}", "is truncated or not a torch file", error) from None
 
 
-def _too_large(what: str, path: Path | str, error: BaseException) -> UserError:
-    wanted = re.search(r"(tried to allocate|unable to mmap) (\d+) bytes", str(error))
-    shown = f" ({wanted[2]} bytes were asked for)" if wanted else ""
-    return UserError(f"{what} {path} does not fit into the memory{shown}, or is damaged")
+def _damaged(file: str, verdict: str, error: Exception) -> UserError:
+    if is_out_of_memory(error):
+        wanted = re.search(r"(tried to allocate|unable to mmap) (\d+) bytes", str(error))
+        shown = f" ({wanted[2]} bytes were asked for)" if wanted else ""
+        return UserError(f"{file} does not fit into the memory{shown}, or is damaged")
+    return UserError(f"{file} {verdict} ({first_line(error).split('. ')[0]})")
 
 
 def check_sums(path: Path | str, *, what: str = "file") -> None:
-    """Compare the content of a torch file with its checksums: torch writes and never reads them.
+    """Raise a UserError where a torch file's checksums are wrong: torch writes, never reads them.
 
-    Raises:
-        UserError: they differ. What is no torch file at all passes.
+    What is no torch file at all passes.
     """
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             torn = archive.testzip()
-    except MemoryError as error:
-        raise _too_large(what, path, error) from None
     except Exception as error:  # zipfile raises half a dozen types on a damaged header
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{what} {path} is damaged ({reason})") from None
+        raise _damaged(f"{what} {path}", "is damaged", error) from None
     if torn is not None:
         raise UserError(f"{what} {path} is damaged: the checksum of {torn} is wrong")
 
@@ -171,11 +161,7 @@ def load_tensor(path: Path | str, *, what: str = "tensor file", mmap: bool = Fal
 
 
 def load_state(path: Path | str, *, what: str = "checkpoint") -> dict[str, torch.Tensor]:
-    """Read a plain state dict (name -> tensor).
-
-    Raises:
-        UserError: unreadable, or not a mapping of names to tensors.
-    """
+    """Like `load`, and the content must be a plain state dict (name -> tensor)."""
     state = load(path, what=what)
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
@@ -189,10 +175,8 @@ def apply_state(
 ) -> None:
     """Load `state` into `model`; keys under the prefixes in `skip` (the head) are left alone.
 
-    A model that has `renamed(state)` brings the names of published variants to its own first.
-
-    Raises:
-        UserError: any other missing, unexpected or differently shaped key, each one named.
+    A model that has `renamed(state)` brings the names of published variants to its own first. A
+    UserError names all other missing, unexpected or differently shaped keys.
     """
     state = getattr(model, "renamed", dict)(state)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(skip)}

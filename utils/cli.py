@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
+import operator
 import sys
-import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
@@ -28,26 +29,13 @@ def flag(
 ) -> Any:
     """Declare one flag of a config dataclass.
 
-    Args:
-        default: value when the flag is absent; None means "resolved later" (preset, autodetect).
-        help: one line with unit and meaning, shown by --help.
-        choices: the finite set of allowed strings.
-        minimum: smallest allowed number (inclusive).
-        above: exclusive lower bound.
-        maximum: largest allowed number (inclusive).
-        also: further names of the flag.
-        identity: whether two runs that differ in it are different runs; False for what only says
-            where, how fast or how verbosely the same thing is computed.
+    A default of None means "resolved later" (preset, autodetect); `help` says unit and meaning in
+    one line. A number is at least `minimum`, greater than `above` and at most `maximum`. `also` are
+    further names. `identity` is False for what only says where, how fast or how verbosely the same
+    thing is computed: two runs that differ in it are one run.
     """
-    metadata = dict(
-        help=help,
-        choices=choices,
-        minimum=minimum,
-        above=above,
-        maximum=maximum,
-        also=also,
-        identity=identity,
-    )
+    limits = dict(minimum=minimum, above=above, maximum=maximum)
+    metadata = dict(help=help, choices=choices, also=also, identity=identity, **limits)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -73,38 +61,38 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _base_type(annotation: Any) -> tuple[type, bool]:
-    """`int | None` -> (int, False); `tuple[int, ...]` -> (int, True): one or more values."""
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
-    if typing.get_origin(annotation) is tuple:
-        return typing.get_args(annotation)[0], True
-    return annotation, False
+def _whole(text: str) -> int:
+    """Published command lines write counts as 1e3 or 256.0, too."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        if not value.is_integer():
+            raise
+        return int(value)
 
 
-def _number(kind: type, metadata: Any) -> Any:
-    low, above, high = metadata["minimum"], metadata["above"], metadata["maximum"]
+_LIMITS = {
+    "minimum": ("at least", operator.ge),
+    "above": ("greater than", operator.gt),
+    "maximum": ("at most", operator.le),
+}
+
+
+def _number(kind: type, metadata: Mapping[str, Any]) -> Callable[[str], float]:
+    """The type of a flag that is an int or a float within its limits."""
 
     def convert(text: str) -> float:
         try:
-            value = kind(text)
+            value = _whole(text) if kind is int else float(text)
         except ValueError:
-            if kind is int:  # published command lines write counts as 1e3 or 256.0
-                try:
-                    as_float = float(text)
-                except ValueError:
-                    as_float = 0.5
-                if as_float.is_integer():
-                    return convert(str(int(as_float)))
             raise argparse.ArgumentTypeError(f"expected {kind.__name__}, got {text!r}") from None
-        if value != value or value in (float("inf"), float("-inf")):
+        if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
-        if low is not None and value < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, got {text}")
-        if above is not None and value <= above:
-            raise argparse.ArgumentTypeError(f"must be greater than {above}, got {text}")
-        if high is not None and value > high:
-            raise argparse.ArgumentTypeError(f"must be at most {high}, got {text}")
+        for name, (words, holds) in _LIMITS.items():
+            limit = metadata[name]
+            if limit is not None and not holds(value, limit):
+                raise argparse.ArgumentTypeError(f"must be {words} {limit}, got {text}")
         return value
 
     return convert
@@ -114,50 +102,6 @@ def _spelling(kind: type, allowed: tuple[str, ...] | None) -> Any:
     """Names are matched without case."""
     known = {name.lower(): name for name in allowed or ()}
     return kind if not known else lambda text: known.get(text.lower(), text)
-
-
-def build_parser(
-    config_class: type,
-    *,
-    prog: str,
-    description: str,
-    choices: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
-) -> argparse.ArgumentParser:
-    """Make the parser of a config dataclass; every field is one `--flag`.
-
-    Args:
-        config_class: the flags.
-        prog: the command, for --help.
-        description: what it does, for --help.
-        choices: allowed strings of flags whose declaration cannot know them.
-    """
-    parser = _Parser(
-        prog=prog,
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        kind, several = _base_type(hints[field.name])
-        default = " ".join(map(str, field.default or ())) if several else field.default
-        shown = "" if field.default is None or kind is bool else f" [{default}]"
-        help_text = (field.metadata["help"] + shown).replace("%", "%%")
-        names = [f"--{name}" for name in (field.name, *field.metadata["also"])]
-        common = dict(dest=field.name, default=field.default, help=help_text)
-        if kind is bool:
-            parser.add_argument(*names, action="store_true", **common)
-            continue
-        allowed = choices.get(field.name, field.metadata["choices"])
-        parser.add_argument(
-            *names,
-            **common,
-            type=_number(kind, field.metadata) if kind in (int, float) else _spelling(kind, allowed),
-            nargs="+" if several else None,
-            choices=allowed,
-            metavar=None if allowed else kind.__name__.upper(),
-        )
-    return parser
 
 
 def parse(
@@ -180,15 +124,34 @@ def parse(
         description: what it does, for --help.
         recipes: what each value of `--recipe` puts in place of other flags' defaults; explicit
             flags take precedence.
-        choices: as in `build_parser`.
+        choices: allowed strings of flags whose declaration cannot know them.
         defaults: in place of the declared ones.
-        no_effect: flags of published command lines that change nothing here, and why; one that is
-            given is answered with one line.
+        no_effect: flags of published command lines that change nothing here, and why: said in one
+            line where they are given.
 
     Raises:
         SystemExit: code 2 after one line for a bad flag, code 0 after --help.
     """
-    parser = build_parser(config_class, prog=prog, description=description, choices=choices)
+    plain_help = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain_help)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        hint, default = hints[field.name], field.default
+        kind, *_ = typing.get_args(hint) or [hint]  # of `int | None`, of `tuple[int, ...]`
+        several = typing.get_origin(hint) is tuple
+        allowed = choices.get(field.name, field.metadata["choices"])
+        options: dict[str, Any] = dict(action="store_true")
+        if kind is not bool:
+            options = dict(nargs="+" if several else None, choices=allowed)
+            options["type"] = (
+                _number(kind, field.metadata) if kind in (int, float) else _spelling(kind, allowed)
+            )
+            options["metavar"] = None if allowed else kind.__name__.upper()
+        plain = " ".join(map(str, default or ())) if several else default
+        shown = "" if default is None or kind is bool else f" [{plain}]"
+        help_text = (field.metadata["help"] + shown).replace("%", "%%")
+        names = [f"--{name}" for name in (field.name, *field.metadata["also"])]
+        parser.add_argument(*names, dest=field.name, default=default, help=help_text, **options)
     parser.set_defaults(**defaults)
     for name, why in no_effect.items():
         parser.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=f"no effect: {why}")

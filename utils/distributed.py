@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,14 +16,8 @@ from torch import Tensor
 _PATIENCE = timedelta(hours=12)
 
 
-@dataclass(frozen=True)
-class Group:
-    """The processes of a run; with one process every method does nothing.
-
-    Attributes:
-        rank: number of this process.
-        ranks: number of processes.
-    """
+class Group(NamedTuple):
+    """The processes of a run: this one's number, and how many; alone, every method does nothing."""
 
     rank: int = 0
     ranks: int = 1
@@ -33,11 +26,6 @@ class Group:
     def first(self) -> bool:
         """Whether this process writes files and prints."""
         return self.rank == 0
-
-    @property
-    def shard(self) -> tuple[int, int]:
-        """(rank, ranks), as loaders take it."""
-        return self.rank, self.ranks
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Replace float tensors of one dtype and device by their mean over the processes."""
@@ -49,44 +37,32 @@ class Group:
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def from_first(self, value: Any) -> Any:
-        """A plain value of the first process, on all of them; waits for it."""
+    def gathered(self, value: Any) -> list[Any]:
+        """A plain value of every process, by rank; all of them have to ask, and wait."""
         if self.ranks == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def any(self, value: bool) -> bool:
-        """Whether `value` is true on any process; all of them have to ask."""
-        if self.ranks == 1:
-            return value
-        answers: list[Any] = [None] * self.ranks
-        dist.all_gather_object(answers, value)
-        return any(answers)
+            return [value]
+        values: list[Any] = [None] * self.ranks
+        dist.all_gather_object(values, value)
+        return values
 
 
-ALONE = Group()
-
-
-def launched() -> bool:
+def _launched() -> bool:
     """Whether torchrun (or its like) started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def local_gpu(default: int) -> int:
     """Which GPU of its machine this process uses: its local rank under torchrun, else `default`."""
-    return int(os.environ.get("LOCAL_RANK", default)) if launched() else default
+    return int(os.environ.get("LOCAL_RANK", default)) if _launched() else default
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[Group]:
     """Join the processes torchrun started; alone otherwise. NCCL on CUDA, gloo elsewhere."""
-    if not launched():
-        yield ALONE
+    if not _launched():
+        yield Group()
         return
-    cuda = device.type == "cuda"
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Group(dist.get_rank(), dist.get_world_size())
     finally:
@@ -96,7 +72,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
 @contextlib.contextmanager
 def quiet_unless_first() -> Iterator[None]:
     """Drop what processes other than the first print to stdout."""
-    if not launched() or os.environ["RANK"] == "0":
+    if not _launched() or os.environ["RANK"] == "0":
         yield
         return
     with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):

@@ -17,12 +17,13 @@ class UserError(ValueError):
     """Bad input: the message is one line that names the file or flag and what was expected."""
 
 
-def pick(table: Mapping[str, T], name: str, what: str) -> T:
-    """Look `name` up in a dispatch table.
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-    Raises:
-        UserError: unknown name; the message lists the valid ones.
-    """
+
+def pick(table: Mapping[str, T], name: str, what: str) -> T:
+    """Look `name` up in a dispatch table; a UserError lists the valid ones."""
     if name not in table:
         raise UserError(f"unknown {what} {name!r}; valid: {', '.join(sorted(table))}")
     return table[name]

@@ -10,14 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def forward_flops(make_model: Callable[[], nn.Module], img_shape: tuple[int, int, int]) -> int:
-    """Floating-point operations of one image's forward pass.
-
-    Args:
-        make_model: builds the network; called where tensors have no data.
-        img_shape: (C, H, W).
-    """
-    with torch.device("meta"):
-        model = make_model().eval()
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, *img_shape))
+    """Floating-point operations of one (C, H, W) image's forward pass; no tensor has data."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        make_model().eval()(torch.empty(1, *img_shape))
     return counter.get_total_flops()

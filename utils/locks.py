@@ -1,7 +1,7 @@
 """Work shared by several processes on one folder: who has claimed what.
 
-The locks are the operating system's, by filelock: they die with their process, at once and without a
-trace, and a process that is only suspended keeps its own.
+The locks are the operating system's, by filelock: they die with their process, at once and without
+a trace, and a process that is only suspended keeps its own.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ _ASKING = 0.3
 
 
 class Claims:
-    """The claims of one folder.
+    """The claims of one folder, which is made at the first one; shared by all processes.
 
-    Args:
-        folder: shared by all processes; made at the first claim. Another name of the same folder
-            (a link) means the same claims.
+    Another name of the same folder (a link) means the same claims.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -38,11 +36,7 @@ class Claims:
 
     @contextlib.contextmanager
     def claim(self, name: str, patience: float = _ASKING) -> Iterator[bool]:
-        """Try to claim `name` (a file name); yields whether it is ours inside the block.
-
-        Raises:
-            UserError: the folder cannot be written.
-        """
+        """Try to claim `name` (a file name); yields whether it is ours inside the block."""
         path = self.folder / f"{name}.lock"
         lock = FileLock(path)
         try:
@@ -82,6 +76,17 @@ def exclusively(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _flock(path: Path, kind: int) -> Iterator[None]:
+    """Lock a file or folder itself; raises OSError where it is locked or cannot be."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def in_use(path: Path) -> Iterator[None]:
     """Mark a temporary file or folder as in use for the block, or until this process dies.
 
@@ -90,19 +95,13 @@ def in_use(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
             with contextlib.suppress(OSError):
-                handle = os.open(path, os.O_RDONLY)
-                stack.callback(os.close, handle)
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                stack.enter_context(_flock(path, fcntl.LOCK_SH))
         yield
 
 
 def is_left_over(path: Path) -> bool:
     """Whether nobody uses a temporary file or folder: the process that made it was killed."""
-    if fcntl is None:
-        return False
-    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        stack.callback(os.close, handle)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
+    if fcntl is not None:
+        with contextlib.suppress(OSError), _flock(path, fcntl.LOCK_EX):
+            return True
     return False

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 # mallopt(3): number of a parameter -> value that keeps freed memory, value that glibc settles on.
 MALLOC = {
@@ -29,21 +29,17 @@ def keep_freed_memory(keep: bool = True) -> bool:
 
     Otherwise each large tensor of each step is mapped, zeroed page by page and unmapped again: half
     the time of DC's published evaluation on two CPU cores. The process then stays as large as it
-    once was, or 2 GB smaller.
+    once was, or 2 GB smaller. `keep=False` goes back to glibc's ways and returns what is free.
 
-    Args:
-        keep: True; False goes back to glibc's ways and returns what is free to the system.
-
-    Returns:
-        Whether anything was changed: not without glibc, and not where the environment tunes it
-        (MALLOC_..., GLIBC_TUNABLES).
+    Returns whether anything was changed: not without glibc, and not where the environment tunes it
+    (MALLOC_..., GLIBC_TUNABLES).
     """
     tuned = any(name.startswith("MALLOC_") for name in os.environ)
     tuned |= "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if tuned or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    done = [libc.mallopt(number, kept if keep else usual) for number, (kept, usual) in MALLOC.items()]
+    done = [libc.mallopt(number, values[0 if keep else 1]) for number, values in MALLOC.items()]
     if not keep:
         libc.malloc_trim(0)
     return all(done)
@@ -60,11 +56,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 class SplitBatches:
     """Calls a function of independent rows on the whole batch, or on parts that fit the memory.
 
-    The result is the same: every row is computed from itself alone. A size that did not fit is
-    remembered.
-
-    Args:
-        function: (B, ...) and perhaps more arguments -> (B, ...), without gradient, in eval mode.
+    `function` takes (B, ...) and perhaps more arguments, and gives (B, ...), without gradient, in
+    eval mode: the result is the same either way. A size that did not fit is remembered.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -72,11 +65,7 @@ class SplitBatches:
         self.limit: int | None = None
 
     def __call__(self, x: Tensor, *more: Any) -> Tensor:
-        """The function's value on all rows of x; `more` goes along with every part.
-
-        Raises:
-            torch.OutOfMemoryError: not even one row fits.
-        """
+        """The function's value on all rows of x; `more` goes along with every part."""
         while True:
             size = min(len(x), self.limit or len(x))
             try:
@@ -94,19 +83,15 @@ class SplitBatches:
 
 @contextlib.contextmanager
 def out_of_memory_says(device: torch.device, knobs: str) -> Iterator[None]:
-    """Turn an out-of-memory error in the block into one line that names what to change.
+    """Turn an out-of-memory error in the block into a UserError of one line.
 
-    Args:
-        device: where it happens.
-        knobs: flags that need less, in words.
-
-    Raises:
-        UserError: in place of the error.
+    It names `knobs`, the flags that need less, in words.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or ["MemoryError"])[0]
-        raise UserError(f"{device} is out of memory: {knobs}; the last save is kept ({reason})") from None
+        raise UserError(
+            f"{device} is out of memory: {knobs}; the last save is kept ({first_line(error)})"
+        ) from None

@@ -14,16 +14,9 @@ from utils.errors import pick
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled per tensor by ‖w‖ / ‖gradient + decay·w‖.
+    """SGD with momentum whose step is scaled per tensor by trust · ‖w‖ / ‖gradient + decay·w‖.
 
     Vectors (biases, normalisation) get neither decay nor scaling, as is usual for Barlow Twins.
-
-    Args:
-        params: parameters.
-        lr: learning rate.
-        momentum: in [0, 1).
-        weight_decay: L2 coefficient on matrices.
-        trust: trust coefficient.
 
     Source: You et al., "Large Batch Training of Convolutional Networks", arXiv 1708.03888, alg. 1.
     """
@@ -64,48 +57,32 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-def _adam(params: Any, lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=lr, weight_decay=wd, fused=_fused(params))
-
-
-def _sgd(params: Any, lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=wd, fused=_fused(params))
-
-
 def _fused(params: list[Any]) -> bool | None:
     """One kernel for all tensors on CUDA; elsewhere torch's own choice."""
     tensors = [t for p in params for t in (p["params"] if isinstance(p, dict) else [p])]
     return True if all(t.is_cuda for t in tensors) else None
 
 
-def _lars(params: Any, lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
-    return LARS(params, lr=lr, momentum=momentum, weight_decay=wd)
+def _adam(params: list[Any], lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr, weight_decay=wd, fused=_fused(params))
 
 
-OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "lars": _lars}
+def _sgd(params: list[Any], lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr, momentum, weight_decay=wd, fused=_fused(params))
+
+
+OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "lars": LARS}
 
 
 def make_optimizer(
     name: str, params: Iterable[Any], *, lr: float, momentum: float = 0.9, wd: float = 0.0
 ) -> torch.optim.Optimizer:
-    """Make an optimiser; `adam` means AdamW, as in the published flags.
+    """Make an optimiser of OPTIMIZERS; `adam` means AdamW, as in the published flags.
 
-    Args:
-        name: sgd, adam, adamw or lars.
-        params: what to optimise: tensors, or torch's groups with values of their own.
-        lr: learning rate.
-        momentum: for sgd and lars.
-        wd: weight decay (decoupled for adam).
+    `params` are tensors, or torch's groups with values of their own. `momentum` is for sgd and
+    lars; the weight decay `wd` is decoupled for adam.
     """
     return pick(OPTIMIZERS, name, "optimiser")(list(params), lr, momentum, wd)
-
-
-def _constant(step: int, steps: int, warmup: int) -> float:
-    return 1.0
-
-
-def _linear_to_1e_3(step: int, steps: int, warmup: int) -> float:
-    return 1.0 + (1e-3 - 1.0) * min(step / steps, 1.0)
 
 
 def _cosine(step: int, steps: int, warmup: int) -> float:
@@ -114,15 +91,12 @@ def _cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min((step - warmup) / max(1, steps - warmup), 1.0)))
 
 
-def _tenth_at_half(step: int, steps: int, warmup: int) -> float:
-    return 1.0 if step < steps // 2 else 0.1
-
-
+# (step, steps, warm-up steps) -> factor of the learning rate
 SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
-    "constant": _constant,
-    "linear": _linear_to_1e_3,
+    "constant": lambda step, steps, warmup: 1.0,
+    "linear": lambda step, steps, warmup: 1.0 + (1e-3 - 1.0) * min(step / steps, 1.0),
     "cosine": _cosine,
-    "tenth_at_half": _tenth_at_half,
+    "tenth_at_half": lambda step, steps, warmup: 1.0 if step < steps // 2 else 0.1,
 }
 
 
@@ -131,12 +105,8 @@ def make_schedule(
 ) -> LambdaLR:
     """Learning-rate schedule over `steps` optimiser steps, stepped once after each.
 
-    Args:
-        name: constant; linear (1 to 1e-3); cosine (to 0, linear warm-up first); tenth_at_half.
-        optimizer: whose rates to scale.
-        steps: length of the run.
-        warmup: warm-up steps (cosine only).
-        every: steps for which the rate stays as it is, those of an epoch where it moves by epochs.
+    The names: constant; linear (1 to 1e-3); cosine (to 0, after `warmup` linear steps);
+    tenth_at_half. The rate stays as it is for `every` steps: an epoch's, where it moves by epochs.
     """
     factor = pick(SCHEDULES, name, "schedule")
     return LambdaLR(optimizer, lambda step: factor(step // every * every, steps, warmup))

@@ -1,10 +1,12 @@
-"""Pictures for people: image grids, lines, bars, the curves of a run."""
+"""Pictures for people, as PNGs written whole or not at all: image grids, lines, bars, curves.
+
+Raises:
+    UserError: from every function, where the file cannot be written.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,22 @@ from torch import Tensor
 from utils.checkpoint import atomic_path
 from utils.errors import UserError
 
+Lines = dict[str, tuple[list[float], list[float]]]  # name -> (abscissae, ordinates)
+
 
 def save_grid(
     images01: Tensor, path: Path | str, columns: int | None = None, scale: int | None = None
 ) -> None:
-    """Write images as one PNG grid.
+    """Write images as one grid.
 
     Args:
         images01: n×C×H×W float, C 1 or 3, pixels in [0, 1]; values outside are clamped.
-        path: the PNG to write, whole or not at all.
-        columns: images a row; None makes the grid about square.
+        path: the PNG to write.
+        columns: images per row; None makes the grid about square.
         scale: integer magnification without smoothing; None brings small images to 64 pixels.
 
     Raises:
-        UserError: a shape that cannot be drawn, or `path` cannot be written.
+        UserError: a shape that cannot be drawn.
     """
     from torchvision.utils import make_grid, save_image  # slow to import, and only drawing needs it
 
@@ -42,6 +46,23 @@ def save_grid(
         save_image(grid, temporary, format="PNG")
 
 
+def _panels(count: int, columns: int, width: float, height: float, dpi: int) -> tuple[Any, Any]:
+    """A figure and its `count` axes; width and height of each in inches."""
+    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
+
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, height * rows), dpi=dpi, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    return figure, grid[:count]
+
+
+def _save(figure: Any, path: Path | str) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
 def save_lines(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     path: Path | str,
@@ -53,25 +74,11 @@ def save_lines(
     title: str = "",
     legend: str = "outside right upper",
 ) -> None:
-    """Draw several lines as a PNG; a line of one point is drawn as a mark.
+    """Draw several lines, name -> (abscissae, ordinates); a line of one point becomes a mark.
 
-    Args:
-        lines: name -> (abscissae, ordinates).
-        path: the PNG to write, whole or not at all.
-        x_label: name and unit of the abscissa.
-        y_label: name and unit of the ordinate.
-        log_x: logarithmic abscissa.
-        log_y: logarithmic ordinate.
-        title: one line above.
-        legend: where the names go, as matplotlib says it.
-
-    Raises:
-        UserError: `path` cannot be written.
+    `legend` is where the names go, in matplotlib's words.
     """
-    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
-
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = _panels(1, 1, 7, 4.2, dpi=120)
     marks = iter("osD^v<>pPX*hd" * 9)
     for name, (x, y) in lines.items():
         if len(x) > 1:
@@ -79,14 +86,11 @@ def save_lines(
         else:
             axes.plot(x, y, linestyle="", marker=next(marks), label=name)
     axes.set_title(title, fontsize="medium")
-    axes.set(
-        xlabel=x_label, ylabel=y_label,
-        xscale="log" if log_x else "linear", yscale="log" if log_y else "linear",
-    )  # fmt: skip
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
     axes.grid(alpha=0.3)
     figure.legend(loc=legend, fontsize="small")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    _save(figure, path)
 
 
 def save_bar_groups(
@@ -94,110 +98,47 @@ def save_bar_groups(
     path: Path | str,
     *,
     y_label: str,
-    columns: int = 3,
 ) -> None:
-    """Draw panels of grouped bars as a PNG; a bar's name has one colour in all groups.
+    """Draw panels of grouped bars, three per row; a bar's name has one colour in all groups.
 
     Args:
         panels: title -> group -> bar name -> (height, error), or None for a gap.
-        path: the PNG to write, whole or not at all.
+        path: the PNG to write.
         y_label: name and unit of the heights.
-        columns: panels in a row of the picture.
-
-    Raises:
-        UserError: `path` cannot be written.
     """
-    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     names = list(dict.fromkeys(n for groups in panels.values() for g in groups.values() for n in g))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4 * columns, 2.6 * rows + 0.6), dpi=120, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    figure, grid = _panels(len(panels), 3, 4, 2.9, dpi=120)
     width = 0.85 / len(names)
-    for axes, (title, groups) in zip(grid, panels.items(), strict=False):
+    for axes, (title, groups) in zip(grid, panels.items(), strict=True):
         for number, name in enumerate(names):
-            found = [(at, g[name]) for at, g in enumerate(groups.values()) if g.get(name)]
+            found = [(at, *g[name]) for at, g in enumerate(groups.values()) if g.get(name)]
+            places, heights, errors = zip(*found, strict=True) if found else ((), (), ())
+            left = (number - (len(names) - 1) / 2) * width
             axes.bar(
-                [at + (number - (len(names) - 1) / 2) * width for at, _ in found],
-                [height for _, (height, _) in found], width,
-                yerr=[error for _, (_, error) in found],
-                color=f"C{number}", error_kw={"elinewidth": 0.8},
-            )  # fmt: skip
+                [place + left for place in places],
+                heights,
+                width,
+                yerr=errors,
+                color=f"C{number}",
+                error_kw={"elinewidth": 0.8},
+            )
         axes.set(title=title, ylabel=y_label, xticks=range(len(groups)), xticklabels=list(groups))
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
     handles = [Patch(color=f"C{number}", label=name) for number, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 9))
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    _save(figure, path)
 
 
-Series = dict[str, tuple[list[float], list[float]]]
-
-
-def numbers(entry: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a log entry: nested names are joined, lists become their mean.
-
-    Args:
-        entry: one object of log.jsonl.
-    """
-    found: dict[str, float] = {}
-    for name, value in entry.items():
-        if isinstance(value, bool) or name in ("step", "epoch", "iteration", "experiment"):
-            continue
-        if isinstance(value, (int, float)):
-            found[name] = float(value)
-        elif isinstance(value, list) and value and all(isinstance(v, (int, float)) for v in value):
-            found[name] = statistics.fmean(value)
-        elif isinstance(value, dict):
-            found |= {f"{name} {k}": v for k, v in numbers(value).items()}
-    return found
-
-
-def read_series(path: Path) -> Series:
-    """Name -> (steps, values) from a log.jsonl; torn lines are left out."""
-    series: Series = {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            continue
-        for name, value in numbers(entry).items():
-            steps, values = series.setdefault(name, ([], []))
-            steps.append(entry["step"])
-            values.append(value)
-    return series
-
-
-def draw_curves(series: Series, path: Path) -> None:
-    """One panel a series as a PNG; losses on a logarithmic axis where they are positive.
-
-    Args:
-        series: from `read_series`, at least one.
-        path: the PNG, whole or not at all.
-
-    Raises:
-        UserError: `path` cannot be written.
-    """
-    from matplotlib.figure import Figure  # slow to import, and only drawing needs it
-
-    columns = min(3, len(series))
-    rows = -(-len(series) // columns)
-    figure = Figure(figsize=(4.2 * columns, 2.8 * rows), dpi=100, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (name, (steps, values)) in zip(grid, series.items(), strict=False):
-        few = len(steps) < 30
-        axes.plot(steps, values, linewidth=1.2, marker="." if few else None)
+def save_curves(series: Lines, path: Path) -> None:
+    """Draw one panel per series, at least one; positive losses on a logarithmic axis."""
+    figure, grid = _panels(len(series), min(3, len(series)), 4.2, 2.8, dpi=100)
+    for axes, (name, (steps, values)) in zip(grid, series.items(), strict=True):
+        axes.plot(steps, values, linewidth=1.2, marker="." if len(steps) < 30 else None)
         logarithmic = "loss" in name and min(values) > 0
         axes.set(title=name, xlabel="step", yscale="log" if logarithmic else "linear")
         axes.grid(alpha=0.3)
-    for axes in grid[len(series) :]:
-        axes.set_axis_off()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    _save(figure, path)

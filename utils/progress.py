@@ -19,31 +19,20 @@ from utils.errors import UserError
 
 
 class Progress:
-    """The progress of a loop that may resume where another start left off.
+    """The progress of a loop that resumes after `start` of `total` units ("step"): a bar.
 
-    Args:
-        label: what runs, before the bar.
-        unit: of what is counted, such as "step".
-        start: how many are done.
-        total: how many there are to do.
-        bar: False: no bar in any case.
+    Lines instead, where nobody watches or with `bar=False`.
     """
 
     def __init__(self, label: str, unit: str, start: int, total: int, *, bar: bool = True) -> None:
         self._unit, self._total, self._reported = unit, total, start
-        self._bar = tqdm(
-            desc=label, initial=start, total=total,
-            # None: no bar where nobody watches, lines instead.
-            disable=None if bar else True, dynamic_ncols=True,
-        )  # fmt: skip
+        disable = None if bar else True  # None: no bar where nobody watches
+        self._bar = tqdm(desc=label, initial=start, total=total, disable=disable, dynamic_ncols=True)
         self._mark = time.perf_counter()
-
-    def advance(self) -> None:
-        """One more is done."""
-        self._bar.update()
+        self.advance, self.close = self._bar.update, self._bar.close
 
     def report(self, done: int, shown: str) -> float:
-        """Show values after `done` in all; returns how many a second since the last report."""
+        """Show values after `done` in all; returns how many per second since the last report."""
         now = time.perf_counter()
         speed = (done - self._reported) / max(now - self._mark, 1e-9)
         self._mark, self._reported = now, done
@@ -65,27 +54,15 @@ class Progress:
         finally:
             self._mark += time.perf_counter() - began
 
-    def write(self, line: str) -> None:
-        """Print a line beside the bar."""
-        self._bar.write(line)
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
-
 
 class LossWindow:
-    """Mean of the last `size` losses, kept on the device: reading it is the only synchronisation.
-
-    Args:
-        size: number of steps averaged.
-    """
+    """Mean of the last `size` losses, kept on the device: only `mean` synchronises."""
 
     def __init__(self, size: int) -> None:
-        self._losses: deque[torch.Tensor] = deque(maxlen=size)
+        self._losses: deque[Tensor] = deque(maxlen=size)
 
-    def add(self, loss: torch.Tensor) -> None:
-        """Take a step's loss (detached scalar); no host synchronisation."""
+    def add(self, loss: Tensor) -> None:
+        """Take a step's loss (scalar); no host synchronisation."""
         self._losses.append(loss.detach())
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,25 +83,18 @@ class LossWindow:
 
 
 class FiniteGuard:
-    """Watches the losses of a loop.
+    """Watches the losses of a loop; `what` is running, for the message.
 
     On the CPU each loss is read at once. On CUDA it is copied to pinned memory in the background
     and read one step later, so that the device always has the next step queued.
-
-    Args:
-        what: what is running, for the message.
     """
 
     def __init__(self, what: str) -> None:
         self.what = what
-        self._pending: tuple[int, Tensor, torch.cuda.Event] | None = None
+        self._pending: tuple[int, Tensor, torch.cuda.Event] | None = None  # on its way
 
     def check(self, loss: Tensor, step: int) -> None:
-        """Take the loss of `step`.
-
-        Raises:
-            UserError: this loss (CPU) or the one before (CUDA) is not finite; names its step.
-        """
+        """Raise a UserError where this loss (CPU) or the one before (CUDA) is not finite."""
         if loss.device.type != "cuda":
             self._judge(float(loss.detach()), step)
             return
@@ -152,14 +122,10 @@ class FiniteGuard:
 
 
 class Every(str):
-    """`500`: steps; `300s`: seconds. A flag's type.
-
-    Raises:
-        argparse.ArgumentTypeError: something else.
-    """
+    """The type of a flag: `500` steps, or `300s`, seconds."""
 
     def __new__(cls, text: str | int) -> Every:
-        """Check the form."""
+        """Check the form, as argparse wants it."""
         plain = re.sub(r"\.0+$", "", str(text))
         if not re.fullmatch(r"0*[1-9]\d*s?", plain):
             raise argparse.ArgumentTypeError(
@@ -169,23 +135,17 @@ class Every(str):
 
 
 class SaveTimer:
-    """Says after which steps to save. When that is decides nothing that a run computes.
-
-    Args:
-        every: steps, or seconds since the last save.
-    """
+    """Says after which steps to save. When that is decides nothing that a run computes."""
 
     def __init__(self, every: str | int) -> None:
-        text = Every(every)
-        self._seconds = int(text[:-1]) if text.endswith("s") else None
-        self._steps = None if self._seconds else int(text)
+        self._every = Every(every)
         self._last = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Whether to save after `step`; the clock then starts again."""
-        if self._steps is not None:
-            return step % self._steps == 0
-        if time.monotonic() - self._last < self._seconds:
+        """Whether to save after `step`; a clock of seconds then starts again."""
+        if not self._every.endswith("s"):
+            return step % int(self._every) == 0
+        if time.monotonic() - self._last < int(self._every[:-1]):
             return False
         self._last = time.monotonic()
         return True

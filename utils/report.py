@@ -7,15 +7,16 @@ in the page itself, {folder}/report.html. Several folders may be named.
 from __future__ import annotations
 
 import base64
-import html
 import json
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from utils import checkpoint
 from utils.errors import UserError, entry_point
-from utils.plots import draw_curves, read_series
+from utils.plots import save_curves
+from utils.run_folder import read_series
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -34,9 +35,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _table(values: dict[str, Any]) -> str:
-    rows = (
-        f"<tr><th>{html.escape(str(k))}</th><td>{html.escape(_plain(v))}</td></tr>" for k, v in values.items()
-    )
+    rows = (f"<tr><th>{escape(k)}</th><td>{escape(_plain(v))}</td></tr>" for k, v in values.items())
     return f"<table>{''.join(rows)}</table>"
 
 
@@ -49,21 +48,13 @@ def _plain(value: Any) -> str:
 
 def _picture(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    name = html.escape(path.name)
-    return (
-        f'<figure><figcaption>{name}</figcaption><img alt="{name}" '
-        f'src="data:image/png;base64,{data}"></figure>'
-    )
+    name = escape(path.name)
+    image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
+    return f"<figure><figcaption>{name}</figcaption>{image}</figure>"
 
 
 def report(folder: Path) -> Path:
-    """Write `report.html` into a run folder.
-
-    Args:
-        folder: with the config.json of a run.
-
-    Returns:
-        The page.
+    """Write `report.html` into a run folder; returns its path.
 
     Raises:
         UserError: no run is there, its files are not readable, or the page cannot be written.
@@ -71,36 +62,31 @@ def report(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no run: expected a folder with config.json")
     config, results = _json(folder / "config.json"), _json(folder / "results.json")
-    parts = [f"<h1>{html.escape(folder.name)}</h1>"]
     state = "finished" if results else "not finished: there is no results.json yet"
-    parts.append(f"<p>{state}</p>")
+    parts = [f"<h1>{escape(folder.name)}</h1>", f"<p>{state}</p>"]
     if results:
         parts += ["<h2>Results</h2>", _table(results)]
     series = read_series(folder / "log.jsonl")
     if series:
-        draw_curves(series, folder / "curves.png")
-    for path in sorted(folder.glob("*.png")):
-        parts.append(_picture(path))
-    flags = config.get("flags") or {}
+        save_curves(series, folder / "curves.png")
+    parts += map(_picture, sorted(folder.glob("*.png")))
     facts = {k: v for k, v in config.items() if k not in ("flags", "environment")}
-    parts += ["<h2>Configuration</h2>", _table({**facts, **flags})]
+    parts += ["<h2>Configuration</h2>", _table({**facts, **(config.get("flags") or {})})]
     parts += ["<h2>Environment</h2>", _table(config.get("environment") or {})]
     files = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file()))
-    parts += ["<h2>Files</h2>", f"<p>{html.escape(files)}</p>"]
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(folder.name)}'
-        f"</title><style>{_STYLE}</style>{''.join(parts)}</html>\n"
-    )
+    parts += ["<h2>Files</h2>", f"<p>{escape(files)}</p>"]
     path = folder / "report.html"
+    title = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(folder.name)}'
+    page = f"{title}</title><style>{_STYLE}</style>{''.join(parts)}</html>\n"
     checkpoint.write_text(path, page)
     return path
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
-    """One page a folder."""
+    """Write one page per folder."""
     arguments = sys.argv[1:] if argv is None else argv
-    if any(a in ("-h", "--help") for a in arguments):
+    if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
     if not arguments:

@@ -1,4 +1,4 @@
-"""A run's folder: what was asked, what it ran on, what happened, its saved state, what came out."""
+"""A run's folder: what was asked, what it ran on, its log, its checkpoints, what came out."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ import contextlib
 import json
 import math
 import platform
+import statistics
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from utils import checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.locks import Claims
-from utils.plots import draw_curves, numbers, read_series
+from utils.plots import Lines, save_curves
 from utils.seed import resolve_seed
 
 # What `--tensorboard` of every command that has a run folder says.
 TENSORBOARD = "also log for TensorBoard (package tensorboard), into {run folder}/tensorboard"
+
+_STALE = ("results.json", "state.pt", "state.prev.pt", "log.jsonl")
+# Dropped by --overwrite: no set may lie beside the configuration of another run.
+_ARTEFACTS = ("x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png", "curves.png")
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -43,11 +48,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     import torchvision
 
     root = Path(__file__).resolve().parents[1]
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True, text=True, timeout=10, check=True,
-        ).stdout.strip()  # fmt: skip
+        commit = subprocess.check_output(describe, text=True, timeout=10, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.SubprocessError):
         commit = None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -62,17 +65,40 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-_STALE = ("results.json", "state.pt", "state.prev.pt", "log.jsonl")
-# Dropped by --overwrite: no set may lie beside the configuration of another run.
-_ARTEFACTS = ("x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png", "curves.png")
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The whole entries of a log.jsonl; torn lines are left out."""
+    entries = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def _board_maker() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter
+def numbers(entry: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a log entry: nested names are joined, lists become their mean."""
+    found: dict[str, float] = {}
+    for name, value in entry.items():
+        if isinstance(value, bool) or name in ("step", "epoch", "iteration", "experiment"):
+            continue
+        if isinstance(value, (int, float)):
+            found[name] = float(value)
+        elif isinstance(value, list) and value and all(isinstance(v, (int, float)) for v in value):
+            found[name] = statistics.fmean(value)
+        elif isinstance(value, dict):
+            found |= {f"{name} {k}": v for k, v in numbers(value).items()}
+    return found
+
+
+def read_series(path: Path) -> Lines:
+    """Name -> (steps, values) from a log.jsonl."""
+    series: Lines = {}
+    for entry in read_log(path):
+        if isinstance(entry.get("step"), int):
+            for name, value in numbers(entry).items():
+                steps, values = series.setdefault(name, ([], []))
+                steps.append(entry["step"])
+                values.append(value)
+    return series
 
 
 def run_claims(folder: Path) -> Claims:
@@ -82,13 +108,9 @@ def run_claims(folder: Path) -> Claims:
 
 @contextlib.contextmanager
 def claim_run(path: Path | str) -> Iterator[None]:
-    """Keep a run folder to this process for the length of the block, or until it dies.
+    """Keep a run folder, which need not exist yet, to this process for the length of the block.
 
-    Args:
-        path: the run folder, which need not exist yet.
-
-    Raises:
-        UserError: another process works on it, or the folder above cannot be written.
+    Raises a UserError where another process works on it.
     """
     path = Path(path).resolve()  # one folder, however it is called
     claims = run_claims(path.parent)
@@ -101,11 +123,19 @@ def claim_run(path: Path | str) -> Iterator[None]:
         yield
 
 
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter
+
+
 class RunFolder:
     """`config.json`, `log.jsonl`, `results.json` and artefacts of one run.
 
-    The same flags again mean the same run: it resumes from its last checkpoint, with its seed. Other
-    flags in the same folder are refused unless `overwrite` is set, which starts from nothing.
+    The same flags again mean the same run: it resumes from its last checkpoint, with its seed.
+    Other flags in the same folder are refused unless `overwrite` is set, which starts from nothing.
 
     Args:
         path: the folder.
@@ -118,6 +148,7 @@ class RunFolder:
 
     Attributes:
         seed: the seed to use.
+        state_path: where the run's state is saved.
         resumed: an earlier start of this run is there.
         finished: ... and it wrote its results.
 
@@ -137,13 +168,16 @@ class RunFolder:
         tensorboard: bool = False,
     ) -> None:
         self.path = Path(path)
-        self._new_board = _board_maker() if tensorboard else None
+        self.state_path, self._log = self.path / "state.pt", self.path / "log.jsonl"
+        self._new_board = _summary_writer() if tensorboard else None
         self._board: Any = None
-        identity = _plain(flags)
+        flags = _plain(flags)
         old = None if overwrite else self._read_config()
-        if old is not None:
+        self.resumed = old is not None
+        if self.resumed:
+            seed = old.get("seed") if seed is None else seed
             before = {**(old.get("flags") or {}), "seed": old.get("seed")}
-            wanted = {**identity, "seed": before["seed"] if seed is None else seed}
+            wanted = {**flags, "seed": seed}
             changed = [k for k in {**before, **wanted} if before.get(k) != wanted.get(k)]
             if changed:
                 shown = ", ".join(f"{k} {before.get(k)} -> {wanted.get(k)}" for k in changed[:5])
@@ -151,72 +185,57 @@ class RunFolder:
                     f"{self.path} holds a run with other flags ({shown}); "
                     "choose another name or pass --overwrite"
                 )
-        self.resumed = old is not None
         self.finished = self.resumed and (self.path / "results.json").exists()
-        if seed is None and old is not None:
-            seed = old.get("seed")
         self.seed = resolve_seed(seed)
         if not self.resumed:
             for stale in _STALE + (_ARTEFACTS if overwrite else ()):
                 (self.path / stale).unlink(missing_ok=True)
-            record = {"seed": self.seed, **(extra or {}), "flags": identity}
+            record = {"seed": self.seed, **(extra or {}), "flags": flags}
             write_json(self.path / "config.json", {**record, "environment": environment(device)})
-            checkpoint.write_text(self.path / "log.jsonl", "")
+            checkpoint.write_text(self._log, "")
 
     def _read_config(self) -> dict[str, Any] | None:
+        """None where there is no run; a damaged one has no flags."""
         path = self.path / "config.json"
+        if not path.exists():
+            return None
         try:
-            old = json.loads(path.read_text()) if path.exists() else None
+            old = json.loads(path.read_text())
         except (OSError, ValueError, RecursionError):
-            old = {}
-        return old if old is None or isinstance(old, dict) else {}
-
-    @property
-    def state_path(self) -> Path:
-        """Where the run's state is saved."""
-        return self.path / "state.pt"
+            return {}
+        return old if isinstance(old, dict) else {}
 
     def truncate_log(self, step: int) -> None:
         """Drop log entries after `step`: what a resumed run is about to write again."""
         kept = [e for e in self.read_log() if e.get("step", 0) <= step]
-        checkpoint.write_text(self.path / "log.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
+        checkpoint.write_text(self._log, "".join(json.dumps(e) + "\n" for e in kept))
         if self._new_board is not None:  # what is written again later replaces what is there
             self._board = self._new_board(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def log(self, **entry: Any) -> None:
-        """Append one JSON object to log.jsonl.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Append one JSON object to log.jsonl, or raise a UserError."""
         try:
-            with (self.path / "log.jsonl").open("a") as file:
+            with self._log.open("a") as file:
                 file.write(json.dumps(_plain(entry)) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.path / 'log.jsonl'}: {error.strerror}") from error
+            raise UserError(f"cannot write {self._log}: {error.strerror}") from error
         if self._board is not None:
             for name, value in numbers(entry).items():
                 self._board.add_scalar(name, value, entry["step"])
             self._board.flush()
 
     def read_log(self) -> list[dict[str, Any]]:
-        """All whole entries so far (a torn last line is left out)."""
-        entries, path = [], self.path / "log.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                entries.append(json.loads(line))
-            except (ValueError, RecursionError):
-                continue
-        return entries
+        """All whole entries so far."""
+        return read_log(self._log)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Draw curves.png, unless the run drew its loss itself; then write results.json.
 
         results.json marks the run as finished; its state is dropped.
         """
-        series = read_series(self.path / "log.jsonl")
+        series = read_series(self._log)
         if series and not (self.path / "loss.png").exists():
-            draw_curves(series, self.path / "curves.png")
+            save_curves(series, self.path / "curves.png")
         if self._board is not None:
             self._board.close()
         write_json(self.path / "results.json", results)
@@ -224,44 +243,20 @@ class RunFolder:
 
 
 class FollowedRun:
-    """The folder of a run whose first process writes; this one reads the state and no more.
-
-    Args:
-        path: the folder.
-        seed: of the run.
-        finished: whether it has its results.
-    """
+    """The folder of a run whose first process writes; this one reads the state and no more."""
 
     def __init__(self, path: Path | str, seed: int, finished: bool) -> None:
         self.path, self.seed, self.finished = Path(path), seed, finished
-
-    @property
-    def state_path(self) -> Path:
-        """Where the run's state is saved."""
-        return self.path / "state.pt"
-
-    def truncate_log(self, step: int) -> None:
-        """Left to the first process."""
-
-    def log(self, **entry: Any) -> None:
-        """Left to the first process."""
+        self.state_path = self.path / "state.pt"
 
     def read_log(self) -> list[dict[str, Any]]:
         """Nothing: only what the first process writes depends on it."""
         return []
 
-    def finish(self, results: dict[str, Any]) -> None:
+    def _leave(self, *args: Any, **named: Any) -> None:
         """Left to the first process."""
 
-
-class Stateful(Protocol):
-    """Anything with a state: networks, optimisers, schedules, loaders, pools."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as tensors and plain values."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Put a state back."""
+    truncate_log = log = finish = _leave
 
 
 def previous_path(path: Path) -> Path:
@@ -269,19 +264,12 @@ def previous_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.prev{path.suffix}")
 
 
-def save_run(path: Path, step: int, parts: Mapping[str, Stateful], **named: Any) -> None:
-    """Write the state of every part after `step` steps, whole or not at all.
+def save_run(path: Path, step: int, parts: Mapping[str, Any], **named: Any) -> None:
+    """Write the state of every part after `step` steps to `path`, whole or not at all.
 
-    The save before it stays beside it, for the case that the disk loses this one.
-
-    Args:
-        path: the state.
-        step: steps taken.
-        parts: what is restored in place.
-        named: plain values by which `load_run` knows whose state it is.
-
-    Raises:
-        UserError: the file cannot be written; the last save is as it was.
+    A part is what has `state_dict` and `load_state_dict`; `named` are plain values by which
+    `load_run` knows whose state it is. The save before it stays beside it, for the case that the
+    disk loses this one.
     """
     states = {name: part.state_dict() for name, part in parts.items()}
     with checkpoint.atomic_path(path) as temporary:
@@ -296,54 +284,36 @@ def forget_run(path: Path) -> None:
     previous_path(path).unlink(missing_ok=True)
 
 
-def has_state(path: Path) -> bool:
-    """Whether there is a checkpoint to resume from."""
-    return path.exists() or previous_path(path).exists()
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The last whole save; a damaged one is said and the one before it taken.
-
-    Raises:
-        UserError: neither is whole.
-    """
+def read_state(path: Path) -> dict[str, Any] | None:
+    """The last whole save; None without any, a UserError where even the one before is damaged."""
     older = previous_path(path)
-    if older.exists() and not path.exists():  # killed between two renames
-        return checkpoint.load(older, what="run state")
-    try:
-        return checkpoint.load(path, what="run state")
-    except UserError as error:
-        if not older.exists():
-            raise UserError(f"{error}; delete it or pass --overwrite to start again") from None
-        print(f"warning: {error}; resuming from the checkpoint before it, {older.name}", flush=True)
-    return checkpoint.load(older, what="run state")
+    if path.exists():
+        try:
+            return checkpoint.load(path, what="run state")
+        except UserError as error:
+            if not older.exists():
+                raise UserError(f"{error}; delete it or pass --overwrite to start again") from None
+            print(f"warning: {error}; resuming from the checkpoint before it, {older.name}")
+    return checkpoint.load(older, what="run state") if older.exists() else None
 
 
-def load_run(path: Path, parts: Mapping[str, Stateful], **expected: Any) -> int | None:
-    """Restore every part in place.
+def load_run(path: Path, parts: Mapping[str, Any], **expected: Any) -> int | None:
+    """Restore every part in place; returns the step after which they were saved.
 
-    Args:
-        path: the state.
-        parts: as they were saved.
-        expected: values that the state was saved with; a state of others is left alone.
-
-    Returns:
-        The step after which the state was saved; None where there is nothing to resume from.
+    None: there is nothing to resume from, or it was saved with other `named` values.
 
     Raises:
         UserError: unreadable, or not the state of such a run.
     """
-    if not has_state(path):
-        return None
     state = read_state(path)
     try:
-        if any(state["named"][name] != value for name, value in expected.items()):
+        if state is None or any(state["named"][k] != value for k, value in expected.items()):
             return None
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         return int(state["step"])
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise UserError(
-            f"run state {path} does not fit this run ({str(error).splitlines()[0]}); "
+            f"run state {path} does not fit this run ({first_line(error)}); "
             "delete it or pass --overwrite to start again"
         ) from None

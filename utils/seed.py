@@ -42,8 +42,8 @@ def draw_seed(generator: torch.Generator) -> int:
 def local_seed(seed: int) -> Iterator[None]:
     """Run code that only knows the global CPU random state (weight init, dropout, kornia).
 
-    The global state is seeded inside and put back after, so nothing outside notices.
-    Build networks on the CPU inside it and move them afterwards. Threads take turns.
+    The state is seeded inside and put back after; threads take turns. Networks are built on the CPU
+    inside it and moved afterwards.
     """
     with _GLOBAL_STATE, torch.random.fork_rng(devices=[]):
         # default_generator, not torch.manual_seed: the latter would also re-seed every GPU.

@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 
 class Stopped(BaseException):
-    """A run that was asked to stop has saved; the message says how to go on.
+    """A run that was asked to stop by signal `number` has saved; the message says how to go on.
 
     Like KeyboardInterrupt no Exception: it may arise anywhere, and what a handler of all errors
     would make of it (a damaged file, a failed download) is not what happened.
-
-    Args:
-        message: for the user.
-        number: the signal.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -26,62 +22,57 @@ class Stopped(BaseException):
 
 
 @contextlib.contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Within the block `handler` takes the signals; Python allows it in the main thread alone."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
 def terminable() -> Iterator[None]:
     """Within the block SIGTERM raises `Stopped`: files are closed and claims are given back.
 
     Loops that can save take over with a StopRequest.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise Stopped("terminated; what was finished is kept", number)
 
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
+    with _handled(leave, signal.SIGTERM):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequest:
     """Within `with StopRequest() as stop:` a first SIGTERM or Ctrl-C only sets `stop.number`.
 
     A loop asks `if stop:` where it can save, and then calls `leave`. A second Ctrl-C ends the
-    process at once, as ever. Nested ones share the signal; outside the main thread, where Python
-    allows no handlers, nothing changes.
-
-    Attributes:
-        number: the signal received, or None.
+    process at once, as ever. Nested ones share the signal; outside the main thread nothing changes.
     """
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
         self.number: int | None = None
         self._where: str | None = None
-        self._before: dict[int, object] = {}
+        self._handled = _handled(self._note, signal.SIGTERM, signal.SIGINT)
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._note) for n in self._SIGNALS}
+        self._handled.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def __exit__(self, *error: object) -> None:
+        self._handled.__exit__(*error)
 
     def __bool__(self) -> bool:
         return self.number is not None
 
     @contextlib.contextmanager
     def at_once(self, where: str) -> Iterator[None]:
-        """Within the block there is nothing to save: a signal leaves without waiting for its end.
-
-        Args:
-            where: as in `leave`.
-        """
+        """Within the block nothing is to be saved: a signal leaves without waiting for its end."""
         self._where = where
         try:
             if self:
@@ -98,11 +89,7 @@ class StopRequest:
             self.leave(self._where)
 
     def leave(self, where: str) -> None:
-        """Raise `Stopped`; call once everything is saved.
-
-        Args:
-            where: how far the run is, such as "after step 120 of 1000".
-        """
+        """Raise `Stopped`, once everything is saved; `where`: "after step 120 of 1000"."""
         number = self.number or signal.SIGTERM
         raise Stopped(
             f"stopped {where} by {signal.Signals(number).name}; everything is saved, "

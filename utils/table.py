@@ -21,14 +21,12 @@ def format_mean_std(values: Sequence[float], digits: int = 2) -> str:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """An aligned Markdown table; the first column is left-, the others right-aligned."""
-    widths = [max(len(str(r[i])) for r in [header, *rows]) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [
-            str(c).rjust(w) if i else str(c).ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return "| " + " | ".join(cells) + " |"
-
-    rule = "|" + "|".join("-" * (w + 2) if not i else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
+    lines = [list(map(str, row)) for row in (header, *rows)]
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    shown = [
+        f"| {name.ljust(first)} |"
+        + "".join(f" {cell.rjust(width)} |" for cell, width in zip(cells, others, strict=True))
+        for name, *cells in lines
+    ]
+    rule = f"|{'-' * (first + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in others)
+    return "\n".join([shown[0], rule, *shown[1:]])

@@ -1,0 +1,185 @@
+"""`python -m krr_st.target`: train a self-supervised target model by Barlow Twins, label-free."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from data.augment import normalize, to_float
+from data.load import ImageSet, load_set
+from data.loader import TensorLoader
+from data.specs import Stats
+from evaluation.epochs import make_checkpoint, train_epochs
+from evaluation.fit import Trainer, outputs
+from evaluation.presets import resolve_preset
+from evaluation.probe import frozen_accuracy
+from evaluation.recipes import Recipe
+from evaluation.target import Representation, default_checkpoint
+from krr_st.config import TargetFlags
+from utils import cli
+from utils.device import place, resolve_device
+from utils.errors import UserError, entry_point
+from utils.run_folder import RunFolder
+from utils.seed import derive_seed, draw_seed, local_seed, make_generator
+
+_KNN_ROWS = 10000  # of the bank: enough to watch a run
+
+
+def barlow_twins_loss(z1: Tensor, z2: Tensor, off_diagonal: float = 5e-3) -> Tensor:
+    """Distance of the views' cross-correlation matrix from the identity.
+
+        Σ_i (1 - C_ii)² + off_diagonal · Σ_{i≠j} C_ij²,  C = Z₁ᵀZ₂ / n
+
+    with each column of Z₁ and Z₂ (n, p), projections of two views of the same n ≥ 2 images,
+    standardised over the batch. The result is in float32 or the wider dtype of the inputs.
+
+    Raises:
+        ValueError: shapes differ or n < 2.
+
+    Source: Zbontar et al., "Barlow Twins", arXiv 2103.03230, eq. 1-2.
+    """
+    if z1.dim() != 2 or z1.shape != z2.shape or len(z1) < 2:
+        raise ValueError(
+            f"expected two (n, p) matrices with n >= 2, got {tuple(z1.shape)}, {tuple(z2.shape)}"
+        )
+    z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
+    z1, z2 = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z1, z2))
+    c = z1.mT @ z2 / len(z1)  # (p, p)
+    diagonal = c.diagonal()
+    off = c.square().sum() - diagonal.square().sum()
+    return (1 - diagonal).square().sum() + off_diagonal * off
+
+
+def projector(features: int, hidden: int, layers: int = 3) -> nn.Sequential:
+    """The projection head: `layers` linear layers of width `hidden`, BatchNorm + ReLU between.
+
+    Maps (n, features) to (n, hidden). Source: arXiv 2103.03230, sec. 2.2.
+    """
+    blocks: list[nn.Module] = [nn.Linear(features, hidden, bias=False)]
+    for _ in range(layers - 1):
+        blocks += [nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, hidden, bias=False)]
+    return nn.Sequential(*blocks)
+
+
+class TwoViews:
+    """Two random views of each image, by kornia, batched on the images' device.
+
+    Random resized crop, mirror, colour jitter, grey: what Barlow Twins uses at small sizes. The
+    colour operations need three channels and are left out for one.
+
+    Args:
+        img_shape: (C, H, W) of the images and of the views.
+        stats: normalisation, applied last.
+        hflip: whether mirroring keeps the meaning.
+        min_crop: smallest area of the crop as a share of the image.
+        jitter: strength of the colour jitter; 0 leaves colours alone.
+        degrees: largest rotation; 0 leaves the images upright.
+    """
+
+    def __init__(
+        self,
+        img_shape: tuple[int, int, int],
+        stats: Stats,
+        *,
+        hflip: bool,
+        min_crop: float,
+        jitter: float,
+        degrees: float = 0.0,
+    ) -> None:
+        import kornia.augmentation as K  # slow to import, and only training a target needs it
+
+        self.stats = stats
+        crop = K.RandomResizedCrop(img_shape[1:], scale=(min_crop, 1.0), cropping_mode="resample")
+        steps = [crop]
+        if degrees > 0:
+            steps.append(K.RandomRotation(degrees, p=1.0))
+        if hflip:
+            steps.append(K.RandomHorizontalFlip())
+        if jitter > 0 and img_shape[0] == 3:
+            steps.append(K.ColorJitter(0.8 * jitter, 0.8 * jitter, 0.4 * jitter, 0.2 * jitter, p=0.8))
+            steps.append(K.RandomGrayscale(p=0.2))
+        self._augment = nn.Sequential(*steps)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(n, C, H, W) in pixel space -> two normalised float32 batches of (n, C, size, size)."""
+        x = to_float(x)
+        with local_seed(draw_seed(generator)):  # kornia draws from the global random state
+            first, second = self._augment(x), self._augment(x)
+        return normalize(first, self.stats), normalize(second, self.stats)
+
+
+def knn_accuracy(model: Representation, image_set: ImageSet, device: torch.device) -> float | None:
+    """k-NN accuracy in % on the test split with the training split as bank; None without labels."""
+    train, test, classes = image_set.train, image_set.test, image_set.num_classes
+    if classes is None or test is None or test.labels is None:
+        return None
+    bank = outputs(model, train.images[:_KNN_ROWS], image_set, device)
+    features = outputs(model, test.images, image_set, device)
+    return frozen_accuracy("knn", bank, train.labels[:_KNN_ROWS], features, test.labels, classes)
+
+
+def train_target(
+    flags: TargetFlags, image_set: ImageSet, run: RunFolder, device: torch.device
+) -> Representation:
+    """Train a target model on the training images, resuming where `run` stopped; in eval mode.
+
+    Labels, where there are any, only serve the k-NN accuracy that is logged.
+    """
+    with local_seed(derive_seed(run.seed, "target")):
+        model = Representation(flags.target_model, image_set.img_shape)
+        head = projector(model.dim, flags.projector_dim, flags.projector_layers)
+    network = place(nn.Sequential(model, head), device)
+    views = dict(min_crop=flags.min_crop, jitter=flags.jitter, degrees=flags.degrees)
+    loader = TensorLoader(
+        image_set.train.images,
+        None,
+        batch_size=flags.batch_size,
+        device=device,
+        generator=make_generator(run.seed, "views"),
+        transform=TwoViews(image_set.img_shape, image_set.stats, hflip=image_set.hflip, **views),
+        drop_last=True,
+    )
+    length = dict(epochs=flags.epochs, warmup=round(flags.warmup_epochs * loader.steps_per_pass))
+    recipe = Recipe("mse", flags.opt, flags.lr, flags.wd, "cosine", flags.batch_size, **length)
+
+    def loss_fn(net: nn.Module, pair: tuple[Tensor, Tensor], _: None) -> Tensor:
+        return barlow_twins_loss(net(pair[0]), net(pair[1]), flags.off_diagonal)
+
+    def measure(epoch: int) -> dict[str, float | None]:
+        if epoch % flags.eval_every and epoch != flags.epochs:
+            return {}
+        return {"knn_accuracy": knn_accuracy(model.eval(), image_set, device)}
+
+    trainer = Trainer(network, loader, recipe, loss_fn=loss_fn)
+    train_epochs(trainer, run, save_every=flags.save_every, what="Barlow Twins", measure=measure)
+    return model
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags, train, write the checkpoint and the record of the run."""
+    flags = cli.parse(TargetFlags, argv, prog="python -m krr_st.target", description=__doc__)
+    device = resolve_device(flags.device, flags.gpu_id)
+    preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
+    flags = replace(flags, target_model=flags.target_model or preset.target_model)
+    image_set = load_set(flags.data_name, preset.size, flags.data_dir)
+    if len(image_set.train) < 2:
+        raise UserError(f"{image_set.train.path} holds one image; Barlow Twins needs at least two")
+    Representation(flags.target_model, image_set.img_shape)  # an unknown name fails before a write
+
+    def train(run: RunFolder) -> tuple[nn.Module, dict[str, float | None]]:
+        model = train_target(flags, image_set, run, device)
+        print(f"features of {model.dim}")
+        return model.backbone, {"knn_accuracy": run.read_log()[-1].get("knn_accuracy")}
+
+    path = default_checkpoint(flags.target_model, flags.data_name, flags.save_dir)
+    make_checkpoint(path, flags, preset.size, device, train)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""The self-supervised target model: `python -m krr_st.target` trains one by Barlow Twins."""
