@@ -14,7 +14,7 @@ from data.specs import DC_SPECS
 from distillation.base import RunFlags
 from evaluation.recipes import DSA_STRATEGY, Recipe, sgd_by_epochs
 from models import EVAL_MODES, NETWORKS
-from utils.cli import DeviceFlags, flag, same_flag
+from utils.cli import SEED, DeviceFlags, flag, same_flag
 from utils.errors import UserError, pick
 from utils.progress import Every
 from utils.run_folder import TENSORBOARD
@@ -209,7 +209,7 @@ class ValidateFlags(TrainingFlags):
         False, "save the networks at each test in save_path, the first one's last in pretrained_path, too"
     )
     save_path: Path = flag(Path("./test_log/validate"), "where results are written")
-    seed: int | None = flag(None, "seed of the first network, the next ones add 1; default: 0", minimum=0)
+    seed: int | None = flag(None, "seed of the first network, the next ones add 1; default: 0", **SEED)
     multigpu: str | None = flag(None, "GPUs such as 0,1, of which the first is used: the networks are small")
 
 

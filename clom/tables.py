@@ -34,7 +34,7 @@ from evaluation.tables import NOTE, Job, Number, Place, make_table, with_publish
 from methods import METHODS, find_method
 from models import get_network
 from utils import checkpoint, cli, flops
-from utils.cli import flag
+from utils.cli import SEED, flag
 from utils.distributed import local_gpu
 from utils.errors import UserError, entry_point, pick
 
@@ -75,7 +75,7 @@ class TablesFlags(CellFlags):
         "it is not 1000: cos:100",
     )
     num_exp: int = flag(3, "experiments per cell, each with a seed of its own", minimum=1)
-    seed: int = flag(0, "seed of the first experiment; the next ones add 1", minimum=0)
+    seed: int = flag(0, "seed of the first experiment; the next ones add 1", **SEED)
     steps_scale: float = flag(
         1.0, "factor on iterations and evaluation epochs; shortened cells are marked †", above=0
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distillation.problem import Problem
-from utils.cli import DeviceFlags, flag
+from utils.cli import SEED, DeviceFlags, flag
 from utils.progress import Every
 from utils.run_folder import TENSORBOARD
 from utils.seed import make_generator
@@ -20,7 +20,7 @@ class RunFlags(DeviceFlags):
     """Flags of every run of a method."""
 
     method: str = flag("krr_st", "distillation method")
-    seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0, identity=False)
+    seed: int | None = flag(None, "seed; default: drawn and printed", **SEED, identity=False)
     dry_run: bool = flag(False, "print the resolved configuration and stop", identity=False)
     overwrite: bool = flag(False, "start again in a folder that holds another run", identity=False)
     print_every: int = flag(100, "steps between log lines", minimum=1, identity=False)
@@ -106,9 +106,12 @@ class Distiller:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        with torch.no_grad():
-            self.x_syn.copy_(state["x_syn"])
-            self.y_syn.copy_(state["y_syn"])
+        for name in ("x_syn", "y_syn"):
+            saved, own = state[name], getattr(self, name)
+            if saved.shape != own.shape or not saved.isfinite().all():
+                raise ValueError(f"{name} is {tuple(saved.shape)} or not finite, expected {tuple(own.shape)}")
+            with torch.no_grad():
+                own.copy_(saved)
         for name in self.parts:
             if (part := getattr(self, name)) is not None:
                 part.load_state_dict(state["parts"][name])

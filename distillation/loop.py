@@ -80,6 +80,8 @@ def run_loop(
     parts = {"distiller": distiller, **windows}
     resumed = load_run(run.state_path, parts, experiment=plan.experiment)
     start = resumed or 0
+    if start > steps:
+        raise UserError(f"run state {run.state_path} is at {unit} {start} of {steps}; pass --overwrite")
     if resumed is None:
         distiller.begin()
     else:

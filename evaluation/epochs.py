@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evaluation.fit import Trainer
 from utils import checkpoint, cli
-from utils.cli import DeviceFlags, flag
+from utils.cli import SEED, DeviceFlags, flag
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
 from utils.run_folder import TENSORBOARD, RunFolder, claim_run, load_run, save_run
@@ -26,7 +26,7 @@ class EpochFlags(DeviceFlags):
     """Flags of the commands that train a network over epochs and write its checkpoint."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
-    seed: int | None = flag(None, "seed; default: drawn and printed", minimum=0, identity=False)
+    seed: int | None = flag(None, "seed; default: drawn and printed", **SEED, identity=False)
     img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
     save_dir: Path = flag(Path("./teacher_ckpt"), "folder of the checkpoint")
     tensorboard: bool = flag(False, TENSORBOARD, identity=False)

@@ -31,7 +31,7 @@ from evaluation.target import (
 )
 from models import get_model
 from utils.checkpoint import apply_state, fingerprint
-from utils.cli import DeviceFlags, flag
+from utils.cli import SEED, DeviceFlags, flag
 from utils.device import place, resolve_device
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
@@ -52,7 +52,7 @@ class MeasureFlags(DeviceFlags):
     """Flags of test_scratch.py, test.py and test_kd.py."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
-    seed: int | None = flag(0, "seed of the first repetition; the next ones add 1", minimum=0, identity=False)
+    seed: int | None = flag(0, "seed of the first repetition; the next ones add 1", **SEED, identity=False)
     source_data_name: str = flag("cifar100", "source: sets the image size and the base network")
     test_model: str = flag("base", "base (the source's network) or a name of zoo A")
     num_test: int = flag(3, "repetitions with different seeds", minimum=1)

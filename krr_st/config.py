@@ -9,7 +9,7 @@ from typing import Any
 from distillation.base import RunFlags
 from evaluation.epochs import EpochFlags
 from evaluation.target import TARGET_CKPT, TARGET_MODEL
-from utils.cli import DeviceFlags, flag
+from utils.cli import SEED, DeviceFlags, flag
 from utils.device import LAYOUTS
 from utils.precision import DTYPES, PRECISIONS
 
@@ -147,7 +147,7 @@ class BaselineFlags(DeviceFlags):
     """Flags of krr_st.baselines."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
-    seed: int | None = flag(0, "seed of the draw", minimum=0, identity=False)
+    seed: int | None = flag(0, "seed of the draw", **SEED, identity=False)
     method: str = flag("random", "random, random_features, kmeans, kmeans_features or gaussian")
     data_name: str = flag("cifar100", "source data set")
     img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)

@@ -28,7 +28,7 @@ from krr_st.published import PROBE_CELLS, PROBE_TABLES, PROBE_TARGETS
 from models import get_model
 from utils import cli, flops
 from utils.checkpoint import fingerprint
-from utils.cli import DeviceFlags, flag
+from utils.cli import SEED, DeviceFlags, flag
 from utils.distributed import local_gpu
 from utils.errors import UserError, entry_point, pick
 from utils.plots import save_bar_groups
@@ -47,7 +47,7 @@ class TablesFlags(DeviceFlags):
     kd_bn: str = flag("running", f"table 4: {KD_BN}", choices=("batch", "running"))
     published: Path | None = flag(None, "JSON file of published numbers to print beside ours")
     num_test: int = flag(3, "seeds per cell", minimum=1)
-    seed: int = flag(0, "first seed", minimum=0)
+    seed: int = flag(0, "first seed", **SEED)
     steps_scale: float = flag(1.0, "factor on training lengths with --run; marked †", above=0)
 
 

@@ -103,6 +103,8 @@ def load_hf(name: str) -> Foundation:
         raise UserError(f"{where}: the folder {folder} does not exist")
     source = str(folder) if local else name
     options = {"trust_remote_code": False, "local_files_only": local}
+    # A config could name an attention kernel that would be fetched from the hub and run.
+    kernel = {"attn_implementation": "eager"}
     try:
         from transformers import AutoModel  # slow to import, and only this needs it
         from transformers.utils import logging as hf_logging
@@ -113,7 +115,7 @@ def load_hf(name: str) -> Foundation:
         if not local:
             print(f"{where}: no folder of that name, so the Hugging Face hub is asked", flush=True)
         with local_seed(0):  # weights that the checkpoint lacks are drawn; ImageTower judges them
-            model, report = AutoModel.from_pretrained(source, output_loading_info=True, **options)
+            model, report = AutoModel.from_pretrained(source, output_loading_info=True, **kernel, **options)
     except Exception as error:  # transformers and its hub client raise a dozen types
         _refuse(f"{where} cannot be loaded", error)
     try:

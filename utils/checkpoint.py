@@ -23,12 +23,13 @@ from utils.errors import UserError, first_line
 from utils.locks import in_use, is_left_over
 from utils.memory import is_out_of_memory
 
-# Old `res_*.pt` files keep accuracies as NumPy float64 scalars; these only rebuild a number.
+# Old `res_*.pt` files keep accuracies as NumPy scalars; these only rebuild a number.
 _SAFE_GLOBALS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     np._core.multiarray.scalar,
     np.dtype,
     type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
 ]
 
 
@@ -104,15 +105,15 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{what} {path} does not exist")
-    if path.is_dir():
-        raise UserError(f"{what} {path} is a folder; expected a file")
+    if not path.is_file():  # reading a pipe or a device would wait forever
+        raise UserError(f"{what} {path} is a {'folder' if path.is_dir() else 'device'}; expected a file")
     if not mmap:
         check_sums(path, what=what)
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensors of kinds that are refused further on
             mapped = mmap and zipfile.is_zipfile(path)  # the older torch format cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         why = "is not a torch file"
@@ -126,6 +127,20 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
             reason = os.strerror(error.errno).lower()
             raise UserError(f"{what} {path} cannot be read: {reason}") from None
         raise _damaged(f"{what} {path}", "is truncated or not a torch file", error) from None
+    odd = next((t for t in _tensors(value) if t.is_nested or t.is_meta or t.is_quantized), None)
+    if odd is not None:
+        kind = "nested" if odd.is_nested else "quantized" if odd.is_quantized else "meta"
+        raise UserError(f"{what} {path} holds a {kind} tensor; expected tensors with plain values")
+    return value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def _damaged(file: str, verdict: str, error: Exception) -> UserError:
@@ -145,6 +160,9 @@ def check_sums(path: Path | str, *, what: str = "file") -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
+            packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+            if packed:  # never by torch: a small file could unpack to any size
+                raise zipfile.BadZipFile(f"{packed[0].filename} is compressed")
             torn = archive.testzip()
     except Exception as error:  # zipfile raises half a dozen types on a damaged header
         raise _damaged(f"{what} {path}", "is damaged", error) from None
@@ -167,6 +185,9 @@ def load_state(path: Path | str, *, what: str = "checkpoint") -> dict[str, torch
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
     ):
         raise UserError(f"{what} {path} is not a state dict; expected names mapped to tensors")
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{what} {path} holds NaN or infinity in {name}; expected finite weights")
     return dict(state)
 
 
@@ -187,6 +208,12 @@ def apply_state(
         f"{k} is {tuple(given[k].shape)}, expected {tuple(own[k].shape)}"
         for k in own.keys() & given.keys()
         if own[k].shape != given[k].shape
+    ]
+    problems += [
+        f"{k} is {given[k].dtype}, expected {own[k].dtype}"
+        for k in own.keys() & given.keys()
+        if (own[k].is_floating_point(), own[k].is_complex())
+        != (given[k].is_floating_point(), given[k].is_complex())
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:8])

@@ -72,6 +72,8 @@ def _whole(text: str) -> int:
         return int(value)
 
 
+LARGEST = 2**31 - 1  # of a whole number that says nothing else
+SEED = dict(minimum=0, maximum=2**63 - 1)
 _LIMITS = {
     "minimum": ("at least", operator.ge),
     "above": ("greater than", operator.gt),
@@ -91,6 +93,8 @@ def _number(kind: type, metadata: Mapping[str, Any]) -> Callable[[str], float]:
             raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
         for name, (words, holds) in _LIMITS.items():
             limit = metadata[name]
+            if name == "maximum" and limit is None and kind is int:
+                limit = LARGEST
             if limit is not None and not holds(value, limit):
                 raise argparse.ArgumentTypeError(f"must be {words} {limit}, got {text}")
         return value
@@ -99,8 +103,10 @@ def _number(kind: type, metadata: Mapping[str, Any]) -> Callable[[str], float]:
 
 
 def _spelling(kind: type, allowed: tuple[str, ...] | None) -> Any:
-    """Names are matched without case."""
+    """Names are matched without case; in a path ~ is the home folder, however it was given."""
     known = {name.lower(): name for name in allowed or ()}
+    if kind is Path:
+        return lambda text: Path(text).expanduser()
     return kind if not known else lambda text: known.get(text.lower(), text)
 
 

@@ -46,6 +46,12 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
             if first:
                 print("error: " + " ".join(str(error).split()), file=sys.stderr)
             return 2
+        except OSError as error:  # a name too long, a full disk, a folder that may not be read
+            if error.strerror is None:
+                raise
+            if first:
+                print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+            return 2
         except Stopped as stopped:
             if first:
                 print(stopped, file=sys.stderr)

@@ -174,9 +174,15 @@ class RunFolder:
         flags = _plain(flags)
         old = None if overwrite else self._read_config()
         self.resumed = old is not None
+        sets = [name for name in ("x_syn.pt", "y_syn.pt") if (self.path / name).exists()]
+        if sets and not self.resumed and not overwrite:
+            raise UserError(
+                f"{self.path} holds {' and '.join(sets)} of no run known here; choose another name, or "
+                "pass --overwrite to replace them"
+            )
         if self.resumed:
             seed = old.get("seed") if seed is None else seed
-            before = {**(old.get("flags") or {}), "seed": old.get("seed")}
+            before = {**old["flags"], "seed": old.get("seed")}
             wanted = {**flags, "seed": seed}
             changed = [k for k in {**before, **wanted} if before.get(k) != wanted.get(k)]
             if changed:
@@ -195,19 +201,21 @@ class RunFolder:
             checkpoint.write_text(self._log, "")
 
     def _read_config(self) -> dict[str, Any] | None:
-        """None where there is no run; a damaged one has no flags."""
+        """None where there is no run."""
         path = self.path / "config.json"
         if not path.exists():
             return None
         try:
             old = json.loads(path.read_text())
         except (OSError, ValueError, RecursionError):
-            return {}
-        return old if isinstance(old, dict) else {}
+            old = None
+        if not isinstance(old, dict) or not isinstance(old.get("flags"), dict):
+            raise UserError(f"{path} is damaged; choose another name, or pass --overwrite to start again")
+        return old
 
     def truncate_log(self, step: int) -> None:
         """Drop log entries after `step`: what a resumed run is about to write again."""
-        kept = [e for e in self.read_log() if e.get("step", 0) <= step]
+        kept = [e for e in self.read_log() if isinstance(e.get("step"), int) and e["step"] <= step]
         checkpoint.write_text(self._log, "".join(json.dumps(e) + "\n" for e in kept))
         if self._new_board is not None:  # what is written again later replaces what is there
             self._board = self._new_board(str(self.path / "tensorboard"), purge_step=step + 1)
@@ -311,7 +319,9 @@ def load_run(path: Path, parts: Mapping[str, Any], **expected: Any) -> int | Non
             return None
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
-        return int(state["step"])
+        if not isinstance(state["step"], int) or state["step"] < 0:
+            raise ValueError(f"step {state['step']!r}")
+        return state["step"]
     except (KeyError, TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise UserError(
             f"run state {path} does not fit this run ({first_line(error)}); "
