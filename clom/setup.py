@@ -217,7 +217,7 @@ class MatchingSetup(Setup):
         """Say where the sets are; export the first one if wanted."""
         print(f"synthetic set: {run.path / self.name}")
         if self.flags.export is not None:
-            export(run.path / self.name, self.flags.export, self.flags.method)
+            export(run.path / self.name, self.flags.export, self.flags.method, self.flags.overwrite)
 
 
 class NetworkObserver:
@@ -288,7 +288,7 @@ def joined_accuracies(done: list[dict[str, Any]]) -> dict[str, list[float]]:
     return joined
 
 
-def export(path: Path, place: str, method: str) -> None:
+def export(path: Path, place: str, method: str, overwrite: bool) -> None:
     """Write the first experiment of a res file as the KRR-ST pair.
 
     It is normalised as that family does, where it knows the source at this size. {source} and
@@ -300,5 +300,9 @@ def export(path: Path, place: str, method: str) -> None:
     if stats is not None:
         synthetic = dataclasses.replace(to_space(synthetic, stats), data_name=source)
     folder = Path(place.replace("{source}", source).replace("{method}", method.lower()))
+    if (folder / "x_syn.pt").exists() and not overwrite:
+        before = SyntheticSet.load(folder, form="pair")
+        if not torch.equal(before.images, synthetic.images):
+            raise UserError(f"--export: {folder} holds another set; pass --overwrite to replace it")
     synthetic.save(folder, "pair")
     print(f"exported: {folder}/x_syn.pt, y_syn.pt")
