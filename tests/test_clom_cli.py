@@ -360,10 +360,10 @@ def test_export_is_in_the_other_familys_normalisation(tiny):
     torch.testing.assert_close(denormalize(x, krr), denormalize(images, dc))
     # The finished run only exports again.
     assert main_dm.main([*DISTILL, "--save_path", "a", "--export", "elsewhere"]) == 0
+    assert torch.equal(torch.load("elsewhere/x_syn.pt"), x)
     other = [*DISTILL, "--save_path", "b", "--seed", "99", "--export", "elsewhere"]
     assert main_dm.main(other) == 2  # another set lies there
     assert main_dm.main([*other, "--overwrite"]) == 0
-    assert torch.equal(torch.load("elsewhere/x_syn.pt"), x)
 
 
 def test_bad_flags(tiny, capsys):
