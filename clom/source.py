@@ -14,7 +14,7 @@ from data import prepared
 from data.augment import normalize
 from data.load import ImageSet, load_set
 from data.meta import read_meta
-from data.prepared import default_size, tensor_path
+from data.prepared import default_size, prepare_command, tensor_path
 from data.specs import DC_SPECS, KRR_SPECS, Stats
 from data.synthetic import SyntheticSet
 from models import get_network
@@ -83,8 +83,7 @@ def load_data(flags: CommonFlags) -> ImageSet:
         if not missing or "python -m data.prepare" in str(error):
             raise
         raise UserError(
-            f"{path} does not exist: {error}; then: python -m data.prepare --data_name {folder} "
-            f"--size {size} --data_dir {data_dir}"
+            f"{path} does not exist: {error}; then: {prepare_command(folder, size, data_dir)}"
         ) from None
     if image_set.train.labels is None:
         raise UserError(f"{path.parent} has no labels; this family needs them")

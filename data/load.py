@@ -6,7 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.meta import own_statistics, read_meta
-from data.prepared import SPLITS, ImageSplit, count_classes, file_name, find_spec, read_split
+from data.prepared import (
+    SPLITS,
+    ImageSplit,
+    check_recorded,
+    count_classes,
+    file_name,
+    find_spec,
+    prepare_command,
+    read_split,
+)
 from data.specs import Stats, find_row
 from utils.errors import UserError
 
@@ -79,9 +88,9 @@ def load_set(
         prepare(PrepareFlags(folder.name, size, Path(data_dir), download=True))
     parts = {s: read_split(folder, s, size, spec, mmap) for s in SPLITS if s in splits}
     if parts[first] is None:
-        how = f"--data_name {folder.name} --size {size} --data_dir {data_dir}"
-        how = how if spec else f"--from_folder PATH {how}"
-        raise UserError(f"{path} does not exist; make it with: python -m data.prepare {how}")
+        command = prepare_command(folder.name, size, data_dir)
+        raise UserError(f"{path} does not exist; make it with: {command}")
+    check_recorded(folder, size, parts)
     test = parts.get("test")
     train = parts["train"] if "train" in splits else _emptied(test)
     num_classes = count_classes(folder, train, test, spec)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data.specs import Stats
+from data.untrusted import check_regular
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -24,6 +27,7 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
         UserError: the file is there but damaged.
     """
     path = Path(folder) / "meta.json"
+    check_regular(path)
     try:
         meta = json.loads(path.read_text()) if path.exists() else {}
     except (ValueError, OSError, RecursionError):
@@ -31,11 +35,17 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
     if (
         not isinstance(meta, dict)
         or not isinstance(meta.setdefault("sizes", {}), dict)
-        or not all(isinstance(facts, dict) for facts in meta["sizes"].values())
+        or not all(map(_is_entry, meta["sizes"].values()))
         or not isinstance(meta.get("class_names") or [], list)
     ):
         raise UserError(f"{path} does not hold a JSON object as data.prepare writes it")
     return meta
+
+
+def _is_entry(facts: Any) -> bool:
+    """Whether these may be the facts of one size; mean and std are looked at where they are used."""
+    tables = ("counts", "sha256", "mtime_ns")
+    return isinstance(facts, dict) and all(isinstance(facts.get(key, {}), dict) for key in tables)
 
 
 def merge_meta(
@@ -54,6 +64,15 @@ def update_meta(folder: Path | str, size: int, entry: dict[str, Any], **common: 
     """Merge `entry` into the facts of one size and `common` into the top level."""
     meta = merge_meta(folder, size, entry, **common)
     checkpoint.write_text(Path(folder) / "meta.json", json.dumps(meta, indent=2) + "\n")
+
+
+def checksum(tensor: Tensor) -> str:
+    """SHA-256 over the SHA-256 digests of a tensor's bytes in blocks of 16 MiB, on all cores."""
+    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    blocks = [content[start : start + (1 << 24)] for start in range(0, len(content), 1 << 24)]
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(lambda block: hashlib.sha256(block).digest(), blocks)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def measure_statistics(images: Tensor) -> Stats:

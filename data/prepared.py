@@ -5,14 +5,17 @@ Everything a later stage relies on is checked here once, so that no loop has to.
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from data.meta import read_meta
-from data.specs import DC_SPECS, KRR_SPECS, DatasetSpec
+from data.meta import checksum, read_meta, update_meta
+from data.specs import DC_SPECS, KRR_SPECS, DatasetSpec, find_row
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -75,8 +78,20 @@ def find_spec(name: str, data_dir: Path | str, family: str = "krr") -> DatasetSp
     raise UserError(
         f"unknown data set {name!r}; known: {', '.join(sorted(specs))}; "
         f"prepared in {data_dir}: {', '.join(own) or 'none'}; an own folder of images becomes one "
-        f"with: python -m data.prepare --from_folder PATH --data_name {name} --size 32"
+        f"with: {prepare_command(name, 32, data_dir)}"
     )
+
+
+def prepare_command(folder: str, size: int, data_dir: Path | str) -> str:
+    """The command that prepares a set there, quoted for a shell."""
+    flags = ["--data_name", folder, "--size", str(size), "--data_dir", str(data_dir)]
+    if find_row(folder) is None:
+        flags = ["--from_folder", "PATH", *flags]
+    else:
+        from data.prepare.torchvision_sets import TORCHVISION_SETS  # torchvision is slow to import
+
+        flags += ["--download"] * (folder in TORCHVISION_SETS)
+    return shlex.join(["python", "-m", "data.prepare", *flags])
 
 
 def default_size(name: str, data_dir: Path | str, family: str = "krr") -> int:
@@ -125,6 +140,35 @@ def read_split(
     elif spec is not None:
         raise UserError(f"{y_path} does not exist, but its images {x_path} do; expected the pair")
     return ImageSplit(images, labels, x_path)
+
+
+def check_recorded(folder: Path, size: int, parts: Mapping[str, ImageSplit | None]) -> None:
+    """Check that splits are those in meta.json: by the time of change, and where it differs by checksum.
+
+    So a set that was replaced in part, by hand or by a killed data.prepare, is not used. Tensors
+    without checksums in meta.json pass.
+
+    Raises:
+        UserError: a file that meta.json does not describe, or one that is missing.
+    """
+    facts = read_meta(folder)["sizes"].get(str(size), {})
+    sums, times, moved = facts.get("sha256"), facts.get("mtime_ns", {}), {}
+    for split, part in parts.items() if sums else ():
+        for kind, tensor in zip("XY", (part.images, part.labels) if part else (None, None), strict=True):
+            key, path = f"{kind}_{SPLITS[split]}", folder / file_name(kind, split, size)
+            if tensor is not None:
+                time = path.stat().st_mtime_ns
+                if times.get(key) == time:
+                    continue
+                moved[key] = time
+            if sums.get(key) != (None if tensor is None else checksum(tensor)):
+                raise UserError(
+                    f"{path} is not what meta.json beside it describes, as after a data.prepare that was "
+                    "killed; prepare the set again with --overwrite"
+                )
+    if moved:  # a copied set
+        with contextlib.suppress(UserError):
+            update_meta(folder, size, {"mtime_ns": times | moved})
 
 
 def _check_images(images: Tensor, path: Path, size: int, channels: int | None) -> None:

@@ -34,8 +34,9 @@ class Stats:
             return None
         try:
             mean, std = (tuple(float(value) for value in facts[key]) for key in ("mean", "std"))
-            usable = len(mean) == len(std) and min(std) > 0 and all(map(math.isfinite, mean + std))
-        except (TypeError, ValueError):
+            usable = not isinstance(facts["mean"], str) and not isinstance(facts["std"], str)
+            usable = usable and len(mean) == len(std) and min(std) > 0 and all(map(math.isfinite, mean + std))
+        except (TypeError, ValueError, OverflowError):
             usable = False
         if not usable:
             raise UserError(f"{path}: mean and std must be equally long lists of finite numbers, std above 0")

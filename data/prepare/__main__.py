@@ -31,7 +31,7 @@ class PrepareFlags:
     """Flags of `python -m data.prepare`."""
 
     data_name: str | None = flag(None, "data set: a listed one, or any name with --from_folder")
-    size: int | None = flag(None, "height = width in pixels [the set's own]", minimum=1)
+    size: int | None = flag(None, "height = width in pixels [the set's own]", minimum=1, maximum=4096)
     data_dir: Path = flag(Path("./datasets"), "folder that holds one folder per prepared set")
     raw: Path | None = flag(None, "where the raw set lies [DATA_DIR/raw/NAME]")
     download: bool = flag(False, "fetch the raw set where torchvision can")

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.meta import measure_statistics, read_meta, stored_statistics
-from data.prepare.write import checksum
+from data.meta import checksum, measure_statistics, read_meta, stored_statistics
 from data.prepared import SPLITS, ImageSplit, file_name, prepared_sizes, read_split
 from data.specs import DC_SPECS, KRR_SPECS, DatasetSpec, Stats
 from utils.checkpoint import check_sums

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import pickle
+import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.untrusted import check_regular
 from utils.errors import UserError
+
+# Numbers of pictures and labels pack to no less than a hundredth, but for short files.
+_GROWTH, _SMALL = 100, 1 << 26
+_MAT_COMPRESSED = 15  # the type of an element, MATLAB's "MAT-File Level 5"
 
 
 def check_not_html(path: Path) -> None:
     """Refuse a web page that was saved under the name of a data file.
 
     Raises:
-        UserError: the file starts like HTML.
+        UserError: the file starts like HTML, or is a pipe or a device.
     """
+    check_regular(path)
     with path.open("rb") as file:
         start = file.read(512).lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
@@ -33,6 +44,7 @@ def read_lines(path: Path) -> list[str]:
     Raises:
         UserError: missing, not text, or empty.
     """
+    check_regular(path)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
@@ -50,8 +62,8 @@ def load_arrays(path: Path, *keys: str) -> list[Any]:
     """The values under `keys` in an .npz file, a MATLAB file or a pickled dict (any other suffix).
 
     Raises:
-        UserError: missing, a web page, damaged, without one of the keys, or a pickle that names
-            anything but plain containers and arrays.
+        UserError: missing, a web page, damaged, without one of the keys, far larger unpacked than
+            packed, or a pickle that names anything but plain containers and arrays of numbers.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
@@ -59,6 +71,8 @@ def load_arrays(path: Path, *keys: str) -> list[Any]:
     read, kind = _READERS.get(path.suffix, (_read_pickle, "a pickle of plain arrays"))
     try:
         content = read(path, keys)
+    except UserError:
+        raise
     except Exception as error:  # the readers raise a dozen types on a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged or not {kind} ({reason})") from None
@@ -70,7 +84,16 @@ def load_arrays(path: Path, *keys: str) -> list[Any]:
     return [content[key] for key in keys]
 
 
+def _check_growth(path: Path, packed: int, unpacked: int) -> None:
+    """Refuse what would unpack to far more than numbers do (a "zip bomb")."""
+    if unpacked > _GROWTH * packed + _SMALL:
+        raise UserError(f"{path} is refused: {packed} bytes would unpack to {unpacked} and more")
+
+
 def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(path) as archive:  # which reads no more of a member than is declared
+        for info in archive.infolist():
+            _check_growth(path, info.compress_size, info.file_size)
     with np.load(path, allow_pickle=False) as archive:
         return {key: archive[key] for key in keys if key in archive}
 
@@ -78,39 +101,99 @@ def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
 def _read_mat(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
     from scipy.io import loadmat
 
+    _check_mat(path)
     return loadmat(path, variable_names=keys)
+
+
+def _check_mat(path: Path) -> None:
+    """Unpack the compressed variables of a MATLAB 5 file piece by piece, only to see how long they are."""
+    with path.open("rb") as file:
+        header = file.read(128)
+        if 0 in header[:4]:  # MATLAB 4, which packs nothing
+            return
+        order = "<" if header[126:] == b"IM" else ">"
+        while len(tag := file.read(8)) == 8:
+            kind, size = struct.unpack(f"{order}II", tag)
+            if kind != _MAT_COMPRESSED:
+                file.seek(size, 1)
+                continue
+            packed, unpacked = file.read(min(size, path.stat().st_size)), 0
+            inflate = zlib.decompressobj()
+            rest = packed
+            while rest and not inflate.eof:
+                unpacked += len(inflate.decompress(rest, _SMALL))
+                _check_growth(path, len(packed), unpacked)
+                rest = inflate.unconsumed_tail
 
 
 def _read_pickle(path: Path, keys: tuple[str, ...]) -> Any:
     with path.open("rb") as file:
-        return _ArrayUnpickler(file, encoding="latin1").load()  # of Python 2, too
+        content = _Parser(file, encoding="latin1").load()  # of Python 2, too
+    if not isinstance(content, dict):
+        return content
+    return {key: _array(value) if isinstance(value, _Named) else value for key, value in content.items()}
 
 
 _READERS = {".npz": (_read_npz, "an .npz file"), ".mat": (_read_mat, "a MATLAB file")}
 
-
-def _latin1(text: str, codec: str) -> bytes:
-    """What `_codecs.encode` does in pickles that Python 3 writes for Python 2; nothing else."""
-    if codec != "latin1":
-        raise pickle.UnpicklingError(f"_codecs.encode to {codec}")
-    return text.encode("latin1")
-
-
-# The globals that NumPy itself writes for plain arrays, old and new module names.
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _latin1,
+# What NumPy writes for plain arrays, by its old and new module names.
+_ARRAY_NAMES = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
+    (f"{core}.{module}", name)
+    for core in ("numpy.core", "numpy._core")
+    for module, name in (("multiarray", "_reconstruct"), ("numeric", "_frombuffer"))
 }
-for _core in ("numpy.core", "numpy._core"):
-    _ALLOWED[_core + ".multiarray", "_reconstruct"] = np._core.multiarray._reconstruct
-    _ALLOWED[_core + ".numeric", "_frombuffer"] = np._core.numeric._frombuffer
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Knows arrays and plain containers only."""
+class _Named:
+    """What a pickle names, with the arguments and the state it is to get: written down, never run."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
+    def __init__(self, name: str, arguments: tuple[Any, ...] = ()) -> None:
+        self.name, self.arguments, self.state = name, arguments, ()
+
+    def __call__(self, *arguments: Any) -> _Named:
+        return _Named(self.name, arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Parser(pickle._Unpickler):
+    """Plain containers, and a `_Named` for each array.
+
+    The form in Python, as that in C reserves memory for whatever index or length a file claims.
+    """
+
+    def find_class(self, module: str, name: str) -> _Named:
+        """Nothing of that module; the names that no array needs are refused."""
+        if (module, name) not in _ARRAY_NAMES:
             raise pickle.UnpicklingError(f"loading it would run {module}.{name}")
-        return _ALLOWED[module, name]
+        return _Named(name)
+
+
+def _array(named: _Named) -> np.ndarray:
+    """The numbers that a `_Named` describes; the content has to have just their length."""
+    if named.name == "_reconstruct":
+        _, shape, dtype, column_major, content = named.state
+    elif named.name == "_frombuffer":
+        content, dtype, shape, order = named.arguments
+        column_major = order == "F"
+    else:
+        raise pickle.UnpicklingError(f"{named.name} in place of an array")
+    if isinstance(content, _Named) and content.name == "encode":  # bytes, as protocol 2 has them
+        content, _ = content.arguments
+    if isinstance(content, str):
+        content = content.encode("latin1")
+    dtype = _dtype(dtype)
+    if not isinstance(content, bytes | bytearray) or not all(type(n) is int and n >= 0 for n in shape):
+        raise pickle.UnpicklingError("an array without shape and bytes")
+    if math.prod(shape) * dtype.itemsize != len(content):
+        raise pickle.UnpicklingError(f"{len(content)} bytes for an array of shape {shape}")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if column_major else "C")
+
+
+def _dtype(named: _Named) -> np.dtype:
+    """A type of plain numbers."""
+    code, byte_order = named.arguments[0], named.state[1]
+    if named.name != "dtype" or not re.fullmatch("b1|[iu][1248]|f[248]", code):
+        raise pickle.UnpicklingError(f"an array of {code}, expected plain numbers")
+    return np.dtype(code).newbyteorder(byte_order)

@@ -10,7 +10,9 @@ import numpy as np
 from data.prepare.raw import (
     PICTURE_SUFFIXES,
     Source,
+    entries,
     file_source,
+    name_others,
     pictures_below,
     pictures_by_class,
     stratified_split,
@@ -40,7 +42,7 @@ def read_folder(path: Path, *, val_fraction: float = 0.0, unlabelled: bool = Fal
     if not path.is_dir():
         raise UserError(f"--from_folder {path} is not a folder")
     origin = f"folder {path.name}"
-    below = {p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    below = {folder.name for folder in entries(path).folders}
     held_out = [name for name in _HELD_OUT if name in below]
     if "train" in below and held_out:
         if val_fraction:
@@ -84,13 +86,12 @@ def _check_same_classes(path: Path, held_out: str, train: list[str] | None, test
 
 def _read_split(path: Path, unlabelled: bool) -> tuple[list[str] | None, list[Path], list[int] | None]:
     """Class names, picture files and labels of one folder; no names or labels if it is flat."""
-    entries = [p for p in sorted(path.iterdir()) if not p.name.startswith((".", "__MACOSX"))]
-    loose = [p for p in entries if p.is_file() and p.name.lower().endswith(PICTURE_SUFFIXES)]
-    classes = [p for p in entries if p.is_dir()]
+    classes, loose, others = entries(path)
     if unlabelled or not classes:
-        files = pictures_below(path)
+        files, others = pictures_below(path)
         if not files:
             raise UserError(f"{path} holds no pictures ({' '.join(PICTURE_SUFFIXES)})")
+        name_others(path, others)
         return None, files, None
     if loose:
         raise UserError(
@@ -99,6 +100,7 @@ def _read_split(path: Path, unlabelled: bool) -> tuple[list[str] | None, list[Pa
         )
     names = [p.name for p in classes]
     _check_names(names, path)
+    name_others(path, others)
     return names, *pictures_by_class(classes)
 
 

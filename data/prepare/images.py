@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from data.untrusted import open_picture
+from utils.errors import UserError
+
 RESIZE_RULE = "whole picture to size x size, PIL bilinear with antialias, no crop"
 
 
@@ -25,9 +28,11 @@ def to_eight_bit(picture: Image.Image, channels: int) -> Image.Image:
     Raises:
         ValueError: integer or float pixels outside those ranges.
     """
+    _scale_transparent_value(picture)
     ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I"):
-        picture = _from_integers(np.asarray(picture))
+        pixels, clear = np.asarray(picture), picture.info.get("transparency")
+        picture = _from_integers(pixels if clear is None else np.where(pixels == clear, 65535, pixels))
     elif picture.mode == "F":
         picture = _from_floats(np.asarray(picture))
     elif picture.has_transparency_data:
@@ -36,6 +41,18 @@ def to_eight_bit(picture: Image.Image, channels: int) -> Image.Image:
         picture.alpha_composite(overlay)
     mode = "RGB" if channels == 3 else "L"
     return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _scale_transparent_value(picture: Image.Image) -> None:
+    """Bring a PNG's transparent value to the 8 bits of the pixels, which Pillow leaves out."""
+    raw, clear = (
+        next((tile[3] for tile in getattr(picture, "tile", ())), None),
+        picture.info.get("transparency"),
+    )
+    if raw in ("L;2", "L;4") and isinstance(clear, int):
+        picture.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[raw]
+    elif raw == "RGB;16B" and isinstance(clear, tuple):
+        picture.info["transparency"] = tuple(value >> 8 for value in clear)
 
 
 def _from_integers(pixels: np.ndarray) -> Image.Image:
@@ -74,10 +91,12 @@ def rows_from_files(
     rows, broken = [], []
     for position, path in enumerate(paths):
         try:
-            with Image.open(path) as picture:
+            with open_picture(path) as picture:
                 rows.append(picture_row(picture, size, channels))
         except MemoryError:
             raise
+        except UserError as error:
+            broken.append((position, str(error).removeprefix(f"{path} ")))
         except Exception as error:  # decoders raise a dozen types on a damaged file
             reason = "not a picture" if "cannot identify" in str(error) else str(error)
             broken.append((position, " ".join(reason.split()) or type(error).__name__))

@@ -32,7 +32,7 @@ def read_tinyimagenet(raw: Path, download: bool) -> Source:
     if odd:
         raise UserError(f"{listing}: {' '.join(odd[0])!r} is not 'picture wnid ...' of wnids.txt")
     held_out = [root / "val" / "images" / row[0] for row in rows]
-    train = pictures_by_class(root / "train" / name for name in names)
+    train = pictures_by_class([root / "train" / name for name in names])
     require_pictures(held_out, listing)
     test = held_out, [index[row[1]] for row in rows]
     return file_source("Tiny-ImageNet-200", names, train=train, test=test)

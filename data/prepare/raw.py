@@ -9,13 +9,18 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data.prepare.files import check_not_html
+from data.untrusted import open_picture
 from utils.errors import UserError
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpx", ".png", ".apng", ".bmp", ".dib"),
+    *(".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+)
 _PACKED_SUFFIXES = (".tgz", ".tar", ".gz", ".zip")
 _DATA_SUFFIXES = (*_PACKED_SUFFIXES, ".mat", ".npz", "-ubyte")
 
@@ -80,32 +85,86 @@ def stratified_split(labels: np.ndarray, held_out: Callable[[int], int]) -> tupl
     return np.flatnonzero(~taken), np.flatnonzero(taken)
 
 
-def pictures_below(folder: Path) -> list[Path]:
-    """All picture files below `folder`, sorted; hidden files and folders are left out."""
-    found = []
-    for base, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        found += [
-            Path(base, name)
-            for name in sorted(files)
-            if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")
-        ]
+class Entries(NamedTuple):
+    """What lies in a folder: sub-folders, pictures and other files, each sorted."""
+
+    folders: list[Path]
+    pictures: list[Path]
+    others: list[Path]
+
+
+def entries(folder: Path) -> Entries:
+    """What lies directly in a folder; links are followed, hidden files and folders left out.
+
+    A picture is known by its suffix, or by its content where the name has none. A folder that does
+    not exist is empty.
+
+    Raises:
+        UserError: the folder cannot be read.
+    """
+    found = Entries([], [], [])
+    try:
+        with os.scandir(folder) as listed:
+            for entry in sorted(listed, key=lambda entry: entry.name):
+                if not entry.name.startswith((".", "__MACOSX")):
+                    path = Path(entry.path)
+                    found[0 if entry.is_dir() else 1 if _is_picture(path) else 2].append(path)
+    except FileNotFoundError:
+        return found
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be read ({error.strerror})") from None
     return found
 
 
-def pictures_by_class(folders: Iterable[Path]) -> tuple[list[Path], list[int]]:
-    """The pictures of class folders, and their labels in the order of the folders.
+def _is_picture(path: Path) -> bool:
+    if path.suffix:
+        return path.suffix.lower() in PICTURE_SUFFIXES
+    try:
+        with open_picture(path):
+            return True
+    except Exception:  # decoders raise a dozen types
+        return False
+
+
+def pictures_below(folder: Path, above: tuple[str, ...] = ()) -> tuple[list[Path], list[Path]]:
+    """The pictures on all levels below `folder`, level by level in sorted order; and other files.
 
     Raises:
-        UserError: a folder without pictures.
+        UserError: a folder that cannot be read, or a link to a folder around it (`above`).
     """
-    files, labels = [], []
+    real = os.path.realpath(folder)
+    if real in above:
+        raise UserError(f"{folder} is a link to a folder that holds it; remove it")
+    folders, pictures, others = entries(folder)
+    for inner in folders:
+        for mine, theirs in zip((pictures, others), pictures_below(inner, (*above, real)), strict=True):
+            mine += theirs
+    return pictures, others
+
+
+def name_others(folder: Path, others: list[Path]) -> None:
+    """Say in one line which files of a folder are left out."""
+    if others:
+        shown = ", ".join(str(path.relative_to(folder)) for path in others[:5])
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        print(f"{folder}: {len(others)} files that are no pictures are left out ({shown}{more})")
+
+
+def pictures_by_class(folders: Sequence[Path]) -> tuple[list[Path], list[int]]:
+    """The pictures of class folders side by side, and their labels in the order of the folders.
+
+    Raises:
+        UserError: a folder that cannot be read or has no pictures.
+    """
+    files, labels, others = [], [], []
     for label, folder in enumerate(folders):
-        found = pictures_below(folder)
+        found, rest = pictures_below(folder)
         if not found:
             raise UserError(f"class folder {folder} holds no pictures; remove or fill it")
         files += found
+        others += rest
         labels += [label] * len(found)
+    name_others(folders[0].parent, others)
     return files, labels
 
 

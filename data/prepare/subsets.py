@@ -76,7 +76,9 @@ def subset_reader(folder: str) -> Callable[[Path, bool], Source]:
 
     def read(raw: Path, download: bool) -> Source:
         root = locate(raw, download, folder, help, *marks)
-        train, test = (pictures_by_class(root / split / wnid for wnid in wnids) for split in ("train", "val"))
+        train, test = (
+            pictures_by_class([root / split / wnid for wnid in wnids]) for split in ("train", "val")
+        )
         return file_source(f"ImageNet, {folder}", names, train=train, test=test)
 
     return read

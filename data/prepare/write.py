@@ -8,7 +8,6 @@ split has to fit in memory.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import multiprocessing.connection
@@ -17,7 +16,6 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,15 +25,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.meta import measure_statistics, merge_meta, read_meta
+from data.meta import checksum, measure_statistics, merge_meta, read_meta
 from data.prepare import images
 from data.prepare.raw import Part, Source
 from data.prepared import SPLITS, file_name
-from utils.checkpoint import atomic_path
+from utils.checkpoint import atomic_path, write_text
 from utils.errors import UserError
 
 # Pictures that are converted together: so few that all workers finish together.
 _FILES, _ROWS = 64, 256
+_BLOCK_BYTES = 1 << 26
 
 
 class _Bar(tqdm):
@@ -54,7 +53,9 @@ def write_prepared(
 ) -> dict[str, Any]:
     """Convert `source` and put X/Y tensors and meta.json into `folder`.
 
-    All files of this size appear together at the end; after any failure the folder is as before.
+    All files of this size appear together at the end; after any failure the folder is as before. A
+    process that is killed while they appear leaves files that meta.json does not describe, which
+    `data.load` refuses.
 
     Args:
         folder: of the prepared set.
@@ -87,12 +88,14 @@ def write_prepared(
                 broken |= {split: skipped} if skipped else {}
                 tensors |= {(kind, split): t for kind, t in zip("XY", found, strict=True)}
             if broken and not skip_broken:
-                raise UserError(_describe_broken(broken))
+                raise UserError(_describe_broken(broken, folder.with_name(f"{folder.name}.unreadable.txt")))
             entry = _describe(tensors) | {"skipped": broken}
             for (kind, split), tensor in tensors.items():
                 path = folder / file_name(kind, split, size)
                 if tensor is not None:
-                    _save(tensor, files.enter_context(atomic_path(path)))
+                    written = files.enter_context(atomic_path(path))
+                    _save(tensor, written)
+                    entry["mtime_ns"][f"{kind}_{SPLITS[split]}"] = written.stat().st_mtime_ns
             common = {"source": source.origin, "class_names": source.class_names}
             meta = merge_meta(folder, size, entry, replace=True, **common)
             meta_path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -109,11 +112,14 @@ def write_prepared(
 
 @contextlib.contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what a full disk or a killed worker raises into one line."""
+    """Turn what a full disk, too little memory or a killed worker raises into one line."""
     try:
         yield
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    except MemoryError as error:  # of a worker: its message ends with that of the original
+        reason = (str(error).split("MemoryError:")[-1].splitlines() or [""])[0].strip()
+        raise UserError(f"out of memory{' at ' * bool(reason)}{reason}; try --workers 1") from None
     except RuntimeError as error:
         if "worker (pid" not in str(error):
             raise
@@ -167,7 +173,8 @@ class _Blocks:
         self.images, self.channels, self.size = part.images, channels, size
         self.array = isinstance(part.images, np.ndarray)
         self.resized = not self.array or part.images.shape[1:3] != (size, size)
-        self.step = _ROWS if self.array else _FILES
+        fitting = max(1, _BLOCK_BYTES // (channels * size * size))
+        self.step = min(fitting, _ROWS if self.array else _FILES)
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.step)
@@ -211,7 +218,7 @@ def _end_with_parent() -> None:
 
 def _describe(tensors: dict[tuple[str, str], Tensor | None]) -> dict[str, Any]:
     """What meta.json says about X and Y of the splits."""
-    entry = {"resize": images.RESIZE_RULE, "counts": {}, "sha256": {}}
+    entry = {"resize": images.RESIZE_RULE, "counts": {}, "sha256": {}, "mtime_ns": {}}
     for (kind, split), tensor in tensors.items():
         if tensor is not None:
             entry["counts"][split] = len(tensor)
@@ -220,15 +227,6 @@ def _describe(tensors: dict[tuple[str, str], Tensor | None]) -> dict[str, Any]:
             raise UserError(f"the {split} split has no readable picture")
     stats = measure_statistics(tensors["X", "train"])
     return entry | {"mean": list(stats.mean), "std": list(stats.std)}
-
-
-def checksum(tensor: Tensor) -> str:
-    """SHA-256 over the SHA-256 digests of a tensor's bytes in blocks of 16 MiB, on all cores."""
-    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    blocks = [content[start : start + (1 << 24)] for start in range(0, len(content), 1 << 24)]
-    with ThreadPoolExecutor(min(len(blocks), default_workers()) or 1) as pool:
-        digests = pool.map(lambda block: hashlib.sha256(block).digest(), blocks)
-        return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _save(tensor: Tensor, path: Path) -> None:
@@ -251,11 +249,13 @@ def _check_same_classes(folder: Path, size: int, source: Source) -> None:
         )
 
 
-def _describe_broken(broken: dict[str, list[dict[str, str]]]) -> str:
-    """One line with the count and the first few names."""
-    every = [item for items in broken.values() for item in items]
-    shown = "; ".join(f"{item['picture']}: {item['reason']}" for item in every[:5])
-    more = f"; and {len(every) - 5} more" if len(every) > 5 else ""
+def _describe_broken(broken: dict[str, list[dict[str, str]]], path: Path) -> str:
+    """One line with the count and the first few names; where there are more, all go to the file `path`."""
+    every = [f"{item['picture']}: {item['reason']}" for items in broken.values() for item in items]
+    shown, more = "; ".join(every[:5]), ""
+    if len(every) > 5:
+        write_text(path, "\n".join(every) + "\n")
+        more = f"; all of them in {path}"
     return (
         f"{len(every)} unreadable picture{'s' * (len(every) > 1)} ({shown}{more}); "
         "mend them, or leave them out with --skip_broken"

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from data.augment import denormalize, normalize
 from data.specs import Stats
+from data.untrusted import check_regular, open_picture
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -80,6 +81,7 @@ def _read_description(path: Path) -> Content:
     """Read what `_describe` gave (or a run's config.json); {} if there is no such file."""
     if not path.exists():
         return {}
+    check_regular(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -172,6 +174,7 @@ def _write_res(content: Content, path: Path) -> None:
 
 
 def _read_safetensors(path: Path, stats: Stats | None, experiment: int) -> Content:
+    check_regular(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = set(file.keys())
@@ -201,6 +204,7 @@ def _read_png(path: Path, stats: Stats | None, experiment: int) -> Content:
     stats = stats or content.get("stats")
     if stats is None:
         raise UserError(f"{path / 'meta.json'} gives no mean and std, and none were passed")
+    check_regular(path / "labels.csv")
     try:
         with (path / "labels.csv").open(newline="", encoding="utf-8") as file:
             rows = [(row["file"], int(row["label"])) for row in csv.DictReader(file)]
@@ -228,8 +232,10 @@ def _read_image(folder: Path, name: str) -> Tensor:
     if Path(name).name != name:
         raise UserError(f"{folder / 'labels.csv'} names {name!r}, expected a file in that folder")
     try:
-        with Image.open(folder / name) as image:
+        with open_picture(folder / name) as image:
             mode, array = image.mode, np.array(image)
+    except UserError:
+        raise
     except Exception as error:  # Pillow raises many types on damaged files
         raise UserError(f"{folder / name} cannot be read ({type(error).__name__})") from None
     if mode not in ("L", "RGB"):
