@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.meta import update_meta
 from data.prepare.check import check_prepared
 from data.prepare.folder import read_folder
 from data.prepare.raw import Source
@@ -138,9 +137,8 @@ def prepare(flags: PrepareFlags) -> None:
         source,
         workers=flags.workers or default_workers(),
         skip_broken=flags.skip_broken,
+        **({"hflip": False} if flags.no_hflip else {}),
     )
-    if flags.no_hflip:
-        update_meta(folder, size, {}, hflip=False)
     for split, items in entry["skipped"].items():
         print(f"skipped {len(items)} unreadable pictures of the {split} split (see meta.json)")
     counts = ", ".join(f"{count} {split}" for split, count in entry["counts"].items())

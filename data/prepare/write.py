@@ -49,7 +49,14 @@ def default_workers() -> int:
 
 
 def write_prepared(
-    folder: Path, size: int, channels: int, source: Source, *, workers: int, skip_broken: bool = False
+    folder: Path,
+    size: int,
+    channels: int,
+    source: Source,
+    *,
+    workers: int,
+    skip_broken: bool = False,
+    **facts: Any,
 ) -> dict[str, Any]:
     """Convert `source` and put X/Y tensors and meta.json into `folder`.
 
@@ -64,6 +71,7 @@ def write_prepared(
         source: the raw set.
         workers: number of processes that decode and resize.
         skip_broken: leave unreadable pictures out and list them in meta.json.
+        facts: more for the top level of meta.json.
 
     Returns:
         What meta.json says about this size.
@@ -72,14 +80,13 @@ def write_prepared(
         UserError: unreadable pictures (without `skip_broken`), labels that do not fit, a disk that
             is full or cannot be written, or other classes than this set's other sizes have.
     """
-    fresh = not folder.exists()
+    fresh, unreadable = not folder.exists(), folder.with_name(f"{folder.name}.unreadable.txt")
     try:
         with _disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         _check_same_classes(folder, size, source)
         # New files take their names as `files` closes.
         with contextlib.ExitStack() as files, _disk_errors(folder):
-            meta_path = files.enter_context(atomic_path(folder / "meta.json"))
             tensors, broken = {}, {}
             for split in source.splits:
                 scratch = files.enter_context(tempfile.TemporaryFile(dir=folder))
@@ -88,7 +95,7 @@ def write_prepared(
                 broken |= {split: skipped} if skipped else {}
                 tensors |= {(kind, split): t for kind, t in zip("XY", found, strict=True)}
             if broken and not skip_broken:
-                raise UserError(_describe_broken(broken, folder.with_name(f"{folder.name}.unreadable.txt")))
+                raise UserError(_describe_broken(broken, unreadable))
             entry = _describe(tensors) | {"skipped": broken}
             for (kind, split), tensor in tensors.items():
                 path = folder / file_name(kind, split, size)
@@ -96,13 +103,15 @@ def write_prepared(
                     written = files.enter_context(atomic_path(path))
                     _save(tensor, written)
                     entry["mtime_ns"][f"{kind}_{SPLITS[split]}"] = written.stat().st_mtime_ns
-            common = {"source": source.origin, "class_names": source.class_names}
+            common = {"source": source.origin, "class_names": source.class_names, **facts}
             meta = merge_meta(folder, size, entry, replace=True, **common)
+            meta_path = files.enter_context(atomic_path(folder / "meta.json"))  # takes its name first
             meta_path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             for split in SPLITS:  # of an earlier set under this name
                 for kind in "XY":
                     if tensors.get((kind, split)) is None:
                         (folder / file_name(kind, split, size)).unlink(missing_ok=True)
+        unreadable.unlink(missing_ok=True)  # of an earlier try
         return entry
     finally:
         if fresh:
