@@ -110,6 +110,16 @@ def payload(kind: str, form: str = "zip") -> Damage:
     return damage
 
 
+def pipe(path: Path) -> None:
+    """Something that is opened and never ends."""
+    _replace(path)
+    os.mkfifo(path)
+
+
+# Under any picture's name, it would start Ghostscript.
+POSTSCRIPT = write("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+
+
 # For any file that torch.save wrote.
 TORCH_FILE: dict[str, Damage] = {
     "empty": write(b""),

@@ -13,7 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from fault_corpus import Case
-from fault_damage import JSON_FILE, PAYLOADS, TORCH_FILE, cut, png_bytes, store, write
+from fault_damage import (
+    JSON_FILE,
+    PAYLOADS,
+    POSTSCRIPT,
+    TORCH_FILE,
+    Payload,
+    cut,
+    pipe,
+    png_bytes,
+    store,
+    write,
+)
 from fault_inputs import bad_flags, over, state_dicts, tensors
 
 _DC = "--dataset CIFAR10 --img_size 8 --model ConvNetD1 --device cpu"
@@ -88,6 +99,8 @@ def validate_cases() -> Iterator[Case]:
             "folder": TORCH_FILE["folder"],
             "bomb": write(png_bytes(60000, 60000)),
             "other size": write(png_bytes(4, 4)),
+            "code, PostScript": POSTSCRIPT,
+            "pipe": pipe,
             "link to nothing": TORCH_FILE["link to nothing"],
         },
         words=("00003.png", "png/"),
@@ -109,6 +122,7 @@ def validate_cases() -> Iterator[Case]:
             "root": write(labels + "/etc/passwd,1\n"),
             "binary": write(bytes(range(256))),
             "no label": write("file,label\n00000.png\n"),
+            "pipe": pipe,
             "huge": write(labels + f"00001.png,{10**30}\n"),
             "NUL": write(labels + "\0,1\n"),
             "folder": TORCH_FILE["folder"],
@@ -288,6 +302,12 @@ def _npz(train_labels: list[int], **arrays: object) -> object:
     return lambda path: np.savez(path / "pathmnist.npz", **arrays)
 
 
+def _zeros(path: Path) -> None:
+    """A thousand times larger once it is unpacked."""
+    with zipfile.ZipFile(path / "pathmnist.npz", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("test_images.npy", bytes(100 << 20))
+
+
 def prepare_cases() -> Iterator[Case]:
     """data.prepare, raw sets and --check."""
     own = "--from_folder pictures --data_name own --size 8 --workers 1"
@@ -303,6 +323,8 @@ def prepare_cases() -> Iterator[Case]:
             "link to nothing": TORCH_FILE["link to nothing"],
             "code": TORCH_FILE["code, bare"],
             "zeros": write(bytes(500)),
+            "code, PostScript": POSTSCRIPT,
+            "pipe": pipe,
         },
         guards="--from_folder",
     )
@@ -313,6 +335,7 @@ def prepare_cases() -> Iterator[Case]:
         ("--val_fraction", "nan"),
         ("--workers", "0"),
         ("--size", "0"),
+        ("--size", "100000"),
         ("--data_name", "a/b"),
         ("--data_name", ".."),
         ("--data_name", "raw"),
@@ -367,6 +390,8 @@ def prepare_cases() -> Iterator[Case]:
         "text": imagenet(data="x"),
         "labels of text": imagenet(labels=["a", "b"]),
         "objects": imagenet(data=np.array([None, 1])),
+        "code, bytes as objects": imagenet(data=Payload(np.ndarray, (1,), "O", b"8 bytes.")),
+        "a foreign buffer": imagenet(data=Payload(np.ndarray, (9, 9), "u1", b"8 bytes.")),
     }
     yield from over("data.prepare", big, "empty", batches, guards="--raw", words=("train_data_batch_1",))
     arrays = {
@@ -378,6 +403,7 @@ def prepare_cases() -> Iterator[Case]:
         "grey": _npz([0, 1], train_images=np.zeros((2, 4, 4), np.uint8)),
         "code": _npz([0], train_images=np.array([PAYLOADS["system"]()], object)),
         "text": lambda path: (path / "pathmnist.npz").write_text("hello"),
+        "bomb": _zeros,
     }
     medical = "--data_name pathmnist --raw empty --size 8 --workers 1"
     yield from over("data.prepare", medical, "empty", arrays, guards="--raw", words=("pathmnist", "labels"))
@@ -400,4 +426,9 @@ def prepare_cases() -> Iterator[Case]:
             guards="--raw",
         )
     yield from over("data.prepare", "--check tiny", "datasets/tiny/X_tr_8.pth", TORCH_FILE)
-    yield from over("data.prepare", "--check tiny", "datasets/tiny/meta.json", JSON_FILE)
+    facts = {
+        f"mean {mean}": write(f'{{"sizes": {{"8": {{"mean": {mean}, "std": [1, 1, 1]}}}}}}')
+        for mean in ('"abc"', '"123"', f"[1{400 * '0'}, 0, 0]", "5")
+    }
+    facts |= {"sums of text": write('{"sizes": {"8": {"sha256": "abc"}}}'), "pipe": pipe}
+    yield from over("data.prepare", "--check tiny", "datasets/tiny/meta.json", JSON_FILE | facts)
