@@ -44,7 +44,7 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
 
 def _is_entry(facts: Any) -> bool:
     """Whether these may be the facts of one size; mean and std are looked at where they are used."""
-    tables = ("counts", "sha256", "mtime_ns")
+    tables = ("counts", "sha256", "sample")
     return isinstance(facts, dict) and all(isinstance(facts.get(key, {}), dict) for key in tables)
 
 

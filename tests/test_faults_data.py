@@ -20,7 +20,9 @@ from PIL import EpsImagePlugin, Image
 from raw_drawing import draw
 from scipy.io import savemat
 
+from data import prepared
 from data.load import load_set
+from data.meta import read_meta
 from data.prepare import __main__ as prepare
 from data.prepare import images
 from data.prepare.files import load_arrays
@@ -256,14 +258,14 @@ def test_a_set_replaced_in_part_is_not_used(tmp_path, monkeypatch):
     assert refusals == 4
 
 
-def test_a_copied_set_is_checked_once_and_a_changed_one_refused(own, tmp_path):
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_a_changed_set_is_refused(own, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(prepared, "_MAP_FROM_BYTES", limit)  # 0: a sample of the rows, here all four
     assert run(*own) == 0
-    folder = tmp_path / "out" / "own"
-    path = folder / "X_tr_6.pth"
-    os.utime(path, (1, 1))
-    load_set("own", 6, tmp_path / "out")
-    assert json.loads((folder / "meta.json").read_text())["sizes"]["6"]["mtime_ns"]["X_tr"] == 10**9
+    path = tmp_path / "out" / "own" / "X_tr_6.pth"
+    assert bool(read_meta(path.parent)["sizes"]["6"]["sample"]) == (limit == 0)
     changed = torch.load(path, weights_only=True)
+    assert torch.equal(load_set("own", 6, tmp_path / "out").train.images, changed)
     changed[1, 0, 0, 0] ^= 1
     torch.save(changed, path)
     with pytest.raises(UserError, match=r"X_tr_6\.pth is not what meta\.json"):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data.meta import checksum, measure_statistics, merge_meta, read_meta
 from data.prepare import images
 from data.prepare.raw import Part, Source
-from data.prepared import SPLITS, file_name
+from data.prepared import SPLITS, file_name, sample
 from utils.checkpoint import atomic_path, write_text
 from utils.errors import UserError
 
@@ -100,9 +100,7 @@ def write_prepared(
             for (kind, split), tensor in tensors.items():
                 path = folder / file_name(kind, split, size)
                 if tensor is not None:
-                    written = files.enter_context(atomic_path(path))
-                    _save(tensor, written)
-                    entry["mtime_ns"][f"{kind}_{SPLITS[split]}"] = written.stat().st_mtime_ns
+                    _save(tensor, files.enter_context(atomic_path(path)))
             common = {"source": source.origin, "class_names": source.class_names, **facts}
             meta = merge_meta(folder, size, entry, replace=True, **common)
             meta_path = files.enter_context(atomic_path(folder / "meta.json"))  # takes its name first
@@ -227,11 +225,14 @@ def _end_with_parent() -> None:
 
 def _describe(tensors: dict[tuple[str, str], Tensor | None]) -> dict[str, Any]:
     """What meta.json says about X and Y of the splits."""
-    entry = {"resize": images.RESIZE_RULE, "counts": {}, "sha256": {}, "mtime_ns": {}}
+    entry = {"resize": images.RESIZE_RULE, "counts": {}, "sha256": {}, "sample": {}}
     for (kind, split), tensor in tensors.items():
         if tensor is not None:
             entry["counts"][split] = len(tensor)
-            entry["sha256"][f"{kind}_{SPLITS[split]}"] = checksum(tensor)
+            key, rows = f"{kind}_{SPLITS[split]}", sample(tensor)
+            entry["sha256"][key] = checksum(tensor)
+            if rows is not None:
+                entry["sample"][key] = checksum(rows)
         elif kind == "X":
             raise UserError(f"the {split} split has no readable picture")
     stats = measure_statistics(tensors["X", "train"])
