@@ -84,7 +84,7 @@ def test_damaged_config_and_lost_log(tmp_path):
     assert folder(tmp_path).read_log() == []
     for content in ("{torn", "[]", "3"):
         (tmp_path / "config.json").write_text(content)
-        with pytest.raises(UserError, match="other flags"):
+        with pytest.raises(UserError, match="is damaged"):
             folder(tmp_path)
     assert not folder(tmp_path, overwrite=True).resumed
 
