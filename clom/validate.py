@@ -60,6 +60,7 @@ def validate(flags: ValidateFlags) -> int:
     first = flags.given_seed() or 0
     settings = {
         "dataset": flags.dataset,
+        "data": image_set.fingerprint,
         "size": image_set.size,
         "training": recipe.record(),
         "test_every": flags.save_every,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+import torch
 
 from data.meta import own_statistics, read_meta
 from data.prepared import (
@@ -15,8 +18,10 @@ from data.prepared import (
     find_spec,
     prepare_command,
     read_split,
+    sample,
 )
 from data.specs import Stats, find_row
+from utils.checkpoint import fingerprint
 from utils.errors import UserError
 
 
@@ -51,6 +56,17 @@ class ImageSet:
     def img_shape(self) -> tuple[int, int, int]:
         """(C, H, W), what the model zoos take."""
         return tuple(self.train.images.shape[1:])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Which data it is: images and labels (from 1 GiB on a sample of them), statistics, mirroring."""
+        tensors = []
+        for part in (self.train, self.test) if self.test is not None else (self.train,):
+            rows = sample(part.images)
+            tensors.append(part.images if rows is None else rows)
+            tensors += [] if part.labels is None else [part.labels]
+        rest = torch.tensor([*self.stats.mean, *self.stats.std, self.hflip], dtype=torch.float64)
+        return fingerprint(*tensors, rest)
 
 
 def load_set(

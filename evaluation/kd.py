@@ -189,6 +189,7 @@ class Distillation:
             **flags.settings(flags.method, self.arch, self.target.size, self.pretraining),
             "protocol": "kd",
             "target": self.target.name,
+            "target_data": self.target.fingerprint,
             "count": self.count,
             "distillation": self.recipe.record(),
             "kd_bn": flags.kd_bn,

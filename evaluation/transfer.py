@@ -444,6 +444,7 @@ class Transfer:
             **self.settings,
             "protocol": measure.protocol,
             "target": target.name,
+            "target_data": target.fingerprint,
             "shots": measure.shots,
             "label_fraction": measure.fraction,
             "seed": seed,

@@ -131,7 +131,7 @@ class KernelTable:
     def places(self) -> list[Place]:
         """All cells in reading order.
 
-        Cells of other synthetic sets, teachers or lengths are not mixed: those of the method's
+        Cells of other synthetic sets, teachers, target data or lengths are not mixed: those of the method's
         present set count, else of the latest cell, and of all lengths the one nearest to the
         published.
         """
@@ -154,7 +154,7 @@ class KernelTable:
             return cell.get("synthetic_set") != present, abs(cell.get("steps_scale", 1.0) - 1)
 
         published = self.published.get((self.flags.table, row, column))
-        origin = ("steps_scale", "synthetic_set", "teacher")
+        origin = ("steps_scale", "synthetic_set", "teacher", "target_data")
         return Place(row, column, wanted, fits=fits, rank=rank, origin=origin, published=published)
 
     def missing_jobs(self) -> list[Job]:

@@ -383,3 +383,25 @@ def test_sets_that_must_not_be_mirrored_are_not_mirrored_by_dsa(tiny):
         assert strategies() == expected
     flags = TestFlags(**shared, pre_dsa="flip")
     assert transfer.load_pretraining(flags, 8, NET).recipe.dsa == "flip"
+
+
+def test_cells_belong_to_the_target_data(tiny, capsys):
+    """Other images, labels or statistics of the target: another cell; the same once more: none."""
+    argv = [*SHARED, "--target_data_name", "tiny", "--protocol", "knn", "--seed", "0"]
+    assert test_scratch.main(argv) == 0
+    assert test_scratch.main(argv) == 0
+    assert len(cells()) == 1
+    for count, (file, change) in enumerate(
+        {
+            "X_te_8.pth": lambda x: x.flip(0),
+            "Y_te_8.pth": lambda y: y.flip(0),
+            "X_tr_8.pth": lambda x: x.flip(3),
+            "Y_tr_8.pth": lambda y: y.flip(0),
+        }.items(),
+        2,
+    ):
+        path = Path("datasets/tiny") / file
+        torch.save(change(torch.load(path, weights_only=True)), path)
+        assert test_scratch.main(argv) == 0
+        assert len(cells()) == count, file
+    assert len({cell["target_data"] for cell in cells()}) == 5
