@@ -221,3 +221,22 @@ def test_grid_layout_and_errors(tmp_path):
         with pytest.raises(UserError, match="cannot draw"):
             save_grid(bad, tmp_path / "bad.png")
     assert not (tmp_path / "bad.png").exists()
+
+
+@pytest.mark.parametrize("form", ["pair", "res", "safetensors"])
+def test_convert_keeps_a_set_that_is_there(tmp_path, form, capsys):
+    place = tmp_path / {"res": "set.pt", "safetensors": "set.safetensors"}.get(form, "set")
+    for name, seed in (("a", 0), ("b", 1)):
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.rand(4, 3, 8, 8, generator=generator)
+        SyntheticSet(images, torch.arange(4), Stats((0.5,) * 3, (0.5,) * 3)).save(tmp_path / name)
+    convert = ["convert", "--form", form]
+    assert main([*convert, str(tmp_path / "a"), str(place)]) == 0
+    kept = SyntheticSet.load(place, form=form).images
+    capsys.readouterr()
+    assert main([*convert, str(tmp_path / "b"), str(place)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--overwrite" in line and "set" in line
+    assert torch.equal(SyntheticSet.load(place, form=form).images, kept)
+    assert main([*convert, str(tmp_path / "b"), str(place), "--overwrite"]) == 0
+    assert not torch.equal(SyntheticSet.load(place, form=form).images, kept)

@@ -97,6 +97,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     synthetic = _load_flagged(args, args.src)
+    taken = args.dst / "x_syn.pt" if args.form == "pair" and args.dst.is_dir() else args.dst
+    if args.form != "png" and taken.is_file() and not args.overwrite:  # png never replaces a folder
+        raise UserError(f"{taken} exists already; pass --overwrite to replace it")
     synthetic.save(args.dst, args.form)
     again = SyntheticSet.load(args.dst, form=args.form)
     worst = float((again.images - synthetic.images).abs().max())
@@ -121,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     convert.add_argument("src", type=Path, help="folder or file of any form")
     convert.add_argument("dst", type=Path, help="folder (pair, png) or file (res, safetensors)")
     convert.add_argument("--form", required=True, choices=tuple(FORMS), help="form to write")
+    convert.add_argument("--overwrite", action="store_true", help="replace a pair or file that is there")
     for command in (inspect, convert):
         command.add_argument("--data_name", help="use the published mean and std of this data set")
         command.add_argument("--family", choices=("krr", "dc"), default="krr", help="whose [krr]")
