@@ -1,8 +1,6 @@
 """The commands as a user types them: one clear line and exit code 2 for every bad input."""
 
-import importlib.util
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -328,18 +326,6 @@ def test_errors_as_a_process(argv, tmp_path):
     assert "--no_such_flag" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-def in_this_process(title, argv, folder):
-    """Instead of `demo.run_step`: the start of seventeen processes would take most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        if argv[0] == "-m":
-            package = importlib.util.find_spec(argv[1]).submodule_search_locations is not None
-            module = importlib.import_module(argv[1] + ".__main__" * package)
-            assert not module.main(argv[2:]), title
-        else:
-            assert runpy.run_path(str(ROOT / argv[0]))["main"](argv[1:]) == 0, title
-
-
 def test_demo_runs_ordinary_commands(tmp_path, capfd):
     demo.run_step("A title", ["train.py", "--dry_run", "--data_name", "digits"], tmp_path)
     printed = capfd.readouterr().out
@@ -349,8 +335,7 @@ def test_demo_runs_ordinary_commands(tmp_path, capfd):
         demo.run_step("A title", ["train.py", "--no_such_flag"], tmp_path)
 
 
-def test_demo_at_tiny_size(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "run_step", in_this_process)
+def test_demo_at_tiny_size(tmp_path, capsys):
     argv = [
         "--folder",
         str(tmp_path),
