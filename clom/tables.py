@@ -30,13 +30,14 @@ from clom.source import load_data
 from data.specs import DC_SPECS
 from distillation.run import resolved, run_method
 from evaluation.measure import CellStore
-from evaluation.tables import NOTE, Job, Number, Place, make_table, with_published_file
+from evaluation.tables import NOTE, Job, Place, Published, make_table, with_published_file
 from methods import METHODS, find_method
 from models import get_network
 from utils import checkpoint, cli, flops
 from utils.cli import SEED, flag
 from utils.distributed import local_gpu
 from utils.errors import UserError, entry_point, pick
+from utils.run_folder import read_log
 
 RESULTS = "results.jsonl"
 
@@ -47,12 +48,12 @@ def labelled() -> tuple[str, ...]:
 
 
 _CE, _COS = {"CLoM": True, "CLoM_distance": "ce"}, {"CLoM": True, "CLoM_distance": "cos"}
-# Variant -> what it sets of main.py's flags, and its heading.
-VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
-    "none": ({"CLoM": False}, ""),
-    "ce": (_CE, "CLoM ce"),
-    "ce_classification": ({**_CE, "CLoM_ce_form": "classification"}, "CLoM ce, classification"),
-    "cos": (_COS, "CLoM cos"),
+# Variant -> what it sets of main.py's flags.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "none": {"CLoM": False},
+    "ce": _CE,
+    "ce_classification": {**_CE, "CLoM_ce_form": "classification"},
+    "cos": _COS,
 }
 # Flags that mean nothing without CLoM.
 POOL_FLAGS = {"models_pool", "model_num", "epoch", "CLoM_batch_size", "source_dataset", "CLoM_teacher_stats"}
@@ -83,7 +84,6 @@ class TablesFlags(CellFlags):
     published: Path | None = flag(
         None, "JSON file of published numbers: {data set: {row: {ipc: [mean, std]}}}"
     )
-
     source_dataset: str | None = flag(
         None, "what the models of cos were trained on; default: the cell's data set"
     )
@@ -103,22 +103,12 @@ class Variant:
     @property
     def heading(self) -> str:
         """Empty without CLoM; the weight is named where it is not the default."""
-        text = VARIANTS[self.name][1]
+        text = "" if self.name == "none" else f"CLoM {self.name.replace('_', ', ')}"
         return text if self.alpha == DEFAULT_ALPHA else f"{text}, α {self.alpha:g}"
-
-    @property
-    def flags(self) -> dict[str, Any]:
-        """What it sets of main.py's flags."""
-        values = VARIANTS[self.name][0]
-        return {**values, "alphas": (self.alpha,)} if values["CLoM"] else values
 
 
 def parse_variant(text: str) -> Variant:
-    """`cos:100` -> cos with weight 100.
-
-    Raises:
-        UserError: an unknown name, or a weight that is none.
-    """
+    """`cos:100` -> cos with weight 100; a UserError for an unknown name or a bad weight."""
     name, colon, weight = text.partition(":")
     pick(VARIANTS, name, "--variants")
     try:
@@ -137,6 +127,7 @@ class Spot:
     With `start` the value is that of the images before distillation.
     """
 
+    flags: TablesFlags
     dataset: str
     ipc: int
     method: str
@@ -146,35 +137,35 @@ class Spot:
     @property
     def row(self) -> str:
         """Heading of the row."""
-        if self.start:
-            return RANDOM
-        heading = self.variant.heading
-        return f"{self.method} + {heading}" if heading else self.method
+        return RANDOM if self.start else " + ".join(filter(None, (self.method, self.variant.heading)))
 
     @property
     def column(self) -> str:
         """Heading of the column."""
         return f"{self.dataset}, {self.ipc} ipc"
 
-    def run_flags(self, flags: TablesFlags) -> DistillFlags:
+    @functools.cached_property
+    def run(self) -> DistillFlags:
         """main.py's flags, resolved and shortened by `steps_scale`, without a seed.
 
         Raises:
             UserError: flags that do not fit together.
         """
         method, names = find_method(self.method), {f.name for f in dataclasses.fields(CellFlags)}
-        if not self.variant.flags["CLoM"]:  # what is not used must not make another cell
+        variant = VARIANTS[self.variant.name]
+        if not variant["CLoM"]:  # what is not used must not make another cell
             names -= POOL_FLAGS
-        shared = {name: getattr(flags, name) for name in names}
-        if self.variant.flags.get("CLoM_distance") == "ce":
+        shared = {name: getattr(self.flags, name) for name in names}
+        if variant.get("CLoM_distance") == "ce":
             shared["source_dataset"] = self.dataset
-        shared |= {k: v for k, v in self.published().items() if shared.get(k) is None}
+        shared |= {k: v for k, v in self.published.items() if shared.get(k) is None}
         for name in LENGTH:
-            shared[name] = max(1, round(flags.steps_scale * shared[name]))
-        shared["gpu_id"] = local_gpu(flags.gpu_id)
-        given = DistillFlags(
+            shared[name] = max(1, round(self.flags.steps_scale * shared[name]))
+        shared["gpu_id"] = local_gpu(self.flags.gpu_id)
+        given = method.flags(
             **shared,
-            **self.variant.flags,
+            **variant,
+            alphas=(self.variant.alpha,),
             dataset=self.dataset,
             ipc=self.ipc,
             method=method.name,
@@ -182,49 +173,45 @@ class Spot:
         )
         return resolved(method, given)
 
+    @functools.cached_property
     def published(self) -> dict[str, Any]:
         """The published settings of the cell: length, evaluation, and what the method's row says."""
         method = find_method(self.method)
-        default = resolved(method, DistillFlags(method=method.name, dataset=self.dataset))
+        default = resolved(method, method.flags(method=method.name, dataset=self.dataset))
         epochs = evaluation_recipe(method, default, default.model).epochs - 1  # epochs 0 to E
         length = zip(LENGTH, (default.Iteration, epochs), strict=True)
         return {**dict(length), **method.published(self.dataset, self.ipc)}
 
-    def is_shortened(self, flags: TablesFlags) -> bool:
-        """Whether its cells take less than the published iterations or evaluation epochs."""
-        mine, theirs = self.run_flags(flags), self.published()
-        return any(getattr(mine, name) < theirs[name] for name in LENGTH)
-
-    def is_published(self, flags: TablesFlags) -> bool:
+    @property
+    def is_published(self) -> bool:
         """Whether network, size, start, rate and real batch are those of the published cell.
 
         Its length is not asked about: shortened cells are marked.
         """
         sizes = DC_SPECS[self.dataset].sizes if self.dataset in DC_SPECS else ()
-        own_size = flags.img_size in (None, *sizes)
         names = ("model", "init") if self.start else ("model", "init", "lr_img", "batch_real")
-        mine, theirs = self.run_flags(flags), self.run_flags(TablesFlags())
+        mine, theirs = self.run, dataclasses.replace(self, flags=TablesFlags()).run
+        own_size = self.flags.img_size in (None, *sizes)
         return own_size and all(getattr(mine, name) == getattr(theirs, name) for name in names)
 
-    def place(self, flags: TablesFlags, published: Number | None) -> Place:
+    def place(self, known: Published) -> Place:
         """Its cells are known by their flags; of other data or models the latest count."""
-        shortened = self.is_shortened(flags)
+        shortened = any(getattr(self.run, name) < self.published[name] for name in LENGTH)
         return Place(
             self.row,
             self.column,
-            settings(self.run_flags(flags)),
+            settings(self.run),
             field="start_accuracies" if self.start else "accuracies",
             origin=("data", "teachers"),
             shortened=lambda cell: shortened,
-            published=published if self.is_published(flags) else None,
+            published=known.get((self.dataset, self.row, str(self.ipc))) if self.is_published else None,
         )
 
 
 def spots(flags: TablesFlags) -> list[Spot]:
-    """All cells in reading order. DM starts from random real images: they get a row.
+    """All cells in reading order; a UserError for a bad variant.
 
-    Raises:
-        UserError: a bad variant.
+    DM starts from random real images: they get a row.
     """
     variants = [parse_variant(text) for text in dict.fromkeys(flags.variants)]
     methods, plain = list(dict.fromkeys(flags.methods)), Variant("none")
@@ -233,7 +220,7 @@ def spots(flags: TablesFlags) -> list[Spot]:
     if real and plain in variants:
         rows.insert(0, (real[0], plain, True))
     return [
-        Spot(dataset, ipc, method, variant, start)
+        Spot(flags, dataset, ipc, method, variant, start)
         for method, variant, start in rows
         for dataset in dict.fromkeys(flags.datasets)
         for ipc in dict.fromkeys(flags.ipcs)
@@ -268,7 +255,7 @@ def data_facts(dataset: str, data_path: Path | None, img_size: int | None) -> tu
     image_set = load_data(DistillFlags(dataset=dataset, data_path=data_path, img_size=img_size))
     splits = [s for s in (image_set.train, image_set.test) if s is not None]
     digest = checkpoint.fingerprint(*(t for s in splits for t in (s.images, s.labels)))
-    return digest, tuple(image_set.img_shape), image_set.num_classes
+    return digest, image_set.img_shape, image_set.num_classes
 
 
 def teacher_fingerprints(run: DistillFlags) -> list[str]:
@@ -290,7 +277,7 @@ def _digest(path: Path, changed: float) -> str:
 
 
 def missing_jobs(flags: TablesFlags) -> list[Job]:
-    """One job for every cell and seed that is not measured; each is one run of its own folder.
+    """One job for every cell and seed that is not measured; each is one run in a folder of its own.
 
     Raises:
         UserError: flags that do not fit together.
@@ -299,66 +286,50 @@ def missing_jobs(flags: TablesFlags) -> list[Job]:
     for spot in spots(flags):
         if spot.start:  # comes with the cell that it is the start of
             continue
-        run = spot.run_flags(flags)
         for seed in range(flags.seed, flags.seed + flags.num_exp):
-            name = f"{spot.column}: {spot.row}, seed {seed}"
             try:
-                key = cell_key(run, seed)
-            except UserError as error:  # said in its turn, the others go on
-                jobs.append(Job(name, 0.0, functools.partial(_refuse, error)))
-                continue
-            if store.get(key) is None:
-                job = functools.partial(run_cell, flags, spot, run, key)
-                jobs.append(Job(name, estimate(run), job))
+                missing, cost = store.get(cell_key(spot.run, seed)) is None, estimate(spot.run)
+            except UserError:  # the job says it in its turn
+                missing, cost = True, 0.0
+            if missing:
+                name = f"{spot.column}: {spot.row}, seed {seed}"
+                jobs.append(Job(name, cost, functools.partial(run_cell, spot, seed)))
     return jobs
 
 
-def _refuse(error: UserError) -> None:
-    raise error
-
-
-def run_cell(flags: TablesFlags, spot: Spot, run: DistillFlags, key: dict[str, Any]) -> None:
+def run_cell(spot: Spot, seed: int) -> None:
     """Distil, evaluate, append the cell. A run that was stopped resumes from its last checkpoint.
 
     Raises:
-        UserError: as `run_method`.
+        UserError: as `cell_key` and `run_method`.
     """
-    seed = key["seed"]
+    key, log_dir = cell_key(spot.run, seed), spot.flags.log_dir
     name = f"{spot.dataset}_{spot.method}_ipc{spot.ipc}_{spot.variant.name}_seed{seed}"
-    folder = flags.log_dir / "runs" / f"{name}_{CellStore.identity(key)[:8]}"
+    folder = log_dir / "runs" / f"{name}_{CellStore.identity(key)[:8]}"
 
     def compute() -> dict[str, Any]:
-        own = dataclasses.replace(run, seed=seed, save_path=folder)
-        run_method(find_method(spot.method), own)
-        after = json.loads((folder / "results.json").read_text())["networks"][0]["accuracies"]
-        percent = [100 * a for a in after]
+        run_method(find_method(spot.method), dataclasses.replace(spot.run, seed=seed, save_path=folder))
+        (network,) = json.loads((folder / "results.json").read_text())["networks"]
+        percent = [100 * a for a in network["accuracies"]]
+        start = next((e["test"] for e in read_log(folder / "log.jsonl") if "test" in e), {})
         return {
             "accuracy": sum(percent) / len(percent),
             "accuracies": percent,
-            "start_accuracies": [100 * a for a in accuracies_at_start(folder)],
+            "start_accuracies": [100 * a for a in start.get(spot.run.model, [])],
             "variant": spot.variant.name,
-            "steps_scale": flags.steps_scale,
+            "steps_scale": spot.flags.steps_scale,
             "folder": folder.name,
         }
 
     shown = f"{spot.column}: {spot.row}, seed {seed}"
-    store = CellStore(flags.log_dir / RESULTS)
+    store = CellStore(log_dir / RESULTS)
     store.measure(key, compute, lambda cell: f"{shown}: {cell['accuracy']:.2f} %")
-
-
-def accuracies_at_start(folder: Path) -> list[float]:
-    """In [0, 1]: those of the images before the first iteration."""
-    for line in (folder / "log.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        if entry.get("iteration") == 0 and "test" in entry:
-            return next(iter(entry["test"].values()))
-    return []
 
 
 def estimate(run: DistillFlags) -> float:
     """Operations of one cell: outer steps, CLoM's model, two evaluations.
 
-    A training step is taken as three forward passes; CLoM's model as the distilled network.
+    A training step counts as three forward passes, CLoM's model as the distilled network.
     """
     _, img_shape, classes = data_facts(run.dataset, run.data_path, run.img_size)
     images = run.Iteration * find_method(run.method).distiller.cost(run, classes)
@@ -380,10 +351,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     published = with_published_file(published_numbers(), flags.published)
     stem, cells = flags.log_dir / "table", spots(flags)
-    places = [spot.place(flags, published.get((spot.dataset, spot.row, str(spot.ipc)))) for spot in cells]
     missing = (lambda: missing_jobs(flags)) if flags.run else None
-    make_table(places, flags.log_dir / RESULTS, stem, missing)
-    print(caption(flags, all(spot.is_published(flags) for spot in cells)))
+    make_table([spot.place(published) for spot in cells], flags.log_dir / RESULTS, stem, missing)
+    print(caption(flags, all(spot.is_published for spot in cells)))
     print(f"written: {stem}.md, .csv, .tex")
     return 0
 

@@ -217,30 +217,25 @@ def test_two_processes_run_every_cell_once(tiny):
 
 
 def test_scaled_lengths_are_marked():
-    (spot,) = [s for s in spots(flags()) if not s.start]
-    full, short = spot.run_flags(flags()), spot.run_flags(flags(steps_scale=0.01))
-    assert (full.Iteration, full.epoch_eval_train) == (20000, 1000)
-    assert (short.Iteration, short.epoch_eval_train) == (200, 10)
-    assert not spot.is_shortened(flags()) and spot.is_shortened(flags(steps_scale=0.01))
-    assert spot.is_shortened(flags(Iteration=19999))
-    assert not spot.is_shortened(flags(Iteration=20000))
-    dc = flags(methods=("DC",), datasets=("MNIST",))
-    (spot,) = spots(dc)
-    assert spot.run_flags(dc).epoch_eval_train == 1000  # MNIST has DC's augmentation
-    assert spot.run_flags(dc).Iteration == 1000
-    dsa = flags(methods=("DSA",), datasets=("MNIST",))
-    (spot,) = [s for s in spots(dsa) if not s.start]
-    assert "flip" not in spot.run_flags(dsa).dsa_strategy
+    def marked(**changes):
+        """The lengths of a cell, and whether it is marked as shortened."""
+        *_, spot = spots(flags(**changes))
+        return spot.run.Iteration, spot.run.epoch_eval_train, spot.place({}).shortened({})
+
+    assert marked() == (20000, 1000, False)
+    assert marked(steps_scale=0.01) == (200, 10, True)
+    assert marked(Iteration=19999)[2] and not marked(Iteration=20000)[2]
+    assert marked(methods=("DC",), datasets=("MNIST",)) == (1000, 1000, False)  # with DC's augmentation
+    *_, spot = spots(flags(methods=("DSA",), datasets=("MNIST",)))
+    assert "flip" not in spot.run.dsa_strategy
 
 
 def test_cells_have_the_published_settings():
     """DSA and DM start from real images; DM's rate is 10 from 100 images a class on CIFAR-10."""
 
     def settings(method, ipc, dataset="CIFAR10", **changes):
-        wanted = flags(methods=(method,), ipcs=(ipc,), datasets=(dataset,), **changes)
-        spot = spots(wanted)[-1]
-        cell = spot.run_flags(wanted)
-        return cell.init, cell.lr_img, published_beside(wanted, spot)
+        *_, spot = spots(flags(methods=(method,), ipcs=(ipc,), datasets=(dataset,), **changes))
+        return spot.run.init, spot.run.lr_img, spot.place(published_numbers()).published
 
     assert settings("DSA", 1) == ("real", 0.1, (28.8, 0.7))
     assert settings("DC", 1) == ("noise", 0.1, (28.3, 0.5))
@@ -253,14 +248,8 @@ def test_cells_have_the_published_settings():
     assert settings("DM", 100, lr_img=1.0) == ("real", 1.0, None)
     assert settings("DM", 10, lr_img=1.0, init="real") == ("real", 1.0, (48.9, 0.6))
     # The images before distillation do not depend on the rate.
-    start = flags(lr_img=2.0)
-    assert published_beside(start, spots(start)[0]) == (15.4, 0.3)
-
-
-def published_beside(wanted, spot):
-    """The number that is printed beside a cell, if any."""
-    number = published_numbers().get((spot.dataset, spot.row, str(spot.ipc)))
-    return spot.place(wanted, number).published
+    start, *_ = spots(flags(lr_img=2.0))
+    assert start.place(published_numbers()).published == (15.4, 0.3)
 
 
 def flags(**changes):
@@ -272,7 +261,7 @@ def test_identity_of_a_cell(tiny):
     def identity(seed=0, **changes):
         changed = flags(Iteration=2, models_pool=("ConvNetD1",), epoch=1, **changes)
         (spot,) = [s for s in spots(changed) if not s.start]
-        return CellStore.identity(cell_key(spot.run_flags(changed), seed))
+        return CellStore.identity(cell_key(spot.run, seed))
 
     teacher()
     base, ce, cos = identity(), identity(variants=("ce",)), identity(variants=("cos",))
@@ -313,7 +302,7 @@ def test_costs_by_hand_and_their_order(tiny, monkeypatch):
     def cost(method, variant="none", ipc=1):
         changed = flags(methods=(method,), variants=(variant,), ipcs=(ipc,), **common)
         (spot,) = [s for s in spots(changed) if not s.start]
-        return estimate(spot.run_flags(changed))
+        return estimate(spot.run)
 
     evaluation = 2 * 2 * 3 * 7 * 10
     assert cost("DM") == 5 * (40 + 3 * 10) + evaluation
@@ -362,7 +351,7 @@ def test_flags_mean_what_they_mean_in_main():
 def test_a_place_takes_only_cells_of_these_flags(tiny):
     wanted = flags(Iteration=2)
     (spot,) = [s for s in spots(wanted) if not s.start]
-    key = cell_key(spot.run_flags(wanted), 0)
+    key = cell_key(spot.run, 0)
     cell = {**key, "accuracies": [1.0]}
     other = [{**cell, "Iteration": 3}, {**cell, "CLoM": True}, {**cell, "num_eval": 1}, {"seed": 0}]
-    assert spot.place(wanted, None).choose([*other, cell, *other]) == [cell]
+    assert spot.place({}).choose([*other, cell, *other]) == [cell]
