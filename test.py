@@ -3,20 +3,15 @@
 python test.py --source_data_name cifar100 --target_data_name full --method krr_st --test_model base
 """
 
-from __future__ import annotations
-
-import sys
-
 from evaluation.transfer import TestFlags, run_transfer
-from utils import cli
-from utils.errors import entry_point
+from utils.cli import command
 
 
-@entry_point
-def main(argv: list[str] | None = None) -> int:
-    """Parse the flags and measure."""
-    return run_transfer(cli.parse(TestFlags, argv, prog="python test.py", description=__doc__))
+@command(TestFlags, prog="python test.py", description=__doc__)
+def main(flags: TestFlags) -> int:
+    """Measure."""
+    return run_transfer(flags)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

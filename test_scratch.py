@@ -3,27 +3,17 @@
 python test_scratch.py --source_data_name cifar100 --target_data_name full
 """
 
-from __future__ import annotations
-
-import sys
-
 from evaluation.transfer import ScratchFlags, run_transfer
-from utils import cli
-from utils.errors import entry_point
+from utils.cli import command
+
+UNUSED = {"synthetic_data_dir": "a network from scratch has seen no synthetic set"}
 
 
-@entry_point
-def main(argv: list[str] | None = None) -> int:
-    """Parse the flags and measure."""
-    flags = cli.parse(
-        ScratchFlags,
-        argv,
-        prog="python test_scratch.py",
-        description=__doc__,
-        no_effect={"synthetic_data_dir": "a network from scratch has seen no synthetic set"},
-    )
+@command(ScratchFlags, prog="python test_scratch.py", description=__doc__, no_effect=UNUSED)
+def main(flags: ScratchFlags) -> int:
+    """Measure."""
     return run_transfer(flags)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

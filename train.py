@@ -6,23 +6,17 @@ python train.py --method dm --data_name cifar10 --num_images 10
 
 from __future__ import annotations
 
-import sys
-
 from methods.command import distil
 from utils.errors import entry_point
+
+UNUSED = {"num_workers": "images stay in memory, no processes load them"}
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and distil."""
-    return distil(
-        argv,
-        "krr_st",
-        prog="python train.py",
-        description=__doc__,
-        no_effect={"num_workers": "images stay in memory, no processes load them"},
-    )
+    return distil(argv, "krr_st", prog="python train.py", description=__doc__, no_effect=UNUSED)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

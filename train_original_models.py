@@ -3,23 +3,16 @@
 python train_original_models.py --normalize_data --dataset CIFAR10 --model ConvNet --num 10
 """
 
-from __future__ import annotations
-
-import sys
-
 from clom.config import OriginalFlags
 from clom.pretrain import train_originals
-from utils import cli
-from utils.errors import entry_point
+from utils.cli import command
 
 
-@entry_point
-def main(argv: list[str] | None = None) -> int:
-    """Parse the flags and train."""
-    return train_originals(
-        cli.parse(OriginalFlags, argv, prog="python train_original_models.py", description=__doc__)
-    )
+@command(OriginalFlags, prog="python train_original_models.py", description=__doc__)
+def main(flags: OriginalFlags) -> int:
+    """Train."""
+    return train_originals(flags)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -118,8 +118,7 @@ def freed():
 found = [freed()]
 resolve_device("cpu")
 found.append(freed())
-print(keep_freed_memory(False))
-found += [resident() - start, freed()]
+print(keep_freed_memory())
 print(*found)
 """
 
@@ -133,6 +132,6 @@ def test_freed_memory_is_kept_on_a_cpu_unless_the_environment_says_otherwise(tun
         [sys.executable, "-c", FREED], env=env, cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.splitlines()
     assert lines[-2] == str(not tuned)
-    before, kept, returned, after = map(int, lines[-1].split())
-    assert before < 100 and returned < 100 and after < 100
+    before, kept = map(int, lines[-1].split())
+    assert before < 100
     assert kept < 100 if tuned else kept > 190

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import operator
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
+
+from utils.errors import entry_point
 
 C = TypeVar("C")
 
@@ -27,12 +30,10 @@ def flag(
     also: tuple[str, ...] = (),
     identity: bool = True,
 ) -> Any:
-    """Declare one flag of a config dataclass.
+    """Declare one flag of a config dataclass; `help` says meaning and unit, `also` are further names.
 
-    A default of None means "resolved later" (preset, autodetect); `help` says unit and meaning in
-    one line. A number is at least `minimum`, greater than `above` and at most `maximum`. `also` are
-    further names. `identity` is False for what only says where, how fast or how verbosely the same
-    thing is computed: two runs that differ in it are one run.
+    A default of None means "resolved later" (preset, autodetect). `identity` is False for what only
+    says where, how fast or how verbosely the same thing is computed: runs that differ in it are one.
     """
     limits = dict(minimum=minimum, above=above, maximum=maximum)
     metadata = dict(help=help, choices=choices, also=also, identity=identity, **limits)
@@ -40,7 +41,7 @@ def flag(
 
 
 def same_flag(config_class: type, name: str, **changes: Any) -> Any:
-    """Declare a flag that another config has: its default, range and help, but for `changes`."""
+    """Declare a flag that another config has, with `changes`."""
     original = config_class.__dataclass_fields__[name]
     return flag(**{"default": original.default, **original.metadata, **changes})
 
@@ -72,7 +73,7 @@ def _whole(text: str) -> int:
         return int(value)
 
 
-LARGEST = 2**31 - 1  # of a whole number that says nothing else
+LARGEST = 2**31 - 1  # of a whole number without a maximum of its own
 SEED = dict(minimum=0, maximum=2**63 - 1)
 _LIMITS = {
     "minimum": ("at least", operator.ge),
@@ -82,7 +83,10 @@ _LIMITS = {
 
 
 def _number(kind: type, metadata: Mapping[str, Any]) -> Callable[[str], float]:
-    """The type of a flag that is an int or a float within its limits."""
+    """Text to an int or a float within the limits of a flag."""
+    limits = {name: metadata[name] for name in _LIMITS}
+    if kind is int and limits["maximum"] is None:
+        limits["maximum"] = LARGEST
 
     def convert(text: str) -> float:
         try:
@@ -92,22 +96,19 @@ def _number(kind: type, metadata: Mapping[str, Any]) -> Callable[[str], float]:
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
         for name, (words, holds) in _LIMITS.items():
-            limit = metadata[name]
-            if name == "maximum" and limit is None and kind is int:
-                limit = LARGEST
-            if limit is not None and not holds(value, limit):
-                raise argparse.ArgumentTypeError(f"must be {words} {limit}, got {text}")
+            if limits[name] is not None and not holds(value, limits[name]):
+                raise argparse.ArgumentTypeError(f"must be {words} {limits[name]}, got {text}")
         return value
 
     return convert
 
 
-def _spelling(kind: type, allowed: tuple[str, ...] | None) -> Any:
-    """Names are matched without case; in a path ~ is the home folder, however it was given."""
-    known = {name.lower(): name for name in allowed or ()}
+def _spelling(kind: type, allowed: tuple[str, ...] | None) -> Callable[[str], Any]:
+    """Text to a name, matched without case, or to a path, where ~ is the home folder."""
     if kind is Path:
         return lambda text: Path(text).expanduser()
-    return kind if not known else lambda text: known.get(text.lower(), text)
+    known = {name.lower(): name for name in allowed or ()}
+    return lambda text: known.get(text.lower()) or kind(text)
 
 
 def parse(
@@ -123,20 +124,9 @@ def parse(
 ) -> C:
     """Parse `argv` (default: the process's) into one frozen `config_class`.
 
-    Args:
-        config_class: the flags.
-        argv: arguments after the command.
-        prog: the command, for --help.
-        description: what it does, for --help.
-        recipes: what each value of `--recipe` puts in place of other flags' defaults; explicit
-            flags take precedence.
-        choices: allowed strings of flags whose declaration cannot know them.
-        defaults: in place of the declared ones.
-        no_effect: flags of published command lines that change nothing here, and why: said in one
-            line where they are given.
-
-    Raises:
-        SystemExit: code 2 after one line for a bad flag, code 0 after --help.
+    `prog` and `description` are for --help. `recipes` are what each value of `--recipe` puts in place
+    of other flags' defaults; `choices` and `defaults` belong to flags whose declaration cannot know
+    them; `no_effect` are flags of published command lines that change nothing here, and why.
     """
     plain_help = argparse.RawDescriptionHelpFormatter
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain_help)
@@ -148,11 +138,9 @@ def parse(
         allowed = choices.get(field.name, field.metadata["choices"])
         options: dict[str, Any] = dict(action="store_true")
         if kind is not bool:
-            options = dict(nargs="+" if several else None, choices=allowed)
-            options["type"] = (
-                _number(kind, field.metadata) if kind in (int, float) else _spelling(kind, allowed)
-            )
-            options["metavar"] = None if allowed else kind.__name__.upper()
+            number, metavar = kind in (int, float), None if allowed else kind.__name__.upper()
+            convert = _number(kind, field.metadata) if number else _spelling(kind, allowed)
+            options = dict(type=convert, nargs="+" if several else None, choices=allowed, metavar=metavar)
         plain = " ".join(map(str, default or ())) if several else default
         shown = "" if default is None or kind is bool else f" [{plain}]"
         help_text = (field.metadata["help"] + shown).replace("%", "%%")
@@ -170,6 +158,20 @@ def parse(
             print(f"--{name} has no effect: {why}")
             del given[name]
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+
+
+def command(config_class: type, **options: Any) -> Callable[[Callable[[Any], int]], Callable[..., int]]:
+    """Decorate a `main(flags)`: it becomes `main(argv)` of a command; `options` as for `parse`."""
+
+    def decorate(main: Callable[[Any], int]) -> Callable[..., int]:
+        @entry_point
+        @functools.wraps(main)
+        def parsed(argv: list[str] | None = None) -> int:
+            return main(parse(config_class, argv, **options))
+
+        return parsed
+
+    return decorate
 
 
 def as_json(config: Any) -> dict[str, Any]:

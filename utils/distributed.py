@@ -1,4 +1,4 @@
-"""One run over several processes of torchrun: who is who, and how gradients are averaged."""
+"""One run over several processes of torchrun: their numbers, and how gradients are averaged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PATIENCE = timedelta(hours=12)
 
 
 class Group(NamedTuple):
-    """The processes of a run: this one's number, and how many; alone, every method does nothing."""
+    """The processes of a run: this one's number, and how many."""
 
     rank: int = 0
     ranks: int = 1
@@ -38,7 +38,7 @@ class Group(NamedTuple):
             tensor.copy_(part.view_as(tensor))
 
     def gathered(self, value: Any) -> list[Any]:
-        """A plain value of every process, by rank; all of them have to ask, and wait."""
+        """A plain value of every process, by rank; waits until all have called it."""
         if self.ranks == 1:
             return [value]
         values: list[Any] = [None] * self.ranks
@@ -47,12 +47,12 @@ class Group(NamedTuple):
 
 
 def _launched() -> bool:
-    """Whether torchrun (or its like) started this process as one of several."""
+    """Whether torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def local_gpu(default: int) -> int:
-    """Which GPU of its machine this process uses: its local rank under torchrun, else `default`."""
+    """The GPU that this process uses: its local rank under torchrun, else `default`."""
     return int(os.environ.get("LOCAL_RANK", default)) if _launched() else default
 
 

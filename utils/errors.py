@@ -1,4 +1,4 @@
-"""Errors a user can mend, and the one place that turns them into an exit code."""
+"""Errors that a user can fix, and the one place that turns them into an exit code."""
 
 from __future__ import annotations
 
@@ -38,26 +38,21 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
-        first = os.environ.get("RANK", "0") == "0"
         try:
             with terminable():
                 return main(argv) or 0
         except UserError as error:
-            if first:
-                print("error: " + " ".join(str(error).split()), file=sys.stderr)
-            return 2
+            code, line = 2, f"error: {' '.join(str(error).split())}"
         except OSError as error:  # a name too long, a full disk, a folder that may not be read
             if error.strerror is None:
                 raise
-            if first:
-                print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-            return 2
+            code, line = 2, f"error: {error.filename or 'a file'}: {error.strerror}"
         except Stopped as stopped:
-            if first:
-                print(stopped, file=sys.stderr)
-            return stopped.exit_code
+            code, line = stopped.exit_code, str(stopped)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+            code, line = 130, "interrupted"
+        if os.environ.get("RANK", "0") == "0":
+            print(line, file=sys.stderr)
+        return code
 
     return wrapped

@@ -1,7 +1,7 @@
 """Work shared by several processes on one folder: who has claimed what.
 
-The locks are the operating system's, by filelock: they die with their process, at once and without
-a trace, and a process that is only suspended keeps its own.
+The locks are the operating system's, by filelock: they end with their process, and a process that
+is only suspended keeps its own.
 """
 
 from __future__ import annotations
@@ -21,22 +21,19 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# A process that only asks whether a name is held has it for an instant.
-_ASKING = 0.3
-
 
 class Claims:
-    """The claims of one folder, which is made at the first one; shared by all processes.
-
-    Another name of the same folder (a link) means the same claims.
-    """
+    """The claims of one folder, shared by all processes; a link to it means the same claims."""
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder).resolve()
 
     @contextlib.contextmanager
-    def claim(self, name: str, patience: float = _ASKING) -> Iterator[bool]:
-        """Try to claim `name` (a file name); yields whether it is ours inside the block."""
+    def claim(self, name: str, patience: float = 0.3) -> Iterator[bool]:
+        """Try to claim `name` (a file name); yields whether it is ours inside the block.
+
+        A process that only asks whether it is held has it for an instant: hence `patience` seconds.
+        """
         path = self.folder / f"{name}.lock"
         lock = FileLock(path)
         try:
@@ -70,14 +67,14 @@ class Claims:
 
 @contextlib.contextmanager
 def exclusively(path: Path) -> Iterator[None]:
-    """Only one process at a time is in such a block for this file; the others wait."""
+    """Let one process at a time into such a block for this file; the others wait."""
     with FileLock(path.with_name(f".{path.name}.lock")):
         yield
 
 
 @contextlib.contextmanager
 def _flock(path: Path, kind: int) -> Iterator[None]:
-    """Lock a file or folder itself; raises OSError where it is locked or cannot be."""
+    """Lock a file or folder itself, or raise an OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
@@ -88,10 +85,7 @@ def _flock(path: Path, kind: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_use(path: Path) -> Iterator[None]:
-    """Mark a temporary file or folder as in use for the block, or until this process dies.
-
-    Without advisory locks nothing is marked, and nothing is ever taken for left over.
-    """
+    """Mark a temporary file or folder as in use for the block, or until this process dies."""
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
             with contextlib.suppress(OSError):
@@ -100,7 +94,10 @@ def in_use(path: Path) -> Iterator[None]:
 
 
 def is_left_over(path: Path) -> bool:
-    """Whether nobody uses a temporary file or folder: the process that made it was killed."""
+    """Whether the process that made a temporary file or folder was killed.
+
+    Never where the file system has no advisory locks.
+    """
     if fcntl is not None:
         with contextlib.suppress(OSError), _flock(path, fcntl.LOCK_EX):
             return True

@@ -1,4 +1,4 @@
-"""Memory: what glibc does with freed one, and what happens when a device has no more."""
+"""Memory: keeping what was freed, and what happens when a device has no more."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import Tensor
 
 from utils.errors import UserError, first_line
 
-# mallopt(3): number of a parameter -> value that keeps freed memory, value that glibc settles on.
+# mallopt(3): number of a parameter -> value that keeps freed memory.
 MALLOC = {
-    -4: (0, 65536),  # M_MMAP_MAX: no mapping of its own for a large block
-    -3: (32 << 20, 32 << 20),  # M_MMAP_THRESHOLD
-    -1: (2**31 - 1, 64 << 20),  # M_TRIM_THRESHOLD
-    -8: (1, 1),  # M_ARENA_MAX: the threads share one heap; it cannot be undone once there are more
+    -4: 0,  # M_MMAP_MAX: no separate mapping for a large block
+    -3: 32 << 20,  # M_MMAP_THRESHOLD
+    -1: 2**31 - 1,  # M_TRIM_THRESHOLD
+    -8: 1,  # M_ARENA_MAX: the threads share one heap
 }
 
 
-def keep_freed_memory(keep: bool = True) -> bool:
-    """Have glibc hand freed memory out again instead of giving it back to the system.
+def keep_freed_memory() -> bool:
+    """Make glibc reuse freed memory instead of giving it back to the system.
 
     Otherwise each large tensor of each step is mapped, zeroed page by page and unmapped again: half
-    the time of DC's published evaluation on two CPU cores. The process then stays as large as it
-    once was, or 2 GB smaller. `keep=False` goes back to glibc's ways and returns what is free.
+    the time of DC's published evaluation on two CPU cores. The process stays as large as it once was,
+    or 2 GB smaller.
 
     Returns whether anything was changed: not without glibc, and not where the environment tunes it
     (MALLOC_..., GLIBC_TUNABLES).
@@ -39,9 +39,7 @@ def keep_freed_memory(keep: bool = True) -> bool:
     if tuned or platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    done = [libc.mallopt(number, values[0 if keep else 1]) for number, values in MALLOC.items()]
-    if not keep:
-        libc.malloc_trim(0)
+    done = [libc.mallopt(number, value) for number, value in MALLOC.items()]
     return all(done)
 
 
@@ -56,8 +54,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 class SplitBatches:
     """Calls a function of independent rows on the whole batch, or on parts that fit the memory.
 
-    `function` takes (B, ...) and perhaps more arguments, and gives (B, ...), without gradient, in
-    eval mode: the result is the same either way. A size that did not fit is remembered.
+    `function` maps (B, ...), and arguments that go along with every part, to (B, ...), without
+    gradient, in eval mode: the result is the same either way. A size that did not fit is remembered.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -65,7 +63,6 @@ class SplitBatches:
         self.limit: int | None = None
 
     def __call__(self, x: Tensor, *more: Any) -> Tensor:
-        """The function's value on all rows of x; `more` goes along with every part."""
         while True:
             size = min(len(x), self.limit or len(x))
             try:
@@ -74,7 +71,7 @@ class SplitBatches:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or size < 2:
                     raise
-            # Outside of the handler: the error holds on to the memory of the failed call.
+            # Outside the handler: the error holds on to the memory of the failed call.
             self.limit = size // 2
             print(f"out of memory with {size} images at once; continuing with {self.limit}")
             if x.device.type == "cuda":
@@ -83,10 +80,7 @@ class SplitBatches:
 
 @contextlib.contextmanager
 def out_of_memory_says(device: torch.device, knobs: str) -> Iterator[None]:
-    """Turn an out-of-memory error in the block into a UserError of one line.
-
-    It names `knobs`, the flags that need less, in words.
-    """
+    """Turn an out-of-memory error in the block into a UserError; `knobs` says which flags need less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

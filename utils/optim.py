@@ -33,12 +33,8 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self) -> None:
         """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -54,7 +50,6 @@ class LARS(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
                 p.sub_(buffer, alpha=group["lr"])
-        return loss
 
 
 def _fused(params: list[Any]) -> bool | None:
@@ -77,10 +72,9 @@ OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "lars": LARS}
 def make_optimizer(
     name: str, params: Iterable[Any], *, lr: float, momentum: float = 0.9, wd: float = 0.0
 ) -> torch.optim.Optimizer:
-    """Make an optimiser of OPTIMIZERS; `adam` means AdamW, as in the published flags.
+    """An optimiser of OPTIMIZERS for tensors or torch's groups; `adam` means AdamW, as published.
 
-    `params` are tensors, or torch's groups with values of their own. `momentum` is for sgd and
-    lars; the weight decay `wd` is decoupled for adam.
+    `momentum` is for sgd and lars; the weight decay `wd` is decoupled for adam.
     """
     return pick(OPTIMIZERS, name, "optimiser")(list(params), lr, momentum, wd)
 
@@ -103,10 +97,10 @@ SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
 def make_schedule(
     name: str, optimizer: torch.optim.Optimizer, steps: int, warmup: int = 0, every: int = 1
 ) -> LambdaLR:
-    """Learning-rate schedule over `steps` optimiser steps, stepped once after each.
+    """Learning-rate schedule of SCHEDULES over `steps` optimiser steps, stepped once after each.
 
-    The names: constant; linear (1 to 1e-3); cosine (to 0, after `warmup` linear steps);
-    tenth_at_half. The rate stays as it is for `every` steps: an epoch's, where it moves by epochs.
+    linear goes from 1 to 1e-3, cosine to 0 after `warmup` linear steps. The rate changes only once in
+    `every` steps: those of an epoch, where it moves by epochs.
     """
     factor = pick(SCHEDULES, name, "schedule")
     return LambdaLR(optimizer, lambda step: factor(step // every * every, steps, warmup))

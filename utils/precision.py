@@ -1,4 +1,4 @@
-"""How exactly networks compute: fp32, tf32 or bf16; losses and optimisers in float32 at least."""
+"""The precision of networks: fp32, tf32 or bf16; losses and optimisers take float32 at least."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from utils.errors import UserError, first_line
 
 PRECISIONS = ("fp32", "tf32", "bf16")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of what is kept
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of what is stored
 
 
 def check_precision(name: str, device: torch.device) -> None:
@@ -42,12 +42,12 @@ def autocast(name: str, device: torch.device) -> contextlib.AbstractContextManag
 
 
 def compiled(function: Callable, wanted: bool) -> Callable:
-    """`torch.compile` it if wanted: for networks of one kind once, if it takes them as argument."""
+    """`torch.compile` it if wanted; one that takes the network as an argument is compiled once."""
     return torch.compile(function) if wanted else function
 
 
 def check_compile(device: torch.device) -> None:
-    """Try torch.compile on a small thing: a machine without a compiler is a UserError at once."""
+    """Raise a UserError where torch.compile does not work, such as without a C++ compiler."""
     try:
         torch.compile(lambda t: (t + 1).sin())(torch.ones(4, device=device))
     except Exception as error:  # whatever the back end of the day raises

@@ -1,4 +1,4 @@
-"""What a long loop needs: progress, means of losses, a check that they are finite, when to save."""
+"""For long loops: progress, means of losses, a check that they are finite, when to save."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from utils.errors import UserError
 
 
 class Progress:
-    """The progress of a loop that resumes after `start` of `total` units ("step"): a bar.
+    """The progress of a loop that resumes after `start` of `total` units ("step"), as a bar.
 
-    Lines instead, where nobody watches or with `bar=False`.
+    Without a terminal or with `bar=False` it prints lines instead.
     """
 
     def __init__(self, label: str, unit: str, start: int, total: int, *, bar: bool = True) -> None:
         self._unit, self._total, self._reported = unit, total, start
-        disable = None if bar else True  # None: no bar where nobody watches
+        disable = None if bar else True  # None: no bar without a terminal
         self._bar = tqdm(desc=label, initial=start, total=total, disable=disable, dynamic_ncols=True)
         self._mark = time.perf_counter()
         self.advance, self.close = self._bar.update, self._bar.close
@@ -47,7 +47,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens in the block does not count for the speed."""
+        """The time spent in the block does not count for the speed."""
         began = time.perf_counter()
         try:
             yield
@@ -62,15 +62,12 @@ class LossWindow:
         self._losses: deque[Tensor] = deque(maxlen=size)
 
     def add(self, loss: Tensor) -> None:
-        """Take a step's loss (scalar); no host synchronisation."""
         self._losses.append(loss.detach())
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses in the window, for a resumed run."""
         return {"losses": torch.stack(list(self._losses)).tolist() if self._losses else []}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
         self._losses.clear()
         self._losses.extend(torch.tensor(loss) for loss in state["losses"])
 
@@ -83,10 +80,10 @@ class LossWindow:
 
 
 class FiniteGuard:
-    """Watches the losses of a loop; `what` is running, for the message.
+    """Watches the losses of a loop; `what` names it in the message.
 
-    On the CPU each loss is read at once. On CUDA it is copied to pinned memory in the background
-    and read one step later, so that the device always has the next step queued.
+    On CUDA each loss is copied to pinned memory in the background and read one step later, so that
+    the device always has the next step queued; elsewhere it is read at once.
     """
 
     def __init__(self, what: str) -> None:
@@ -94,7 +91,7 @@ class FiniteGuard:
         self._pending: tuple[int, Tensor, torch.cuda.Event] | None = None  # on its way
 
     def check(self, loss: Tensor, step: int) -> None:
-        """Raise a UserError where this loss (CPU) or the one before (CUDA) is not finite."""
+        """Raise a UserError if this loss (on CUDA: the one before) is not finite."""
         if loss.device.type != "cuda":
             self._judge(float(loss.detach()), step)
             return
@@ -106,7 +103,7 @@ class FiniteGuard:
         self._pending = (step, value, event)
 
     def flush(self) -> None:
-        """Judge the loss still on its way; call before every save."""
+        """Check the loss still on its way; call before every save."""
         if self._pending is not None:
             step, value, event = self._pending
             self._pending = None
@@ -125,7 +122,6 @@ class Every(str):
     """The type of a flag: `500` steps, or `300s`, seconds."""
 
     def __new__(cls, text: str | int) -> Every:
-        """Check the form, as argparse wants it."""
         plain = re.sub(r"\.0+$", "", str(text))
         if not re.fullmatch(r"0*[1-9]\d*s?", plain):
             raise argparse.ArgumentTypeError(
@@ -135,14 +131,14 @@ class Every(str):
 
 
 class SaveTimer:
-    """Says after which steps to save. When that is decides nothing that a run computes."""
+    """Says after which steps to save; this changes nothing that a run computes."""
 
     def __init__(self, every: str | int) -> None:
         self._every = Every(every)
         self._last = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Whether to save after `step`; a clock of seconds then starts again."""
+        """Whether to save after `step`; if so, a clock of seconds starts again."""
         if not self._every.endswith("s"):
             return step % int(self._every) == 0
         if time.monotonic() - self._last < int(self._every[:-1]):

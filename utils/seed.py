@@ -12,7 +12,7 @@ import torch
 
 
 def resolve_seed(seed: int | None) -> int:
-    """Return `seed`, or draw one from the operating system when it is None (it is then printed)."""
+    """Return `seed`, or draw and print one when it is None."""
     if seed is None:
         seed = secrets.randbelow(2**31)
         print(f"seed {seed} (drawn; pass --seed {seed} to repeat this run)")
@@ -40,10 +40,9 @@ def draw_seed(generator: torch.Generator) -> int:
 
 @contextlib.contextmanager
 def local_seed(seed: int) -> Iterator[None]:
-    """Run code that only knows the global CPU random state (weight init, dropout, kornia).
+    """Seed the global CPU random state for code that knows no other (weight init, dropout, kornia).
 
-    The state is seeded inside and put back after; threads take turns. Networks are built on the CPU
-    inside it and moved afterwards.
+    It is put back afterwards; threads take turns. Networks are built on the CPU inside, then moved.
     """
     with _GLOBAL_STATE, torch.random.fork_rng(devices=[]):
         # default_generator, not torch.manual_seed: the latter would also re-seed every GPU.

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request: the loop saves first, then the command leaves."""
+"""SIGTERM and Ctrl-C as a request: the loop saves first, then the command ends."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from types import FrameType
 
 
 class Stopped(BaseException):
-    """A run that was asked to stop by signal `number` has saved; the message says how to go on.
+    """A run that was asked to stop by signal `number` has saved; the message says how to resume.
 
-    Like KeyboardInterrupt no Exception: it may arise anywhere, and what a handler of all errors
-    would make of it (a damaged file, a failed download) is not what happened.
+    No Exception, like KeyboardInterrupt: a handler of all errors would take it for another one.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -36,10 +35,7 @@ def _handled(handler: Callable[[int, FrameType | None], None], *numbers: int) ->
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block SIGTERM raises `Stopped`: files are closed and claims are given back.
-
-    Loops that can save take over with a StopRequest.
-    """
+    """Within the block SIGTERM raises `Stopped`; loops that can save take over with a StopRequest."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise Stopped("terminated; what was finished is kept", number)
@@ -52,7 +48,7 @@ class StopRequest:
     """Within `with StopRequest() as stop:` a first SIGTERM or Ctrl-C only sets `stop.number`.
 
     A loop asks `if stop:` where it can save, and then calls `leave`. A second Ctrl-C ends the
-    process at once, as ever. Nested ones share the signal; outside the main thread nothing changes.
+    process at once. Outside the main thread nothing changes.
     """
 
     def __init__(self) -> None:
@@ -72,7 +68,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self, where: str) -> Iterator[None]:
-        """Within the block nothing is to be saved: a signal leaves without waiting for its end."""
+        """Within the block, where everything is saved, a signal leaves at once."""
         self._where = where
         try:
             if self:
