@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import partial
 
@@ -18,6 +19,7 @@ from data.meta import read_meta
 from data.real_data import RealImages
 from data.space import Space
 from models.layout import images_at_once
+from utils.checkpoint import state_fingerprint
 from utils.errors import UserError
 
 GPU_PART = 256
@@ -101,15 +103,17 @@ def same_labels(flags: DistillFlags, image_set: ImageSet, num_classes: int) -> b
     return source == target or (names[0] is not None and names[0] == names[1])
 
 
-def clom_terms(flags: DistillFlags, image_set: ImageSet, real: RealImages) -> Callable[..., CLoM]:
-    """`generator=...` -> the loss of one experiment; all share the pool and the real features.
+def pool_fingerprint(pool: ModelPool) -> str:
+    """Which weights the models of a pool have, and what images they were made for."""
+    found = [(state_fingerprint(m.model.state_dict()), m.own) for models, _ in pool.families for m in models]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
-    Raises:
-        UserError: as `load_pool`.
-    """
+
+def clom_terms(flags: DistillFlags, pool: ModelPool, real: RealImages) -> Callable[..., CLoM]:
+    """`generator=...` -> the loss of one experiment; all share the pool and the real features."""
     return partial(
         CLoM,
-        load_pool(flags, image_set, real.device),
+        pool,
         distance=flags.CLoM_distance,
         ce_form=flags.CLoM_ce_form,
         real=RealFeatures(real),

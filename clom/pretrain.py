@@ -18,8 +18,9 @@ from evaluation.fit import Trainer
 from evaluation.score import share_correct
 from utils import checkpoint, cli
 from utils.device import resolve_gpus
+from utils.errors import UserError
 from utils.memory import out_of_memory_says
-from utils.run_folder import RunFolder, claim_run, run_claims
+from utils.run_folder import RunFolder, changed_inputs, claim_run, run_claims
 from utils.seed import derive_seed, make_generator, resolve_seed
 
 
@@ -41,9 +42,16 @@ def train_originals(flags: OriginalFlags) -> int:
     seed = resolve_seed(flags.given_seed())
     folder = model_folder(flags.pretrained_path, flags.dataset, flags.model)
     identity = cli.identity(flags)
-    earlier = earlier_folders(folder, identity)
+    inputs = {"data set": image_set.fingerprint}
+    earlier = earlier_runs(folder, identity)
     unfinished = [place for place in earlier if not (place / "results.json").exists()]
     finished = len(earlier) - len(unfinished) if flags.resume else 0
+    for place in earlier if flags.resume else unfinished[: flags.num]:
+        if other := changed_inputs(earlier[place], inputs):
+            raise UserError(
+                f"{place} holds a network of these flags that began with {other}; put back what was "
+                "there, or delete this folder to train on what is there now"
+            )
     if finished:
         print(f"{min(finished, flags.num)} of {flags.num} networks are there already")
     facts = {
@@ -64,6 +72,7 @@ def train_originals(flags: OriginalFlags) -> int:
                 tensorboard=flags.tensorboard,
                 seed=None if begun else derive_seed(seed, place.name) % 2**31,
                 extra=facts,
+                inputs=inputs,
             )
             model = new_network(derive_seed(run.seed, "network"))
             parallel = nn.DataParallel(model, list(gpus)) if len(gpus) > 1 else model
@@ -90,16 +99,17 @@ def next_index(folder: Path) -> Path:
     return next(folder / n for i in range(len(taken) + 1) if (n := f"index_{i}") not in taken)
 
 
-def earlier_folders(folder: Path, identity: dict) -> list[Path]:
-    """Index folders of the same flags that no other process is training in."""
-    found, claims = [], run_claims(folder)
+def earlier_runs(folder: Path, identity: dict) -> dict[Path, dict]:
+    """Index folders of the same flags, that no other process is training in, and their config.json."""
+    found, claims = {}, run_claims(folder)
     for place in index_folders(folder):
         try:
-            flags = json.loads((place / "config.json").read_text())["flags"]
+            config = json.loads((place / "config.json").read_text())
+            flags = config["flags"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         if flags == json.loads(json.dumps(identity)) and not claims.held_elsewhere(place.name):
-            found.append(place)
+            found[place] = config
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clom.config import DistillFlags, default_run_folder, loops, pair_pool, result_name
-from clom.plugin import clom_terms
+from clom.plugin import clom_terms, load_pool, pool_fingerprint
 from clom.source import (
     count_classes,
     keeps_meaning_mirrored,
@@ -122,12 +122,18 @@ class MatchingSetup(Setup):
         network_factory(flags.model, self.image_set, device)
         self.real = RealImages.from_set(self.image_set, device)
         check_start(self.real, flags.ipc, flags.init)
-        self.new_clom = clom_terms(flags, self.image_set, self.real) if flags.CLoM else None
+        self.pool = load_pool(flags, self.image_set, device) if flags.CLoM else None
+        self.new_clom = clom_terms(flags, self.pool, self.real) if flags.CLoM else None
 
     @property
     def folder(self) -> Path:
         """--save_path."""
         return Path(self.flags.save_path)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The source and CLoM's pre-trained models."""
+        return super().inputs | ({"CLoM pool": pool_fingerprint(self.pool)} if self.pool else {})
 
     @property
     def name(self) -> str:

@@ -272,8 +272,7 @@ def teacher_fingerprints(run: DistillFlags) -> list[str]:
 
 @functools.cache
 def _digest(path: Path, changed: float) -> str:
-    state = checkpoint.load_state(path, what="pre-trained model")
-    return checkpoint.fingerprint(*(state[key] for key in sorted(state)))
+    return checkpoint.state_fingerprint(checkpoint.load_state(path, what="pre-trained model"))
 
 
 def missing_jobs(flags: TablesFlags) -> list[Job]:

@@ -81,6 +81,11 @@ class Setup:
         stats = self.image_set.stats
         return {"data_name": self.image_set.name, "mean": stats.mean, "std": stats.std}
 
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What the run reads -> its fingerprint: a run is resumed with the same or not at all."""
+        return {"data set": self.image_set.fingerprint}
+
     def begun(self, run: RunFolder) -> None:
         """A new run begins in a folder that may hold files of another one."""
 
@@ -149,7 +154,7 @@ def open_run(setup: Setup, held: ExitStack) -> RunFolder | FollowedRun:
     """The run folder, claimed and made by the first process, followed by the others.
 
     Raises:
-        UserError: it holds a run with other flags, is in use, or cannot be written.
+        UserError: it holds a run with other flags or inputs, is in use, or cannot be written.
     """
     path, flags, run = setup.folder, setup.flags, None
     if setup.group.first:
@@ -166,6 +171,7 @@ def open_run(setup: Setup, held: ExitStack) -> RunFolder | FollowedRun:
             overwrite=flags.overwrite,
             tensorboard=flags.tensorboard,
             extra=setup.extra,
+            inputs=setup.inputs,
         )
         if not run.resumed:
             setup.begun(run)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.load import ImageSet
 from evaluation.fit import Trainer
 from utils import checkpoint, cli
 from utils.cli import SEED, DeviceFlags, flag
@@ -38,17 +39,17 @@ class EpochFlags(DeviceFlags):
 def make_checkpoint(
     path: Path,
     flags: EpochFlags,
-    size: int,
+    image_set: ImageSet,
     device: torch.device,
     train: Callable[[RunFolder], tuple[nn.Module, dict[str, Any]]],
 ) -> None:
     """Train a network and write its state dict, unless these flags have made it already.
 
-    `size` is the side of the images, which the flags may leave to the preset; `train` gets the run
-    folder beside the checkpoint and returns the network and what else goes into results.json.
+    `image_set` is what it is trained on; `train` gets the run folder beside the checkpoint and returns
+    the network and what else goes into results.json.
 
     Raises:
-        UserError: the folder holds a run with other flags, `path` came from elsewhere, or the
+        UserError: the folder holds a run with other flags or data, `path` came from elsewhere, or the
             trained weights are not finite.
     """
     folder = path.with_suffix("")
@@ -60,9 +61,10 @@ def make_checkpoint(
     with claim_run(folder), out_of_memory_says(device, "lower --batch_size"):
         run = RunFolder(
             folder,
-            {**cli.identity(flags), "img_size": size},
+            {**cli.identity(flags), "img_size": image_set.size},  # the flags may leave it to the preset
             seed=flags.seed,
             device=device,
+            inputs={"data set": image_set.fingerprint},
             overwrite=flags.overwrite,
             tensorboard=flags.tensorboard,
         )

@@ -35,7 +35,7 @@ from evaluation.transfer import (
 from models import get_model
 from models.layout import batch_norms
 from utils import checkpoint
-from utils.checkpoint import apply_state, fingerprint
+from utils.checkpoint import apply_state, fingerprint, state_fingerprint
 from utils.cli import flag
 from utils.device import place
 from utils.errors import UserError, pick
@@ -184,7 +184,7 @@ class Distillation:
 
     def settings(self) -> dict[str, Any]:
         """Everything but the seed that a cell's values depend on."""
-        flags, state = self.flags, self.teacher.state_dict()
+        flags = self.flags
         settings = {
             **flags.settings(flags.method, self.arch, self.target.size, self.pretraining),
             "protocol": "kd",
@@ -194,7 +194,7 @@ class Distillation:
             "distillation": self.recipe.record(),
             "kd_bn": flags.kd_bn,
             "teacher_arch": flags.teacher_arch,
-            "teacher": fingerprint(*(state[key] for key in sorted(state))),
+            "teacher": state_fingerprint(self.teacher.state_dict()),
         }
         if self.pretraining is None and self.synthetic is not None:
             settings["synthetic_set"] = fingerprint(self.synthetic.images, self.synthetic.targets)

@@ -21,7 +21,7 @@ from models import get_model
 from models.fold import fold_frozen
 from models.foundation import Foundation, load_hf, load_torchvision
 from utils import checkpoint
-from utils.checkpoint import fingerprint
+from utils.checkpoint import fingerprint, state_fingerprint
 from utils.device import place
 from utils.errors import UserError, pick
 
@@ -131,7 +131,8 @@ def load_target(
     images are normalised with `stats`, which hf: and torchvision: alone need.
 
     Returns:
-        A map from normalised images (B, C, H, W) to features (B, dim), with the attribute `dim`.
+        A map from normalised images (B, C, H, W) to features (B, dim), with the attributes `dim` and
+        `fingerprint`, that of its weights.
 
     Raises:
         UserError: missing file (with the command that makes it), or one that does not fit; an
@@ -143,12 +144,14 @@ def load_target(
             raise ValueError(f"{arch} needs the statistics its images are normalised with")
         found = pick(FOREIGN, family, "kind of target model")(name, path)
         model = ForeignTarget(found, img_shape, stats)
+        model.fingerprint = state_fingerprint(found.network.state_dict())
         return place(model, device, layout).eval().requires_grad_(False)
     model = Representation(arch, img_shape)
     if not path.exists():
         raise UserError(f"target checkpoint {path} does not exist; make it with: {make_command}")
     state = checkpoint.load_state(path, what="target checkpoint")
     checkpoint.apply_state(model.backbone, state, origin=path, skip=("fc.",))
+    model.fingerprint = state_fingerprint(model.backbone.state_dict())
     model.eval().requires_grad_(False)
     sample = torch.randn(2, *img_shape, generator=torch.Generator().manual_seed(0))
     model.backbone = fold_frozen(model.backbone, sample)

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         return model, {"test_accuracy": found}
 
     path = Path(flags.save_dir) / f"teacher_{flags.data_name}.pt"
-    make_checkpoint(path, flags, size, device, train)
+    make_checkpoint(path, flags, image_set, device, train)
     return 0
 
 

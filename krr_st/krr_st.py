@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,6 @@ from data.augment import default_padding
 from data.loader import TensorLoader, ViewPipeline
 from distillation.base import Distiller
 from distillation.problem import Problem
-from evaluation.target import target_sample
 from krr_st.config import TrainFlags
 from krr_st.held_out import HeldOutLoss
 from krr_st.loss import krr_loss
@@ -37,7 +35,7 @@ class KRRST(Distiller):
     Source: Lee et al., arXiv 2310.06511, alg. 1.
     """
 
-    parts = ("optimizer", "schedule", "pool", "loader", "target_check")
+    parts = ("optimizer", "schedule", "pool", "loader")
 
     def __init__(self, problem: Problem, flags: TrainFlags) -> None:
         super().__init__(problem, flags)
@@ -58,7 +56,6 @@ class KRRST(Distiller):
         groups = [{"params": [self.x_syn]}, {"params": [self.y_syn], "lr": flags.outer_lr_y or lr}]
         self.optimizer = make_optimizer(flags.outer_opt, groups, lr=lr, wd=wd, momentum=0.5)
         self.schedule = make_schedule("linear", self.optimizer, flags.outer_iteration)
-        self.target_check = SameTarget(problem)
         # Here and for the pool without `self`: a cycle would keep the table of views after the run.
         embed = self._embed = compiled(lambda model, x: model.embed(x), flags.compile)
         self._embed_real = SplitBatches(lambda x, model: embed(model, x))
@@ -109,24 +106,6 @@ def pool_network(problem: Problem, flags: TrainFlags, seed: int) -> tuple[nn.Mod
     network = place(network, problem.device, flags.layout)
     lr, wd = flags.online_lr, flags.online_wd
     return network, make_optimizer(flags.online_opt, network.parameters(), lr=lr, wd=wd)
-
-
-class SameTarget:
-    """The target model's features (D,) of one fixed image, by which a state knows its target model."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.sample = target_sample(problem.target, problem.image_set, problem.device)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The features."""
-        return {"sample": self.sample}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare; raises a ValueError where they belong to another target model."""
-        before = state["sample"]
-        now = self.sample.to(before)  # not bit by bit: the run may have moved to another device
-        if now.shape != before.shape or (now - before).norm() > 0.05 * before.norm():
-            raise ValueError("the target model gives other features than before")
 
 
 def real_loader(problem: Problem, batch_size: int, generator: torch.Generator) -> TensorLoader:

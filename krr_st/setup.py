@@ -101,7 +101,7 @@ class KernelSetup(Setup):
         hint = target_command(flags.target_model, flags.data_name, flags.img_size, flags.data_dir)
         shape, stats, layout = image_set.img_shape, image_set.stats, flags.layout
         model = load_target(flags.target_model, flags.target_ckpt, shape, device, hint, stats, layout)
-        self.target = FrozenTarget(model, flags.precision)
+        self.target, self.target_fingerprint = FrozenTarget(model, flags.precision), model.fingerprint
         for arch in (flags.train_model, flags.test_model):  # an unknown name fails now
             get_model(arch, shape, model.dim)
 
@@ -122,6 +122,11 @@ class KernelSetup(Setup):
         """The source and what undoes the normalisation of X_s."""
         stats = self.syn_stats
         return {"data_name": self.flags.data_name, "mean": stats.mean, "std": stats.std}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The source and the weights of the target model."""
+        return {**super().inputs, "target model": self.target_fingerprint}
 
     def run(self, run: RunFolder | FollowedRun) -> dict[str, Any]:
         """Distil one set; write it and its pictures."""

@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         return model.backbone, {"knn_accuracy": run.read_log()[-1].get("knn_accuracy")}
 
     path = default_checkpoint(flags.target_model, flags.data_name, flags.save_dir)
-    make_checkpoint(path, flags, preset.size, device, train)
+    make_checkpoint(path, flags, image_set, device, train)
     return 0
 
 

@@ -148,23 +148,6 @@ def test_a_linear_evaluation_is_not_waited_for(inputs, monkeypatch, capsys, call
     assert results[0]["loss"] == results[1]["loss"]
 
 
-def test_another_target_model_is_refused(inputs, monkeypatch, capsys):
-    monkeypatch.chdir(inputs / "stopped")
-    command, flags, step, _ = COMMANDS["train"]
-    with monkeypatch.context() as patch:
-        signal_at(patch, *step, signal.SIGTERM)
-        assert command.main(flags.split()) == CODES[signal.SIGTERM]
-    path = f"teacher_ckpt/barlow_twins_{NET}_tiny.pt"
-    state = checkpoint.load(path)
-    checkpoint.save({k: v.flip(0) if v.dim() == 4 else v for k, v in state.items()}, path)
-    capsys.readouterr()
-    assert command.main(flags.split()) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "state.pt" in line and "the target model gives other features than before" in line
-    checkpoint.save(state, path)
-    assert command.main(flags.split()) == 0
-
-
 def test_nothing_to_evaluate_is_no_reason_to_leave(inputs, monkeypatch):
     """A signal in the last step of a run on unlabelled images: the run is finished."""
     monkeypatch.chdir(inputs / "stopped")

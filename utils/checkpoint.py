@@ -11,7 +11,7 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -230,3 +230,8 @@ def fingerprint(*tensors: torch.Tensor) -> str:
         digest.update(f"{tuple(plain.shape)} {plain.dtype} ".encode())
         digest.update(plain.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def state_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
+    """`fingerprint` of the tensors of a state dict, by name: which weights a result belongs to."""
+    return fingerprint(*(state[key] for key in sorted(state)))

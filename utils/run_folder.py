@@ -10,6 +10,7 @@ import statistics
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -101,6 +102,16 @@ def read_series(path: Path) -> Lines:
     return series
 
 
+def changed_inputs(config: dict[str, Any], inputs: Mapping[str, str]) -> str:
+    """What a run with this config.json began with and is another now, in words; else "".
+
+    What the file does not mention, as older runs do, passes.
+    """
+    before = config.get("inputs")
+    before = before if isinstance(before, dict) else {}
+    return " and ".join(f"another {k}" for k, now in inputs.items() if before.get(k, now) != now)
+
+
 def run_claims(folder: Path) -> Claims:
     """The claims of the run folders in `folder`."""
     return Claims(folder / ".locks")
@@ -143,6 +154,7 @@ class RunFolder:
         seed: None means the earlier start's seed, or else a drawn one.
         device: recorded with the versions.
         extra: more facts for config.json (data name, statistics).
+        inputs: what the run reads -> its fingerprint, compared where the run is resumed.
         overwrite: start again whatever is there.
         tensorboard: write the log's numbers for TensorBoard, too, into {path}/tensorboard.
 
@@ -153,7 +165,7 @@ class RunFolder:
         finished: ... and it wrote its results.
 
     Raises:
-        UserError: the folder holds a run with other flags, or cannot be written.
+        UserError: the folder holds a run with other flags or inputs, or cannot be written.
     """
 
     def __init__(
@@ -164,6 +176,7 @@ class RunFolder:
         seed: int | None,
         device: torch.device,
         extra: dict[str, Any] | None = None,
+        inputs: Mapping[str, str] = MappingProxyType({}),
         overwrite: bool = False,
         tensorboard: bool = False,
     ) -> None:
@@ -191,12 +204,17 @@ class RunFolder:
                     f"{self.path} holds a run with other flags ({shown}); "
                     "choose another name or pass --overwrite"
                 )
+            if other := changed_inputs(old, inputs):
+                raise UserError(
+                    f"{self.path} holds a run that began with {other}; put back what was there, "
+                    "choose another name or pass --overwrite"
+                )
         self.finished = self.resumed and (self.path / "results.json").exists()
         self.seed = resolve_seed(seed)
         if not self.resumed:
             for stale in _STALE + (_ARTEFACTS if overwrite else ()):
                 (self.path / stale).unlink(missing_ok=True)
-            record = {"seed": self.seed, **(extra or {}), "flags": flags}
+            record = {"seed": self.seed, **(extra or {}), "inputs": dict(inputs), "flags": flags}
             write_json(self.path / "config.json", {**record, "environment": environment(device)})
             checkpoint.write_text(self._log, "")
 
