@@ -1,4 +1,4 @@
-"""The one place that reads and writes tensor files: atomic writes, loading without code."""
+"""The one place that reads and writes tensor files: atomic writes, loading without running code."""
 
 from __future__ import annotations
 
@@ -37,10 +37,8 @@ _SAFE_GLOBALS = [
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the final name only if the block succeeds.
 
-    What a killed process left behind while it wrote `path` is removed.
-
-    Raises:
-        UserError: the folder cannot be written or the disk is full; `path` is then untouched.
+    Temporary files of killed processes are removed. A UserError says that the folder cannot be
+    written or the disk is full; `path` is then untouched.
     """
     path = Path(path)
     temporary = None
@@ -66,7 +64,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 def _remove_left_overs(path: Path) -> None:
-    """Remove temporary files of `path`, and those of such files, that nobody writes any more."""
+    """Remove temporary files of `path`, and theirs, whose process was killed."""
     pattern = re.compile(rf"\.?\.{re.escape(path.name)}(\.[a-z0-9_]{{8}}){{1,2}}")
     for name in os.listdir(path.parent):
         if pattern.fullmatch(name) and is_left_over(path.parent / name):
@@ -95,12 +93,11 @@ def save(obj: Any, path: Path | str) -> None:
 def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
     """Read a file written by `torch.save` onto the CPU without executing code from it.
 
-    `what` the file should be goes into error messages ("target checkpoint"). `mmap` maps the
-    storage instead of reading it (large tensors).
+    Messages call it `what` ("target checkpoint"). `mmap` maps the storage instead of reading it.
 
     Raises:
-        UserError: missing, truncated, not a torch file, too large for the memory, or it names a
-            global that is not allowed.
+        UserError: missing, damaged, not a torch file, too large for the memory, with a global that
+            is not allowed, or with tensors that are not plain values.
     """
     path = Path(path)
     if not path.exists():
@@ -111,21 +108,18 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
         check_sums(path, what=what)
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about tensors of kinds that are refused further on
+            warnings.simplefilter("ignore")  # about tensors of kinds that are refused below
             mapped = mmap and zipfile.is_zipfile(path)  # the older torch format cannot be mapped
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-        why = "is not a torch file"
+        refused, why = re.search(r"GLOBAL ([\w.]+)", str(error)), "is not a torch file"
         if refused:
-            why = f"is refused: loading it would run {refused[1]}; "
-            why += "expected tensors and plain containers only"
+            why = f"is refused: loading it would run {refused[1]}; expected tensors and plain containers only"
         raise UserError(f"{what} {path} {why}") from None
     except Exception as error:  # the readers below torch.load raise a dozen types on a torn file
-        # EINVAL is one of them: a torn file makes a reader seek to a place that cannot be.
+        # EINVAL is one of them: a torn file makes a reader seek to an impossible place.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            reason = os.strerror(error.errno).lower()
-            raise UserError(f"{what} {path} cannot be read: {reason}") from None
+            raise UserError(f"{what} {path} cannot be read: {os.strerror(error.errno).lower()}") from None
         raise _damaged(f"{what} {path}", "is truncated or not a torch file", error) from None
     odd = next((t for t in _tensors(value) if t.is_nested or t.is_meta or t.is_quantized), None)
     if odd is not None:
@@ -152,16 +146,16 @@ def _damaged(file: str, verdict: str, error: Exception) -> UserError:
 
 
 def check_sums(path: Path | str, *, what: str = "file") -> None:
-    """Raise a UserError where a torch file's checksums are wrong: torch writes, never reads them.
+    """Raise a UserError if checksums in a torch file are wrong, which torch itself never reads.
 
-    What is no torch file at all passes.
+    A file of another kind passes.
     """
     if not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-            if packed:  # never by torch: a small file could unpack to any size
+            if packed:  # torch never compresses, and a small file could unpack to any size
                 raise zipfile.BadZipFile(f"{packed[0].filename} is compressed")
             torn = archive.testzip()
     except Exception as error:  # zipfile raises half a dozen types on a damaged header
@@ -197,24 +191,19 @@ def apply_state(
     """Load `state` into `model`; keys under the prefixes in `skip` (the head) are left alone.
 
     A model that has `renamed(state)` brings the names of published variants to its own first. A
-    UserError names all other missing, unexpected or differently shaped keys.
+    UserError names all keys that are missing, unexpected or of another shape or kind of number.
     """
     state = getattr(model, "renamed", dict)(state)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith(skip)}
     given = {k: v for k, v in state.items() if not k.startswith(skip)}
     problems = [f"missing {k}" for k in own.keys() - given.keys()]
     problems += [f"unexpected {k}" for k in given.keys() - own.keys()]
-    problems += [
-        f"{k} is {tuple(given[k].shape)}, expected {tuple(own[k].shape)}"
-        for k in own.keys() & given.keys()
-        if own[k].shape != given[k].shape
-    ]
-    problems += [
-        f"{k} is {given[k].dtype}, expected {own[k].dtype}"
-        for k in own.keys() & given.keys()
-        if (own[k].is_floating_point(), own[k].is_complex())
-        != (given[k].is_floating_point(), given[k].is_complex())
-    ]
+    for k in own.keys() & given.keys():
+        new, old = given[k], own[k]
+        if new.shape != old.shape:
+            problems.append(f"{k} is {tuple(new.shape)}, expected {tuple(old.shape)}")
+        if (new.is_floating_point(), new.is_complex()) != (old.is_floating_point(), old.is_complex()):
+            problems.append(f"{k} is {new.dtype}, expected {old.dtype}")
     if problems:
         shown = "; ".join(sorted(problems)[:8])
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -223,7 +212,7 @@ def apply_state(
 
 
 def fingerprint(*tensors: torch.Tensor) -> str:
-    """A short SHA-256 digest of values, shapes and dtypes: which data a result belongs to."""
+    """A short SHA-256 digest of values, shapes and dtypes."""
     digest = hashlib.sha256()
     for tensor in tensors:
         plain = tensor.detach().cpu().contiguous()

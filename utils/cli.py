@@ -54,7 +54,7 @@ class DeviceFlags:
     gpu_id: int = flag(0, "which GPU, where CUDA is present", minimum=0, also=("gpu",), identity=False)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse whose error is one line; --help has the rest."""
 
     def error(self, message: str) -> NoReturn:
@@ -129,7 +129,7 @@ def parse(
     them; `no_effect` are flags of published command lines that change nothing here, and why.
     """
     plain_help = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain_help)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain_help)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         hint, default = hints[field.name], field.default

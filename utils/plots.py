@@ -1,8 +1,4 @@
-"""Pictures for people, as PNGs written whole or not at all: image grids, lines, bars, curves.
-
-Raises:
-    UserError: from every function, where the file cannot be written.
-"""
+"""Pictures as PNGs, written whole or not at all: image grids, lines, bars, curves."""
 
 from __future__ import annotations
 
@@ -23,16 +19,9 @@ Lines = dict[str, tuple[list[float], list[float]]]  # name -> (abscissae, ordina
 def save_grid(
     images01: Tensor, path: Path | str, columns: int | None = None, scale: int | None = None
 ) -> None:
-    """Write images as one grid.
+    """Write n×C×H×W float images, C 1 or 3, as one grid; pixels are clamped to [0, 1].
 
-    Args:
-        images01: n×C×H×W float, C 1 or 3, pixels in [0, 1]; values outside are clamped.
-        path: the PNG to write.
-        columns: images per row; None makes the grid about square.
-        scale: integer magnification without smoothing; None brings small images to 64 pixels.
-
-    Raises:
-        UserError: a shape that cannot be drawn.
+    `columns` None makes it about square; `scale` magnifies, None brings small images to 64 pixels.
     """
     from torchvision.utils import make_grid, save_image  # slow to import, and only drawing needs it
 
@@ -46,7 +35,7 @@ def save_grid(
         save_image(grid, temporary, format="PNG")
 
 
-def _panels(count: int, columns: int, width: float, height: float, dpi: int) -> tuple[Any, Any]:
+def _panels(count: int, columns: int, width: float, height: float, dpi: int = 120) -> tuple[Any, Any]:
     """A figure and its `count` axes; width and height of each in inches."""
     from matplotlib.figure import Figure  # slow to import, and only drawing needs it
 
@@ -74,20 +63,18 @@ def save_lines(
     title: str = "",
     legend: str = "outside right upper",
 ) -> None:
-    """Draw several lines, name -> (abscissae, ordinates); a line of one point becomes a mark.
+    """Draw lines, name -> (abscissae, ordinates); one of a single point becomes a mark.
 
     `legend` is where the names go, in matplotlib's words.
     """
-    figure, (axes,) = _panels(1, 1, 7, 4.2, dpi=120)
+    figure, (axes,) = _panels(1, 1, 7, 4.2)
     marks = iter("osD^v<>pPX*hd" * 9)
     for name, (x, y) in lines.items():
-        if len(x) > 1:
-            axes.plot(x, y, linewidth=1.4, marker=".", label=name)
-        else:
-            axes.plot(x, y, linestyle="", marker=next(marks), label=name)
+        style = dict(linewidth=1.4, marker=".") if len(x) > 1 else dict(linestyle="", marker=next(marks))
+        axes.plot(x, y, label=name, **style)
     axes.set_title(title, fontsize="medium")
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
+    axes.set(xlabel=x_label, xscale="log" if log_x else "linear")
+    axes.set(ylabel=y_label, yscale="log" if log_y else "linear")
     axes.grid(alpha=0.3)
     figure.legend(loc=legend, fontsize="small")
     _save(figure, path)
@@ -101,29 +88,20 @@ def save_bar_groups(
 ) -> None:
     """Draw panels of grouped bars, three per row; a bar's name has one colour in all groups.
 
-    Args:
-        panels: title -> group -> bar name -> (height, error), or None for a gap.
-        path: the PNG to write.
-        y_label: name and unit of the heights.
+    `panels` are title -> group -> bar name -> (height, error), or None for a gap.
     """
     from matplotlib.patches import Patch
 
     names = list(dict.fromkeys(n for groups in panels.values() for g in groups.values() for n in g))
-    figure, grid = _panels(len(panels), 3, 4, 2.9, dpi=120)
+    figure, grid = _panels(len(panels), 3, 4, 2.9)
     width = 0.85 / len(names)
     for axes, (title, groups) in zip(grid, panels.items(), strict=True):
         for number, name in enumerate(names):
-            found = [(at, *g[name]) for at, g in enumerate(groups.values()) if g.get(name)]
-            places, heights, errors = zip(*found, strict=True) if found else ((), (), ())
             left = (number - (len(names) - 1) / 2) * width
-            axes.bar(
-                [place + left for place in places],
-                heights,
-                width,
-                yerr=errors,
-                color=f"C{number}",
-                error_kw={"elinewidth": 0.8},
-            )
+            places = [at + left for at, g in enumerate(groups.values()) if g.get(name)]
+            heights, errors = ([g[name][i] for g in groups.values() if g.get(name)] for i in (0, 1))
+            style = dict(color=f"C{number}", error_kw={"elinewidth": 0.8})
+            axes.bar(places, heights, width, yerr=errors, **style)
         axes.set(title=title, ylabel=y_label, xticks=range(len(groups)), xticklabels=list(groups))
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.grid(axis="y", alpha=0.3)
@@ -134,7 +112,7 @@ def save_bar_groups(
 
 
 def save_curves(series: Lines, path: Path) -> None:
-    """Draw one panel per series, at least one; positive losses on a logarithmic axis."""
+    """Draw one panel per series; positive losses on a logarithmic axis."""
     figure, grid = _panels(len(series), min(3, len(series)), 4.2, 2.8, dpi=100)
     for axes, (name, (steps, values)) in zip(grid, series.items(), strict=True):
         axes.plot(steps, values, linewidth=1.2, marker="." if len(steps) < 30 else None)

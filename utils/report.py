@@ -1,19 +1,17 @@
-"""`python -m utils.report results/EXP`: one HTML page of a run, for a browser, without a server.
+"""Write {folder}/report.html for each run: configuration, results, curves and pictures in one page.
 
-Configuration, results, environment, curves and pictures of any run of this project; everything is
-in the page itself, {folder}/report.html. Several folders may be named.
+python -m utils.report results/EXP
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import sys
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from utils import checkpoint
+from utils import checkpoint, cli
 from utils.errors import UserError, entry_point
 from utils.plots import save_curves
 from utils.run_folder import read_series
@@ -56,8 +54,7 @@ def _picture(path: Path) -> str:
 def report(folder: Path) -> Path:
     """Write `report.html` into a run folder; returns its path.
 
-    Raises:
-        UserError: no run is there, its files are not readable, or the page cannot be written.
+    A UserError says that no run is there or that its files are not readable.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no run: expected a folder with config.json")
@@ -85,16 +82,12 @@ def report(folder: Path) -> Path:
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """Write one page per folder."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
-    if not arguments:
-        raise UserError("expected the folder of a run, such as results/EXP")
-    for folder in arguments:
-        print(report(Path(folder)))
+    parser = cli.Parser(prog="python -m utils.report", description=__doc__)
+    parser.add_argument("folder", nargs="+", type=Path, help="of a run, such as results/EXP")
+    for folder in parser.parse_args(argv).folder:
+        print(report(folder))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""A run's folder: what was asked, what it ran on, its log, its checkpoints, what came out."""
+"""A run's folder: its flags, its environment, its log, its checkpoints, its results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from utils.seed import resolve_seed
 TENSORBOARD = "also log for TensorBoard (package tensorboard), into {run folder}/tensorboard"
 
 _STALE = ("results.json", "state.pt", "state.prev.pt", "log.jsonl")
-# Dropped by --overwrite: no set may lie beside the configuration of another run.
+# Removed by --overwrite: no set may lie beside the configuration of another run.
 _ARTEFACTS = ("x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png", "curves.png")
 
 
@@ -45,23 +45,20 @@ def _plain(value: Any) -> Any:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, git commit and device: what a reader needs to judge a number."""
+    """Versions, git commit and device."""
     import torchvision
 
     root = Path(__file__).resolve().parents[1]
-    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
+    describe, commit = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = subprocess.check_output(describe, text=True, timeout=10, stderr=subprocess.DEVNULL).strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "git_commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "device": str(device),
-        "device_name": name,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
     }
 
@@ -119,11 +116,8 @@ def run_claims(folder: Path) -> Claims:
 
 @contextlib.contextmanager
 def claim_run(path: Path | str) -> Iterator[None]:
-    """Keep a run folder, which need not exist yet, to this process for the length of the block.
-
-    Raises a UserError where another process works on it.
-    """
-    path = Path(path).resolve()  # one folder, however it is called
+    """Keep a run folder, which need not exist yet, to this process; a UserError if another has it."""
+    path = Path(path).resolve()  # one folder, whatever it is called
     claims = run_claims(path.parent)
     with claims.claim(path.name) as ours:
         if not ours:
@@ -232,10 +226,10 @@ class RunFolder:
         return old
 
     def truncate_log(self, step: int) -> None:
-        """Drop log entries after `step`: what a resumed run is about to write again."""
+        """Drop log entries after `step`, which a resumed run will write again."""
         kept = [e for e in self.read_log() if isinstance(e.get("step"), int) and e["step"] <= step]
         checkpoint.write_text(self._log, "".join(json.dumps(e) + "\n" for e in kept))
-        if self._new_board is not None:  # what is written again later replaces what is there
+        if self._new_board is not None:  # what is written later replaces what is there
             self._board = self._new_board(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def log(self, **entry: Any) -> None:
@@ -255,10 +249,7 @@ class RunFolder:
         return read_log(self._log)
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Draw curves.png, unless the run drew its loss itself; then write results.json.
-
-        results.json marks the run as finished; its state is dropped.
-        """
+        """Draw curves.png, unless the run drew loss.png; write results.json; drop the state."""
         series = read_series(self._log)
         if series and not (self.path / "loss.png").exists():
             save_curves(series, self.path / "curves.png")
@@ -269,15 +260,14 @@ class RunFolder:
 
 
 class FollowedRun:
-    """The folder of a run whose first process writes; this one reads the state and no more."""
+    """The folder of a run whose first process writes; this one only reads the state."""
 
-    def __init__(self, path: Path | str, seed: int, finished: bool) -> None:
-        self.path, self.seed, self.finished = Path(path), seed, finished
-        self.state_path = self.path / "state.pt"
+    def __init__(self, path: Path, seed: int, finished: bool) -> None:
+        self.path, self.seed, self.finished = path, seed, finished
+        self.state_path = path / "state.pt"
 
     def read_log(self) -> list[dict[str, Any]]:
-        """Nothing: only what the first process writes depends on it."""
-        return []
+        return []  # only what the first process writes depends on it
 
     def _leave(self, *args: Any, **named: Any) -> None:
         """Left to the first process."""
@@ -286,16 +276,15 @@ class FollowedRun:
 
 
 def previous_path(path: Path) -> Path:
-    """Where the save before the one at `path` is kept."""
+    """Where the save before that at `path` is kept."""
     return path.with_name(f"{path.stem}.prev{path.suffix}")
 
 
 def save_run(path: Path, step: int, parts: Mapping[str, Any], **named: Any) -> None:
     """Write the state of every part after `step` steps to `path`, whole or not at all.
 
-    A part is what has `state_dict` and `load_state_dict`; `named` are plain values by which
-    `load_run` knows whose state it is. The save before it stays beside it, for the case that the
-    disk loses this one.
+    A part has `state_dict` and `load_state_dict`; `named` are plain values that `load_run` compares.
+    The save before it stays beside it, in case the disk loses this one.
     """
     states = {name: part.state_dict() for name, part in parts.items()}
     with checkpoint.atomic_path(path) as temporary:
@@ -311,7 +300,7 @@ def forget_run(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """The last whole save; None without any, a UserError where even the one before is damaged."""
+    """The last whole save; None without any, a UserError if the one before it is damaged, too."""
     older = previous_path(path)
     if path.exists():
         try:
@@ -326,10 +315,8 @@ def read_state(path: Path) -> dict[str, Any] | None:
 def load_run(path: Path, parts: Mapping[str, Any], **expected: Any) -> int | None:
     """Restore every part in place; returns the step after which they were saved.
 
-    None: there is nothing to resume from, or it was saved with other `named` values.
-
-    Raises:
-        UserError: unreadable, or not the state of such a run.
+    None means that there is no save, or one with other `named` values; a UserError says that it is
+    unreadable or not the state of such a run.
     """
     state = read_state(path)
     try:

@@ -115,7 +115,7 @@ def _convert(args: argparse.Namespace) -> None:
 @entry_point
 def main(argv: list[str] | None = None) -> None:
     """Inspect or convert a synthetic set."""
-    parser = cli._Parser(prog="python -m data.synthetic", description=main.__doc__)
+    parser = cli.Parser(prog="python -m data.synthetic", description=main.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="print what a set holds")
     inspect.add_argument("path", type=Path, help="folder or file of any form")
