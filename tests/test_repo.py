@@ -15,7 +15,17 @@ else:
     tomllib = None
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("clom", "data", "distillation", "evaluation", "krr_st", "methods", "models", "utils")
+PACKAGES = (
+    "clom",
+    "data",
+    "distillation",
+    "evaluation",
+    "krr_st",
+    "methods",
+    "models",
+    "trajectory",
+    "utils",
+)
 SCRIPTS = sorted(ROOT.glob("*.py"))
 # What each package may import from: the ones below it.
 BELOW = {
@@ -26,7 +36,8 @@ BELOW = {
     "distillation": {"utils", "data", "models", "evaluation"},
     "krr_st": {"utils", "data", "models", "evaluation", "distillation"},
     "clom": {"utils", "data", "models", "evaluation", "distillation"},
-    "methods": {"utils", "data", "models", "evaluation", "distillation", "krr_st", "clom"},
+    "trajectory": {"utils", "data", "models", "evaluation", "distillation"},
+    "methods": {"utils", "data", "models", "evaluation", "distillation", "krr_st", "clom", "trajectory"},
 }
 
 

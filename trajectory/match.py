@@ -1,0 +1,249 @@
+"""Matching a student's training to an expert's: the unrolled student, its gradients, the distance.
+
+A student starts from the expert's parameters and trains on mini-batches of the synthetic set. With
+g_i the gradient of its loss at θ_i, momentum μ and weight decay w, from v_0 = 0:
+
+    v_{i+1} = μ v_i + g_i + w θ_i        θ_{i+1} = θ_i - α v_{i+1}        i = 0 ... N-1
+
+The loss is a normalised distance of θ_N from the expert's later parameters. Pure functions.
+
+Sources: Cazenavette et al., "Dataset Distillation by Matching Training Trajectories",
+arXiv 2203.11932, alg. 1 (μ = w = 0); Cui et al., "Scaling Up Dataset Distillation to ImageNet-1K
+with Constant Memory" (TESLA), arXiv 2211.10586.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from utils.errors import pick
+
+Parameters = Sequence[Tensor]
+LossFn = Callable[[Parameters, Tensor, Tensor], Tensor]  # (parameters, x, y) -> scalar
+# Makes one mini-batch (x, y) from the synthetic set: the same each time, differentiable in the set.
+Batch = Callable[[], tuple[Tensor, Tensor]]
+Distance = Callable[[Parameters], Tensor]  # of the student's last parameters, a scalar
+Gradients = tuple[Tensor, list[Tensor], Tensor]  # loss, of each input, of the step size
+
+# A tensor that an expert moved by less than this share of its norm has rounding for a direction,
+# such as the bias of a convolution before a norm.
+UNMOVED = 1e-5
+
+
+def functional_loss(network: nn.Module, criterion: Callable[[Tensor, Tensor], Tensor]) -> LossFn:
+    """The loss of a network as a function of its parameters, in the order of `network.parameters()`.
+
+    Train mode: BatchNorm normalises by the batch. The network's own parameters and buffers stay as
+    they are.
+    """
+    names = [name for name, _ in network.named_parameters()]
+
+    def loss(parameters: Parameters, x: Tensor, y: Tensor) -> Tensor:
+        state = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        state.update(zip(names, parameters, strict=True))
+        return criterion(functional_call(network.train(), state, (x,)), y)
+
+    return loss
+
+
+def advance(
+    theta: Parameters,
+    gradient: Parameters,
+    velocity: Parameters | None,
+    lr: Tensor,
+    momentum: float,
+    wd: float,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One step of SGD, differentiable: the next parameters and velocity (None: at rest)."""
+    direction = [g + wd * p for g, p in zip(gradient, theta, strict=True)] if wd else list(gradient)
+    if velocity is not None and momentum:
+        direction = [momentum * v + d for v, d in zip(velocity, direction, strict=True)]
+    return [p - lr * v for p, v in zip(theta, direction, strict=True)], direction
+
+
+def unroll(
+    loss_fn: LossFn,
+    start: Parameters,
+    batches: Sequence[Batch],
+    lr: Tensor,
+    momentum: float = 0.0,
+    wd: float = 0.0,
+) -> list[Tensor]:
+    """θ_N after a step on each batch, differentiable in the set and in `lr` through all steps.
+
+    `start` are N_p tensors θ_0 in the order that `loss_fn` takes; memory grows with the steps.
+    """
+    theta = [p.detach().requires_grad_() for p in start]
+    velocity = None
+    for make in batches:
+        gradient = torch.autograd.grad(loss_fn(theta, *make()), theta, create_graph=True)
+        theta, velocity = advance(theta, gradient, velocity, lr, momentum, wd)
+    return theta
+
+
+def full_gradients(
+    loss_fn: LossFn,
+    start: Parameters,
+    batches: Sequence[Batch],
+    distance: Distance,
+    inputs: Sequence[Tensor],
+    lr: Tensor,
+    momentum: float = 0.0,
+    wd: float = 0.0,
+) -> Gradients:
+    """The loss `distance(θ_N)` and its gradients, from one graph of all steps.
+
+    Args:
+        loss_fn: the student's loss.
+        start: θ_0, one tensor per parameter.
+        batches: mini-batches, one a step.
+        distance: what is minimised.
+        inputs: leaves with requires_grad that the batches are made of: images, targets.
+        lr: α, a scalar leaf with requires_grad.
+        momentum: μ.
+        wd: w.
+
+    Returns:
+        The detached loss, the gradient of each input, the gradient of α.
+    """
+    loss = distance(unroll(loss_fn, start, batches, lr, momentum, wd))
+    *of_inputs, of_lr = torch.autograd.grad(loss, [*inputs, lr], materialize_grads=True)
+    return loss.detach(), of_inputs, of_lr
+
+
+def stepwise_gradients(
+    loss_fn: LossFn,
+    start: Parameters,
+    batches: Sequence[Batch],
+    distance: Distance,
+    inputs: Sequence[Tensor],
+    lr: Tensor,
+    momentum: float = 0.0,
+    wd: float = 0.0,
+    *,
+    exact: bool = True,
+) -> Gradients:
+    """Like `full_gradients`, but only one step's graph lives at a time: N parameter vectors are kept.
+
+    The steps are run once without a graph to the set, then back from the last one: at θ_i the
+    student's gradient is taken again and multiplied by the adjoint ∂L/∂v_{i+1}.
+
+    `exact=False` is TESLA's gradient: it leaves out how g_i depends on θ_i and by it on earlier
+    batches, as if every θ_i were a constant. With μ = w = 0 it is the published formula
+
+        ∂L/∂X_i = 2/D · ∂/∂X_i ⟨α (θ* - θ_0) + α² G, g_i⟩,   G = Σ g_i,   D = ‖θ_0 - θ*‖²
+
+    The factor 2 is in it; TESLA's released code loses it.
+    """
+    rate, theta, velocity = lr.detach(), [p.detach() for p in start], None
+    kept = []
+    for make in batches:
+        theta = [p.requires_grad_() for p in theta]
+        with torch.no_grad():
+            x, y = make()
+        gradient = torch.autograd.grad(loss_fn(theta, x, y), theta)
+        with torch.no_grad():
+            after, velocity = advance(theta, gradient, velocity, rate, momentum, wd)
+        kept.append((make, theta, velocity))
+        theta = after
+    end = [p.requires_grad_() for p in theta]
+    loss = distance(end)
+    of_theta = list(torch.autograd.grad(loss, end, materialize_grads=True))  # ∂L/∂θ_{i+1}
+    of_velocity = [torch.zeros_like(p) for p in end]  # what reaches v_{i+1} from later velocities
+    of_inputs, of_lr = [torch.zeros_like(t) for t in inputs], torch.zeros_like(rate)
+    while kept:
+        make, theta, velocity = kept.pop()
+        of_lr -= sum((a * v).sum() for a, v in zip(of_theta, velocity, strict=True))
+        adjoint = [b - rate * a for b, a in zip(of_velocity, of_theta, strict=True)]  # ∂L/∂v_{i+1}
+        gradient = torch.autograd.grad(loss_fn(theta, *make()), theta, create_graph=True)
+        wanted = [*inputs, *theta] if exact and kept else list(inputs)  # θ_0 is given
+        live = [(g, a) for g, a in zip(gradient, adjoint, strict=True) if g.requires_grad]
+        outputs, weights = zip(*live, strict=True)
+        found = torch.autograd.grad(outputs, wanted, weights, materialize_grads=True)
+        for total, part in zip(of_inputs, found, strict=False):
+            total += part
+        through = found[len(inputs) :] or [0.0] * len(theta)
+        of_theta = [a + wd * b + h for a, b, h in zip(of_theta, adjoint, through, strict=True)]
+        of_velocity = [momentum * b for b in adjoint]
+    return loss.detach(), of_inputs, of_lr
+
+
+def tesla_gradients(*args: object, **named: object) -> Gradients:
+    """`stepwise_gradients` with every θ_i as a constant."""
+    return stepwise_gradients(*args, **named, exact=False)
+
+
+UNROLLS: dict[str, Callable[..., Gradients]] = {
+    "full": full_gradients,
+    "checkpoint": stepwise_gradients,
+    "tesla": tesla_gradients,
+}
+
+
+def layer_distance(end: Parameters, start: Parameters, goal: Parameters, weights: Sequence[float]) -> Tensor:
+    """Weighted mean over tensors of ‖end - goal‖² / ‖start - goal‖², each with its own denominator.
+
+    Tensors that the expert did not move are left out.
+    """
+    total, weight = end[0].new_zeros(()), 0.0
+    for e, s, g, w in zip(end, start, goal, weights, strict=True):
+        moved = (s - g).square().sum()
+        if w and moved > UNMOVED**2 * s.square().sum():
+            total, weight = total + w * (e - g).square().sum() / moved, weight + w
+    if not weight:
+        raise ValueError("the expert moved no tensor with a weight")
+    return total / weight
+
+
+def whole_distance(end: Parameters, start: Parameters, goal: Parameters, weights: Sequence[float]) -> Tensor:
+    """‖end - goal‖² / ‖start - goal‖² of all parameters together, their squares weighted by tensor."""
+    after, before = (
+        sum(w * (p - g).square().sum() for p, g, w in zip(side, goal, weights, strict=True) if w)
+        for side in (end, start)
+    )
+    if not before > 0:
+        raise ValueError("the expert moved no tensor with a weight")
+    return after / before
+
+
+# "whole" is MTT's. The larger tensors, such as a wide head, make most of it.
+DISTANCES: dict[str, Callable[[Parameters, Parameters, Parameters, Sequence[float]], Tensor]] = {
+    "whole": whole_distance,
+    "layer": layer_distance,
+}
+
+
+def matching_distance(
+    end: Parameters,
+    start: Parameters,
+    goal: Parameters,
+    weights: Sequence[float] | None = None,
+    form: str = "whole",
+) -> Tensor:
+    """How far a student's `end` is from the expert's `goal`, relative to the distance of the start.
+
+    All three are lists of tensors of the same shapes; `weights` >= 0, one per tensor (None: all 1;
+    0 leaves it out); `form` is a key of DISTANCES. Returns a scalar >= 0: 1 where the student is as
+    far as the start was, differentiable in `end`.
+
+    Raises:
+        ValueError: lists that do not fit each other, or start and goal are the same.
+    """
+    shapes = [[tuple(p.shape) for p in side] for side in (end, start, goal)]
+    if not shapes[0] or shapes[0] != shapes[1] or shapes[0] != shapes[2]:
+        raise ValueError(f"parameters of shapes {shapes} cannot be compared")
+    weights = [1.0] * len(end) if weights is None else weights
+    return pick(DISTANCES, form, "distance")(end, start, goal, weights)
+
+
+def tensor_weights(network: nn.Module, vector: float = 1.0, head: float = 1.0) -> list[float]:
+    """A weight for each of `network.parameters()`: `vector` for biases and norms, `head` for the head.
+
+    A head's bias gets the product; `head=0` matches the body alone.
+    """
+    own = {id(p) for p in network.head.parameters()}
+    return [(vector if p.dim() < 2 else 1.0) * (head if id(p) in own else 1.0) for p in network.parameters()]
