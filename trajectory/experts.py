@@ -1,0 +1,454 @@
+"""`python -m trajectory.experts`: train experts on the real images and keep their snapshots.
+
+    python -m trajectory.experts --data_name cifar10 --zca
+    python -m trajectory.experts --data_name cifar10 --targets features
+
+A trajectory is a list of snapshots, the first one before training; a snapshot is a list of the
+network's parameters. `replay_buffer_{n}.pt` holds a list of trajectories, here one each, and is read
+by and from the released codes of MTT and MKDT (float32, the same network).
+
+Sources: Cazenavette et al., arXiv 2203.11932 (classes); Joshi et al., "Dataset Distillation via
+Knowledge Distillation", ICLR 2025 (features).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.augment.dsa import without_flip
+from data.load import ImageSet, load_set
+from data.loader import ImagePipeline, TensorLoader
+from evaluation.fit import Trainer, outputs
+from evaluation.parallel import in_parallel
+from evaluation.presets import resolve_preset
+from evaluation.recipes import DSA_STRATEGY, Recipe, check_strategy
+from evaluation.score import share_correct
+from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, resolve_checkpoint, target_command
+from models import get_model
+from models.layout import arranged
+from utils import checkpoint, cli
+from utils.cli import SEED, DeviceFlags, flag
+from utils.device import resolve_device
+from utils.errors import UserError, entry_point
+from utils.memory import out_of_memory_says
+from utils.precision import DTYPES
+from utils.run_folder import RunFolder, claim_run
+from utils.seed import derive_seed, local_seed, make_generator
+
+Snapshot = list[Tensor]
+Trajectory = list[Snapshot]
+
+_FILE = re.compile(r"replay_buffer_(\d+)\.pt")
+_TIMED_STEPS = 4
+
+# Published values of the flags that are not given.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "classes": dict(train_epochs=50, lr_teacher=0.01, mom=0.0, l2=0.0, dsa_strategy=DSA_STRATEGY),
+    "features": dict(train_epochs=20, lr_teacher=0.1, mom=0.9, l2=1e-4, dsa_strategy="none"),
+}
+
+
+@dataclass(frozen=True)
+class ExpertFlags(DeviceFlags):
+    """Flags of trajectory.experts."""
+
+    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
+    data_name: str = flag("cifar10", "data set: a listed name or a prepared set of yours")
+    img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
+    targets: str = flag(
+        "classes",
+        "what experts learn: class labels (for mtt), or a target model's features of un-augmented images "
+        "(for mkdt)",
+        choices=tuple(PUBLISHED),
+    )
+    target_model: str | None = flag(None, TARGET_MODEL)
+    target_ckpt: Path | None = flag(None, TARGET_CKPT)
+    train_model: str | None = flag(
+        None, "network (zoo A); default: three blocks of 128 with instance norm, four from 64 pixels on"
+    )
+    num_experts: int = flag(100, "trajectories", minimum=1, identity=False)
+    train_epochs: int | None = flag(
+        None, "epochs of each; default: 50 for classes, 20 for features", minimum=1
+    )
+    lr_teacher: float | None = flag(None, "learning rate of SGD; default: 0.01, or 0.1", above=0)
+    mom: float | None = flag(None, "its momentum; default: 0, or 0.9", minimum=0, maximum=0.999)
+    l2: float | None = flag(None, "its weight decay; default: 0, or 1e-4", minimum=0)
+    decay: bool = flag(False, "the learning rate falls to a tenth at half of the epochs")
+    batch_train: int = flag(256, "images per step", minimum=1)
+    dsa_strategy: str | None = flag(
+        None, f"DSA operations joined by _, or none; default: {DSA_STRATEGY}, or none for features"
+    )
+    snapshot_steps: int | None = flag(None, "steps between snapshots; default: an epoch's", minimum=1)
+    dtype: str = flag("fp32", "of the parameters on disk; bf16 takes half", choices=tuple(DTYPES))
+    buffer_dir: Path | None = flag(
+        None, "where they are written; default: ./buffers/{data_name}_{img_size}/...", identity=False
+    )
+    seed: int | None = flag(None, "seed; default: drawn and printed", **SEED, identity=False)
+    overwrite: bool = flag(False, "start again in a folder that holds another run", identity=False)
+    dry_run: bool = flag(False, "print the resolved configuration and stop", identity=False)
+
+
+def default_network(size: int) -> str:
+    """The published ConvNet: blocks of 128 channels with instance norm, a fourth one from 64 pixels on."""
+    return "convnet" + "_128" * (4 if size >= 64 else 3) + "_in"
+
+
+def resolve(flags: ExpertFlags) -> ExpertFlags:
+    """Fill in what the kind of targets and the preset decide, the folder included."""
+    preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
+    given = {k: v for k, v in PUBLISHED[flags.targets].items() if getattr(flags, k) is None}
+    flags = replace(
+        flags, img_size=preset.size, train_model=flags.train_model or default_network(preset.size), **given
+    )
+    check_strategy(flags.dsa_strategy)
+    if flags.targets == "features":
+        model = flags.target_model or preset.target_model
+        path = resolve_checkpoint(model, flags.target_ckpt, flags.data_name)
+        flags = replace(flags, target_model=model, target_ckpt=path)
+    return replace(flags, buffer_dir=flags.buffer_dir or default_folder(flags))
+
+
+def default_folder(flags: ExpertFlags) -> Path:
+    """./buffers/{data_name}_{img_size}/{train_model}_{targets}_{train_epochs}epochs."""
+    name = f"{flags.train_model}_{flags.targets}_{flags.train_epochs}epochs"
+    return Path("./buffers") / f"{flags.data_name}_{flags.img_size}" / name
+
+
+def expert_path(folder: Path, number: int) -> Path:
+    """The published name of a file of trajectories."""
+    return folder / f"replay_buffer_{number}.pt"
+
+
+def expert_files(folder: Path | str) -> list[Path]:
+    """The files of a buffer folder in the order of their numbers."""
+    found = {int(m[1]): p for p in Path(folder).glob("replay_buffer_*.pt") if (m := _FILE.fullmatch(p.name))}
+    return [found[n] for n in sorted(found)]
+
+
+class Experts:
+    """The trajectories of a folder, mapped into memory: only snapshots that are asked for are read.
+
+    Args:
+        folder: holds replay_buffer_0.pt, ... of any origin.
+        shapes: of the network's parameters, in order.
+        device: where snapshots are wanted, in float32.
+        count: trajectories to use, the first ones; None: all.
+
+    Raises:
+        UserError: no files, fewer trajectories than `count`, or what is no list of trajectories of
+            this network; one line that names the file.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        shapes: Sequence[tuple[int, ...]],
+        device: torch.device,
+        count: int | None = None,
+    ) -> None:
+        self.folder, self.device = Path(folder), device
+        self._shapes = [tuple(shape) for shape in shapes]
+        self._known: list[tuple[Path, Trajectory]] = []
+        for path in expert_files(folder):
+            if count is None or len(self._known) < count:
+                self._known += [(path, trajectory) for trajectory in self._read(path)]
+        self._known = self._known[:count]
+        if not self._known:
+            raise UserError(
+                f"{folder} holds no replay_buffer_0.pt; make it with python -m trajectory.experts"
+            )
+        if count is not None and len(self._known) < count:
+            raise UserError(f"{folder} holds {len(self._known)} trajectories, --num_experts is {count}")
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def last(self) -> int:
+        """The number of the last snapshot that all trajectories have."""
+        return min(len(trajectory) for _, trajectory in self._known) - 1
+
+    def _read(self, path: Path) -> list[Trajectory]:
+        content = checkpoint.load(path, what="expert buffer", mmap=True)
+        if not isinstance(content, list | tuple) or not content:
+            raise UserError(f"expert buffer {path} holds {_kind(content)}, expected a list of trajectories")
+        for n, trajectory in enumerate(content):
+            if not isinstance(trajectory, list | tuple) or len(trajectory) < 2:
+                raise UserError(
+                    f"expert buffer {path}: trajectory {n} is {_kind(trajectory)}, expected a list of two or "
+                    "more snapshots"
+                )
+            for t, snapshot in enumerate(trajectory):
+                self._check(snapshot, f"expert buffer {path}: trajectory {n}, snapshot {t}")
+        return list(content)
+
+    def _check(self, snapshot: Any, where: str) -> None:
+        if not isinstance(snapshot, list | tuple) or not all(isinstance(p, Tensor) for p in snapshot):
+            raise UserError(f"{where} is {_kind(snapshot)}, expected a list of parameter tensors")
+        if len(snapshot) != len(self._shapes):
+            raise UserError(
+                f"{where} holds {len(snapshot)} tensors, the network has {len(self._shapes)} parameters"
+            )
+        for number, (p, shape) in enumerate(zip(snapshot, self._shapes, strict=True)):
+            if tuple(p.shape) != shape or not p.is_floating_point():
+                raise UserError(
+                    f"{where}, parameter {number} is {tuple(p.shape)} {p.dtype}, expected {shape} of floats; "
+                    "was it made with another network, image size or number of outputs?"
+                )
+
+    def snapshot(self, expert: int, t: int) -> Snapshot:
+        """The parameters of an expert after t snapshots, float32 on the device.
+
+        Raises:
+            UserError: NaN or infinity in them.
+        """
+        path, trajectory = self._known[expert]
+        found = [p.detach().to(self.device, torch.float32, copy=True) for p in trajectory[t]]
+        if not all(p.isfinite().all() for p in found):
+            raise UserError(f"expert buffer {path}: snapshot {t} holds NaN or infinity; the expert diverged")
+        return found
+
+    def pair(self, expert: int, t: int, ahead: int, radius: int = 0) -> tuple[Snapshot, Snapshot]:
+        """Snapshot t and the goal t + ahead, the mean over the snapshots within `radius` of it.
+
+        Raises:
+            UserError: they are the same, or not finite.
+        """
+        start, centre = self.snapshot(expert, t), t + ahead
+        near = range(max(0, centre - radius), min(centre + radius, self.last) + 1)
+        goals = [self.snapshot(expert, n) for n in near]
+        goal = [torch.stack(parts).mean(0) for parts in zip(*goals, strict=True)]
+        if all(torch.equal(a, b) for a, b in zip(start, goal, strict=True)):
+            raise UserError(
+                f"expert buffer {self._known[expert][0]}: snapshots {t} and {centre} are the same; they were "
+                "saved without copying the weights"
+            )
+        return start, goal
+
+    def state_dict(self) -> dict[str, Any]:
+        """A mark by which a saved run knows its experts."""
+        return {"mark": self._mark()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare; a ValueError where a run was saved with other experts."""
+        if state["mark"] != self._mark():
+            raise ValueError(f"the experts in {self.folder} are not those of before")
+
+    def _mark(self) -> str:
+        ends = [trajectory[-1][-1] for _, trajectory in self._known]
+        return checkpoint.fingerprint(torch.stack([p.detach().float() for p in ends]))
+
+
+def _kind(value: Any) -> str:
+    return (
+        f"{type(value).__name__} of {len(value)}" if isinstance(value, list | tuple) else type(value).__name__
+    )
+
+
+def train_expert(
+    trainer: Trainer, every: int, dtype: torch.dtype, what: str, check: Callable[[], None] = lambda: None
+) -> Trajectory:
+    """Train to the end; the parameters before it and after every `every` steps, on the CPU.
+
+    `check` is called after each step and may raise to end the training.
+    """
+    parameters = list(trainer.model.parameters())
+
+    def snapshot() -> Snapshot:  # copies: on a CPU, `.cpu()` alone would give the live weights
+        return [p.detach().to("cpu", dtype, copy=True).contiguous() for p in parameters]
+
+    found = [snapshot()]
+    for end in range(every, trainer.steps + 1, every):
+        trainer.run(end, what=what, on_step=lambda *_: check())
+        found.append(snapshot())
+    return found
+
+
+class ExpertTraining:
+    """How the experts of one folder are trained: the data, its targets, the recipe."""
+
+    def __init__(self, flags: ExpertFlags, image_set: ImageSet, device: torch.device) -> None:
+        self.flags, self.image_set, self.device = flags, image_set, device
+        dsa, loss = flags.dsa_strategy, "cross_entropy"
+        if not image_set.hflip:
+            dsa = without_flip(dsa)
+        if flags.targets == "features":
+            loss, (self.y, self.width) = "mse", self._features()
+        elif image_set.train.labels is None:
+            raise UserError(f"{image_set.train.path.parent} has no labels; use --targets features")
+        else:
+            self.y, self.width = image_set.train.labels, image_set.num_classes
+        schedule = "tenth_at_half" if flags.decay else "constant"
+        recipe = Recipe(loss, "sgd", flags.lr_teacher, flags.l2, schedule, flags.batch_train)
+        self.recipe = recipe.override(
+            epochs=flags.train_epochs, momentum=flags.mom, dsa=dsa, align_corners=False
+        )
+        self.every = flags.snapshot_steps or -(-len(self.y) // min(flags.batch_train, len(self.y)))
+        if self.every > (steps := self.recipe.steps_on(len(self.y))):
+            raise UserError(f"--snapshot_steps {self.every} is more than the {steps} steps of an expert")
+
+    def _features(self) -> tuple[Tensor, int]:
+        flags, image_set, device = self.flags, self.image_set, self.device
+        hint = target_command(flags.target_model, flags.data_name, flags.img_size, flags.data_dir)
+        given = (flags.target_model, flags.target_ckpt, image_set.img_shape, device, hint, image_set.stats)
+        target = load_target(*given)
+        return outputs(target, image_set.train.images, image_set, device).float(), target.dim
+
+    def network(self, seed: int) -> nn.Module:
+        """A new network, initialised from `seed` alone."""
+        with local_seed(seed):
+            network = get_model(self.flags.train_model, self.image_set.img_shape, self.width)
+        return arranged(network, self.device)
+
+    def trainer(self, seed: int) -> Trainer:
+        """An expert before its first step."""
+        augment, pipeline = self.recipe.augment(), ImagePipeline(self.image_set.stats)
+
+        def transform(x: Tensor, generator: torch.Generator) -> Tensor:
+            x = pipeline(x, generator)
+            return x if augment is None else augment(x, generator)
+
+        loader = TensorLoader(
+            self.image_set.train.images,
+            self.y,
+            batch_size=self.recipe.batch_size,
+            device=self.device,
+            generator=make_generator(seed, "batches"),
+            transform=transform,
+        )
+        return Trainer(self.network(derive_seed(seed, "network")), loader, self.recipe)
+
+    @property
+    def bytes(self) -> int:
+        """Disk space of one trajectory."""
+        size = torch.finfo(DTYPES[self.flags.dtype]).bits // 8
+        count = sum(p.numel() for p in self.network(0).parameters())
+        return count * size * (1 + self.recipe.steps_on(len(self.y)) // self.every)
+
+    def seconds(self) -> float:
+        """Time of one expert, from a few steps of one that is thrown away."""
+        trainer, taken = self.trainer(0), []
+        for step in range(1, min(_TIMED_STEPS, trainer.steps) + 1):
+            began = time.perf_counter()
+            trainer.run(step, what="timing")
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            taken.append(time.perf_counter() - began)
+        return min(taken) * trainer.steps
+
+    def run(self, seed: int, name: str, check: Callable[[], None]) -> tuple[Trajectory, dict[str, float]]:
+        """One expert, and what is logged about it."""
+        trainer = self.trainer(seed)
+        trajectory = train_expert(trainer, self.every, DTYPES[self.flags.dtype], name, check)
+        facts = {"loss": trainer.window.mean()}
+        if self.flags.targets == "classes":
+            facts["test_accuracy"] = share_correct(trainer.model, self.image_set, self.device)
+        return trajectory, facts
+
+
+def make_experts(flags: ExpertFlags, device: torch.device) -> Path:
+    """Train what is missing of `num_experts` experts; returns their folder. `flags` are resolved.
+
+    Raises:
+        UserError: bad flags or data, experts of other flags in the folder, or too little disk space.
+    """
+    folder, count = Path(flags.buffer_dir), flags.num_experts
+    with claim_run(folder), out_of_memory_says(device, "lower --batch_train"):
+        if not (folder / "config.json").exists() and expert_files(folder):
+            raise UserError(f"{folder} holds experts of another origin; choose another --buffer_dir")
+        image_set = load_set(flags.data_name, flags.img_size, flags.data_dir)
+        missing = [n for n in range(count) if flags.overwrite or not expert_path(folder, n).exists()]
+        training = ExpertTraining(flags, image_set, device) if missing else None
+        if missing:
+            announce(training, folder, len(missing))
+        run = RunFolder(
+            folder,
+            cli.identity(flags),
+            seed=flags.seed,
+            device=device,
+            overwrite=flags.overwrite,
+            extra={"data_name": flags.data_name, "data": image_set.fingerprint},
+        )
+        if not run.resumed:
+            for path in expert_files(folder):
+                path.unlink()
+        if not missing:
+            print(f"{folder} holds the {count} experts of these flags; --overwrite trains them again")
+            return folder
+
+        def task(number: int) -> Callable[[Callable[[], None]], tuple[Trajectory, dict[str, float]]]:
+            seed = derive_seed(run.seed, "expert", number)
+            return lambda check: training.run(seed, f"expert {number + 1}", check)
+
+        began = time.perf_counter()
+        for done, (n, (trajectory, facts)) in enumerate(
+            zip(missing, in_parallel([task(n) for n in missing], device), strict=True), 1
+        ):
+            checkpoint.save([trajectory], expert_path(folder, n))
+            run.log(step=n + 1, **facts)
+            left = (time.perf_counter() - began) / done * (len(missing) - done)
+            shown = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in facts.items())
+            print(f"expert {n + 1}/{count}: {shown}, {left:.0f} s left", flush=True)
+        run.finish({"experts": count, "seconds_of_last_start": time.perf_counter() - began})
+    return folder
+
+
+def announce(training: ExpertTraining, folder: Path, count: int) -> None:
+    """Print what `count` experts take; a UserError where the disk has too little."""
+    flags, size, taken = training.flags, training.bytes, training.seconds() * count
+    if training.device.type == "cpu":
+        taken /= min(count, torch.get_num_threads())
+    snapshots = 1 + training.recipe.steps_on(len(training.y)) // training.every
+    print(
+        f"training {count} experts for {flags.train_epochs} epochs, {snapshots} snapshots each: "
+        f"{_size(size * count)} in {folder}, about {_duration(taken)}",
+        flush=True,
+    )
+    place = next(p for p in (folder, *folder.resolve().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < size * count:
+        raise UserError(
+            f"--buffer_dir {folder}: {_size(size * count)} are needed, {_size(free)} are free; fewer "
+            "--num_experts or --train_epochs, or --dtype bf16"
+        )
+
+
+def _size(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("h", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> int:
+    """Train experts on the real images and keep the snapshots that MTT and MKDT match."""
+    flags = cli.parse(ExpertFlags, argv, prog="python -m trajectory.experts", description=main.__doc__)
+    flags = resolve(flags)
+    print(json.dumps(cli.as_json(flags), indent=2))
+    device = resolve_device(flags.device, flags.gpu_id)
+    if not flags.dry_run:
+        print(f"experts: {make_experts(flags, device)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
