@@ -41,7 +41,6 @@ class MatchingDistiller(Distiller):
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """CLoM's value where it is used."""
         return self.losses if self.extra is not None else self.losses[:1]
 
     def draw_network(self) -> nn.Module:
@@ -54,8 +53,7 @@ class MatchingDistiller(Distiller):
 
     def images_of(self, first: int, end: int) -> Tensor:
         """A new leaf with the images of classes first to end - 1: its gradient has their size."""
-        part = self.x_syn.detach()[first * self.ipc : end * self.ipc]
-        return part.clone().requires_grad_()
+        return self.x_syn.detach()[first * self.ipc : end * self.ipc].clone().requires_grad_()
 
     def siamese(self, *batches: Tensor) -> list[Tensor]:
         """Augment batches of one class alike: one seed, one set of parameters."""

@@ -9,14 +9,12 @@ from torch import Tensor, nn
 from clom.base import MatchingDistiller
 from clom.config import DistillFlags
 from clom.matching import gradient_distance
-from data.loader import TensorLoader
 from distillation.problem import Problem
 from evaluation.fit import Trainer
 from evaluation.recipes import sgd_by_epochs
 from models.layout import batch_norms, images_at_once
 
-# Real images of each class from which BatchNorm takes its statistics.
-BATCH_NORM_IMAGES = 16
+BATCH_NORM_IMAGES = 16  # real ones of each class, from which BatchNorm takes its statistics
 
 
 class GradientMatching(MatchingDistiller):
@@ -43,7 +41,6 @@ class GradientMatching(MatchingDistiller):
         return flags.outer_loop * per_update + inner
 
     def step(self) -> dict[str, Tensor]:
-        """One iteration: a new network, `outer_loop` updates of the images."""
         network, loops = self.draw_network(), self.flags.outer_loop
         total = clom = self.x_syn.new_zeros(())
         for outer in range(loops):
@@ -81,24 +78,16 @@ class GradientMatching(MatchingDistiller):
 
     def _train_network(self, network: nn.Module) -> None:
         """`inner_loop` epochs on the synthetic set as it is now."""
-        if not self.flags.inner_loop:
-            return
-        loader = TensorLoader(
-            self.x_syn.detach().clone(),
-            self.y_syn,
-            batch_size=self.inner.batch_size,
-            device=self.x_syn.device,
-            generator=self.stream("inner loop"),
-            transform=self.inner.augment(),
-        )
-        Trainer(network, loader, self.inner).run(what="inner loop").train()
+        if self.flags.inner_loop:
+            x, generator = self.x_syn.detach().clone(), self.stream("inner loop")
+            loader = self.inner.loader(x, self.y_syn, x.device, generator)
+            Trainer(network, loader, self.inner).run(what="inner loop").train()
 
 
 def gradient_in_parts(network: nn.Module, x: Tensor, label: int) -> list[Tensor]:
     """`network_gradient` of a real batch; the mean over images is joined from parts."""
-    part = images_at_once(network, x.shape, x.device, len(x))
     total: list[Tensor] = []
-    for x_part in x.split(part):
+    for x_part in x.split(images_at_once(network, x.shape, x.device, len(x))):
         gradient = network_gradient(network, x_part, label)
         scaled = torch._foreach_mul(gradient, len(x_part) / len(x))
         total = torch._foreach_add(total, scaled) if total else scaled

@@ -24,7 +24,6 @@ class DistributionMatching(MatchingDistiller):
     """
 
     def step(self) -> dict[str, Tensor]:
-        """One iteration: a new frozen network, one update of the images."""
         network = self.draw_network().requires_grad_(False)
         classes, size = self.real.num_classes, self._classes_at_once(network)
         gradients, total = [], self.x_syn.new_zeros(())
@@ -46,9 +45,8 @@ class DistributionMatching(MatchingDistiller):
 
     def _distance(self, network: nn.Module, x_group: Tensor, first: int) -> Tensor:
         """Distance summed over the classes of `x_group`, which begin with class `first`."""
-        pairs = []
-        for c, x_c in enumerate(x_group.split(self.ipc), first):
-            pairs.append(self.siamese(self.draw_class(c), x_c))
+        parts = enumerate(x_group.split(self.ipc), first)
+        pairs = [self.siamese(self.draw_class(c), x_c) for c, x_c in parts]
         reals, syns = zip(*pairs, strict=True)
         f_real, f_syn = embed_real(network, torch.cat(reals)), network.embed(torch.cat(syns))
         return distribution_distance(f_real, f_syn, [*map(len, reals)], [*map(len, syns)])

@@ -25,20 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DISTANCES = ("ce", "cos")
+CE_FORMS = ("contrastive", "classification")
 # Only reached where all distances vanish; the ratio is then 0.
 SMALLEST_SUM = 1e-6
 
 
 def clom_cosine(f_real: Tensor, y_real: Tensor, f_syn: Tensor, y_syn: Tensor) -> Tensor:
-    """CLoM with D[i, j] = 1 - cos(f_real[i], f_syn[j]).
+    """CLoM with D[i, j] = 1 - cos(f_real[i], f_syn[j]), for models of any label space.
 
     Features (n, D) and int64 labels (n,) of real images, (m, D) and (m,) of synthetic ones ->
-    a scalar in [0, 1], differentiable in the features; 0 where no labels agree.
-
-    Raises:
-        ValueError: shapes that do not fit.
-
-    Source: arXiv 2310.03295, cosine distance (out-of-distribution models).
+    a scalar in [0, 1], differentiable in the features; 0 where no labels agree. A ValueError for
+    shapes that do not fit.
     """
     if f_real.dim() != 2 or f_syn.dim() != 2 or f_real.shape[1] != f_syn.shape[1]:
         raise ValueError(f"features {tuple(f_real.shape)}, {tuple(f_syn.shape)}: expected (., D)")
@@ -56,17 +54,13 @@ def clom_ce(logits_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Tensor:
     D depends on i through the label only, so the sums run over classes, not over real images.
 
     Logits (m, K) and int64 labels (m,) of the synthetic images, int64 labels (n,) of a real batch,
-    all in [0, K) -> a scalar in [0, 1], differentiable in the logits; 0 where no labels agree.
-
-    Raises:
-        ValueError: shapes or labels that do not fit.
-
-    Source: arXiv 2310.03295, cross-entropy distance (in-distribution models).
+    all in [0, K) -> a scalar in [0, 1], differentiable in the logits; 0 where no labels agree. A
+    ValueError for shapes or labels that do not fit.
     """
-    _check_labels(y_syn, len(logits_syn), "y_syn", _classes(logits_syn))
-    _check_labels(y_real, len(y_real), "y_real", logits_syn.shape[1])
+    classes = _check_logits(logits_syn, y_syn)
+    _check_labels(y_real, len(y_real), "y_real", classes)
     surprise = -F.log_softmax(logits_syn, dim=1)  # (m, K): D of a real image of each class
-    count = torch.bincount(y_real, minlength=logits_syn.shape[1]).to(surprise.dtype)
+    count = torch.bincount(y_real, minlength=classes).to(surprise.dtype)
     same = (surprise.gather(1, y_syn[:, None])[:, 0] * count[y_syn]).sum()
     return same / (surprise @ count).sum().clamp_min(SMALLEST_SUM)
 
@@ -74,18 +68,18 @@ def clom_ce(logits_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Tensor:
 def clom_ce_mean(logits_syn: Tensor, y_syn: Tensor) -> Tensor:
     """What the released code computes for `ce`: mean cross-entropy of the synthetic images.
 
-    Logits (m, K) and int64 labels (m,) in [0, K) -> a scalar >= 0, differentiable in the logits.
-
-    Raises:
-        ValueError: shapes or labels that do not fit.
+    Logits (m, K) and int64 labels (m,) in [0, K) -> a scalar >= 0, differentiable in the logits. A
+    ValueError for shapes or labels that do not fit.
     """
-    _check_labels(y_syn, len(logits_syn), "y_syn", _classes(logits_syn))
+    _check_logits(logits_syn, y_syn)
     return F.cross_entropy(logits_syn, y_syn)
 
 
-def _classes(logits: Tensor) -> int:
+def _check_logits(logits: Tensor, y: Tensor) -> int:
+    """Check the logits and labels of synthetic images; returns the number of classes."""
     if logits.dim() != 2:
         raise ValueError(f"logits have shape {tuple(logits.shape)}, expected (m, K)")
+    _check_labels(y, len(logits), "y_syn", logits.shape[1])
     return logits.shape[1]
 
 
@@ -97,16 +91,11 @@ def _check_labels(y: Tensor, count: int, name: str, classes: int | None = None) 
         raise ValueError(f"{name} holds label {int(y.max())}, but there are {classes} classes")
 
 
-DISTANCES = ("ce", "cos")
-CE_FORMS = ("contrastive", "classification")
-
-
 class ModelPool:
     """Draws one family of models uniformly, then one of its models.
 
-    Args:
-        families: (models, weight alpha of CLoM under them), such as those of one architecture; the
-            models are put into eval mode and frozen.
+    `families` are (models, weight alpha of CLoM under them), such as those of one architecture; the
+    models are put into eval mode and frozen.
     """
 
     def __init__(self, families: Sequence[tuple[Sequence[nn.Module], float]]) -> None:
@@ -149,8 +138,7 @@ class GivenReal:
     def features(self, model: nn.Module, index: Tensor) -> Tensor:
         """Features (n, D) of the rows at `index` under `model`, without gradient."""
         if model not in self._features:
-            parts = [embed(model, x) for x in self.images.split(self.part)]
-            self._features[model] = torch.cat(parts)
+            self._features[model] = torch.cat([embed(model, x) for x in self.images.split(self.part)])
         return self._features[model][index.to(self.images.device)]
 
 
@@ -165,8 +153,8 @@ class CLoM:
     Each call draws a model, then a real batch with replacement. Only `x_syn` gets gradients.
 
     Args:
-        models: a ModelPool, or one module or several of equal rank; with "cos" their `embed` is used
-            where there is one, else their output; with "ce" their output is logits.
+        models: a ModelPool, or one module or several of equal rank; "cos" asks them for features
+            (see `embed`), "ce" takes their output as logits.
         distance: "ce" or "cos".
         alpha: weight, where `models` is not a ModelPool (which has its own weights).
         real: (images, labels) in the space of the synthetic images, or an object like GivenReal.
@@ -190,17 +178,15 @@ class CLoM:
         batch_size: int = 8196,
         generator: torch.Generator | None = None,
     ) -> None:
-        if distance not in DISTANCES:
-            raise ValueError(f"unknown distance {distance!r}; valid: {', '.join(DISTANCES)}")
-        if ce_form not in CE_FORMS:
-            raise ValueError(f"unknown ce_form {ce_form!r}; valid: {', '.join(CE_FORMS)}")
-        self.distance, self.ce_form = distance, ce_form
+        for what, name, valid in (("distance", distance, DISTANCES), ("ce_form", ce_form, CE_FORMS)):
+            if name not in valid:
+                raise ValueError(f"unknown {what} {name!r}; valid: {', '.join(valid)}")
+        self.distance, self.ce_form, self.batch_size = distance, ce_form, batch_size
         family = [models] if isinstance(models, nn.Module) else models
-        self.pool = models if hasattr(models, "draw") else ModelPool([(family, alpha)])
+        self.pool = models if isinstance(models, ModelPool) else ModelPool([(family, alpha)])
         self.real = GivenReal(*real) if isinstance(real, tuple) else real
         if self.real is None and (distance, ce_form) != ("ce", "classification"):
             raise ValueError(f"CLoM with distance {distance} needs real data; pass real=")
-        self.batch_size = batch_size
         self.generator = generator or torch.Generator().manual_seed(0)
 
     def __call__(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:

@@ -16,17 +16,11 @@ EPSILON = 1e-6
 def gradient_distance(
     grads_syn: Sequence[Tensor], grads_real: Sequence[Tensor], metric: str = "ours"
 ) -> Tensor:
-    """Distance between two gradients of one network, given parameter by parameter.
+    """Distance between two gradients of one network, each with one tensor per parameter.
 
-    Args:
-        grads_syn: gradients on the synthetic images, one tensor per parameter.
-        grads_real: gradients on the real images, the same shapes.
-        metric: "ours": per layer, Σ over output rows of 1 - cosine, summed over layers;
-            "mse": squared difference of everything concatenated, summed;
-            "cos": 1 - cosine of everything concatenated.
-
-    Returns:
-        A scalar >= 0 (up to rounding), differentiable in both.
+    With "ours" per layer Σ over output rows of 1 - cosine, summed over layers; of everything
+    concatenated, "mse" is the sum of squared differences, "cos" is 1 - cosine. A scalar >= 0 (up to
+    rounding), differentiable in both.
 
     Raises:
         ValueError: lists that do not fit each other, or (a UserError) an unknown metric.
@@ -58,18 +52,10 @@ def _joined(gradients: Sequence[Tensor]) -> Tensor:
     return torch.cat([g.flatten() for g in gradients])
 
 
-def _squared(grads_syn: Sequence[Tensor], grads_real: Sequence[Tensor]) -> Tensor:
-    return (_joined(grads_syn) - _joined(grads_real)).square().sum()
-
-
-def _global_cosine(grads_syn: Sequence[Tensor], grads_real: Sequence[Tensor]) -> Tensor:
-    return 1 - _cosine(_joined(grads_syn), _joined(grads_real))
-
-
 METRICS: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
     "ours": _layerwise,
-    "mse": _squared,
-    "cos": _global_cosine,
+    "mse": lambda syn, real: (_joined(syn) - _joined(real)).square().sum(),
+    "cos": lambda syn, real: 1 - _cosine(_joined(syn), _joined(real)),
 }
 
 
@@ -94,9 +80,8 @@ def distribution_distance(
 
 def class_means(features: Tensor, counts: Sequence[int]) -> Tensor:
     """Mean of consecutive groups of rows: (N, D) and K counts -> (K, D)."""
-    counts = list(counts)
     if min(counts, default=0) < 1 or sum(counts) != len(features):
         raise ValueError(f"class counts {counts} do not fit {len(features)} rows")
     if len(set(counts)) == 1:
         return features.view(len(counts), counts[0], -1).mean(1)
-    return torch.stack([group.mean(0) for group in features.split(counts)])
+    return torch.stack([group.mean(0) for group in features.split(list(counts))])

@@ -29,18 +29,17 @@ CPU_CACHE_BYTES = 2 << 30
 class RealFeatures:
     """Real images as CLoM sees them: labels, and features computed once per model if memory allows.
 
-    No augmentation ever touches the images. All features together take `limit` bytes; None: a
-    quarter of the free device memory, 2 GiB on the CPU. `enabled=False` recomputes at every call.
+    No augmentation ever touches the images. All features together take at most `limit` bytes; None:
+    a quarter of the free device memory, 2 GiB on the CPU. Without room they are computed at every call.
     """
 
-    def __init__(self, real: RealImages, *, enabled: bool = True, limit: int | None = None) -> None:
-        self.real, self.enabled = real, enabled
-        self.num_classes, self.labels_at = real.num_classes, real.labels_at
+    def __init__(self, real: RealImages, limit: int | None = None) -> None:
+        self.real, self.num_classes, self.labels_at = real, real.num_classes, real.labels_at
         if limit is None:
             cuda = real.device.type == "cuda"
             limit = torch.cuda.mem_get_info(real.device)[0] // 4 if cuda else CPU_CACHE_BYTES
         self._left = limit
-        self._features: dict[int, Tensor] = {}
+        self._features: dict[nn.Module, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.real)
@@ -48,27 +47,19 @@ class RealFeatures:
     @torch.no_grad()
     def features(self, model: nn.Module, index: Tensor) -> Tensor:
         """Features (n, D) of the rows at `index` (CPU int64), on the device."""
-        key = id(model)  # the pool holds its models as long as this cache lives
-        if key not in self._features and self.enabled:
+        if model not in self._features:
             size = len(self.real) * self._embed(model, index[:1]).shape[1] * 4
-            if size <= self._left:
-                self._left -= size
-                self._features[key] = self._all(model)
-        if key in self._features:
-            return self._features[key][index.to(self.real.device)]
-        return torch.cat([self._embed(model, part) for part in index.split(self._part(model))])
+            if size > self._left:
+                return self._embed(model, index)
+            self._left -= size
+            self._features[model] = self._embed(model, torch.arange(len(self.real)))
+        return self._features[model][index.to(self.real.device)]
 
     def _embed(self, model: nn.Module, index: Tensor) -> Tensor:
-        return embed(model, self.real.at(index)).float()
-
-    def _part(self, model: nn.Module) -> int:
         # Always the same groups of rows, so that a resumed run sees the same bits.
-        return images_at_once(model, self.real.images.shape, self.real.device, GPU_PART)
-
-    def _all(self, model: nn.Module) -> Tensor:
-        parts = torch.arange(len(self.real)).split(self._part(model))
-        bar = tqdm(parts, desc="real features", leave=False, disable=None, delay=2)
-        return torch.cat([self._embed(model, part) for part in bar])
+        part = images_at_once(model, self.real.images.shape, self.real.device, GPU_PART)
+        parts = tqdm(index.split(part), desc="real features", leave=False, disable=None, delay=2)
+        return torch.cat([embed(model, self.real.at(rows)).float() for rows in parts])
 
 
 def load_pool(flags: DistillFlags, image_set: ImageSet, device: torch.device) -> ModelPool:

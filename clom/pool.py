@@ -23,7 +23,8 @@ from utils.errors import UserError
 class Teacher(nn.Module):
     """A frozen model of images in the space `own` that takes images (B, C, H, W) of `given`.
 
-    `model` has `forward` (logits) and `embed`; `mode` is the interpolation where the sizes differ.
+    `forward` gives logits (B, K), `embed` features (B, D), as those of `model`; `mode` is the
+    interpolation where the sizes differ.
     """
 
     def __init__(self, model: nn.Module, own: Space, given: Space, mode: str = "bilinear") -> None:
@@ -32,11 +33,9 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K)."""
         return self.model(convert(x, self.given, self.own, self.mode))
 
     def embed(self, x: Tensor) -> Tensor:
-        """Features (B, D)."""
         return self.model.embed(convert(x, self.given, self.own, self.mode))
 
 

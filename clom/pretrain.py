@@ -12,7 +12,7 @@ from clom.config import OriginalFlags
 from clom.pool import checkpoint_name, index_folders, model_folder, pixel_stats
 from clom.source import load_data, network_factory
 from data.load import ImageSet
-from data.loader import ImagePipeline, TensorLoader
+from data.loader import ImagePipeline
 from evaluation.epochs import train_epochs
 from evaluation.fit import Trainer
 from evaluation.score import share_correct
@@ -76,14 +76,9 @@ def train_originals(flags: OriginalFlags) -> int:
             )
             model = new_network(derive_seed(run.seed, "network"))
             parallel = nn.DataParallel(model, list(gpus)) if len(gpus) > 1 else model
-            loader = TensorLoader(
-                image_set.train.images,
-                image_set.train.labels,
-                batch_size=recipe.batch_size,
-                device=device,
-                generator=make_generator(run.seed, "batches"),
-                transform=ImagePipeline(image_set.stats),
-            )
+            train, generator = image_set.train, make_generator(run.seed, "batches")
+            pipeline = ImagePipeline(image_set.stats)
+            loader = recipe.loader(train.images, train.labels, device, generator, pipeline)
             train_one(model, Trainer(parallel, loader, recipe), image_set, run, flags)
     return 0
 

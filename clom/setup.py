@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from clom.config import DistillFlags, default_run_folder, loops, pair_pool, result_name
 from clom.plugin import clom_terms, load_pool, pool_fingerprint
@@ -28,7 +27,7 @@ from data.real_data import RealImages
 from data.specs import DC_SPECS, KRR_SPECS
 from data.synthetic import SyntheticSet, save_experiments
 from distillation.base import Distiller
-from distillation.loop import Plan
+from distillation.loop import Observer, Plan
 from distillation.problem import Problem, check_start
 from distillation.run import Method, Setup
 from evaluation.parallel import in_parallel
@@ -63,15 +62,15 @@ def siamese_strategy(method: Method, flags: DistillFlags) -> str:
         UserError: an unknown operation.
     """
     strategy = flags.dsa_strategy
-    if not method.augments and not no_augmentation(strategy):
-        print(f"--dsa_strategy {strategy} is not used by --method {method.name}")
-    if method.augments and strategy is None:
+    if not method.augments:
+        if not no_augmentation(strategy):
+            print(f"--dsa_strategy {strategy} is not used by --method {method.name}")
+        return "none"
+    if strategy is None:
         mirrors = keeps_meaning_mirrored(flags) or (method.mirrors and flags.dataset in DC_SPECS)
         strategy = DSA_STRATEGY if mirrors else without_flip(DSA_STRATEGY)
-    if not method.augments or no_augmentation(strategy):
-        return "none"
     check_strategy(strategy)
-    return strategy
+    return "none" if no_augmentation(strategy) else strategy
 
 
 class MatchingSetup(Setup):
@@ -99,16 +98,15 @@ class MatchingSetup(Setup):
                     f"classes of {flags.dataset}"
                 )
             flags = dataclasses.replace(flags, ipc=ipc)
-        if flags.exp_name is not None:
-            flags = dataclasses.replace(flags, save_path=Path("./results") / flags.exp_name)
         outer, inner = loops(flags.ipc)
+        place = flags.save_path if flags.exp_name is None else Path("./results") / flags.exp_name
         return dataclasses.replace(
             flags,
             dsa_strategy=siamese_strategy(method, flags),
             outer_loop=flags.outer_loop or outer,
             inner_loop=inner if flags.inner_loop is None else flags.inner_loop,
             source_dataset=flags.source_dataset or flags.dataset,
-            save_path=flags.save_path or default_run_folder(flags),
+            save_path=place or default_run_folder(flags),
         )
 
     def __init__(
@@ -116,10 +114,9 @@ class MatchingSetup(Setup):
     ) -> None:
         super().__init__(method, flags, device, group, held)
         self.image_set = load_data(flags)
-        # An unfit network fails now.
         pool = eval_pool(flags.eval_mode, flags.model)
         self.networks = {name: network_factory(name, self.image_set, device) for name in pool}
-        network_factory(flags.model, self.image_set, device)
+        network_factory(flags.model, self.image_set, device)  # one that does not fit fails now
         self.real = RealImages.from_set(self.image_set, device)
         check_start(self.real, flags.ipc, flags.init)
         self.pool = load_pool(flags, self.image_set, device) if flags.CLoM else None
@@ -127,7 +124,6 @@ class MatchingSetup(Setup):
 
     @property
     def folder(self) -> Path:
-        """--save_path."""
         return Path(self.flags.save_path)
 
     @property
@@ -145,19 +141,18 @@ class MatchingSetup(Setup):
         """The published name of a picture."""
         return f"{Path(self.name).stem.replace('res_', 'vis_', 1)}_exp{experiment}_iter{step}.png"
 
-    def experiment_path(self, run: RunFolder, experiment: int) -> Path:
+    def experiment_path(self, run: RunFolder, experiment: int | str) -> Path:
         """Where a finished experiment is kept until all are done, and for later ones to join it."""
         return run.path / f"exp{experiment}_{self.name}"
 
     def begun(self, run: RunFolder) -> None:
         """Drop sets and pictures of another run."""
-        pictures, path = self.picture("*", "*"), run.path / self.name
-        kept = [*run.path.glob(pictures), *run.path.glob(f"exp*_{self.name}")]
-        for stale in (path, path.with_suffix(".json"), *kept):
+        path = run.path / self.name
+        kept = (self.picture("*", "*"), self.experiment_path(run, "*").name)
+        for stale in (path, path.with_suffix(".json"), *(p for each in kept for p in run.path.glob(each))):
             stale.unlink(missing_ok=True)
 
     def finished(self, run: RunFolder) -> bool:
-        """Whether all experiments are there and the results written."""
         paths = [self.experiment_path(run, e) for e in range(self.flags.num_exp)]
         return run.finished and all(path.exists() for path in paths)
 
@@ -174,7 +169,11 @@ class MatchingSetup(Setup):
             forget_run(run.state_path)
             self.write(run, done)
         self.write(run, done)
-        networks = self.summarize(done)
+        networks = []
+        for name, values in joined_accuracies(done).items():
+            (mean, std), recipe = mean_std(values), evaluation_recipe(self.method, flags, name)
+            entry = {"network": name, "mean": mean, "std": std, "n": len(values), "accuracies": values}
+            networks.append({**entry, "augmentation": {"dsa": recipe.dsa, "dc": recipe.dc}})
         rows = [[r["network"], format_mean_std(r["accuracies"], 4), str(r["n"])] for r in networks]
         print(markdown(["network", "test accuracy", "n"], rows))
         return {
@@ -199,7 +198,6 @@ class MatchingSetup(Setup):
         }
 
     def observer(self, run: RunFolder, plan: Plan, distiller: Distiller) -> NetworkObserver:
-        """Pictures, and random networks trained on the images."""
         return NetworkObserver(self, run, distiller.problem, plan)
 
     def write(self, run: RunFolder, done: list[dict[str, Any]]) -> None:
@@ -210,15 +208,6 @@ class MatchingSetup(Setup):
         sets = [SyntheticSet(r["images"], r["labels"], *facts) for r in done]
         save_experiments(run.path / self.name, sets, joined_accuracies(done))
 
-    def summarize(self, done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """One entry per network; accuracies in [0, 1] after the last iteration."""
-        networks = []
-        for name, values in joined_accuracies(done).items():
-            recipe, (mean, std) = evaluation_recipe(self.method, self.flags, name), mean_std(values)
-            networks.append({"network": name, "mean": mean, "std": std, "n": len(values)})
-            networks[-1] |= {"accuracies": values, "augmentation": {"dsa": recipe.dsa, "dc": recipe.dc}}
-        return networks
-
     def after(self, run: RunFolder) -> None:
         """Say where the sets are; export the first one if wanted."""
         print(f"synthetic set: {run.path / self.name}")
@@ -226,8 +215,11 @@ class MatchingSetup(Setup):
             export(run.path / self.name, self.flags.export, self.flags.method, self.flags.overwrite)
 
 
-class NetworkObserver:
-    """Draws the images of one experiment, then tests them with `num_eval` networks of each name."""
+class NetworkObserver(Observer):
+    """Draws the images of one experiment, then tests them with `num_eval` networks of each name.
+
+    With one name from the start every `eval_interval` iterations, else at the end.
+    """
 
     key = "test"
 
@@ -235,63 +227,43 @@ class NetworkObserver:
         self.setup, self.folder, self.problem, self.plan = setup, run.path, problem, plan
 
     def due(self, step: int) -> bool:
-        """From the start every `eval_interval` iterations with one network; else at the end."""
         flags = self.setup.flags
         often = flags.eval_mode in ("S", "SS") and step % flags.eval_interval == 0
         return often or step == self.plan.steps
 
     def evaluate(self, step: int, distiller: Distiller) -> dict[str, list[float]]:
         """Network -> test accuracies in [0, 1]."""
-        self.draw(step, distiller.x_syn.detach())
-        return {name: self.score(step, name, distiller) for name in self.setup.networks}
-
-    def draw(self, step: int, x_syn: Tensor) -> None:
-        """Write the picture of the images after a step."""
+        setup, x_syn = self.setup, distiller.x_syn.detach()
         save_grid(
-            denormalize(x_syn, self.setup.image_set.stats),
-            self.folder / self.setup.picture(self.plan.experiment, step),
-            columns=self.setup.flags.ipc,
+            denormalize(x_syn, setup.image_set.stats),
+            self.folder / setup.picture(self.plan.experiment, step),
+            columns=setup.flags.ipc,
             scale=1 if len(x_syn) > 400 else None,
         )
+        return {name: self.score(step, name, distiller) for name in setup.networks}
 
     def score(self, step: int, network: str, distiller: Distiller) -> list[float]:
         """Accuracies of `num_eval` random networks."""
-        device, flags = self.problem.device, self.setup.flags
-        recipe = evaluation_recipe(self.setup.method, flags, network)
-        score = functools.partial(
-            score_network,
-            self.setup.networks[network],
-            SyntheticSet(distiller.x_syn, distiller.y_syn),
-            self.setup.image_set,
-            recipe,
-            device=device,
-        )
-        place = (self.problem.seed, "evaluation", step, network)
-        seeds = [derive_seed(*place, n) for n in range(flags.num_eval)]
+        setup, device = self.setup, self.problem.device
+        count, recipe = setup.flags.num_eval, evaluation_recipe(setup.method, setup.flags, network)
+        synthetic = SyntheticSet(distiller.x_syn, distiller.y_syn)
+        given = (setup.networks[network], synthetic, setup.image_set, recipe)
+        score = functools.partial(score_network, *given, device=device)
+        seeds = [derive_seed(self.problem.seed, "evaluation", step, network, n) for n in range(count)]
         tasks = [lambda check, own=own: score(seed=own, check=check) for own in seeds]
         found = [result.final for result in in_parallel(tasks, device)]
         print(
-            f"iteration {step}: {network} {format_mean_std(found, 4)} over {flags.num_eval} networks, "
+            f"iteration {step}: {network} {format_mean_std(found, 4)} over {count} networks, "
             f"{recipe.epochs} epochs, augmentation dsa {recipe.dsa}, dc {recipe.dc}",
             flush=True,
         )
         return found
 
-    def watch(self, step: int, distiller: Distiller) -> dict[str, Any]:
-        """Nothing beside the losses of the steps."""
-        return {}
-
-    def saved(self, distiller: Distiller) -> None:
-        """Nothing lies beside the state."""
-
 
 def joined_accuracies(done: list[dict[str, Any]]) -> dict[str, list[float]]:
     """Network -> accuracies of all experiments one after another, as in a res file."""
-    joined: dict[str, list[float]] = {}
-    for result in done:
-        for name, values in result["accuracies"].items():
-            joined.setdefault(name, []).extend(values)
-    return joined
+    accuracies = [result["accuracies"] for result in done]
+    return {name: [value for each in accuracies for value in each[name]] for name in accuracies[0]}
 
 
 def export(path: Path, place: str, method: str, overwrite: bool) -> None:

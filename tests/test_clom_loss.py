@@ -190,8 +190,8 @@ def test_cached_features_are_the_recomputed_ones(real):
     store = RealImages(images, real[1], stats=Stats((0.5,) * 3, (0.2,) * 3))
     x, y = torch.randn(3, 3, 8, 8), torch.arange(3)
     values = []
-    for cache in (True, False):
-        clom = CLoM(tiny_net(), real=RealFeatures(store, enabled=cache), batch_size=8)
+    for limit in (None, 0):
+        clom = CLoM(tiny_net(), real=RealFeatures(store, limit), batch_size=8)
         values.append(torch.stack([clom(x, y) for _ in range(3)]))
     torch.testing.assert_close(values[0], values[1])
     # Real images go through once; RealFeatures asks one more for the width of its features.

@@ -104,14 +104,11 @@ def test_experiments_share_the_features_of_real_images(tiny, monkeypatch):
     checkpoint.write_text(f"{path}/config.json", json.dumps(facts))
     state = get_network("ConvNetD1", 3, 4, (8, 8)).state_dict()
     checkpoint.save(state, f"{path}/tiny_ConvNetD1_original_epoch1.pth")
-    passes = []
-    everything = RealFeatures._all
-    monkeypatch.setattr(
-        RealFeatures, "_all", lambda self, model: passes.append(model) or everything(self, model)
-    )
+    rows, embed = [], RealFeatures._embed
+    monkeypatch.setattr(RealFeatures, "_embed", lambda *args: rows.append(len(args[-1])) or embed(*args))
     clom = dict(CLoM=True, CLoM_distance="cos", models_pool=("ConvNetD1",), epoch=1)
     assert run("DM", num_exp=2, save_path="a", **clom) == 0
-    assert len(passes) == 1
+    assert rows == [1, 46]  # one for the width of the features, then all of them
 
 
 def test_more_experiments_join_the_finished_ones(tiny, capsys):
