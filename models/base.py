@@ -1,4 +1,4 @@
-"""What every network of both zoos offers, and the check of the image size."""
+"""The contract of every network of both zoos, and the check of the image size."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Size = tuple[int, int]  # (height, width)
 
 
 class Classifier(nn.Module):
-    """Shared contract: `forward(x) == head(dropout(embed(x)))`.
+    """`forward(x) == head(dropout(embed(x)))`, for images x (B, C, H, W).
 
-    As in the release, dropout takes part in the names: with it the head's keys are `fc.1.*`,
-    without it `fc.*`. Either network loads the other's state dict.
+    As in the release, dropout shows in the names: with it the head's keys are `fc.1.*`, without it
+    `fc.*`. Either network loads the other's state dict.
 
     A subclass builds its layers, implements `forward_features` and calls `set_head` last.
     """
 
-    head_name: str = "fc"  # of the last linear layer, the one replaced for another task
+    head_name: str = "fc"  # of the last linear layer
     global_pool: bool = False  # `embed` averages the feature map instead of flattening it
     num_features: int  # width of `embed(x)`
     num_pooled: int  # width of `pooled(x)`
@@ -40,9 +40,8 @@ class Classifier(nn.Module):
             raise UserError(f"dropout is {dropout}; expected a probability in [0, 1)")
         if num_classes < 1:
             raise UserError(f"num_classes is {num_classes}; expected 1 or more")
-        self.num_pooled = num_pooled
+        self.num_pooled, self.head_name = num_pooled, head_name
         self.num_features = num_pooled * (1 if self.global_pool else map_size[0] * map_size[1])
-        self.head_name = head_name
         linear = nn.Linear(self.num_features, num_classes)
         setattr(self, head_name, nn.Sequential(nn.Dropout(dropout), linear) if dropout else linear)
 
@@ -54,47 +53,40 @@ class Classifier(nn.Module):
 
     def renamed(self, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
         """A state dict of this network, with or without dropout, under this one's head keys."""
-        plain = f"{prefix}{self.head_name}."
-        other, own = f"{plain}1.", plain
+        own, other = f"{prefix}{self.head_name}.", f"{prefix}{self.head_name}.1."
         if isinstance(getattr(self, self.head_name), nn.Sequential):
-            other, own = own, other
+            own, other = other, own
         names = {other + leaf: own + leaf for leaf in ("weight", "bias") if own + leaf not in state}
         return {names.get(key, key): value for key, value in state.items()}
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         renamed = self.renamed(state_dict, prefix)
         state_dict.clear()
-        state_dict.update(renamed)  # in place: torch hands this very dict on to the children
+        state_dict.update(renamed)  # in place: torch passes this very dict on to the children
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> the last feature map (B, num_pooled, h, w).
-
-        MLP and LeNet have linear layers in between and return (B, num_pooled).
-        """
+        """The last feature map (B, num_pooled, h, w); (B, num_pooled) of MLP and LeNet."""
         raise NotImplementedError
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> features averaged over space (B, num_pooled)."""
+        """Features averaged over space (B, num_pooled)."""
         features = self.forward_features(x)
         return features.mean((2, 3)) if features.dim() == 4 else features
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> features before the head (B, num_features)."""
+        """Features before the head (B, num_features)."""
         return self.pooled(x) if self.global_pool else self.forward_features(x).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> logits (B, num_classes)."""
+        """Logits (B, num_classes)."""
         return getattr(self, self.head_name)(self.embed(x))
 
 
 def map_size(name: str, im_size: Size, side: Callable[[int], int], least: int = 1) -> Size:
-    """Size of the network's last feature map, at least `least` on each side.
+    """Size of the last feature map: `side` of each side of the images, and at least `least`.
 
-    `side` gives a side of the map for one of the images; 0 or less where nothing is left.
-
-    Raises:
-        UserError: the images are too small; the message names the smallest that work.
+    A UserError names the smallest images that work.
     """
     height, width = (side(s) if s >= 1 else 0 for s in im_size)
     if min(height, width) < least:

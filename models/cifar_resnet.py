@@ -16,8 +16,7 @@ from utils.errors import pick
 class CifarBlock(nn.Module):
     """Two convolutions 3x3 and a shortcut; the norms are called bn1 and bn2 whatever they are.
 
-    `norm` is a key of NORMS, "batch" or "instance". With `pool_down` a stride of 2 is that of an
-    AvgPool after a convolution of stride 1.
+    With `pool_down` a stride of 2 is that of an AvgPool after a convolution of stride 1.
     """
 
     def __init__(self, in_width: int, width: int, stride: int, norm: str, pool_down: bool = False) -> None:
@@ -36,7 +35,6 @@ class CifarBlock(nn.Module):
             self.shortcut = nn.Sequential(conv, *pool, make_norm(width, (0, 0)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_width, h, w) -> (B, width, h / stride, w / stride)."""
         out = F.relu(self.bn1(self.conv1(x)))
         if self.pool_main:
             out = F.avg_pool2d(out, 2)  # published order: after the activation
@@ -74,7 +72,7 @@ class CifarResNet18(Classifier):
         self.set_head(num_classes, 512, size, head_name="classifier")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> (B, 512, h, w) after the last AvgPool."""
+        """(B, 512, h, w) after the last AvgPool."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return F.avg_pool2d(x, self.pool)

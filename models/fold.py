@@ -8,6 +8,7 @@ Values change by float rounding only.
 from __future__ import annotations
 
 import copy
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 def can_fold(conv: nn.Module, norm: nn.Module) -> bool:
     """Whether `norm` is a BatchNorm2d that is a fixed affine map, and `conv` a plain convolution.
 
-    Not in train mode, without running statistics, or where its parameters want a gradient; not
-    where somebody listens to either module with a forward hook.
+    Not so if its parameters need a gradient or either module has a forward hook.
     """
     if not (isinstance(norm, nn.BatchNorm2d) and type(conv) is nn.Conv2d):
         return False
@@ -45,8 +45,8 @@ def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 def fold_frozen(model: nn.Module, sample: Tensor) -> nn.Module:
     """A copy of a frozen eval-mode network, BatchNorm that directly follows a convolution folded.
 
-    Which one follows which is seen on `sample`, (B, C, H, W) on its device. The network itself is
-    returned where nothing can be folded or the copy computes something else.
+    Which follows which is observed on `sample`, (B, C, H, W) on its device. Where nothing can be
+    folded or the copy computes something else, it is the network itself.
     """
     made: dict[int, tuple[str, Tensor]] = {}  # id of a tensor -> convolution; kept, so ids are unique
     pairs: dict[str, str] = {}  # BatchNorm -> convolution
@@ -61,16 +61,11 @@ def fold_frozen(model: nn.Module, sample: Tensor) -> nn.Module:
         return hook
 
     modules = dict(model.named_modules())
-    handles = [
-        module.register_forward_hook(watch(name))
-        for name, module in modules.items()
-        if type(module) is nn.Conv2d or isinstance(module, nn.BatchNorm2d)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            if type(module) is nn.Conv2d or isinstance(module, nn.BatchNorm2d):
+                hooks.callback(module.register_forward_hook(watch(name)).remove)
         wanted = model(sample)
-    finally:
-        for handle in handles:
-            handle.remove()
     pairs = {norm: conv for norm, conv in pairs.items() if can_fold(modules[conv], modules[norm])}
     if not pairs or len(set(pairs.values())) < len(pairs):
         return model

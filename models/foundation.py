@@ -1,7 +1,6 @@
 """Pre-trained networks from elsewhere: any image network of transformers or torchvision.
 
-What comes with them is the form of the images they were made for: pixels in [0, 1], resized to
-their input size and normalised with their own mean and std.
+With them comes the form of their images: the size, and mean and std for pixels in [0, 1].
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from utils.seed import local_seed
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _BILINEAR = 2  # PIL's number
-# How weights of a vision-language model begin that its image side does without.
+# How the names of weights begin that the image side of a vision-language model does not need.
 _NOT_OF_IMAGES = ("text", "logit", "multimodal", "image_to_mm")
 
 
@@ -41,19 +40,17 @@ class Foundation:
 class ImageTower(nn.Module):
     """The image side of a transformers model: any vision or vision-language model.
 
-    Uses the projected image embedding where the model has one (CLIP, SigLIP), else the pooled
-    output if it was trained, else the class token, else the mean over positions. A masked
-    autoencoder sees every patch. `missing` are weights that the checkpoint lacks.
-
-    Raises:
-        UserError: the image side lacks weights other than a pooler's.
+    Images (B, C, H, W) -> features (B, D): the projected image embedding where there is one (CLIP,
+    SigLIP), else the pooled output if it was trained, else the class token, else the mean over
+    positions. A masked autoencoder sees every patch. `missing` are weights that the checkpoint lacks;
+    a UserError says that the image side needs some other than a pooler's.
     """
 
     def __init__(self, model: nn.Module, missing: set[str] = frozenset()) -> None:
         super().__init__()
         self.joint = hasattr(model, "get_image_features")
         if self.joint and hasattr(model, "text_model"):
-            model.text_model = nn.Identity()  # never asked; its weights would only take memory
+            model.text_model = nn.Identity()  # never used; its weights would only take memory
         self.masked = model.config.model_type == "vit_mae"
         if self.masked:
             model.config.mask_ratio = 0.0
@@ -69,13 +66,11 @@ class ImageTower(nn.Module):
         self.model = model
 
     def embed(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> features (B, D)."""
-        ask = self.model.get_image_features if self.joint else self.model
-        options = {}
-        if self.masked:  # patches are ordered by noise, which would be drawn: a ramp keeps theirs
+        network, options = self.model.get_image_features if self.joint else self.model, {}
+        if self.masked:  # patches are sorted by noise, which would be drawn: a ramp keeps their order
             patches = self.model.embeddings.patch_embeddings.num_patches
             options["noise"] = torch.arange(patches, device=x.device).expand(len(x), -1)
-        out = ask(pixel_values=x, **options)
+        out = network(pixel_values=x, **options)
         if not isinstance(out, Tensor):
             pooled = getattr(out, "pooler_output", None) if self.pooled else None
             out = out.last_hidden_state if pooled is None else pooled
@@ -92,12 +87,11 @@ def load_hf(name: str) -> Foundation:
     `name` is a folder as `save_pretrained` writes it (used offline), or a name on the hub.
 
     Raises:
-        UserError: unknown name, no network, damaged or missing weights, or no image network.
+        UserError: unknown name, no connection, damaged or missing weights, or no image network.
     """
-    where = f"hf:{name}"
+    where, folder = f"hf:{name}", Path(name).expanduser()
     if not name:
-        raise UserError("hf: is to be followed by a folder or a name on the Hugging Face hub")
-    folder = Path(name).expanduser()
+        raise UserError("hf: must be followed by a folder or a name on the Hugging Face hub")
     local = folder.is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{where}: the folder {folder} does not exist")
@@ -113,7 +107,7 @@ def load_hf(name: str) -> Foundation:
         hf_logging.disable_progress_bar()
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every retry
         if not local:
-            print(f"{where}: no folder of that name, so the Hugging Face hub is asked", flush=True)
+            print(f"{where}: no such folder; looking it up on the Hugging Face hub", flush=True)
         with local_seed(0):  # weights that the checkpoint lacks are drawn; ImageTower judges them
             model, report = AutoModel.from_pretrained(source, output_loading_info=True, **kernel, **options)
     except Exception as error:  # transformers and its hub client raise a dozen types
@@ -132,7 +126,7 @@ def load_hf(name: str) -> Foundation:
 
 
 def _refuse(what: str, error: Exception) -> NoReturn:
-    """One line out of whatever another library raised."""
+    """Raise one line for whatever another library raised."""
     raise UserError(f"{what} ({type(error).__name__}: {first_line(error)[:300]})") from None
 
 
@@ -147,7 +141,7 @@ def _feature_width(network: nn.Module, img_shape: tuple[int, int, int], where: s
     if not once.isfinite().all():
         raise UserError(f"{where}: its features are not finite; the checkpoint is damaged")
     if once.dim() != 2 or not torch.allclose(once, again, atol=1e-4, rtol=1e-3):
-        raise UserError(f"{where}: its features of an image are no fixed vector")
+        raise UserError(f"{where}: its features of an image are not one fixed vector")
     return once.shape[1]
 
 
@@ -182,7 +176,7 @@ def _input_size(processor: Any | None, config: Any) -> tuple[int, int]:
 
 
 def _processor_stats(processor: Any | None, where: str) -> tuple[tuple[float, ...], ...]:
-    """Mean and std of pixels in [0, 1] that amount to the processor's rescaling and normalising."""
+    """Mean and std of pixels in [0, 1] equivalent to the processor's rescaling and normalising."""
     if processor is None:
         return IMAGENET
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
@@ -198,7 +192,7 @@ def _processor_stats(processor: Any | None, where: str) -> tuple[tuple[float, ..
         pass
     raise UserError(
         f"{where}: its image processor has image_mean {mean}, image_std {std} and rescale_factor "
-        f"{factor}; expected one or three numbers each, and positive ones of the last two"
+        f"{factor}; expected one or three numbers each, the last two positive"
     )
 
 
@@ -216,6 +210,7 @@ def load_torchvision(name: str, path: Path | None = None) -> Foundation:
     known = torchvision.models.list_models(module=torchvision.models)
     pick(dict.fromkeys(known), name, "torchvision model")
     weights = torchvision.models.get_model_weights(name).DEFAULT
+    recipe = weights.transforms()
     try:
         network = torchvision.models.get_model(name, weights=weights if path is None else None)
     except Exception as error:  # network, disk or a damaged download
@@ -229,10 +224,9 @@ def load_torchvision(name: str, path: Path | None = None) -> Foundation:
             checkpoint.apply_state(network, state, origin=path, skip=(f"{linear[-1]}.",))
         except UserError:
             raise
-        except Exception as error:  # mnasnet asks for more than names and tensors
+        except Exception as error:  # mnasnet needs more than names and tensors
             _refuse(f"{path} cannot be put into {where}", error)
     network.set_submodule(linear[-1], nn.Identity())
-    recipe = weights.transforms()
     size = recipe.crop_size[0], recipe.crop_size[-1]
     dim = _feature_width(network.eval(), (3, *size), where)
     mode = "bilinear" if recipe.interpolation.value == "bilinear" else "bicubic"

@@ -1,4 +1,4 @@
-"""How a network and its batches are laid out so that it computes fast."""
+"""The layout of networks and the size of batches with which they compute fast."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import nn
 
 from utils.device import place
 
-# 64 images of 32x32: feature maps of some 30 MB a layer of ConvNet. With freed memory kept, parts
-# of 16 to 256 images took the same time on a CPU; without, small ones are faster.
+# 64 images of 32x32, feature maps of some 30 MB a layer of ConvNet: with freed memory kept, parts of
+# 16 to 256 images took the same time on a CPU; without, small ones were faster.
 CPU_PIXELS = 64 * 32 * 32
 
 
 def images_at_once(
     network: nn.Module, shape: torch.Size | tuple[int, ...], device: torch.device, largest: int
 ) -> int:
-    """How many images of a (B, C, H, W) batch to give a network, in the mode it is in, at once.
+    """How many images of a (B, C, H, W) batch to give a network, in its present mode, at once.
 
-    At least 1; B where BatchNorm in training mode makes the images interact; `largest` where
-    memory is no matter (a GPU; no convolutions).
+    All B where BatchNorm in training mode makes them interact; `largest` on a GPU or without
+    convolutions.
     """
     if any(module.training for module in batch_norms(network)):
         return max(1, shape[0])
@@ -31,10 +31,9 @@ def images_at_once(
 def arranged(network: nn.Module, device: torch.device) -> nn.Module:
     """Move a network to the device, channels-last where that is faster and as exact.
 
-    It is neither with other norms than BatchNorm. On a CPU with torch 2.14, GroupNorm (the zoo's
-    instance norm) took 2.5 times as long backwards, which ate up what the convolutions won, and
-    DM's gradient was off by 4e-3 against float64, in the default layout by 4e-6. A step of
-    ConvNetLN took 1.4 times as long.
+    It is neither with GroupNorm or LayerNorm. On a CPU with torch 2.14, GroupNorm (the zoo's instance
+    norm) took 2.5 times as long backwards and DM's gradient was off by 4e-3 against float64, in the
+    default layout by 4e-6. A step of ConvNetLN took 1.4 times as long.
     """
     others = any(isinstance(module, (nn.GroupNorm, nn.LayerNorm)) for module in network.modules())
     return network.to(device) if others else place(network, device)

@@ -40,7 +40,6 @@ class InvertedResidual(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(in_width, width, 1, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_width, h, w) -> (B, width, h / stride, w / stride)."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -70,6 +69,6 @@ class MobileNetV2(Classifier):
         self.set_head(num_classes, 1280, dropout=dropout)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> (B, 1280, h, w) before the global average."""
+        """(B, 1280, h, w) before the global average."""
         x = self.layers(F.relu(self.bn1(self.conv1(x))))
         return F.relu(self.bn2(self.conv2(x)))

@@ -1,7 +1,7 @@
 """Plain convolutional networks of both zoos: ConvNet, AlexNet and VGG-11.
 
 Each is a table of rows (convolution, norm, activation, pooling). The zoos differ in norms, in the
-padding of single-channel images and in the names of the layers, which are arguments here.
+padding of single-channel images and in the names of layers.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ class AveragePool(nn.AvgPool2d):
     """Non-overlapping average pooling; on a CPU in the default layout, a depthwise convolution.
 
     torch 2.14 pools there without vector instructions: 128 maps of 32x32 of 100 images took 39 ms
-    forwards and backwards on one core, the convolution 18 with equal values. In other number
-    formats and on small maps torch's is as fast or faster.
+    forwards and backwards on one core, the convolution 18. Otherwise torch's is as fast.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, C, H, W) -> (B, C, H // k, W // k)."""
         k = self.kernel_size
         slow = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
         if not slow or min(x.shape[2:]) < 8 or not torch.backends.mkldnn.is_available():
@@ -98,30 +96,24 @@ def conv_blocks(
 ) -> list[list[nn.Module]]:
     """Modules of each row in the published order: conv, norm, activation, pooling.
 
-    What is "none" is left out, not replaced by an identity, so later modules move up in the
-    numbering of the state dict.
+    "none" is left out, not replaced by an identity: later modules move up in the state dict.
     """
-    blocks, size = [], im_size
+    blocks, (height, width) = [], im_size
     make_norm, make_act = pick(NORMS, norm, "norm"), pick(ACTIVATIONS, act, "activation")
     for row in rows:
         conv = nn.Conv2d(channel, row.width, row.kernel, padding=row.padding)
-        conv_size = (row.conv_side(size[0]), row.conv_side(size[1]))
-        pool = pick(POOLINGS, row.pool, "pooling")()
-        modules = [conv, make_norm(row.width, conv_size), make_act(), pool]
+        normed = make_norm(row.width, (row.conv_side(height), row.conv_side(width)))
+        modules = [conv, normed, make_act(), pick(POOLINGS, row.pool, "pooling")()]
         blocks.append([module for module in modules if module is not None])
-        channel, size = row.width, (row.side(size[0]), row.side(size[1]))
+        channel, height, width = row.width, row.side(height), row.side(width)
     return blocks
 
 
 class PlainNet(Classifier):
     """Rows of convolutions and a linear head on the flattened feature map.
 
-    `rows` are the class's own by default, `norm` and `act` keys of NORMS and ACTIVATIONS, `name` is
-    the published one, for error messages. `dc_padding` pads single-channel images as the DC zoo
-    does. `nested` makes state-dict names `layers.{row}.block.{n}` instead of a flat `features.{n}`.
-
-    Raises:
-        UserError: the images are too small for the rows.
+    `name` is the published one, for error messages; `dc_padding` pads single-channel images as the DC
+    zoo does; `nested` makes state-dict names `layers.{row}.block.{n}` instead of `features.{n}`.
     """
 
     ROWS: Sequence[Row] = ()
@@ -158,11 +150,7 @@ class PlainNet(Classifier):
         self.set_head(num_classes, rows[-1].width, size, head_name=head_name, dropout=dropout)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> the last feature map (B, num_pooled, h, w).
-
-        Where BatchNorm is a fixed affine map (eval mode, no gradient of its parameters) it goes
-        into the weights of the convolution before it.
-        """
+        """The last feature map; BatchNorm that is a fixed affine map is folded into the convolutions."""
         trunk = self.layers if self.nested else self.features
         layers = [module for module in trunk.modules() if not list(module.children())]
         if not any(can_fold(layer, after) for layer, after in itertools.pairwise(layers)):
@@ -174,7 +162,7 @@ class PlainNet(Classifier):
 
 
 class ConvNet(PlainNet):
-    """Blocks of conv 3x3, norm, activation, pooling.
+    """Blocks of conv 3x3, norm, activation, pooling; further arguments as in PlainNet.
 
     Source: Gidaris & Komodakis, "Dynamic Few-Shot Visual Learning without Forgetting", 2018, as
     used by Zhao et al., "Dataset Condensation with Gradient Matching", 2021 (DC zoo) and by
@@ -182,16 +170,9 @@ class ConvNet(PlainNet):
     """
 
     def __init__(
-        self,
-        *shape: Any,
-        widths: Sequence[int] = (128, 128, 128),
-        norm: str = "instance",
-        pool: str = "avg",
-        **options: Any,
+        self, *shape: Any, widths: Sequence[int] = (128,) * 3, norm="instance", pool="avg", **options: Any
     ) -> None:
-        """`shape` and `options` as in PlainNet; `widths` are those of its blocks."""
-        rows = [Row(width, pool=pool) for width in widths]
-        super().__init__(*shape, rows=rows, norm=norm, **options)
+        super().__init__(*shape, rows=[Row(width, pool=pool) for width in widths], norm=norm, **options)
 
 
 class AlexNet(PlainNet):
@@ -211,10 +192,7 @@ class AlexNet(PlainNet):
 
 
 class VGG11(PlainNet):
-    """VGG-11 with one linear layer.
-
-    The AvgPool(1) that the DC zoo puts behind it changes nothing and has no entry in the state
-    dict, so it is left out.
+    """VGG-11 with one linear layer; without the DC zoo's AvgPool(1), which changes nothing.
 
     Source: Simonyan & Zisserman, "Very Deep Convolutional Networks for Large-Scale Image
     Recognition", 2015.

@@ -29,7 +29,7 @@ def _named_convnet(*shape: Any, name: str, dropout: float) -> ConvNet:
 
 
 def _small_stem_resnet(*shape: Any, **options: Any) -> Classifier:
-    """KRR-ST zoo's ResNets, whose torchvision takes a second to import: all others go without."""
+    """KRR-ST zoo's ResNets; torchvision takes a second to import, so only they do."""
     from models.resnet import SmallStemResNet
 
     return SmallStemResNet(*shape, **options)
@@ -44,7 +44,7 @@ MODELS: dict[str, Callable[..., Classifier]] = {
     "mobilenet": MobileNetV2,
 }
 
-# Each row says what differs from the default: three blocks of 128, instance norm, ReLU, average.
+# What differs from the default: three blocks of width 128, instance norm, ReLU, average pooling.
 _CONVNETS: dict[str, dict] = {
     "ConvNet": {},
     **{f"ConvNetD{depth}": dict(widths=(128,) * depth) for depth in range(1, 7)},
@@ -99,9 +99,9 @@ def get_model(
 ) -> Classifier:
     """A freshly initialised network of the KRR-ST zoo for (C, H, W) images; its last layer is `fc`.
 
-    `name` is a key of MODELS, or a ConvNet such as convnet_128_256_512_bn, upper or lower case;
+    `name` is a key of MODELS, or a ConvNet such as convnet_128_256_512_bn, in any case of letters;
     `dropout` is the probability in [0, 1) of the Dropout before `fc`. A UserError says that the
-    name is unknown or the images too small.
+    name is unknown or the images are too small.
     """
     channel, *im_size = img_shape
     lower = name.lower()
@@ -111,17 +111,11 @@ def get_model(
 
 
 def get_network(name: str, channel: int, num_classes: int, im_size: Size = (32, 32)) -> Classifier:
-    """A freshly initialised network of the DC zoo: `name` is a key of NETWORKS.
-
-    A UserError says that it is none or that the images are too small.
-    """
+    """A freshly initialised network of NETWORKS; a UserError for unknown names and too small images."""
     return pick(NETWORKS, name, "network")(channel, num_classes, tuple(im_size), name=name)
 
 
 def eval_pool(mode: str, model_name: str) -> list[str]:
-    """Networks on which a synthetic set is evaluated, for the published `--eval_mode`.
-
-    `model_name` is the network that the set was distilled with; it matters for S and SS.
-    """
+    """Networks that evaluate a set distilled with `model_name`, for the published `--eval_mode`."""
     pick(NETWORKS, model_name, "network")
     return pick(_EVAL_POOLS, mode, "eval_mode")(model_name)

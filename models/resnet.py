@@ -18,7 +18,6 @@ class _ResNet(Classifier, torchvision.models.ResNet):
     global_pool = True
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> (B, num_pooled, h, w) before the global average."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
@@ -49,10 +48,7 @@ class SmallStemResNet(_ResNet):
 
 
 class StandardResNet50(_ResNet):
-    """torchvision's ResNet-50 with its usual stem, a target model for 224-pixel sets.
-
-    The layout of the public Barlow Twins weights: Zbontar et al., arXiv 2103.03230; 2048 features.
-    """
+    """torchvision's ResNet-50, the layout of the public Barlow Twins weights (arXiv 2103.03230)."""
 
     def __init__(self, channel: int) -> None:
         super().__init__(Bottleneck, [3, 4, 6, 3])

@@ -24,7 +24,6 @@ class MLP(Classifier):
         self.set_head(num_classes, 128, head_name="fc_3")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> (B, 128)."""
         x = F.relu(self.fc_1(x.flatten(1)))
         return F.relu(self.fc_2(x))
 
@@ -48,6 +47,5 @@ class LeNet(Classifier):
         self.set_head(num_classes, 84, head_name="fc_3")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> (B, 84)."""
         x = F.relu(self.fc_1(self.features(x).flatten(1)))
         return F.relu(self.fc_2(x))
