@@ -186,7 +186,7 @@ def test_pictures_of_every_suffix_and_none(tmp_path, capsys):
     rows, broken = images.rows_from_files(part.images, 4, 3)
     assert len(rows) == 7 and not broken
     (line,) = capsys.readouterr().out.splitlines()
-    assert "3 files that are no pictures are left out" in line
+    assert "3 files that are not pictures are left out" in line
     assert all(f"a/{name}" in line for name in ("IMG.heic", "README", "notes.txt"))
 
 
@@ -197,7 +197,7 @@ def test_linked_and_unreadable_folders(tmp_path, monkeypatch):
     (part,) = read_folder(tmp_path / "set").splits["train"]
     assert [path.name for path in part.images] == ["0.png", "1.png"]
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set" / "a")
-    with pytest.raises(UserError, match="back is a link to a folder that holds it"):
+    with pytest.raises(UserError, match="back is a link to a folder that contains it"):
         read_folder(tmp_path / "set")
     (tmp_path / "elsewhere" / "back").unlink()
     real = os.scandir

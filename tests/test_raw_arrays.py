@@ -228,7 +228,7 @@ def test_cifar10_from_raw_batches(tmp_path, monkeypatch):
     assert part.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6, 4, 5]
     with (root / "data_batch_3").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match=r"no raw CIFAR-10 .* not whole"):
+    with pytest.raises(UserError, match=r"no raw CIFAR-10 .* incomplete"):
         SOURCES["cifar10"](tmp_path, False)
 
 

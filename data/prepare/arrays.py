@@ -12,6 +12,11 @@ from data.prepare.folder import read_folder
 from data.prepare.raw import Part, Source, find_folder, locate, one_part, stratified_split, with_subfolders
 from utils.errors import UserError
 
+_TISSUES = (
+    "adipose, background, debris, lymphocytes, mucus, smooth muscle, normal colon mucosa, "
+    "cancer-associated stroma, colorectal adenocarcinoma epithelium"
+)
+
 
 def read_digits(raw: Path, download: bool) -> Source:
     """scikit-learn's 1797 handwritten digits (8×8 scans, values 0..16), nothing to fetch.
@@ -44,27 +49,17 @@ def read_pathmnist(raw: Path, download: bool) -> Source:
             raise UserError(f"{path}: {split}_images must be uint8 of shape N x H x W x 3")
         yield Part(images, labels.reshape(-1).astype(np.int64))
 
-    names = (
-        "adipose",
-        "background",
-        "debris",
-        "lymphocytes",
-        "mucus",
-        "smooth muscle",
-        "normal colon mucosa",
-        "cancer-associated stroma",
-        "colorectal adenocarcinoma epithelium",
-    )
-    return Source("MedMNIST PathMNIST", names, {s: parts(s) for s in ("train", "test")})
+    names = tuple(_TISSUES.split(", "))
+    return Source("MedMNIST PathMNIST", names, {split: parts(split) for split in ("train", "test")})
 
 
 def read_imagenet(raw: Path, download: bool) -> Source:
     """Down-sampled ImageNet batches, or a folder of class sub-folders.
 
-    The test split is `val_data`, in the same folder or a `val` beside it, where it is there.
     Batches: `train_data_batch_1` to `_10`, pickled or .npz, each with `data` N×(3·S·S) uint8 and
-    1-based `labels`. One batch lies in memory at a time. The label order is that of the release
-    (its `map_clsloc.txt`, read for names if present), which is not the sorted WordNet order.
+    1-based `labels`; the test split is `val_data` in the same folder or in a `val` beside it, if it
+    exists. The label order is that of the release (`map_clsloc.txt` gives the names), which is not the
+    sorted WordNet order.
     """
     folder = None if download else find_folder(raw, "train_data_batch_*")
     if folder is None:
@@ -83,7 +78,7 @@ def read_imagenet(raw: Path, download: bool) -> Source:
 
 
 def _batch_path(folder: Path, stem: str) -> Path | None:
-    """The file of one batch, or of the validation data, in either form."""
+    """The file of one batch, pickled or .npz; None if there is neither."""
     paths = (folder / f"{stem}{suffix}" for suffix in ("", ".npz"))
     return next((path for path in paths if path.is_file()), None)
 

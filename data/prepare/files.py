@@ -15,19 +15,15 @@ from typing import Any
 import numpy as np
 
 from data.untrusted import check_regular
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
-# Numbers of pictures and labels pack to no less than a hundredth, but for short files.
+# Pictures and labels compress to no less than a hundredth, short files aside.
 _GROWTH, _SMALL = 100, 1 << 26
 _MAT_COMPRESSED = 15  # the type of an element, MATLAB's "MAT-File Level 5"
 
 
 def check_not_html(path: Path) -> None:
-    """Refuse a web page that was saved under the name of a data file.
-
-    Raises:
-        UserError: the file starts like HTML, or is a pipe or a device.
-    """
+    """Raise a UserError if a file starts like a web page, or is a pipe or a device."""
     check_regular(path)
     with path.open("rb") as file:
         start = file.read(512).lstrip().lower()
@@ -39,20 +35,16 @@ def check_not_html(path: Path) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Non-empty lines of a text file.
-
-    Raises:
-        UserError: missing, not text, or empty.
-    """
+    """The non-empty lines of a text file, which must have one (UserError)."""
     check_regular(path)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not a readable text file ({error})") from None
     check_not_html(path)
-    lines = [line for line in lines if line]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty")
     return lines
@@ -74,18 +66,16 @@ def load_arrays(path: Path, *keys: str) -> list[Any]:
     except UserError:
         raise
     except Exception as error:  # the readers raise a dozen types on a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged or not {kind} ({reason})") from None
+        raise UserError(f"{path} is damaged or not {kind} ({first_line(error)})") from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path} must hold a dict with {' and '.join(keys)}")
-    missing = [key for key in keys if key not in content]
-    if missing:
+    if missing := [key for key in keys if key not in content]:
         raise UserError(f"{path} has no variable {', '.join(missing)}")
     return [content[key] for key in keys]
 
 
 def _check_growth(path: Path, packed: int, unpacked: int) -> None:
-    """Refuse what would unpack to far more than numbers do (a "zip bomb")."""
+    """Refuse a file that unpacks to far more than numbers would (a "zip bomb")."""
     if unpacked > _GROWTH * packed + _SMALL:
         raise UserError(f"{path} is refused: {packed} bytes would unpack to {unpacked} and more")
 
@@ -106,10 +96,10 @@ def _read_mat(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _check_mat(path: Path) -> None:
-    """Unpack the compressed variables of a MATLAB 5 file piece by piece, only to see how long they are."""
+    """Check the unpacked length of each compressed variable of a MATLAB 5 file, piece by piece."""
     with path.open("rb") as file:
         header = file.read(128)
-        if 0 in header[:4]:  # MATLAB 4, which packs nothing
+        if 0 in header[:4]:  # MATLAB 4, which compresses nothing
             return
         order = "<" if header[126:] == b"IM" else ">"
         while len(tag := file.read(8)) == 8:
@@ -145,7 +135,7 @@ _ARRAY_NAMES = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
 
 
 class _Named:
-    """What a pickle names, with the arguments and the state it is to get: written down, never run."""
+    """What a pickle names, with the arguments and the state it would get: recorded, never run."""
 
     def __init__(self, name: str, arguments: tuple[Any, ...] = ()) -> None:
         self.name, self.arguments, self.state = name, arguments, ()
@@ -158,20 +148,19 @@ class _Named:
 
 
 class _Parser(pickle._Unpickler):
-    """Plain containers, and a `_Named` for each array.
+    """Plain containers, and a `_Named` for each array; imports nothing.
 
-    The form in Python, as that in C reserves memory for whatever index or length a file claims.
+    Based on the unpickler in Python: that in C reserves memory for any index or length a file claims.
     """
 
     def find_class(self, module: str, name: str) -> _Named:
-        """Nothing of that module; the names that no array needs are refused."""
         if (module, name) not in _ARRAY_NAMES:
             raise pickle.UnpicklingError(f"loading it would run {module}.{name}")
         return _Named(name)
 
 
 def _array(named: _Named) -> np.ndarray:
-    """The numbers that a `_Named` describes; the content has to have just their length."""
+    """The numbers that a `_Named` describes; the content must have exactly their length."""
     if named.name == "_reconstruct":
         _, shape, dtype, column_major, content = named.state
     elif named.name == "_frombuffer":
@@ -179,7 +168,7 @@ def _array(named: _Named) -> np.ndarray:
         column_major = order == "F"
     else:
         raise pickle.UnpicklingError(f"{named.name} in place of an array")
-    if isinstance(content, _Named) and content.name == "encode":  # bytes, as protocol 2 has them
+    if isinstance(content, _Named) and content.name == "encode":  # bytes in protocol 2
         content, _ = content.arguments
     if isinstance(content, str):
         content = content.encode("latin1")

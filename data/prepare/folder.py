@@ -27,13 +27,9 @@ def read_folder(path: Path, *, val_fraction: float = 0.0, unlabelled: bool = Fal
 
     With `train/` beside `val/` (or valid, validation, test) each is read as its own split; so is a
     lone `train/`. Otherwise sub-folders are classes, sorted by name, with the pictures of all
-    levels below them; pictures lying directly in the folder have no labels.
-
-    Args:
-        path: the folder.
-        val_fraction: share of every class (at least one picture where there are two) that becomes
-            the test split; drawn once with seed 0.
-        unlabelled: take all pictures on all levels, without labels.
+    levels below them; a folder without sub-folders has no labels. `unlabelled` takes the pictures of
+    all levels, without labels. `val_fraction` of every class (at least one picture, but not its only
+    one) becomes the test split, drawn with seed 0.
 
     Raises:
         UserError: no pictures, an empty class folder, class names that differ only in spelling,
@@ -42,7 +38,7 @@ def read_folder(path: Path, *, val_fraction: float = 0.0, unlabelled: bool = Fal
     if not path.is_dir():
         raise UserError(f"--from_folder {path} is not a folder")
     origin = f"folder {path.name}"
-    below = {folder.name for folder in entries(path).folders}
+    below = {folder.name for folder in entries(path)[0]}
     held_out = [name for name in _HELD_OUT if name in below]
     if "train" in below and held_out:
         if val_fraction:
@@ -61,7 +57,7 @@ def read_folder(path: Path, *, val_fraction: float = 0.0, unlabelled: bool = Fal
     train, test = (
         ([files[i] for i in rows], None if labels is None else strata[rows])
         for rows in stratified_split(
-            strata, lambda n: min(n - 1, max(1, round(val_fraction * n))) if n > 1 else 0
+            strata, lambda count: min(count - 1, max(1, round(val_fraction * count)))
         )
     )
     if not test[0]:

@@ -22,8 +22,7 @@ def to_eight_bit(picture: Image.Image, channels: int) -> Image.Image:
     """Turn a picture of any mode upright and into 8-bit RGB (`channels` 3) or grey (1).
 
     16-bit grey is divided by 257, so that white stays white; float is taken as [0, 1] or else
-    [0, 255]; transparency is laid on white; palette, CMYK and the rest go through PIL's own
-    conversion.
+    [0, 255]; transparent pixels become white; palette, CMYK and the rest are converted by PIL.
 
     Raises:
         ValueError: integer or float pixels outside those ranges.
@@ -45,12 +44,10 @@ def to_eight_bit(picture: Image.Image, channels: int) -> Image.Image:
 
 def _scale_transparent_value(picture: Image.Image) -> None:
     """Bring a PNG's transparent value to the 8 bits of the pixels, which Pillow leaves out."""
-    raw, clear = (
-        next((tile[3] for tile in getattr(picture, "tile", ())), None),
-        picture.info.get("transparency"),
-    )
+    raw = next((tile[3] for tile in getattr(picture, "tile", ())), None)
+    clear = picture.info.get("transparency")
     if raw in ("L;2", "L;4") and isinstance(clear, int):
-        picture.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[raw]
+        picture.info["transparency"] = clear * (85 if raw == "L;2" else 17)
     elif raw == "RGB;16B" and isinstance(clear, tuple):
         picture.info["transparency"] = tuple(value >> 8 for value in clear)
 
@@ -83,11 +80,7 @@ def picture_row(picture: Image.Image, size: int, channels: int) -> np.ndarray:
 def rows_from_files(
     paths: Sequence[Path | str], size: int, channels: int
 ) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """Read and convert pictures.
-
-    Returns:
-        The rows n×C×size×size of the readable ones, and (position, reason) of the others.
-    """
+    """The rows n×C×size×size of the readable pictures, and (position, reason) of the others."""
     rows, broken = [], []
     for position, path in enumerate(paths):
         try:
@@ -104,7 +97,7 @@ def rows_from_files(
 
 
 def rows_from_array(images: np.ndarray, size: int, channels: int) -> tuple[np.ndarray, list[tuple[int, str]]]:
-    """Convert n×H×W or n×H×W×3 uint8; returns like `rows_from_files`, and all are readable."""
+    """Convert n×H×W or n×H×W×3 uint8; returns the same as `rows_from_files`."""
     own_channels = 3 if images.ndim == 4 else 1
     if images.shape[1:3] == (size, size) and own_channels <= channels:
         rows = images.transpose(0, 3, 1, 2) if images.ndim == 4 else images[:, None]

@@ -42,24 +42,19 @@ def read_cub(raw: Path, download: bool) -> Source:
     """CUB-200-2011: `images.txt`, 1-based `image_class_labels.txt`, `train_test_split.txt`."""
     help = "unpack CUB_200_2011.tgz (data.caltech.edu)"
     root = locate(raw, download, "cub2011", help, "images.txt", "images")
-    names = _by_id(root / "classes.txt")
-    images = _by_id(root / "images.txt")
-    classes = _by_id(root / "image_class_labels.txt")
-    in_train = _by_id(root / "train_test_split.txt")
-    for table, file in ((classes, "image_class_labels.txt"), (in_train, "train_test_split.txt")):
-        if table.keys() != images.keys():
-            odd = min(table.keys() ^ images.keys())
-            raise UserError(f"{root / file} and images.txt do not list the same ids ({odd})")
+    class_list, split_list = root / "image_class_labels.txt", root / "train_test_split.txt"
+    names, images = _by_id(root / "classes.txt"), _by_id(root / "images.txt")
+    classes, in_train = _by_id(class_list), _by_id(split_list)
+    for table, path in ((classes, class_list), (in_train, split_list)):
+        if odd := table.keys() ^ images.keys():
+            raise UserError(f"{path} and images.txt do not list the same ids ({min(odd)})")
     order = {identity: label for label, identity in enumerate(sorted(names, key=int))}
-    unknown = set(classes.values()) - order.keys()
-    if unknown:
-        raise UserError(
-            f"{root / 'image_class_labels.txt'} names class {min(unknown)}, which classes.txt does not"
-        )
+    if unknown := set(classes.values()) - order.keys():
+        raise UserError(f"{class_list} names class {min(unknown)}, which classes.txt does not")
     splits: dict[str, tuple[list[Path], list[int]]] = {"1": ([], []), "0": ([], [])}
     for identity in sorted(images, key=int):
         if in_train[identity] not in splits:
-            raise UserError(f"{root / 'train_test_split.txt'}: expected 0 or 1 for id {identity}")
+            raise UserError(f"{split_list}: expected 0 or 1 for id {identity}")
         files, labels = splits[in_train[identity]]
         files.append(root / "images" / images[identity])
         labels.append(order[classes[identity]])
@@ -103,44 +98,35 @@ def read_dogs(raw: Path, download: bool) -> Source:
 def read_cars(raw: Path, download: bool) -> Source:
     """Stanford Cars, in either release; labels are 1-based.
 
-    One list: `cars_annos.mat` with `car_ims/` (its own class names). Devkit:
-    `devkit/cars_train_annos.mat`, `devkit/cars_meta.mat`, `cars_test_annos_withlabels.mat` (beside
-    or inside devkit/), `cars_train/`, `cars_test/`.
+    One list for both splits: `cars_annos.mat` with `car_ims/`. Devkit: `devkit/cars_train_annos.mat`,
+    `devkit/cars_meta.mat`, `cars_test_annos_withlabels.mat` (beside or inside devkit/), `cars_train/`,
+    `cars_test/`.
     """
     single = None if download else find_folder(raw, "cars_annos.mat")
+    splits = {}
     if single is not None:
-        return _cars_single(single)
+        path = single / "cars_annos.mat"
+        rows, names = load_arrays(path, "annotations", "class_names")
+        rows = rows.ravel()
+        files, labels = _annotated(rows, path, "relative_im_path", single)
+        held_out = np.array([_first(row["test"]) for row in rows], dtype=bool)
+        for split, chosen in (("train", ~held_out), ("test", held_out)):
+            if not chosen.any():
+                raise UserError(f"{path} has no {split} pictures")
+            picked = np.flatnonzero(chosen)
+            splits[split] = [files[i] for i in picked], [labels[i] for i in picked]
+        return file_source("Stanford Cars", _texts(names), **splits)
     help = (
         "its original site is gone: get cars_annos.mat with car_ims/, or devkit/ with "
         "cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
     )
-    marks = "devkit/cars_train_annos.mat", "devkit/cars_meta.mat"
-    root = locate(raw, download, "cars", help, *marks)
-    (names,) = load_arrays(root / "devkit" / "cars_meta.mat", "class_names")
-    lists = {"train": root / "devkit" / "cars_train_annos.mat"}
-    labelled = "cars_test_annos_withlabels.mat"
-    inside = root / "devkit" / labelled
-    lists["test"] = inside if inside.is_file() else root / labelled
-    splits = {}
+    root = locate(raw, download, "cars", help, "devkit/cars_train_annos.mat", "devkit/cars_meta.mat")
+    (names,) = load_arrays(root / "devkit/cars_meta.mat", "class_names")
+    inside, beside = (root / folder / "cars_test_annos_withlabels.mat" for folder in ("devkit", ""))
+    lists = {"train": root / "devkit/cars_train_annos.mat", "test": inside if inside.is_file() else beside}
     for split, path in lists.items():
         (rows,) = load_arrays(path, "annotations")
         splits[split] = _annotated(rows.ravel(), path, "fname", root / f"cars_{split}")
-    return file_source("Stanford Cars", _texts(names), **splits)
-
-
-def _cars_single(root: Path) -> Source:
-    """The release with one list for both splits."""
-    path = root / "cars_annos.mat"
-    rows, names = load_arrays(path, "annotations", "class_names")
-    rows = rows.ravel()
-    files, labels = _annotated(rows, path, "relative_im_path", root)
-    held_out = np.array([_first(row["test"]) for row in rows], dtype=bool)
-    splits = {}
-    for name, chosen in (("train", ~held_out), ("test", held_out)):
-        if not chosen.any():
-            raise UserError(f"{path} has no {name} pictures")
-        picked = np.flatnonzero(chosen)
-        splits[name] = [files[i] for i in picked], [labels[i] for i in picked]
     return file_source("Stanford Cars", _texts(names), **splits)
 
 

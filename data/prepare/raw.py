@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,30 +26,22 @@ _DATA_SUFFIXES = (*_PACKED_SUFFIXES, ".mat", ".npz", "-ubyte")
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of one split that fits in memory.
+    """A stretch of one split that fits in memory."""
 
-    Attributes:
-        images: picture files, or a uint8 array N×H×W or N×H×W×3.
-        labels: N int64 class indices from 0, or None for unlabelled pictures.
-    """
-
-    images: Sequence[Path] | np.ndarray
-    labels: np.ndarray | None
+    images: Sequence[Path] | np.ndarray  # picture files, or uint8 N×H×W or N×H×W×3
+    labels: np.ndarray | None  # N int64 class indices; None for unlabelled pictures
 
 
 @dataclass(frozen=True)
 class Source:
     """A raw set.
 
-    Attributes:
-        origin: where the pictures came from, for meta.json.
-        class_names: one name per class; None for unlabelled pictures.
-        splits: "train" and perhaps "test" -> its parts, read once and one after another, so that
-            only one of a lazy iterable lies in memory.
+    The parts of a split ("train" and perhaps "test") are read once, one after another, so that only
+    one part of a lazy iterable is in memory.
     """
 
-    origin: str
-    class_names: tuple[str, ...] | None
+    origin: str  # for meta.json
+    class_names: tuple[str, ...] | None  # None for unlabelled pictures
     splits: dict[str, Iterable[Part]]
 
 
@@ -68,15 +59,7 @@ def file_source(
 
 
 def stratified_split(labels: np.ndarray, held_out: Callable[[int], int]) -> tuple[np.ndarray, np.ndarray]:
-    """Split positions class by class, the same way every time.
-
-    Args:
-        labels: N class indices.
-        held_out: number of pictures of a class -> how many of them go to the second part.
-
-    Returns:
-        Sorted positions of the first and of the second part.
-    """
+    """Sorted positions of two parts; `held_out(n)` of a class's n pictures go to the second (seed 0)."""
     generator = np.random.default_rng(0)
     taken = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
@@ -85,35 +68,28 @@ def stratified_split(labels: np.ndarray, held_out: Callable[[int], int]) -> tupl
     return np.flatnonzero(~taken), np.flatnonzero(taken)
 
 
-class Entries(NamedTuple):
-    """What lies in a folder: sub-folders, pictures and other files, each sorted."""
+def entries(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """The sub-folders, pictures and other files directly in a folder, sorted, without hidden ones.
 
-    folders: list[Path]
-    pictures: list[Path]
-    others: list[Path]
-
-
-def entries(folder: Path) -> Entries:
-    """What lies directly in a folder; links are followed, hidden files and folders left out.
-
-    A picture is known by its suffix, or by its content where the name has none. A folder that does
-    not exist is empty.
+    A picture is known by its suffix, or by its content if the name has none. Links are followed. A
+    folder that does not exist is empty.
 
     Raises:
         UserError: the folder cannot be read.
     """
-    found = Entries([], [], [])
+    folders, pictures, others = [], [], []
     try:
         with os.scandir(folder) as listed:
             for entry in sorted(listed, key=lambda entry: entry.name):
                 if not entry.name.startswith((".", "__MACOSX")):
                     path = Path(entry.path)
-                    found[0 if entry.is_dir() else 1 if _is_picture(path) else 2].append(path)
+                    kind = folders if entry.is_dir() else pictures if _is_picture(path) else others
+                    kind.append(path)
     except FileNotFoundError:
-        return found
+        pass
     except OSError as error:
         raise UserError(f"folder {folder} cannot be read ({error.strerror})") from None
-    return found
+    return folders, pictures, others
 
 
 def _is_picture(path: Path) -> bool:
@@ -127,31 +103,32 @@ def _is_picture(path: Path) -> bool:
 
 
 def pictures_below(folder: Path, above: tuple[str, ...] = ()) -> tuple[list[Path], list[Path]]:
-    """The pictures on all levels below `folder`, level by level in sorted order; and other files.
+    """The pictures on all levels below `folder` in sorted order, and the other files.
 
     Raises:
-        UserError: a folder that cannot be read, or a link to a folder around it (`above`).
+        UserError: a folder that cannot be read, or a link to a folder that contains it (`above`).
     """
     real = os.path.realpath(folder)
     if real in above:
-        raise UserError(f"{folder} is a link to a folder that holds it; remove it")
+        raise UserError(f"{folder} is a link to a folder that contains it; remove it")
     folders, pictures, others = entries(folder)
     for inner in folders:
-        for mine, theirs in zip((pictures, others), pictures_below(inner, (*above, real)), strict=True):
-            mine += theirs
+        more_pictures, more_others = pictures_below(inner, (*above, real))
+        pictures += more_pictures
+        others += more_others
     return pictures, others
 
 
 def name_others(folder: Path, others: list[Path]) -> None:
-    """Say in one line which files of a folder are left out."""
+    """Print in one line which files of a folder are left out."""
     if others:
         shown = ", ".join(str(path.relative_to(folder)) for path in others[:5])
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        print(f"{folder}: {len(others)} files that are no pictures are left out ({shown}{more})")
+        print(f"{folder}: {len(others)} files that are not pictures are left out ({shown}{more})")
 
 
 def pictures_by_class(folders: Sequence[Path]) -> tuple[list[Path], list[int]]:
-    """The pictures of class folders side by side, and their labels in the order of the folders.
+    """The pictures of class folders, and their labels in the order of the folders.
 
     Raises:
         UserError: a folder that cannot be read or has no pictures.
@@ -169,11 +146,7 @@ def pictures_by_class(folders: Sequence[Path]) -> tuple[list[Path], list[int]]:
 
 
 def require_pictures(paths: Sequence[Path], listed_in: Path | str) -> None:
-    """Check that every listed picture exists.
-
-    Raises:
-        UserError: names the list, the first missing picture and how many are missing.
-    """
+    """Raise a UserError if a listed picture is missing, or none is listed."""
     missing = [path for path in paths if not path.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -197,17 +170,10 @@ def _missing(folder: Path, marks: tuple[str, ...]) -> list[str]:
 
 
 def locate(raw: Path, download: bool, name: str, help: str, *marks: str) -> Path:
-    """Find the raw folder of a set that torchvision cannot fetch.
-
-    Args:
-        raw: where the user said (or the default place).
-        download: whether the user asked for that.
-        name: the set's name, for messages.
-        help: how to get it, for messages.
-        marks: what the layout always has, see `find_folder`.
+    """Like `find_folder`, for the set `name`, which torchvision cannot fetch; `help` says how to get it.
 
     Raises:
-        UserError: nothing there; an archive not unpacked or a saved web page is named.
+        UserError: not found; names an archive that is still packed, or a web page saved in its place.
     """
     by_hand = f"{help}, and give the folder with --raw PATH"
     if download:

@@ -12,73 +12,43 @@ from pathlib import Path
 from data.prepare.folder import read_folder
 from data.prepare.raw import Source, file_source, locate, pictures_by_class
 
-# prepared folder -> (WordNet id, name) of each class, in label order
-SUBSETS: dict[str, tuple[tuple[str, str], ...]] = {
+# WordNet id and name of each class, in label order, by the name of the prepared folder.
+_CLASSES = {
     "imagefruit": (
-        ("n07753275", "pineapple"),
-        ("n07753592", "banana"),
-        ("n07745940", "strawberry"),
-        ("n07747607", "orange"),
-        ("n07749582", "lemon"),
-        ("n07768694", "pomegranate"),
-        ("n07753113", "fig"),
-        ("n07720875", "bell pepper"),
-        ("n07718472", "cucumber"),
-        ("n07742313", "Granny Smith"),
+        "n07753275 pineapple; n07753592 banana; n07745940 strawberry; n07747607 orange; "
+        "n07749582 lemon; n07768694 pomegranate; n07753113 fig; n07720875 bell pepper; "
+        "n07718472 cucumber; n07742313 Granny Smith"
     ),
     "imageyellow": (
-        ("n02206856", "bee"),
-        ("n12057211", "yellow lady's slipper"),
-        ("n07753592", "banana"),
-        ("n07749582", "lemon"),
-        ("n12144580", "corn"),
-        ("n04146614", "school bus"),
-        ("n03530642", "honeycomb"),
-        ("n02129165", "lion"),
-        ("n01773157", "black and gold garden spider"),
-        ("n01531178", "goldfinch"),
+        "n02206856 bee; n12057211 yellow lady's slipper; n07753592 banana; n07749582 lemon; "
+        "n12144580 corn; n04146614 school bus; n03530642 honeycomb; n02129165 lion; "
+        "n01773157 black and gold garden spider; n01531178 goldfinch"
     ),
     "imagemeow": (
-        ("n02123045", "tabby"),
-        ("n02123159", "tiger cat"),
-        ("n02123394", "Persian cat"),
-        ("n02123597", "Siamese cat"),
-        ("n02124075", "Egyptian cat"),
-        ("n02129165", "lion"),
-        ("n02129604", "tiger"),
-        ("n02128925", "jaguar"),
-        ("n02128757", "snow leopard"),
-        ("n02127052", "lynx"),
+        "n02123045 tabby; n02123159 tiger cat; n02123394 Persian cat; n02123597 Siamese cat; "
+        "n02124075 Egyptian cat; n02129165 lion; n02129604 tiger; n02128925 jaguar; "
+        "n02128757 snow leopard; n02127052 lynx"
     ),
     "imagesquawk": (
-        ("n01806143", "peacock"),
-        ("n02007558", "flamingo"),
-        ("n01818515", "macaw"),
-        ("n02051845", "pelican"),
-        ("n02056570", "king penguin"),
-        ("n01614925", "bald eagle"),
-        ("n01843383", "toucan"),
-        ("n01518878", "ostrich"),
-        ("n01860187", "black swan"),
-        ("n01819313", "sulphur-crested cockatoo"),
+        "n01806143 peacock; n02007558 flamingo; n01818515 macaw; n02051845 pelican; "
+        "n02056570 king penguin; n01614925 bald eagle; n01843383 toucan; n01518878 ostrich; "
+        "n01860187 black swan; n01819313 sulphur-crested cockatoo"
     ),
+}
+SUBSETS = {
+    folder: [tuple(row.split(" ", 1)) for row in classes.split("; ")] for folder, classes in _CLASSES.items()
 }
 
 
 def subset_reader(folder: str) -> Callable[[Path, bool], Source]:
-    """The reader of one subset: `train/` and `val/` with a sub-folder for each WordNet id.
-
-    All of ImageNet may lie there; the other classes are left alone.
-    """
+    """The reader of one subset: `train/` and `val/` with WordNet ids as sub-folders, others ignored."""
     wnids, names = zip(*SUBSETS[folder], strict=True)
     marks = [f"{split}/{wnid}" for split in ("train", "val") for wnid in wnids]
     help = "sort ImageNet's pictures into train/ and val/ with a folder for each WordNet id"
 
     def read(raw: Path, download: bool) -> Source:
         root = locate(raw, download, folder, help, *marks)
-        train, test = (
-            pictures_by_class([root / split / wnid for wnid in wnids]) for split in ("train", "val")
-        )
+        train, test = (pictures_by_class([root / split / w for w in wnids]) for split in ("train", "val"))
         return file_source(f"ImageNet, {folder}", names, train=train, test=test)
 
     return read

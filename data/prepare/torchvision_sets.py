@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,15 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """Reader of one of torchvision's classes.
-
-    Attributes:
-        name: of the set.
-        inside: what torchvision's root folder has to hold.
-        build: torchvision's class.
-        train: its options for each of its splits that make ours, one after another.
-        test: its options for our test split.
-        class_names: in label order, in place of torchvision's.
-    """
+    """Reader of one of torchvision's classes."""
 
     name: str
-    inside: str
-    build: Callable[..., Any]
+    inside: str  # what torchvision's root folder has to hold
+    build: Callable[..., Any]  # torchvision's class
+    # Its options for our splits; several of its own may make up our training split.
     train: tuple[dict[str, Any], ...] = ({"split": "train"},)
     test: dict[str, Any] = field(default_factory=lambda: {"split": "test"})
-    class_names: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()  # in label order, in place of torchvision's
 
     def __call__(self, raw: Path, download: bool) -> Source:
         """Read the set; arrays are loaded split by split, when their turn comes."""
@@ -44,16 +35,15 @@ class TorchvisionSet:
         origin = f"torchvision {self.name}"
         names = self.class_names or getattr(first, "classes", ())
         names = tuple(name if isinstance(name, str) else name[0] for name in names)
-        splits = {"train": self.train, "test": (self.test,)}
+        splits = {
+            split: (self._open(root, options, download) for options in theirs)
+            for split, theirs in (("train", self.train), ("test", (self.test,)))
+        }
         if hasattr(first, "data"):
-            parts = {
-                split: (_array_part(self._open(root, one, download)) for one in theirs)
-                for split, theirs in splits.items()
-            }
-            return Source(origin, names, parts)
+            return Source(origin, names, {split: map(_array_part, sets) for split, sets in splits.items()})
         found = {}
-        for split, theirs in splits.items():
-            pairs = [pair for one in theirs for pair in _listed(self._open(root, one, download))]
+        for split, sets in splits.items():
+            pairs = [pair for one in sets for pair in _listed(one)]
             files, labels = [Path(path) for path, _ in pairs], [label for _, label in pairs]
             require_pictures(files, f"the {split} list of {root / self.inside}")
             found[split] = files, labels
@@ -62,15 +52,9 @@ class TorchvisionSet:
         return file_source(origin, names or numbers, **found)
 
     def _open(self, root: Path, options: dict[str, Any], download: bool) -> Any:
-        with self._one_line(root, download):
-            return self.build(root, **options, download=download)
-
-    @contextlib.contextmanager
-    def _one_line(self, root: Path, download: bool) -> Iterator[None]:
-        """Turn whatever torchvision raises into one line."""
-        name = self.name
+        """Torchvision's object; whatever it raises becomes one line."""
         try:
-            yield
+            return self.build(root, **options, download=download)
         except MemoryError:
             raise
         except Exception as error:  # torchvision raises all sorts, down to AssertionError
@@ -80,19 +64,19 @@ class TorchvisionSet:
             offline = isinstance(error, urllib.error.URLError | ConnectionError | TimeoutError)
             if offline or (download and "downloading" in reason):
                 reason = getattr(error, "reason", reason)
-                message = f"cannot fetch {name} ({reason}); try again later, or {by_hand}"
+                message = f"cannot fetch {self.name} ({reason}); try again later, or {by_hand}"
             elif download:
                 message = (
-                    f"cannot fetch and unpack {name} into {root} ({reason}); delete what is there "
+                    f"cannot fetch and unpack {self.name} into {root} ({reason}); delete what is there "
                     f"and try again, or {by_hand}"
                 )
             elif "not found" in reason:
                 message = (
-                    f"no raw {name} in {root}, or it is not whole: fetch (or unpack) it with "
+                    f"no raw {self.name} in {root}, or it is incomplete: fetch (or unpack) it with "
                     f"--download, or {by_hand}"
                 )
             else:
-                message = f"raw {name} in {root} is damaged ({reason})"
+                message = f"raw {self.name} in {root} is damaged ({reason})"
             raise UserError(message) from None
 
 
@@ -120,14 +104,13 @@ def _imagenette(root: Path, *, split: str, download: bool) -> Any:
 
 
 _BY_FLAG = {"train": ({"train": True},), "test": {"train": False}}
+_DIGITS = tuple("0123456789")
 
 # By the name of the prepared folder.
 TORCHVISION_SETS = {
-    "mnist": TorchvisionSet("MNIST", "MNIST", datasets.MNIST, **_BY_FLAG, class_names=tuple("0123456789")),
+    "mnist": TorchvisionSet("MNIST", "MNIST", datasets.MNIST, **_BY_FLAG, class_names=_DIGITS),
     "fashionmnist": TorchvisionSet("FashionMNIST", "FashionMNIST", datasets.FashionMNIST, **_BY_FLAG),
-    "svhn": TorchvisionSet(
-        "SVHN", "train_32x32.mat and test_32x32.mat", datasets.SVHN, class_names=tuple("0123456789")
-    ),
+    "svhn": TorchvisionSet("SVHN", "train_32x32.mat and test_32x32.mat", datasets.SVHN, class_names=_DIGITS),
     "cifar10": TorchvisionSet("CIFAR-10", "cifar-10-batches-py", datasets.CIFAR10, **_BY_FLAG),
     "cifar100": TorchvisionSet("CIFAR-100", "cifar-100-python", datasets.CIFAR100, **_BY_FLAG),
     # 6667 pictures of train and val together, as usual for this benchmark; 3333 for test.
