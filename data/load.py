@@ -27,25 +27,15 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A prepared set with the statistics of one family.
+    """A prepared set with the statistics of one family."""
 
-    Attributes:
-        name: as the user spelt it.
-        size: height and width in pixels.
-        train: training split.
-        test: test split; None if there is none on disk.
-        num_classes: None for an unlabelled set.
-        stats: mean and std used to normalise.
-        hflip: whether mirroring keeps the meaning.
-    """
-
-    name: str
-    size: int
+    name: str  # as the user spelt it
+    size: int  # height = width in pixels
     train: ImageSplit
-    test: ImageSplit | None
-    num_classes: int | None
-    stats: Stats
-    hflip: bool
+    test: ImageSplit | None  # None if there is none on disk
+    num_classes: int | None  # None for an unlabelled set
+    stats: Stats  # used to normalise
+    hflip: bool  # whether mirroring keeps the meaning
 
     @property
     def channels(self) -> int:
@@ -85,7 +75,7 @@ def load_set(
         size: height = width in pixels.
         data_dir: the folder that holds one folder per set.
         family: "krr" or "dc": whose statistics to use. Listed sets of "dc" are prepared on first
-            use, by download through torchvision where it can.
+            use, downloaded through torchvision where it can.
         splits: what to read. Without "train" no training file is opened and the training split
             is empty; an own set then needs its statistics in meta.json.
         mmap: map the image files instead of reading them; None: from 1 GiB on.
@@ -108,7 +98,10 @@ def load_set(
         raise UserError(f"{path} does not exist; make it with: {command}")
     check_recorded(folder, size, parts)
     test = parts.get("test")
-    train = parts["train"] if "train" in splits else _emptied(test)
+    train = parts.get("train")
+    if train is None:  # an empty split of the test split's shape; no training file is touched
+        labels = None if test.labels is None else test.labels[:0]
+        train = ImageSplit(test.images[:0], labels, folder / file_name("X", "train", size))
     num_classes = count_classes(folder, train, test, spec)
     if test is not None and test.images.shape[1:] != train.images.shape[1:]:
         raise UserError(
@@ -119,10 +112,3 @@ def load_set(
     stats = stats or own_statistics(folder, size, train.images)
     hflip = spec.hflip if spec else bool(read_meta(folder).get("hflip", True))
     return ImageSet(name, size, train, test, num_classes, stats, hflip)
-
-
-def _emptied(test: ImageSplit) -> ImageSplit:
-    """A training split without images, of the test split's shape; no training file is touched."""
-    labels = None if test.labels is None else test.labels[:0]
-    path = test.path.parent / file_name("X", "train", test.images.shape[-1])
-    return ImageSplit(test.images[:0], labels, path)

@@ -24,7 +24,7 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
     """The description of a prepared set; only an empty "sizes" if there is none.
 
     Raises:
-        UserError: the file is there but damaged.
+        UserError: the file is damaged.
     """
     path = Path(folder) / "meta.json"
     check_regular(path)
@@ -43,27 +43,9 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
 
 
 def _is_entry(facts: Any) -> bool:
-    """Whether these may be the facts of one size; mean and std are looked at where they are used."""
+    """Whether these may be the facts of one size; mean and std are checked where they are used."""
     tables = ("counts", "sha256", "sample")
     return isinstance(facts, dict) and all(isinstance(facts.get(key, {}), dict) for key in tables)
-
-
-def merge_meta(
-    folder: Path | str, size: int, entry: dict[str, Any], *, replace: bool = False, **common: Any
-) -> dict[str, Any]:
-    """The description as `update_meta` would write it; `replace` drops this size's old facts."""
-    meta = read_meta(folder)
-    meta.update(common)
-    old = {} if replace else meta["sizes"].get(str(size), {})
-    if old or entry:
-        meta["sizes"][str(size)] = {**old, **entry}
-    return meta
-
-
-def update_meta(folder: Path | str, size: int, entry: dict[str, Any], **common: Any) -> None:
-    """Merge `entry` into the facts of one size and `common` into the top level."""
-    meta = merge_meta(folder, size, entry, **common)
-    checkpoint.write_text(Path(folder) / "meta.json", json.dumps(meta, indent=2) + "\n")
 
 
 def checksum(tensor: Tensor) -> str:
@@ -98,11 +80,7 @@ def measure_statistics(images: Tensor) -> Stats:
 
 
 def stored_statistics(folder: Path | str, size: int, channels: int) -> Stats | None:
-    """The statistics in meta.json; None if it has none at this size.
-
-    Raises:
-        UserError: its values do not fit.
-    """
+    """The statistics in meta.json, which must fit the images (UserError); None if it has none."""
     path = Path(folder) / "meta.json"
     stats = Stats.parse(read_meta(folder)["sizes"].get(str(size), {}), path)
     if stats is not None:
@@ -111,10 +89,7 @@ def stored_statistics(folder: Path | str, size: int, channels: int) -> Stats | N
 
 
 def own_statistics(folder: Path | str, size: int, images: Tensor) -> Stats:
-    """Statistics of a set or size that is not in the tables: from meta.json, else measured.
-
-    Measured values are stored beside the tensors for the next run; where the folder cannot be
-    written, a line says so and they are measured again next time.
+    """Statistics that are not in the tables: from meta.json, else measured and stored there.
 
     Raises:
         UserError: meta.json holds values that do not fit, or there are no images to measure.
@@ -122,15 +97,17 @@ def own_statistics(folder: Path | str, size: int, images: Tensor) -> Stats:
     stats = stored_statistics(folder, size, images.shape[1])
     if stats is not None:
         return stats
-    if not len(images):  # nothing stands in for the training images while these stay closed
+    if not len(images):  # nothing stands in for training images that are not read
         raise UserError(
             f"{Path(folder) / 'meta.json'} holds no mean and std at size {size}, and the training "
             "images are not to be read; any command that trains on them (krr_st.kd_teacher) "
             "stores them"
         )
     stats = measure_statistics(images)
+    meta = read_meta(folder)
+    meta["sizes"].setdefault(str(size), {}).update(mean=list(stats.mean), std=list(stats.std))
     try:
-        update_meta(folder, size, {"mean": list(stats.mean), "std": list(stats.std)})
+        checkpoint.write_text(Path(folder) / "meta.json", json.dumps(meta, indent=2) + "\n")
     except UserError as error:
         print(f"statistics measured but not stored ({error})")
     return stats

@@ -25,29 +25,23 @@ _FAMILIES = {"krr": KRR_SPECS, "dc": DC_SPECS}
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """One split of a prepared set.
+    """One split of a prepared set."""
 
-    Attributes:
-        images: N×C×H×W, uint8 in [0, 255] or float32 in [0, 1], on the CPU (perhaps mapped).
-        labels: N int64 class indices, or None for an unlabelled set.
-        path: the file the images came from, for messages.
-    """
-
-    images: Tensor
-    labels: Tensor | None
-    path: Path
+    images: Tensor  # N×C×H×W, uint8 in [0, 255] or float32 in [0, 1], on the CPU (perhaps mapped)
+    labels: Tensor | None  # N int64 class indices; None for an unlabelled set
+    path: Path  # the file the images came from, for messages
 
     def __len__(self) -> int:
         return len(self.images)
 
 
 def file_name(kind: str, split: str, size: int) -> str:
-    """Name of one tensor of a set; kind is X or Y, split train or test."""
+    """Name of the file of one tensor; kind is X or Y, split train or test."""
     return f"{kind}_{SPLITS[split]}_{size}.pth"
 
 
 def tensor_path(data_dir: Path | str, folder: str, kind: str, split: str, size: int) -> Path:
-    """Where that tensor lies."""
+    """Path of that file."""
     return Path(data_dir) / folder / file_name(kind, split, size)
 
 
@@ -63,11 +57,7 @@ def prepared_sizes(folder: Path) -> list[int]:
 
 
 def find_spec(name: str, data_dir: Path | str, family: str = "krr") -> DatasetSpec | None:
-    """The family's row for `name`; None for an own set that is prepared under that name.
-
-    Raises:
-        UserError: neither listed nor prepared; the message lists the valid names.
-    """
+    """The family's row for `name`; None for an own set prepared under it; a UserError for neither."""
     specs = _FAMILIES[family]
     if name in specs:
         return specs[name]
@@ -113,12 +103,8 @@ def read_split(
 ) -> ImageSplit | None:
     """Read and check one split; None if neither of its files exists.
 
-    Args:
-        folder: of the prepared set.
-        split: train or test.
-        size: height = width in pixels.
-        spec: the set's row, whose channels and classes it must have; None for an own set.
-        mmap: map the image file instead of reading it; None: from 1 GiB on.
+    It must have the channels and classes of `spec`, the set's row (None: an own set). `mmap` maps the
+    image file instead of reading it; None: from 1 GiB on.
 
     Raises:
         UserError: one file of the pair is missing, or either is damaged or holds something else.
@@ -142,13 +128,10 @@ def read_split(
 
 
 def check_recorded(folder: Path, size: int, parts: Mapping[str, ImageSplit | None]) -> None:
-    """Check that splits are those in meta.json, tensors from 1 GiB on by a sample of their rows.
+    """Refuse splits other than those in meta.json, if that has checksums (UserError).
 
-    So a set that was replaced in part, by hand or by a killed data.prepare, is not used. Sets without
-    checksums in meta.json pass.
-
-    Raises:
-        UserError: a file that meta.json does not describe, or one that is missing.
+    Such a set was replaced in part, by hand or by a killed data.prepare. Of tensors from 1 GiB on a
+    sample of the rows is compared.
     """
     facts = read_meta(folder)["sizes"].get(str(size), {})
     sums, samples = facts.get("sha256"), facts.get("sample", {})
@@ -174,11 +157,9 @@ def sample(tensor: Tensor) -> Tensor | None:
 
 def _check_images(images: Tensor, path: Path, size: int, channels: int | None) -> None:
     """Check shape, dtype and pixel range of an image tensor (in chunks; no full float copy)."""
-    shape = tuple(images.shape)
-    valid_channels = (channels,) if channels else (1, 3)
-    if images.dim() != 4 or shape[1] not in valid_channels or shape[2:] != (size, size):
-        wanted = " x ".join(["N", "/".join(map(str, valid_channels)), str(size), str(size)])
-        raise UserError(f"{path} has shape {shape}, expected {wanted}")
+    shape, valid = tuple(images.shape), (channels,) if channels else (1, 3)
+    if images.dim() != 4 or shape[1] not in valid or shape[2:] != (size, size):
+        raise UserError(f"{path} has shape {shape}, expected N x {channels or '1/3'} x {size} x {size}")
     if not len(images):
         raise UserError(f"{path} is empty, expected at least one image")
     if images.dtype == torch.uint8:
@@ -201,16 +182,16 @@ def _check_labels(labels: Tensor, path: Path, count: int, num_classes: int | Non
         raise UserError(f"{path} has shape {tuple(labels.shape)}, expected ({count},) as its images")
     labels = labels.long()
     low, high = int(labels.min()), int(labels.max())
-    limit = num_classes if num_classes is not None else high + 1
-    if low < 0 or high >= limit:
-        raise UserError(f"{path} holds labels from {low} to {high}, expected 0 to {limit - 1}")
+    last = high if num_classes is None else num_classes - 1
+    if low < 0 or high > last:
+        raise UserError(f"{path} holds labels from {low} to {high}, expected 0 to {last}")
     return labels
 
 
 def count_classes(
     folder: Path, train: ImageSplit, test: ImageSplit | None, spec: DatasetSpec | None
 ) -> int | None:
-    """The class count of the row, of meta.json, or else of the labels themselves.
+    """The class count of the row, of meta.json, or else of the labels; None for an unlabelled set.
 
     Raises:
         UserError: only the test split is labelled, or a label has no name in meta.json.
@@ -224,6 +205,8 @@ def count_classes(
         return None
     names = read_meta(folder).get("class_names")
     count = int(torch.cat(labels).max()) + 1
-    if names is not None and count > len(names):
+    if names is None:
+        return count
+    if count > len(names):
         raise UserError(f"{folder} holds label {count - 1}, but meta.json names {len(names)} classes")
-    return len(names) if names is not None else count
+    return len(names)

@@ -49,11 +49,7 @@ class PrepareFlags:
 
 
 def _validate(flags: PrepareFlags) -> None:
-    """Check combinations of flags.
-
-    Raises:
-        UserError: flags missing or not for each other.
-    """
+    """Raise a UserError if flags are missing or do not go together."""
     if flags.from_folder is None:
         if flags.data_name is None:
             raise UserError("--data_name NAME, --from_folder PATH or --check NAME is needed")
@@ -85,7 +81,7 @@ def _folder_name(name: str) -> str:
 
 
 def _read_source(flags: PrepareFlags, name: str, spec: DatasetSpec | None) -> Source:
-    """The raw set that the flags name, checked against the table where it is listed."""
+    """The raw set that the flags name, with as many classes as its row says."""
     if flags.from_folder is None:
         raw = flags.raw or flags.data_dir / "raw" / name
         source = pick(SOURCES, name, "data set")(raw, flags.download)
@@ -98,11 +94,7 @@ def _read_source(flags: PrepareFlags, name: str, spec: DatasetSpec | None) -> So
 
 
 def _exists(flags: PrepareFlags, folder: Path, spec: DatasetSpec | None, size: int) -> bool:
-    """Whether the listed set is there, whole.
-
-    Raises:
-        UserError: an own set is there, or a listed one in part; neither is replaced unasked.
-    """
+    """Whether the listed set is complete; a UserError for an own set or one that is there in part."""
     splits = ("train", "test") if spec is None or spec.has_test else ("train",)
     wanted = [file_name(kind, split, size) for split in splits for kind in "XY"]
     missing = [name for name in wanted if not (folder / name).exists()]

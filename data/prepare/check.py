@@ -16,16 +16,10 @@ _TOLERANCE = 0.01  # of mean and std: other resizers move the third digit, other
 
 
 def check_prepared(data_dir: Path, folder: str, spec: DatasetSpec | None, size: int | None = None) -> None:
-    """Check every prepared size of a set, or one, and print what was found.
-
-    Args:
-        data_dir: the folder that holds one folder per set.
-        folder: the set's.
-        spec: the set's row in a table, or None for an own set.
-        size: only this size.
+    """Check every prepared size of a set (`spec` None: an own set), or one, and print what was found.
 
     Raises:
-        UserError: nothing prepared, or any check failed; the report above it has all failures.
+        UserError: nothing prepared, or a check failed; the printed report has all failures.
     """
     path = data_dir / folder
     sizes = [each for each in prepared_sizes(path) if size in (None, each)]
@@ -97,10 +91,10 @@ def _check_statistics(train: ImageSplit, spec: DatasetSpec | None, size: int) ->
     if recorded is not None and _distance(measured, recorded) > 1e-4:
         yield f"{path}: mean and std differ from meta.json"
     for family, table in (("KRR-ST", KRR_SPECS), ("DC", DC_SPECS)):
-        rows = [row for row in table.values() if spec and row.folder == spec.folder]
-        published = next((row.stats[size] for row in rows if size in row.stats), None)
-        if published is None:
+        rows = [row for row in table.values() if spec and row.folder == spec.folder and size in row.stats]
+        if not rows:
             continue
+        published = rows[0].stats[size]
         distance = _distance(measured, published)
         print(f"  largest difference from the {family} table: {distance:.4f}")
         if family == "KRR-ST" and distance > _TOLERANCE:

@@ -1,13 +1,13 @@
 """Streaming a source into prepared tensors: worker processes, bounded memory, all files or none.
 
-The rows go into a nameless scratch file per split by ordinary writes: on a full disk those fail
-like any other, where a mapped file would kill the process. It is then mapped and saved, so that no
-split has to fit in memory.
+The rows of a split are written to a nameless scratch file, which is then mapped and saved, so that no
+split has to fit in memory. (Writing to a mapped file would kill the process on a full disk.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing.connection
@@ -25,27 +25,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.meta import checksum, measure_statistics, merge_meta, read_meta
+from data.meta import checksum, measure_statistics, read_meta
 from data.prepare import images
 from data.prepare.raw import Part, Source
 from data.prepared import SPLITS, file_name, sample
 from utils.checkpoint import atomic_path, write_text
 from utils.errors import UserError
 
-# Pictures that are converted together: so few that all workers finish together.
+# Pictures converted together: few, so that all workers finish at about the same time.
 _FILES, _ROWS = 64, 256
 _BLOCK_BYTES = 1 << 26
 
 
 class _Bar(tqdm):
-    monitor_interval = 0  # no thread of tqdm's own: worker processes are forked while it shows
+    monitor_interval = 0  # no thread of its own: worker processes are forked while the bar shows
 
 
 def default_workers() -> int:
     """One process per core this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def write_prepared(
@@ -58,42 +56,34 @@ def write_prepared(
     skip_broken: bool = False,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Convert `source` and put X/Y tensors and meta.json into `folder`.
+    """Convert `source` and put the X/Y tensors of one size and meta.json into `folder`.
 
     All files of this size appear together at the end; after any failure the folder is as before. A
     process that is killed while they appear leaves files that meta.json does not describe, which
-    `data.load` refuses.
-
-    Args:
-        folder: of the prepared set.
-        size: height = width in pixels.
-        channels: 1 or 3.
-        source: the raw set.
-        workers: number of processes that decode and resize.
-        skip_broken: leave unreadable pictures out and list them in meta.json.
-        facts: more for the top level of meta.json.
+    `data.load` refuses. `skip_broken` leaves unreadable pictures out and lists them in meta.json;
+    `facts` go to its top level.
 
     Returns:
         What meta.json says about this size.
 
     Raises:
-        UserError: unreadable pictures (without `skip_broken`), labels that do not fit, a disk that
+        UserError: unreadable pictures (without `skip_broken`), labels out of range, a disk that
             is full or cannot be written, or other classes than this set's other sizes have.
     """
     fresh, unreadable = not folder.exists(), folder.with_name(f"{folder.name}.unreadable.txt")
     try:
-        with _disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        _check_same_classes(folder, size, source)
         # New files take their names as `files` closes.
         with contextlib.ExitStack() as files, _disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _check_same_classes(folder, size, source)
             tensors, broken = {}, {}
             for split in source.splits:
                 scratch = files.enter_context(tempfile.TemporaryFile(dir=folder))
                 shape = channels, size, size
-                *found, skipped = _convert_split(source, split, shape, workers, scratch)
-                broken |= {split: skipped} if skipped else {}
-                tensors |= {(kind, split): t for kind, t in zip("XY", found, strict=True)}
+                rows, labels, skipped = _convert_split(source, split, shape, workers, scratch)
+                tensors |= {("X", split): rows, ("Y", split): labels}
+                if skipped:
+                    broken[split] = skipped
             if broken and not skip_broken:
                 raise UserError(_describe_broken(broken, unreadable))
             entry = _describe(tensors) | {"skipped": broken}
@@ -101,14 +91,13 @@ def write_prepared(
                 path = folder / file_name(kind, split, size)
                 if tensor is not None:
                     _save(tensor, files.enter_context(atomic_path(path)))
-            common = {"source": source.origin, "class_names": source.class_names, **facts}
-            meta = merge_meta(folder, size, entry, replace=True, **common)
+            meta = read_meta(folder) | {"source": source.origin, "class_names": source.class_names, **facts}
+            meta["sizes"][str(size)] = entry
             meta_path = files.enter_context(atomic_path(folder / "meta.json"))  # takes its name first
             meta_path.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            for split in SPLITS:  # of an earlier set under this name
-                for kind in "XY":
-                    if tensors.get((kind, split)) is None:
-                        (folder / file_name(kind, split, size)).unlink(missing_ok=True)
+            for kind, split in itertools.product("XY", SPLITS):  # of an earlier set under this name
+                if tensors.get((kind, split)) is None:
+                    (folder / file_name(kind, split, size)).unlink(missing_ok=True)
         unreadable.unlink(missing_ok=True)  # of an earlier try
         return entry
     finally:
@@ -139,8 +128,8 @@ def _convert_split(
     """Convert the parts of one split, one after another, to rows of `shape` in the file `scratch`.
 
     Returns:
-        The images, mapped from the file, and the labels, None for an unlabelled set (both None if
-        no picture is readable); and the unreadable pictures with the reasons.
+        The images, mapped from the file; the labels (None if there are none; both None if no
+        picture is readable); the unreadable pictures with the reasons.
     """
     labels, skipped = [], []
     with _Bar(total=0, desc=f"{split} {shape[1]}px", unit="img", disable=None) as bar:
@@ -149,7 +138,7 @@ def _convert_split(
                 raise UserError(f"{split} split: {len(part.labels)} labels for {len(part.images)} pictures")
             keep = np.ones(len(part.images), dtype=bool)
             bar.total += len(part.images)
-            for span, rows, broken in _convert(_Blocks(part, *shape[:2]), workers):
+            for span, rows, broken in _convert(part, *shape[:2], workers):
                 scratch.write(rows.tobytes())
                 bar.update(len(span))
                 for offset, reason in broken:
@@ -179,7 +168,6 @@ class _Blocks:
     def __init__(self, part: Part, channels: int, size: int) -> None:
         self.images, self.channels, self.size = part.images, channels, size
         self.array = isinstance(part.images, np.ndarray)
-        self.resized = not self.array or part.images.shape[1:3] != (size, size)
         fitting = max(1, _BLOCK_BYTES // (channels * size * size))
         self.step = min(fitting, _ROWS if self.array else _FILES)
 
@@ -194,33 +182,29 @@ class _Blocks:
         return span, *convert(chosen, self.size, self.channels)
 
 
-def _convert(blocks: _Blocks, workers: int) -> DataLoader:
-    """The blocks in order, by worker processes where that pays."""
-    workers = workers if blocks.resized and workers > 1 and len(blocks) > 1 else 0
+def _convert(part: Part, channels: int, size: int, workers: int) -> DataLoader:
+    """The blocks of a part in order, from worker processes where that pays."""
+    blocks = _Blocks(part, channels, size)
+    resized = not blocks.array or part.images.shape[1:3] != (size, size)
     return DataLoader(
         blocks,
         batch_size=None,
-        num_workers=min(workers, len(blocks)),
-        collate_fn=_as_is,
+        num_workers=min(workers, len(blocks)) if resized and workers > 1 and len(blocks) > 1 else 0,
+        collate_fn=tuple,  # leaves them as they are: tensors would travel in scarce shared memory
         worker_init_fn=_tie_to_parent,
         generator=torch.Generator(),
     )
 
 
-def _as_is(block: Any) -> Any:
-    """In place of a conversion to tensors, which would travel in scarce shared memory."""
-    return block
-
-
 def _tie_to_parent(worker: int) -> None:
-    """Leave Ctrl-C to the parent, and end with it: a killed one would leave a worker waiting."""
+    """Leave Ctrl-C to the parent, and exit when it does, even if it is killed."""
+
+    def exit_with_parent() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _describe(tensors: dict[tuple[str, str], Tensor | None]) -> dict[str, Any]:
@@ -249,10 +233,9 @@ def _save(tensor: Tensor, path: Path) -> None:
 
 def _check_same_classes(folder: Path, size: int, source: Source) -> None:
     """Refuse to mix two different sets under one name; the class names belong to all sizes."""
-    meta = read_meta(folder)
+    meta, names = read_meta(folder), source.class_names and list(source.class_names)
     others = [other for other in meta["sizes"] if other != str(size)]
-    names = None if source.class_names is None else list(source.class_names)
-    if others and "class_names" in meta and meta["class_names"] != names:
+    if others and meta.get("class_names", names) != names:
         raise UserError(
             f"{folder} is prepared at size {others[0]} with other classes; "
             "choose another --data_name or remove that folder"
@@ -260,7 +243,7 @@ def _check_same_classes(folder: Path, size: int, source: Source) -> None:
 
 
 def _describe_broken(broken: dict[str, list[dict[str, str]]], path: Path) -> str:
-    """One line with the count and the first few names; where there are more, all go to the file `path`."""
+    """One line with the count and the first five names; if there are more, all go to the file `path`."""
     every = [f"{item['picture']}: {item['reason']}" for items in broken.values() for item in items]
     shown, more = "; ".join(every[:5]), ""
     if len(every) > 5:
