@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ Transform = Callable[[Tensor, torch.Generator], Any]
 
 
 def fits(images: Tensor, device: torch.device, limit: int | None = None) -> bool:
-    """Whether images may live on the device: within `limit` bytes, or half of CUDA's free ones."""
+    """Whether images may live on the device: within `limit` bytes, or half of what is free on CUDA."""
     if limit is None:
         if device.type != "cuda":
             return True
@@ -25,17 +26,13 @@ def fits(images: Tensor, device: torch.device, limit: int | None = None) -> bool
     return images.numel() * images.element_size() <= limit
 
 
+@dataclass(frozen=True)
 class ImagePipeline:
-    """uint8 or float images in pixel space -> (augmented) normalised float32 batch.
+    """uint8 or float images in pixel space -> (augmented) normalised float32 batch."""
 
-    Args:
-        stats: normalisation.
-        pad: zero padding of the random crop in pixels; None switches augmentation off.
-        hflip: mirror with probability 1/2 (only when augmenting).
-    """
-
-    def __init__(self, stats: Stats, *, pad: int | None = None, hflip: bool = False) -> None:
-        self.stats, self.pad, self.hflip = stats, pad, hflip
+    stats: Stats
+    pad: int | None = None  # zero padding of the random crop in pixels; None: no augmentation
+    hflip: bool = False  # mirror with probability 1/2 (only when augmenting)
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C, H, W) on its device -> the same shape, float32, normalised."""
@@ -45,19 +42,18 @@ class ImagePipeline:
         return normalize(x, self.stats)
 
 
+@dataclass(frozen=True)
 class ViewPipeline:
     """Like an augmenting ImagePipeline, and says which view of its image each row shows.
 
-    Args:
-        stats: normalisation.
-        pad: zero padding of the random crop in pixels.
-        hflip: mirror with probability 1/2.
-        shard: (rank, ranks) as in TensorLoader. The views of the whole batch are drawn, so that
-            the ranks together see what a single process would.
+    Every rank of `shard` (see TensorLoader) draws the views of the whole batch, so that the ranks
+    together see what a single process would.
     """
 
-    def __init__(self, stats: Stats, *, pad: int, hflip: bool, shard: tuple[int, int] = (0, 1)) -> None:
-        self.stats, self.pad, self.hflip, self.shard = stats, pad, hflip, shard
+    stats: Stats
+    pad: int
+    hflip: bool
+    shard: tuple[int, int] = (0, 1)
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> the same shape, float32, normalised; and (B,) view numbers on the CPU."""
@@ -80,32 +76,29 @@ class _Slice(NamedTuple):
 class TensorLoader:
     """Shuffled batches of (images, targets), drawn by one explicit generator.
 
-    The split is kept as it is stored (uint8 where it can be) on the device if it fits; else it
-    stays in host memory and the next batch is gathered into pinned memory and copied while the
-    current one is in use.
+    The images are kept as stored (uint8 where possible), on the device if they fit; otherwise in host
+    memory, and the next batch is gathered into pinned memory and copied while the current one is in use.
 
-    `epoch()` yields every sample once; `forever()` goes on without end. The state of the endless
-    stream can be saved between any two batches and restored: the following batches are the same.
+    `epoch()` yields every sample once, `forever()` an endless stream, whose state can be saved between
+    any two batches and restored: the following batches are the same.
 
     Args:
         images: (N, C, H, W), or any tensor of N rows.
         targets: (N, ...), or None: batches carry the row numbers instead, int64 on the CPU.
         batch_size: images per batch.
-        device: where batches are wanted.
+        device: of the batches.
         generator: CPU generator; order and augmentation come from it alone.
         transform: maps (batch on the device, generator) to the network's input.
         shuffle: a new order for each pass.
-        drop_last: in the endless stream, leave out the incomplete last batch of each pass (a split
+        drop_last: the endless stream leaves out the incomplete last batch of each pass (a split
             smaller than a batch is one batch).
-        max_device_bytes: how much of the device the images may take; None: half of what is free on
-            CUDA, no bound elsewhere.
-        shard: (rank, ranks): each batch of the endless stream is dealt to the ranks row by row, to
-            each equally many; the number of ranks divides the batch size. An incomplete last batch
-            is dealt as far as it divides, too: at most ranks - 1 images of a pass are left out.
+        max_device_bytes: limit for the images on the device; None: see `fits`.
+        shard: (rank, ranks): the rows of each batch of the endless stream are dealt to the ranks in
+            equal numbers; the rows of an incomplete last batch that are left over are dropped.
 
     Raises:
-        ValueError: images and targets differ in length, the batch size is below 1, or the shard
-            does not go into the batch.
+        ValueError: images and targets differ in length, the batch size is below 1, or the number of
+            ranks does not divide it.
     """
 
     def __init__(
@@ -141,14 +134,13 @@ class TensorLoader:
         self._position = -1  # in the endless stream's pass; -1: no pass has begun
 
     def __len__(self) -> int:
-        """Batches of one epoch, the incomplete last one included."""
+        """Batches of one epoch, including the incomplete last one."""
         return -(-len(self.images) // self.batch_size)
 
     @property
     def steps_per_pass(self) -> int:
         """Batches of one pass of the endless stream."""
-        whole = len(self.images) // self.batch_size
-        return whole if self.drop_last else len(self)
+        return len(self.images) // self.batch_size if self.drop_last else len(self)
 
     def epoch(self) -> Iterator[tuple[Any, Tensor]]:
         """One pass over all samples; the last batch may be smaller."""
@@ -159,7 +151,7 @@ class TensorLoader:
         return self._batches(self._endless())
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the endless stream: enough to continue with exactly the next batch."""
+        """Position of the endless stream."""
         return {
             "order_state": self._order_state,
             "position": self._position,
@@ -167,7 +159,7 @@ class TensorLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave; takes effect at the next call of `forever`."""
+        """Restore the position; takes effect at the next call of `forever`."""
         self._order_state, self._position = state["order_state"], state["position"]
         self.generator.set_state(state["generator"])
 
@@ -223,10 +215,7 @@ class TensorLoader:
 
 
 class _PinnedCopier:
-    """Gathers rows into two pinned buffers in turn and copies them on a stream of its own.
-
-    Without CUDA it gathers and moves at once.
-    """
+    """Gathers rows into two pinned buffers in turn, copied on a stream of its own; without CUDA, at once."""
 
     def __init__(self, images: Tensor, batch_size: int, device: torch.device) -> None:
         self.images, self.device = images, device
@@ -239,7 +228,7 @@ class _PinnedCopier:
             self._turn = 0
 
     def start(self, index: Tensor) -> tuple[Tensor, int]:
-        """Begin to bring the rows at `index`; returns what `finish` takes."""
+        """Begin to copy the rows at `index`; returns the argument of `finish`."""
         if not self.cuda:
             return self.images[index].to(self.device), 0
         turn, self._turn = self._turn, 1 - self._turn

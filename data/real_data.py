@@ -16,12 +16,12 @@ class RealImages:
     """Labelled images with an index list per class.
 
     Args:
-        images: (N, C, H, W) uint8 or float in [0, 1], kept as they are; with `stats` None, float
-            images already in the space of the synthetic ones.
+        images: (N, C, H, W) uint8 or float in [0, 1]; with `stats` None, float images already in the
+            space of the synthetic ones. Kept as they are, on the device if they fit.
         labels: (N,) int64.
-        stats: normalisation applied to every batch; None: none.
+        stats: normalisation of every batch; None: none.
         num_classes: None means the largest label + 1.
-        device: where batches are wanted; the images live there if half the free memory is enough.
+        device: of the batches; None: where the images are.
     """
 
     def __init__(
@@ -46,21 +46,11 @@ class RealImages:
 
     @classmethod
     def from_set(cls, image_set: ImageSet, device: torch.device) -> RealImages:
-        """The training split of a prepared set.
-
-        Raises:
-            UserError: no labels, or a class without images.
-        """
-        train = image_set.train
+        """The training split of a prepared set; a UserError if it has no labels or an empty class."""
+        train, classes = image_set.train, image_set.num_classes
         if train.labels is None:
             raise UserError(f"{train.path.parent} has no labels; DC, DSA and DM work class by class")
-        real = cls(
-            train.images,
-            train.labels,
-            stats=image_set.stats,
-            num_classes=image_set.num_classes,
-            device=device,
-        )
+        real = cls(train.images, train.labels, stats=image_set.stats, num_classes=classes, device=device)
         empty = [c for c, index in enumerate(real.index_of_class) if not len(index)]
         if empty:
             raise UserError(f"{train.path} has no image of class {empty[0]} ({len(empty)} such)")
@@ -84,6 +74,6 @@ class RealImages:
         return index[torch.randperm(len(index), generator=generator)[:count]]
 
     def draw_all_classes(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-        """A batch of every class in class order: images, and how many each class gave."""
+        """A batch of every class in class order: images, and the number of images of each class."""
         drawn = [self.draw_class(c, count, generator) for c in range(self.num_classes)]
         return self.at(torch.cat(drawn)), [len(index) for index in drawn]

@@ -1,8 +1,8 @@
 """What is known about each data set: classes, channels, sizes, published statistics.
 
-Two families publish statistics for the same pictures and disagree (CIFAR-10's std is 0.247 in one
-and 0.2023 in the other). Both values belong to their checkpoints and synthetic files, so both stay
-and each family reads its own row. The prepared tensors on disk are shared.
+Two families publish different statistics of the same pictures (CIFAR-10's std is 0.247 in one and
+0.2023 in the other), which belong to their checkpoints and synthetic files: each family reads its
+own row. The prepared tensors on disk are shared.
 """
 
 from __future__ import annotations
@@ -25,16 +25,13 @@ class Stats:
 
     @classmethod
     def parse(cls, facts: Mapping[str, Any], path: Path) -> Stats | None:
-        """What a JSON object has under "mean" and "std"; None if either is absent or null.
-
-        Raises:
-            UserError: unusable values; names `path`.
-        """
-        if facts.get("mean") is None or facts.get("std") is None:
+        """The "mean" and "std" of the JSON object in `path` (UserError: unusable); None if one is absent."""
+        given = facts.get("mean"), facts.get("std")
+        if given[0] is None or given[1] is None:
             return None
         try:
-            mean, std = (tuple(float(value) for value in facts[key]) for key in ("mean", "std"))
-            usable = not isinstance(facts["mean"], str) and not isinstance(facts["std"], str)
+            mean, std = (tuple(map(float, values)) for values in given)
+            usable = not any(isinstance(values, str) for values in given)
             usable = usable and len(mean) == len(std) and min(std) > 0 and all(map(math.isfinite, mean + std))
         except (TypeError, ValueError, OverflowError):
             usable = False
@@ -43,7 +40,7 @@ class Stats:
         return cls(mean, std)
 
     def check_channels(self, channels: int, what: Path | str) -> None:
-        """Refuse statistics of other images; the UserError names `what`."""
+        """Raise a UserError about `what` if these are statistics of other images."""
         if not len(self.mean) == len(self.std) == channels or min(self.std) <= 0:
             raise UserError(
                 f"{what}: mean {self.mean} and std {self.std} do not fit images of {channels} channels"
@@ -52,25 +49,15 @@ class Stats:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """One row of a family's table.
+    """One row of a family's table."""
 
-    Attributes:
-        folder: where the prepared tensors lie below the data folder.
-        num_classes: number of classes.
-        channels: 1 or 3.
-        sizes: published image sizes in pixels; the first is the default.
-        stats: published statistics by size; other sizes are measured from the training tensors.
-        hflip: False where a mirrored picture is another symbol (digits).
-        has_test: False where no test split exists and the training split stands in.
-    """
-
-    folder: str
+    folder: str  # of the prepared tensors, in the data folder
     num_classes: int
-    channels: int = 3
-    sizes: tuple[int, ...] = (32, 64)
-    stats: dict[int, Stats] = field(default_factory=dict)
-    hflip: bool = True
-    has_test: bool = True
+    channels: int = 3  # or 1
+    sizes: tuple[int, ...] = (32, 64)  # published image sizes in pixels; the first is the default
+    stats: dict[int, Stats] = field(default_factory=dict)  # published, by size; others are measured
+    hflip: bool = True  # False where a mirrored picture is another symbol (digits)
+    has_test: bool = True  # False where no test split exists and the training split stands in
 
 
 # Name, classes, size, mean and std of red, green and blue; the first size of a name is its default.
@@ -119,8 +106,7 @@ def _krr_specs() -> dict[str, DatasetSpec]:
     }
 
 
-# KRR-ST family (`--data_name`), and the embedded set: scikit-learn's handwritten digits, three
-# equal channels.
+# KRR-ST family (`--data_name`), and scikit-learn's handwritten digits with three equal channels.
 KRR_SPECS = _krr_specs() | {"digits": DatasetSpec("digits", 10, sizes=(16,), hflip=False)}
 
 

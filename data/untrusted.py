@@ -13,16 +13,12 @@ from PIL import Image
 
 from utils.errors import UserError
 
-# Decoded by Pillow itself. Others hand the file to a program (EPS: Ghostscript) or are no rasters.
+# Decoded by Pillow itself. Others are no rasters, or are handed to another program (EPS: Ghostscript).
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "AVIF", "TIFF", "PPM", "JPEG2000", "TGA")
 
 
 def check_regular(path: Path | str) -> None:
-    """Refuse pipes, sockets and devices, whose reading may never end.
-
-    Raises:
-        UserError: one of these, or a folder; what does not exist passes.
-    """
+    """Raise a UserError for pipes, sockets and devices, whose reading may never end, and for folders."""
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise UserError(f"{path} is not a regular file")
@@ -30,20 +26,20 @@ def check_regular(path: Path | str) -> None:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of the formats that this Pillow was built with."""
+    """The formats that this Pillow was built with."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
 @contextlib.contextmanager
 def open_picture(path: Path | str) -> Iterator[Image.Image]:
-    """Open a picture of one of the known raster formats; a very large one is announced by a line.
+    """Open a picture of one of the known raster formats; prints a line for a very large one.
 
     Raises:
         UserError: not a regular file.
         MemoryError: names the picture.
-        Exception: what Pillow's decoders raise, among them UnidentifiedImageError for anything
-            else, and DecompressionBombError beyond twice Pillow's limit.
+        Exception: what Pillow's decoders raise, such as UnidentifiedImageError for anything else, and
+            DecompressionBombError beyond twice Pillow's limit.
     """
     check_regular(path)
     with warnings.catch_warnings():

@@ -38,15 +38,7 @@ def to_float(x: Tensor) -> Tensor:
 
 
 def normalize(x: Tensor, stats: Stats) -> Tensor:
-    """(x - mean) / std per channel.
-
-    Args:
-        x: (B, C, H, W), float in [0, 1], or uint8 in [0, 255], which is scaled on the way.
-        stats: mean and std in [0, 1].
-
-    Returns:
-        A new float tensor.
-    """
+    """(x - mean) / std per channel of (B, C, H, W) float in [0, 1], or uint8 in [0, 255]; a new tensor."""
     mean, std = _channel_rows(stats, _float_dtype(x), x.device)
     if x.dtype == torch.uint8:  # two passes in place instead of four with copies
         return x.float().mul_(1 / (255 * std)).sub_(mean / std)

@@ -1,4 +1,4 @@
-"""Crop and flip of batches; parameters are drawn apart from their use.
+"""Crop and flip of batches.
 
 Drawing and applying are separate so that a view can be named by its parameters: crop offsets times
 flip give (2·pad+1)²·2 distinct views of an image (162 at the published padding of 4).
@@ -53,15 +53,10 @@ def views_from_numbers(numbers: Tensor, pad: int) -> CropFlip:
 
 
 def apply_crop_flip(x: Tensor, views: CropFlip, pad: int) -> Tensor:
-    """Zero-pad, crop back at each image's own offset, mirror where flagged.
+    """Zero-pad by `pad` pixels, crop back at each image's own offset, mirror where flagged.
 
-    Args:
-        x: (B, C, H, W) of any dtype, before normalisation (the padding is black).
-        views: one entry per image; moved to x's device.
-        pad: zero padding in pixels on each side.
-
-    Returns:
-        A new tensor of x's shape and dtype; differentiable in x where x is floating point.
+    x is (B, C, H, W) of any dtype before normalisation (the padding is black); so is the result, which
+    is differentiable in a floating-point x.
     """
     channels, height, width = x.shape[1:]
     view = view_numbers(views, pad).to(x.device, non_blocking=True)

@@ -23,10 +23,7 @@ NOISE_STD = 0.001
 
 
 def dc_strategy(dataset: str, model: str) -> str:
-    """The published strategy for a data set and an evaluation network; "none" for most.
-
-    A ConvNetBN keeps its own rule on MNIST too.
-    """
+    """The published strategy for a data set and an evaluation network; "none" for most."""
     if model == "ConvNetBN":
         return "crop_noise"
     return "crop_scale_rotate" if dataset == "MNIST" else "none"
@@ -35,10 +32,10 @@ def dc_strategy(dataset: str, model: str) -> str:
 def dc_augment(x: Tensor, strategy: str, generator: torch.Generator) -> Tensor:
     """Change every image by one operation of `strategy`, drawn for it at random.
 
-    - crop: pad by 4 pixels of the channel means, crop back at an offset of 0 to 7 in each axis (8,
-      the last place there is, is never drawn);
-    - scale: height and width each times U(0.8, 1.2), cut to whole pixels, nearest neighbour; in the
-      middle of zeros, of which the middle H×W is kept;
+    - crop: pad by 4 pixels of the channel means, crop back at an offset of 0 to 7 in each axis (the
+      last possible one, 8, is never drawn);
+    - scale: height and width each times U(0.8, 1.2), cut to whole pixels, nearest neighbour; centred
+      on zeros, of which the middle H×W is kept;
     - rotate: by a whole number of degrees in [-45, 45) about the centre, cubic spline, the mean of
       the channel means outside;
     - noise: plus 0.001·N(0, 1).
@@ -46,12 +43,9 @@ def dc_augment(x: Tensor, strategy: str, generator: torch.Generator) -> Tensor:
     The channel means are those of the whole batch.
 
     Args:
-        x: B×C×H×W float, normalised.
+        x: B×C×H×W float, normalised; not changed.
         strategy: operations joined by `_`; "none", "None" or "" returns x and draws nothing.
-        generator: a CPU generator; it advances.
-
-    Returns:
-        B×C×H×W like x; x itself is left alone.
+        generator: on the CPU.
 
     Raises:
         UserError: an operation that does not exist; the message lists the valid ones.
@@ -106,13 +100,8 @@ def _rotate(x: Tensor, mean: Tensor, generator: torch.Generator) -> Tensor:
 def rotate(x: Tensor, degrees: Tensor, fill: Tensor) -> Tensor:
     """`scipy.ndimage.rotate` (order 3) of every image, cut back to its size about the centre.
 
-    Args:
-        x: n×C×H×W float.
-        degrees: n whole numbers on the CPU; positive turns the first axis towards the second.
-        fill: value outside the picture, a scalar tensor.
-
-    Returns:
-        n×C×H×W.
+    x is n×C×H×W float; `degrees` are n whole numbers on the CPU, positive ones turn the first axis
+    towards the second; `fill` is the value outside the picture, a scalar tensor.
     """
     height, width = x.shape[2:]
     to_coefficients = [_spline_filter(side).to(x) for side in (height, width)]
@@ -130,7 +119,7 @@ def rotate(x: Tensor, degrees: Tensor, fill: Tensor) -> Tensor:
 def _read_places(degrees: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Row and column (n, H, W) float64 of the picture that each pixel of the result shows.
 
-    As in SciPy the picture is turned on a canvas that holds all of it; its middle H×W is kept.
+    As in SciPy the picture is turned on a canvas that holds all of it; the middle H×W is kept.
     """
     angle = degrees.double() * (math.pi / 180)
     cos, sin = angle.cos(), angle.sin()

@@ -35,27 +35,23 @@ def diff_augment(
     align_corners: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Apply one operation of `strategy`, drawn at random, to the batch.
+    """Apply one operation of `strategy`, drawn at random, to the batch; differentiable in x.
 
     Randomness comes from exactly one of `seed` and `generator`:
 
-    - seed s: the operation index is drawn from a generator seeded s, every further tensor from
+    - seed s >= 0: the operation index is drawn from a generator seeded s, every further tensor from
       one re-seeded s+1, s+2, ... in order of use (color 3; crop, cutout, scale 2; flip, rotate 1).
-    - generator: the same draws, taken one after the other without re-seeding.
+    - generator (on the CPU): the same draws, taken one after the other without re-seeding.
 
     Args:
         x: B×C×H×W float, normalised or not (zeros are filled in as they are).
-        strategy: operations joined by `_`, of color, crop, cutout, flip, scale, rotate; "none",
-            "None" or "" returns x and draws nothing.
-        seed: integer >= 0. Batches of different size share their parameters under one seed if
-            `siamese` is set, which is how real and synthetic images are augmented alike.
-        siamese: use the parameters of the first image for all.
+        strategy: operations joined by `_`; "none", "None" or "" returns x and draws nothing.
+        seed: see above.
+        siamese: use the parameters of the first image for all, so that batches of different size
+            (real and synthetic) are augmented alike under one seed.
         align_corners: sampling convention of scale and rotate; True in the KRR-ST scripts, False in
             the DC family. It changes pictures.
-        generator: a CPU generator; it advances.
-
-    Returns:
-        B×C×H×W like x, differentiable in x.
+        generator: see above.
 
     Raises:
         UserError: an operation that does not exist; the message lists the valid ones.
@@ -82,17 +78,11 @@ def without_flip(strategy: str) -> str:
 
 
 class Draws:
-    """The random tensors of one call, drawn on the CPU and moved to the images.
+    """The random tensors of one call of `diff_augment`, drawn on the CPU and moved to the images.
 
     In Siamese mode the whole batch is drawn, as published, and the first value kept. It does not
     depend on the batch size: torch.rand and torch.randint fill in order (measured with torch 2.14,
     sizes 1 to 65537; only randn changes at 16 elements).
-
-    Args:
-        seed: re-seed with seed, seed + 1, ... before every draw; None: draw from `generator`.
-        generator: where to draw from in sequence; None: by `seed`.
-        siamese: keep the first value.
-        device: of the images.
     """
 
     def __init__(
@@ -173,12 +163,9 @@ def _rotate(x: Tensor, draw: Draws, align_corners: bool) -> Tensor:
 
 
 def affine_sample(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, align_corners: bool) -> Tensor:
-    """Read x bilinearly at (a·X + b·Y, c·X + d·Y), zeros outside; X, Y in [-1, 1].
+    """Read x bilinearly at (a·X + b·Y, c·X + d·Y), zeros outside; X, Y in [-1, 1]; a to d of length B or 1.
 
-    a to d hold B values, or one for all. The result has x's shape.
-
-    Written out instead of F.affine_grid, whose matrix product would lose digits to TF32 or
-    autocast on a GPU.
+    Written out, because the matrix product in F.affine_grid would lose digits to TF32 or autocast.
     """
     a, b, c, d = (v.to(x.dtype)[:, None, None] for v in (a, b, c, d))
     rows = _positions(x.shape[2], align_corners, x)[:, None]

@@ -13,16 +13,10 @@ def gather_pixels(x: Tensor, index: Tensor) -> Tensor:
 
 
 def read_pixels(x: Tensor, rows: Tensor, columns: Tensor, fill: Tensor | float = 0.0) -> Tensor:
-    """Each image at rows and columns of its own; differentiable in x.
+    """The pixels of x (n, C, H, W) at each image's own rows and columns; differentiable in x.
 
-    Args:
-        x: (n, C, H, W).
-        rows: (n, H') whole numbers, or (1, H') for all images.
-        columns: (n, W'), or (1, W').
-        fill: value outside of the image, a number or C×1×1.
-
-    Returns:
-        (n, C, H', W') like x.
+    `rows` are (n, H') whole numbers, `columns` (n, W'), or n = 1 for all images; `fill` is the value
+    outside of the image, a number or C×1×1. Returns (n, C, H', W').
     """
     height, width = x.shape[2:]
     inside = ((rows >= 0) & (rows < height))[:, :, None]
