@@ -31,63 +31,57 @@ class RunFlags(DeviceFlags):
 
 
 class Monitor(Protocol):
-    """A loss of the set alone: everything else that it depends on stays as it was."""
+    """Losses that change with the set alone, measured after steps that are `due`."""
 
-    def due(self, step: int) -> bool:
-        """Whether it is measured after this step."""
+    def due(self, step: int) -> bool: ...
 
-    def __call__(self, x_syn: Tensor, y_syn: Tensor) -> list[float]:
-        """Its values."""
+    def __call__(self, x_syn: Tensor, y_syn: Tensor) -> list[float]: ...
 
 
 class Distiller:
     """A synthetic set and all that changes with it; one call of `step` is one outer step.
 
-    A method is a subclass that sets `x_syn` and `y_syn` and whatever else it needs when it is
-    built, and defines `step`. State is saved by name: attributes in `parts` by their own
-    `state_dict`, random streams from `stream` by themselves.
-
-    `x_syn` is (m, C, H, W) float32 in normalised space, `y_syn` (m,) int64 class indices or (m, D)
-    float32 target vectors, both on the device.
+    A method is a subclass that sets `x_syn` and `y_syn` when it is built, and defines `step`. What
+    `parts` names is saved by its own `state_dict`, random streams from `stream` by themselves.
     """
 
-    x_syn: Tensor
-    y_syn: Tensor
+    x_syn: Tensor  # (m, C, H, W) float32, normalised, on the device
+    y_syn: Tensor  # (m,) int64 class indices or (m, D) float32 target vectors
     parts: tuple[str, ...] = ("optimizer",)  # attributes with a state of their own, or None
-    losses: tuple[str, ...] = ("loss",)  # scalars that `step` returns; the first is drawn
+    losses: tuple[str, ...] = ("loss",)  # scalars that `step` returns
 
     def __init__(self, problem: Problem, flags: Any) -> None:
         self.problem, self.flags = problem, flags
         self._streams: dict[str, torch.Generator] = {}
 
     def step(self) -> dict[str, Tensor]:
-        """One outer step; returns detached scalars on the device, one for each of `losses`."""
+        """One outer step; returns detached scalars on the device, one per name in `losses`."""
         raise NotImplementedError
 
     @classmethod
     def cost(cls, flags: Any, classes: int) -> float:
-        """Images through the network per step; a training step counts thrice."""
+        """Images through the network per step; a training step counts three times."""
         raise NotImplementedError
 
     def begin(self) -> None:
-        """What comes once, before the first step."""
+        """Do what comes once, before the first step of a new run."""
 
     def monitor(self) -> Monitor | None:
-        """A loss that can be compared over steps, made from the initial state; None: there is none."""
+        """A loss that can be compared over steps, made from the initial state; None without one."""
         return None
 
     def flush(self) -> None:
-        """Make what is kept on disk outlast this process; called before every save."""
+        """Bring files of the method to disk; called before every save."""
 
     def stream(self, name: str) -> torch.Generator:
-        """The random stream of that name: seeded by the run's seed, saved with the state."""
+        """The random stream of that name, seeded by the run's seed and saved with the state."""
         if name not in self._streams:
             self._streams[name] = make_generator(self.problem.seed, name)
         return self._streams[name]
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The names of `losses` that are worth a person's look."""
+        """The names of `losses` that are printed."""
         return self.losses
 
     def rate(self) -> float:
@@ -95,7 +89,6 @@ class Distiller:
         return self.optimizer.param_groups[0]["lr"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
         parts = {name: getattr(self, name) for name in self.parts}
         return {
             "x_syn": self.x_syn.detach(),
@@ -105,7 +98,6 @@ class Distiller:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
         for name in ("x_syn", "y_syn"):
             saved, own = state[name], getattr(self, name)
             if saved.shape != own.shape or not saved.isfinite().all():

@@ -1,4 +1,4 @@
-"""The one outer loop: steps, log, saves, evaluations, a way to leave and to resume."""
+"""The one outer loop: steps, log, saves, evaluations, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from typing import Any, Protocol
 from distillation.base import Distiller
 from utils.errors import UserError
 from utils.progress import FiniteGuard, LossWindow, Progress, SaveTimer
-from utils.run_folder import FollowedRun, RunFolder, load_run, save_run
+from utils.run_folder import Run, load_run, save_run
 from utils.stop import StopRequest
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The length of a loop and when what happens in it."""
+    """The length of a loop, and when it logs and saves."""
 
     steps: int  # outer steps in all
     print_every: int  # steps between log lines
     save_every: str | int  # steps (or seconds: "300s") between saves
     unit: str = "step"  # what a step is called
-    # None where a run is a single one. The log's steps go on growing over experiments.
-    experiment: int | None = None
+    experiment: int | None = None  # its number, if a run has several; the log's steps continue over them
 
     @property
     def label(self) -> str:
@@ -35,37 +34,36 @@ class Plan:
         return (self.experiment or 0) * (self.steps + 1) + step
 
     def where(self, step: int) -> dict[str, int]:
-        """What says in a log entry which step it is of."""
+        """The step in the form of a log entry."""
         named = {} if self.experiment is None else {"experiment": self.experiment}
         return {"step": self.log_step(step), **named, self.unit: step}
 
 
 class Observer(Protocol):
-    """What looks at the set while it is distilled."""
+    """Evaluates the set while it is distilled.
 
-    key: str  # of its log entries
+    `evaluate`, after steps that are `due`, gives what is logged under `key`; `watch` gives cheap
+    numbers to log after a step, from 0, empty where none are due; `saved` writes what belongs beside
+    the state, which is saved next.
+    """
 
-    def due(self, step: int) -> bool:
-        """Whether the set is evaluated after this step."""
+    key: str
 
-    def evaluate(self, step: int, distiller: Distiller) -> Any:
-        """Evaluate the set as it is now; returns what is logged under `key`."""
+    def due(self, step: int) -> bool: ...
 
-    def watch(self, step: int, distiller: Distiller) -> dict[str, Any]:
-        """Cheap numbers to log after this step, from 0; empty: none are due."""
+    def evaluate(self, step: int, distiller: Distiller) -> Any: ...
 
-    def saved(self, distiller: Distiller) -> None:
-        """The state is about to be saved: write what belongs beside it."""
+    def watch(self, step: int, distiller: Distiller) -> dict[str, Any]: ...
+
+    def saved(self, distiller: Distiller) -> None: ...
 
 
-def run_loop(
-    distiller: Distiller, run: RunFolder | FollowedRun, observer: Observer, plan: Plan
-) -> dict[str, Any]:
+def run_loop(distiller: Distiller, run: Run, observer: Observer, plan: Plan) -> dict[str, Any]:
     """Run the outer loop from where `run` stopped to its end.
 
     The state after each save is that of an uninterrupted run, random draws included. The distiller
-    is at its initial state, and restored if the run has a state of this experiment; only the first
-    of several processes asks the observer.
+    comes in its initial state and is restored if the run has a save of this experiment; only the
+    first of several processes calls the observer.
 
     Returns:
         steps, the mean of each loss over the last `print_every` steps, evaluations (log entries),
@@ -116,17 +114,17 @@ def run_loop(
             if due and plan.log_step(step) not in evaluations:
                 save(step)
                 where = f"in the evaluation after {unit} {step} of {steps}"
-                # Several processes leave together or not at all.
+                # Several processes stop together or not at all.
                 with progress.paused(), stop.at_once(where) if group.ranks == 1 else nullcontext():
                     found = observer.evaluate(step, distiller)
-                evaluations[plan.log_step(step)] = {**plan.where(step), observer.key: found}
-                run.log(**plan.where(step), **{observer.key: found})
+                evaluations[plan.log_step(step)] = entry = {**plan.where(step), observer.key: found}
+                run.log(**entry)
             if step == steps:
                 break
             done, rate = step + 1, distiller.rate()
             try:
                 losses = distiller.step()
-            except UserError as error:  # a network's own training diverged
+            except UserError as error:  # the training of a network diverged
                 raise UserError(f"{plan.label}, {unit} {done}: {error}") from None
             guard.check(sum(losses.values()), done)
             for name, window in windows.items():
@@ -135,7 +133,7 @@ def run_loop(
             last, leaving = done == steps, bool(stop) and group.ranks == 1
             if done % plan.print_every == 0 or last:
                 guard.flush()
-                # Several processes have to leave at the same step; agreeing costs a message.
+                # Several processes have to stop at the same step; agreeing costs a message.
                 leaving = any(group.gathered(bool(stop)))
                 means = {name: window.mean() for name, window in windows.items()}
                 shown = ", ".join(f"{name} {means[name]:.4g}" for name in distiller.shown)

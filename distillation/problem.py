@@ -1,4 +1,4 @@
-"""What a method is given: real data, the target model, seed, device, and how the set starts."""
+"""What a method is given: real data, the target model, seed, device, and initial images."""
 
 from __future__ import annotations
 
@@ -20,26 +20,23 @@ from utils.seed import draw_seed, make_generator
 
 
 class ExtraLoss(Protocol):
-    """A loss that is added to the method's own, such as CLoM; its state is that of its draws."""
+    """A scalar added to the method's own loss, weight included, such as CLoM; its draws have a state."""
 
-    def __call__(self, x_syn: Tensor, y_syn: Tensor) -> Tensor:
-        """A scalar, weight included."""
+    def __call__(self, x_syn: Tensor, y_syn: Tensor) -> Tensor: ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of its draws."""
+    def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore it."""
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One distillation: what is given, and nothing of how it is solved."""
+    """One distillation: what is given, not how it is solved."""
 
     image_set: ImageSet  # the source
     device: torch.device
     seed: int  # of every random stream
-    group: Group = Group()  # the processes that share the work
+    group: Group = Group()  # processes that share the work
     target: Target | None = None  # None for methods that work with class labels
     real: RealImages | None = None  # labelled, class by class; None for methods without labels
     extra: ExtraLoss | None = None
@@ -50,9 +47,9 @@ class Problem:
     ) -> tuple[Tensor, Tensor]:
         """`count` real images (m, C, H, W) and the target model's features of them (m, D), float32.
 
-        In the "raw" space the images are in pixel space [0, 1] while the features belong to the
-        normalised ones, as in the released KRR-ST code. Images "kmeans" are the ones nearest to
-        k-means centres in feature space.
+        In the "raw" space the images are pixels in [0, 1] while the features belong to normalised
+        ones, as in the released KRR-ST code. Images "kmeans" are the nearest to k-means centres in
+        feature space.
         """
         train = self.image_set.train
         generator = make_generator(self.seed, "initial images")

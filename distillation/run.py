@@ -21,24 +21,22 @@ from utils.device import resolve_device
 from utils.distributed import Group, local_gpu, process_group, quiet_unless_first
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
-from utils.run_folder import FollowedRun, RunFolder, claim_run
+from utils.run_folder import FollowedRun, Run, RunFolder, claim_run
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the registry: all that the commands need to know of a method."""
+    """A row of the registry: all that the commands need to know about a method."""
 
     name: str  # as published, such as DSA; commands match it without case
     distiller: type[Distiller]
     setup: type[Setup]  # what its family adds around the outer loop
     flags: type
     about: str  # one line for --help
-    # Values of flags that are not given, where they differ within the family.
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of flags that differ within the family
     # (data set, ipc) -> settings of its published cells that differ from `defaults`
     published: Callable[[str, int], Mapping[str, Any]] = lambda dataset, ipc: {}
-    # What each value of --recipe puts in place of the flags' defaults.
-    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # --recipe -> defaults
     augments: bool = False  # synthetic and real images are augmented alike (DSA)
     mirrors: bool = False  # the published augmentation mirrors every listed data set, digits included
 
@@ -46,8 +44,8 @@ class Method:
 class Setup:
     """What a family of methods adds around the outer loop: data in, evaluations, files out.
 
-    Everything that can be wrong with flags, data and checkpoints is said when it is built, before
-    anything is written. Contexts entered in `held` stay open to the end of the run.
+    Errors in flags, data and checkpoints are raised when it is built, before anything is written.
+    Contexts entered in `held` stay open to the end of the run.
     """
 
     image_set: ImageSet  # the source
@@ -63,7 +61,7 @@ class Setup:
 
     @classmethod
     def resolve(cls, method: Method, flags: Any) -> Any:
-        """Fill in what presets, the method and the data set decide; a UserError where flags do not fit."""
+        """Fill in what presets, the method and the data set decide; a UserError if flags do not fit."""
         return flags
 
     @classmethod
@@ -87,26 +85,24 @@ class Setup:
         return {"data set": self.image_set.fingerprint}
 
     def begun(self, run: RunFolder) -> None:
-        """A new run begins in a folder that may hold files of another one."""
+        """Remove files of another run from the folder of a new one."""
 
-    def finished(self, run: RunFolder | FollowedRun) -> bool:
-        """Whether all that the flags ask for is there."""
+    def finished(self, run: Run) -> bool:
+        """Whether everything that the flags ask for is there."""
         return run.finished
 
-    def run(self, run: RunFolder | FollowedRun) -> dict[str, Any]:
+    def run(self, run: Run) -> dict[str, Any]:
         """Distil; returns what goes into results.json."""
         raise NotImplementedError
 
-    def after(self, run: RunFolder | FollowedRun) -> None:
-        """What comes after a finished run, now or earlier."""
+    def after(self, run: Run) -> None:
+        """Do what follows a finished run, now or earlier."""
 
-    def observer(self, run: RunFolder | FollowedRun, plan: Plan, distiller: Distiller) -> Observer:
-        """What looks at the set while it is distilled; the distiller is at its initial state."""
+    def observer(self, run: Run, plan: Plan, distiller: Distiller) -> Observer:
+        """What evaluates the set while it is distilled; the distiller is in its initial state."""
         raise NotImplementedError
 
-    def distil(
-        self, run: RunFolder | FollowedRun, problem: Problem, plan: Plan
-    ) -> tuple[Distiller, dict[str, Any]]:
+    def distil(self, run: Run, problem: Problem, plan: Plan) -> tuple[Distiller, dict[str, Any]]:
         """One distillation to its end; returns the distiller and what `run_loop` gives."""
         distiller = self.method.distiller(problem, self.flags)
         observer = self.observer(run, plan, distiller)
@@ -114,16 +110,15 @@ class Setup:
 
 
 def resolved(method: Method, flags: Any) -> Any:
-    """The flags with everything filled in that the method, presets and data decide."""
+    """The flags, filled in with what the method, presets and data decide."""
     given = {k: v for k, v in method.defaults.items() if getattr(flags, k) is None}
     return method.setup.resolve(method, dataclasses.replace(flags, **given))
 
 
 def run_method(method: Method, flags: Any) -> int:
-    """Distil as `flags` say, in this process or in all those that torchrun started; the exit code.
+    """Distil as `flags` say, in all processes that torchrun started; returns the exit code.
 
-    Raises:
-        UserError: bad flags, data, checkpoints or run folder; nothing is written then.
+    A UserError for bad flags, data, checkpoints or run folder; nothing is written then.
     """
     with quiet_unless_first():
         flags = resolved(method, flags)
@@ -150,11 +145,10 @@ def run_method(method: Method, flags: Any) -> int:
     return 0
 
 
-def open_run(setup: Setup, held: ExitStack) -> RunFolder | FollowedRun:
+def open_run(setup: Setup, held: ExitStack) -> Run:
     """The run folder, claimed and made by the first process, followed by the others.
 
-    Raises:
-        UserError: it holds a run with other flags or inputs, is in use, or cannot be written.
+    A UserError where it holds a run with other flags or inputs, is in use, or cannot be written.
     """
     path, flags, run = setup.folder, setup.flags, None
     if setup.group.first:

@@ -29,7 +29,7 @@ from utils.errors import UserError
 from utils.memory import SplitBatches
 from utils.plots import save_grid, save_lines
 from utils.precision import autocast, check_compile, check_precision, float32_mode
-from utils.run_folder import FollowedRun, RunFolder, read_series
+from utils.run_folder import Run, RunFolder, read_series
 
 
 class FrozenTarget:
@@ -128,7 +128,7 @@ class KernelSetup(Setup):
         """The source and the weights of the target model."""
         return {**super().inputs, "target model": self.target_fingerprint}
 
-    def run(self, run: RunFolder | FollowedRun) -> dict[str, Any]:
+    def run(self, run: Run) -> dict[str, Any]:
         """Distil one set; write it and its pictures."""
         flags, image_set = self.flags, self.image_set
         if not is_labelled(image_set):
@@ -144,7 +144,7 @@ class KernelSetup(Setup):
             results |= self.draw_losses(run)
         return {**results, "linear_evaluations": results.pop("evaluations")}
 
-    def observer(self, run: RunFolder | FollowedRun, plan: Plan, distiller: Distiller) -> SetObserver:
+    def observer(self, run: Run, plan: Plan, distiller: Distiller) -> SetObserver:
         """Linear evaluations, the held-out loss, the set beside every save."""
         return SetObserver(self, run, distiller)
 
@@ -168,7 +168,7 @@ class KernelSetup(Setup):
         )
         return found
 
-    def after(self, run: RunFolder | FollowedRun) -> None:
+    def after(self, run: Run) -> None:
         """Say where the set is."""
         print(f"synthetic set: {run.path}/x_syn.pt, y_syn.pt; picture: {run.path}/x_syn.png")
 
@@ -178,7 +178,7 @@ class SetObserver:
 
     key = "linear_accuracy"
 
-    def __init__(self, setup: KernelSetup, run: RunFolder | FollowedRun, distiller: Distiller) -> None:
+    def __init__(self, setup: KernelSetup, run: Run, distiller: Distiller) -> None:
         flags = self.flags = setup.flags
         self.monitor = distiller.monitor() if setup.group.first else None
         setup.monitored = str(self.monitor)

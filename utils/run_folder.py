@@ -275,6 +275,9 @@ class FollowedRun:
     truncate_log = log = finish = _leave
 
 
+Run = RunFolder | FollowedRun
+
+
 def previous_path(path: Path) -> Path:
     """Where the save before that at `path` is kept."""
     return path.with_name(f"{path.stem}.prev{path.suffix}")
