@@ -1,4 +1,4 @@
-"""The one training loop, and what is trained by it: pre-training, fine-tuning."""
+"""The one training loop, and how what it trained is measured."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from data.augment import default_padding
-from data.load import ImageSet, ImageSplit
+from data.load import ImageSet
 from data.loader import ImagePipeline, TensorLoader
 from data.synthetic import SyntheticSet
 from evaluation.recipes import LOSSES, Recipe
@@ -53,10 +52,9 @@ def train_step(
 class Trainer:
     """A network, what trains it by a recipe, and how far it has come.
 
-    The batches of (inputs, targets) are those of the loader's endless stream, `scale` is a factor
-    on the recipe's length, and `loss_fn` takes the place of its loss on the outputs. `step` of
-    `steps` optimiser steps are done, `per_epoch` in one pass over the loader's images; `window`
-    holds the losses of the last pass.
+    Batches come from the loader's endless stream; `scale` is a factor on the recipe's length, and
+    `loss_fn` replaces its loss. `step` of `steps` optimiser steps are done, `per_epoch` make one pass
+    over the images, and `window` holds the losses of the last pass.
     """
 
     parts = ("model", "optimizer", "schedule", "loader", "window")
@@ -91,8 +89,7 @@ class Trainer:
     ) -> nn.Module:
         """Train up to step `until` (None: the recipe's last); returns the network in eval mode.
 
-        `what` names this training in messages and on the progress bar, if one is wanted; `on_step`
-        is called after each step.
+        `what` names this training in messages; `on_step` is called after each step.
 
         Raises:
             UserError: a loss is not finite (names the step), or a batch too small for BatchNorm.
@@ -129,11 +126,9 @@ class Trainer:
         return self.model.eval()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed training needs."""
         return {name: getattr(self, name).state_dict() for name in self.parts} | {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
         for name in self.parts:
             getattr(self, name).load_state_dict(state[name])
         self.step, self._batches = int(state["step"]), None
@@ -170,10 +165,15 @@ def outputs(
     return torch.cat([function(x) for x, _ in loader.epoch()])
 
 
-def held_out_accuracy(model: Callable[[Tensor], Tensor], image_set: ImageSet, device: torch.device) -> float:
+def held_out_accuracy(
+    model: Callable[[Tensor], Tensor],
+    image_set: ImageSet,
+    device: torch.device,
+    batch_size: int | None = None,
+) -> float:
     """Accuracy in % on the test split, or on the training split of a set without one."""
     split = image_set.test or image_set.train
-    return accuracy(outputs(model, split.images, image_set, device), split.labels)
+    return accuracy(outputs(model, split.images, image_set, device, batch_size), split.labels)
 
 
 def pretrain(
@@ -186,23 +186,3 @@ def pretrain(
     device = next(model.parameters()).device
     loader = recipe.loader(synthetic.images, synthetic.targets, device, generator)
     return Trainer(model, loader, recipe, scale=scale).run(what="pre-training", progress=True)
-
-
-def finetune(
-    model: nn.Module,
-    image_set: ImageSet,
-    train: ImageSplit,
-    recipe: Recipe,
-    generator: torch.Generator,
-    scale: float = 1.0,
-) -> float:
-    """Fine-tune all of `model` on labelled images with crop and flip; test accuracy in %.
-
-    `train` is the part of the target's training split to use; its test split is read once, after
-    the last step. `generator` gives order and augmentation, `scale` is a factor on the length.
-    """
-    device = next(model.parameters()).device
-    pipeline = ImagePipeline(image_set.stats, pad=default_padding(image_set.size), hflip=image_set.hflip)
-    loader = recipe.loader(train.images, train.labels, device, generator, pipeline)
-    Trainer(model, loader, recipe, scale=scale).run(what="fine-tuning", progress=True)
-    return held_out_accuracy(model, image_set, device)

@@ -22,16 +22,9 @@ from data.augment.dsa import without_flip
 from data.load import ImageSet, load_set
 from data.loader import TensorLoader
 from evaluation.fit import Trainer, held_out_accuracy
-from evaluation.measure import Cell, CellStore, finish, spread
+from evaluation.measure import Cell, CellStore, spread
 from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, kd_loss
-from evaluation.transfer import (
-    MeasureFlags,
-    PretrainFlags,
-    build_backbone,
-    load_pretraining,
-    may_mirror,
-    with_new_head,
-)
+from evaluation.transfer import MeasureFlags, Measurement, PretrainFlags, load_pretraining, source_facts
 from models import get_model
 from models.layout import batch_norms
 from utils import checkpoint
@@ -39,8 +32,7 @@ from utils.checkpoint import apply_state, fingerprint, state_fingerprint
 from utils.cli import flag
 from utils.device import place
 from utils.errors import UserError, pick
-from utils.memory import out_of_memory_says
-from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
+from utils.seed import derive_seed, local_seed, make_generator
 from utils.table import format_mean_std, markdown
 
 BN_MODES = {"running": "running statistics", "batch": "statistics of the test batch"}
@@ -109,7 +101,7 @@ def load_teacher(flags: KdFlags, target: ImageSet) -> nn.Module:
     return teacher.eval().requires_grad_(False)
 
 
-class Distillation:
+class Distillation(Measurement):
     """A teacher and the images it teaches on: everything read and checked, ready to train students.
 
     `synthetic` is None for gaussian, `pretraining` (of the student) for scratch, too; `count` images,
@@ -119,27 +111,51 @@ class Distillation:
         UserError: bad flags, data, synthetic set or teacher.
     """
 
+    protocol, knobs = "kd", "lower --pre_batch_size or --kd_batch_size"
+
     def __init__(self, flags: KdFlags) -> None:
         given = dict(epochs=flags.kd_epoch, lr=flags.kd_lr, batch_size=flags.kd_batch_size)
-        self.flags, self.recipe = flags, pick(KD, flags.method, "method").override(**given)
-        preset, self.arch, self.device = flags.setting()
-        self.target = target = load_set(flags.target_data_name, preset.size, flags.data_dir, splits=("test",))
+        self.recipe = pick(KD, flags.method, "method").override(**given)
+        super().__init__(flags)
+        size = self.preset.size
+        self.target = target = load_set(flags.target_data_name, size, flags.data_dir, splits=("test",))
         if target.num_classes is None:
             raise UserError(f"{target.test.path.parent} has no labels; a target needs them")
-        if not (target.hflip and may_mirror(flags.source_data_name, flags.data_dir)):
+        _, mirrored = source_facts(flags.source_data_name, flags.data_dir)
+        if not (target.hflip and mirrored):
             self.recipe = self.recipe.override(dsa=without_flip(self.recipe.dsa))
-        self.synthetic, self.pretraining, self.count = None, None, preset.num_images
+        self.synthetic, self.count = None, self.preset.num_images
         if flags.method != GAUSSIAN:
-            untrained = flags.method == SCRATCH
-            source = replace(flags, method=RANDOM_FEATURES) if untrained else flags
-            pretraining = load_pretraining(source, preset.size, self.arch, kd=True)
+            source = replace(flags, method=RANDOM_FEATURES) if flags.method == SCRATCH else flags
+            pretraining = load_pretraining(source, size, self.arch, kd=True)
             self.synthetic, self.count = pretraining.synthetic, len(pretraining.synthetic)
-            self.pretraining = None if untrained else pretraining
+            if flags.method != SCRATCH:
+                self.pretraining, self.width = pretraining, pretraining.outputs
             shape = tuple(self.synthetic.images.shape[1:])
             if shape != target.img_shape:
                 raise UserError(f"synthetic images are {shape}, those of the target {target.img_shape}")
         get_model(self.arch, target.img_shape, target.num_classes)  # an unknown name fails now
         self.teacher = place(load_teacher(flags, target), self.device)
+        self.common = self.settings()
+        if self.pretraining is not None:
+            print(f"pre-training: {self.pretraining.recipe}")
+        print(f"distillation: {self.recipe}; teacher: {flags.kd_bn} statistics")
+
+    def settings(self) -> dict[str, Any]:
+        settings = {
+            **super().settings(),
+            "protocol": self.protocol,
+            "target": self.target.name,
+            "target_data": self.target.fingerprint,
+            "count": self.count,
+            "distillation": self.recipe.record(),
+            "kd_bn": self.flags.kd_bn,
+            "teacher_arch": self.flags.teacher_arch,
+            "teacher": state_fingerprint(self.teacher.state_dict()),
+        }
+        if self.pretraining is None and self.synthetic is not None:
+            settings["synthetic_set"] = fingerprint(self.synthetic.images, self.synthetic.targets)
+        return settings
 
     @functools.cached_property
     def teacher_accuracy(self) -> float:
@@ -150,13 +166,11 @@ class Distillation:
 
     def student(self, seed: int) -> nn.Module:
         """The backbone, pre-trained if at all, with a fresh head for the target's classes."""
-        target, dropout, device = self.target, self.flags.dropout, self.device
-        common = dict(dropout=dropout, seed=seed, device=device)
-        backbone = build_backbone(self.arch, target.img_shape, self.pretraining, **common)
-        with local_seed(derive_seed(seed, "head", target.name)):
-            return with_new_head(backbone, self.arch, target, dropout, device)
+        backbone = self.backbone(seed, self.target.img_shape)
+        with local_seed(derive_seed(seed, "head", self.target.name)):
+            return self.with_new_head(backbone, self.target)
 
-    def run(self, seed: int) -> dict[str, float]:
+    def distil(self, seed: int) -> dict[str, float]:
         """Train one student; its test accuracies in % by BatchNorm mode."""
         found = {"teacher_accuracy": self.teacher_accuracy}
         student, recipe = self.student(seed), self.recipe
@@ -182,48 +196,30 @@ class Distillation:
             found["accuracy_batch"] = held_out_accuracy(student, self.target, self.device)
         return found | {"accuracy": found[f"accuracy_{self.flags.kd_bn}"]}
 
-    def settings(self) -> dict[str, Any]:
-        """Everything but the seed that a cell's values depend on."""
-        flags = self.flags
-        settings = {
-            **flags.settings(flags.method, self.arch, self.target.size, self.pretraining),
-            "protocol": "kd",
+    def repetition(self, seed: int, store: CellStore) -> list[Cell]:
+        return [store.measure({**self.common, "seed": seed}, lambda: self.distil(seed), describe)]
+
+    def summary(self, cells: list[Cell]) -> list[dict[str, Any]]:
+        row = {
             "target": self.target.name,
-            "target_data": self.target.fingerprint,
-            "count": self.count,
-            "distillation": self.recipe.record(),
-            "kd_bn": flags.kd_bn,
-            "teacher_arch": flags.teacher_arch,
-            "teacher": state_fingerprint(self.teacher.state_dict()),
+            "kd_bn": self.flags.kd_bn,
+            "teacher_accuracy": cells[0]["teacher_accuracy"],
+            **spread(cells),
         }
-        if self.pretraining is None and self.synthetic is not None:
-            settings["synthetic_set"] = fingerprint(self.synthetic.images, self.synthetic.targets)
-        return settings
+        both = {f"{k}_{m}": spread(cells, f"accuracy_{m}")[k] for k in ("mean", "std") for m in BN_MODES}
+        return [row | both]
 
-
-def run_kd(flags: KdFlags) -> int:
-    """Measure every seed, print the table, write results.json; finished cells stay in results.jsonl."""
-    shared = Distillation(flags)
-    first, store = resolve_seed(flags.seed), CellStore(flags.log_dir / "results.jsonl")
-    if shared.pretraining is not None:
-        print(f"pre-training: {shared.pretraining.recipe}")
-    print(f"distillation: {shared.recipe}; teacher: {flags.kd_bn} statistics")
-    settings, cells = shared.settings(), []
-    with out_of_memory_says(shared.device, "lower --pre_batch_size or --kd_batch_size"):
-        for seed in range(first, first + flags.num_test):
-            key = {**settings, "seed": seed}
-            cells.append(store.measure(key, lambda seed=seed: shared.run(seed), describe))
-    folder = flags.log_dir / flags.source_data_name / flags.method / shared.arch / "kd"
-    both = {f"{k}_{m}": spread(cells, f"accuracy_{m}")[k] for k in ("mean", "std") for m in BN_MODES}
-    row = {
-        "target": shared.target.name,
-        "kd_bn": flags.kd_bn,
-        "teacher_accuracy": cells[0]["teacher_accuracy"],
-        **spread(cells),
-        **both,
-    }
-    finish(folder, flags, shared.device, cells, [row], table(cells, flags))
-    return 0
+    def table(self, cells: list[Cell]) -> tuple[str, str]:
+        """One row, the two BatchNorm modes as columns, test accuracy in %."""
+        flags = self.flags
+        heads = [f"{words} (headline)" if mode == flags.kd_bn else words for mode, words in BN_MODES.items()]
+        values = [format_mean_std([cell[f"accuracy_{mode}"] for cell in cells]) for mode in BN_MODES]
+        note = (
+            f"test accuracy in %, mean ± std over {flags.num_test} seeds; the teacher has "
+            f"{cells[0]['teacher_accuracy']:.2f} and labels by {flags.kd_bn} statistics"
+        )
+        name = f"{self.method}, {self.arch}, {self.target.name}"
+        return markdown(["student", *heads], [[name, *values]]), note
 
 
 def describe(cell: Cell) -> str:
@@ -232,14 +228,6 @@ def describe(cell: Cell) -> str:
     return f"{cell['target']}, seed {cell['seed']}: {found}"
 
 
-def table(cells: list[Cell], flags: KdFlags) -> str:
-    """One row, the two BatchNorm modes as columns, test accuracy in %."""
-    heads = [f"{words} (headline)" if mode == flags.kd_bn else words for mode, words in BN_MODES.items()]
-    values = [format_mean_std([cell[f"accuracy_{mode}"] for cell in cells]) for mode in BN_MODES]
-    cell = cells[0]
-    name = f"{cell['method']}, {cell['model']}, {cell['target']}"
-    note = (
-        f"test accuracy in %, mean ± std over {flags.num_test} seeds; the teacher has "
-        f"{cell['teacher_accuracy']:.2f} and labels by {flags.kd_bn} statistics"
-    )
-    return f"{markdown(['student', *heads], [[name, *values]])}\n{flags.footnote(note)}"
+def run_kd(flags: KdFlags) -> int:
+    """Measure every seed."""
+    return Distillation(flags).run()

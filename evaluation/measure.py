@@ -5,8 +5,8 @@ Several processes, on one node or several, may write the same file.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import io
 import json
 import os
 import time
@@ -39,13 +39,9 @@ def read_cells(path: Path | str) -> list[Cell]:
         raise UserError(f"cannot read {path}: {error}") from None
     cells = []
     for line in lines:
-        try:
-            cell = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # a line torn by a kill: its cell is measured again
-        if isinstance(cell, dict) and "id" in cell:
-            cells.append(cell)
-    return cells
+        with contextlib.suppress(ValueError, RecursionError):  # torn by a kill: measured again
+            cells.append(json.loads(line))
+    return [cell for cell in cells if isinstance(cell, dict) and "id" in cell]
 
 
 class CellStore:
@@ -58,11 +54,9 @@ class CellStore:
     @staticmethod
     def identity(key: dict[str, Any]) -> str:
         """A short digest of the key."""
-        text = json.dumps(key, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def get(self, key: dict[str, Any]) -> Cell | None:
-        """The finished cell of `key`, or None."""
         return self._cells.get(self.identity(key))
 
     def add(self, key: dict[str, Any], **values: Any) -> Cell:
@@ -76,8 +70,13 @@ class CellStore:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Appending alone is not atomic on network file systems.
-            with exclusively(self.path), self.path.open("ab+", buffering=0) as file:
-                _append(file, line.encode())
+            with exclusively(self.path), self.path.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    line = "\n" * (file.read() != b"\n") + line  # after one torn by a kill
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
         self._cells[cell["id"]] = cell
@@ -102,26 +101,12 @@ class CellStore:
         shown: Callable[[Cell], str],
         again: bool = False,
     ) -> list[Cell]:
-        """`measure` for several keys with their computations, in parallel where that is faster.
-
-        The computations are as `in_parallel` takes them; `again` repeats what is finished.
-        """
+        """`measure` for several keys with tasks of `in_parallel`; `again` repeats what is finished."""
         missing = [(key, task) for key, task in tasks if again or self.get(key) is None]
         results = in_parallel([task for _, task in missing], device)
         for (key, _), found in zip(missing, results, strict=True):
             print(shown(self.add(key, **found)), flush=True)
         return [self.get(key) for key, _ in tasks]
-
-
-def _append(file: io.FileIO, line: bytes) -> None:
-    """Write a whole line at once; a last line torn by a kill is closed first."""
-    if file.seek(0, os.SEEK_END):
-        file.seek(-1, os.SEEK_END)
-        line = line if file.read(1) == b"\n" else b"\n" + line
-    written = file.write(line)
-    if written != len(line):
-        raise OSError(f"{written} of {len(line)} bytes written")
-    os.fsync(file.fileno())
 
 
 def grouped(cells: Iterable[Cell], by: Callable[[Cell], Hashable]) -> dict[Hashable, list[Cell]]:
@@ -147,10 +132,7 @@ def finish(
     text: str,
     **more: Any,
 ) -> None:
-    """End of a measuring command: write {folder}/results.json, print the table `text`.
-
-    `summary` holds the means over seeds, `more` further facts for the file.
-    """
+    """Write {folder}/results.json with means over seeds and further facts; print the table `text`."""
     record = {"flags": cli.as_json(flags), **more, "environment": environment(device)}
     write_json(folder / "results.json", {**record, "summary": summary, "cells": cells})
     print(text)

@@ -18,19 +18,19 @@ def shuffled_classes(labels: Tensor, generator: torch.Generator) -> tuple[Tensor
     return order[labels[order].argsort(stable=True)].split(labels.bincount().tolist())
 
 
-def few_shot_indices(labels: Tensor, shots: int, generator: torch.Generator) -> Tensor:
-    """Sorted indices of `shots` samples of every class in `labels` (N,); a UserError if it has fewer."""
+def labelled_subset(
+    labels: Tensor, generator: torch.Generator, shots: int | None = None, fraction: float = 1.0
+) -> Tensor:
+    """Sorted indices of random samples of every class in `labels` (N,).
+
+    `shots` of each, a UserError if a class has fewer; None: a `fraction` of each, at least one.
+    """
     classes = shuffled_classes(labels, generator)
     fewest, label = min((len(mine), label) for label, mine in enumerate(classes) if len(mine))
-    if fewest < shots:
+    if shots is not None and fewest < shots:
         raise UserError(f"--shots {shots} is more than class {label} has ({fewest} samples)")
-    return torch.cat([mine[:shots] for mine in classes]).sort().values
-
-
-def label_fraction_indices(labels: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Sorted indices of a share of every class's samples, at least one each; labels (N,) int64."""
-    classes = shuffled_classes(labels, generator)
-    return torch.cat([mine[: max(1, round(fraction * len(mine)))] for mine in classes]).sort().values
+    parts = [mine[: shots or max(1, round(fraction * len(mine)))] for mine in classes]
+    return torch.cat(parts).sort().values
 
 
 def _mean_and_scale(train: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,16 +56,12 @@ def feature_error(predicted: Tensor, features: Tensor, train_features: Tensor) -
     return float(errors[:, scale > 0].double().mean())
 
 
-def linear_probe(
-    features: Tensor, labels: Tensor, num_classes: int, l2: float | None = None
-) -> tuple[Tensor, Tensor]:
+def linear_probe(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression by L-BFGS over the full batch.
 
-    Minimises mean cross-entropy + l2/2·‖W‖² (the bias is free) over standardised features (N, D)
-    and labels (N,); l2 None means 1/N, which is scikit-learn's C = 1. Returns weight (K, D) and
-    bias (K,).
+    Minimises mean cross-entropy + ‖W‖²/2N (the bias is free; scikit-learn's C = 1) over standardised
+    features (N, D) and labels (N,). Returns weight (K, D) and bias (K,).
     """
-    l2 = 1.0 / len(features) if l2 is None else l2
     labels = labels.to(features.device)
     weight = torch.zeros(num_classes, features.shape[1]).to(features).requires_grad_()
     bias = torch.zeros(num_classes).to(features).requires_grad_()
@@ -81,7 +77,7 @@ def linear_probe(
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(F.linear(features, weight, bias), labels)
-        loss = loss + 0.5 * l2 * weight.square().sum()
+        loss = loss + 0.5 * (1.0 / len(features)) * weight.square().sum()
         loss.backward()
         return loss
 

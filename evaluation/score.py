@@ -10,7 +10,7 @@ from torch import nn
 
 from data.load import ImageSet
 from data.synthetic import SyntheticSet
-from evaluation.fit import PROBE_BATCH, Trainer, accuracy, outputs
+from evaluation.fit import PROBE_BATCH, Trainer, held_out_accuracy
 from evaluation.recipes import Recipe
 from models.layout import images_at_once
 from utils.seed import derive_seed, make_generator
@@ -40,10 +40,9 @@ def score_network(
 ) -> Score:
     """Train the network `new_network(seed)` on a set, for epochs, and test it on real images.
 
-    The synthetic images are in the space that `image_set.stats` leads to, with class indices or
-    class probabilities (m, K). Every `test_every` epochs (None: only after the last) the network is
-    tested and `at_test` called with (epoch, network, accuracy); `check` is called after each step
-    and may raise to end the training.
+    The synthetic images are normalised as `image_set.stats` says, with class indices or class
+    probabilities (m, K). Every `test_every` epochs (None: only after the last) the network is tested
+    and `at_test` called with (epoch, network, accuracy); `check` may raise after each step.
     """
     network = new_network(derive_seed(seed, "network"))
     generator = make_generator(seed, "training")
@@ -60,6 +59,6 @@ def score_network(
 
 def share_correct(model: nn.Module, image_set: ImageSet, device: torch.device) -> float:
     """Test accuracy in [0, 1]; without a test split, accuracy on the training split."""
-    split = image_set.test or image_set.train
-    part = images_at_once(model, split.images.shape, device, PROBE_BATCH)
-    return accuracy(outputs(model, split.images, image_set, device, part), split.labels) / 100
+    shape = (image_set.test or image_set.train).images.shape
+    part = images_at_once(model, shape, device, PROBE_BATCH)
+    return held_out_accuracy(model, image_set, device, part) / 100

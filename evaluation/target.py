@@ -47,18 +47,17 @@ TARGET_CKPT = (
 
 
 class Target(Protocol):
-    """A frozen self-supervised target model."""
+    """A frozen target model: normalised images (b, C, H, W) -> features (b, dim), without gradient."""
 
     dim: int
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normalised images (b, C, H, W) -> features (b, dim), without gradient."""
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 class ForeignTarget(nn.Module):
     """A network from elsewhere as a map from normalised images of a data set to features (B, dim).
 
-    The images are brought into the form it was made for; all of it is differentiable in them.
+    The images are brought into the form it was made for; differentiable in them.
     """
 
     def __init__(self, found: Foundation, img_shape: tuple[int, int, int], stats: Stats) -> None:
@@ -68,15 +67,13 @@ class ForeignTarget(nn.Module):
         self.own = Space.of(Stats(found.mean, found.std), found.size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) normalised images -> (B, dim)."""
         return self.network(convert(x, self.given, self.own, self.mode))
 
 
 class Representation(nn.Module):
-    """A network without its head, as a map from images to pooled features.
+    """resnet50 or a network of zoo A without its head, as a map from images to pooled features.
 
-    The state dict of `backbone` has the published key layout of a target checkpoint (a
-    torchvision-style network without `fc`). `arch` is resnet50 or a name in zoo A.
+    The state dict of `backbone` is what a published target checkpoint holds.
     """
 
     def __init__(self, arch: str, img_shape: tuple[int, int, int]) -> None:
@@ -86,7 +83,7 @@ class Representation(nn.Module):
 
             self.backbone = StandardResNet50(img_shape[0])
         else:
-            self.backbone = get_model(arch, img_shape=img_shape, num_classes=1)
+            self.backbone = get_model(arch, img_shape, 1)
         self.backbone.fc = nn.Identity()
         self.dim = self.backbone.num_pooled
 
@@ -107,28 +104,20 @@ def resolve_checkpoint(arch: str, given: Path | None, data_name: str) -> Path | 
     return None if ":" in arch else default_checkpoint(arch, data_name)
 
 
-def target_command(arch: str, data_name: str, size: int, data_dir: Path) -> str:
-    """The command that makes the target model of a data set, for errors that miss it."""
-    return (
-        f"python -m krr_st.target --data_name {quote(data_name)} --img_size {size} "
-        f"--target_model {quote(arch)} --data_dir {quote(str(data_dir))}"
-    )
-
-
 def load_target(
     arch: str,
-    path: Path | None,
-    img_shape: tuple[int, int, int],
+    given: Path | None,
+    image_set: ImageSet,
     device: torch.device,
-    make_command: str,
-    stats: Stats | None = None,
+    *,
+    data_name: str,
+    data_dir: Path,
     layout: str = "channels_last",
 ) -> nn.Module:
-    """Load a target model, in eval mode and frozen.
+    """Load the target model of `data_name` for the images of `image_set`, in eval mode and frozen.
 
-    The file at `path` is a plain state dict without the head (a head that is there is left out);
-    None where `resolve_checkpoint` says so. `make_command` is printed when it does not exist. The
-    images are normalised with `stats`, which hf: and torchvision: alone need.
+    The checkpoint is that of `resolve_checkpoint`: a plain state dict without the head (a head that
+    is there is left out).
 
     Returns:
         A map from normalised images (B, C, H, W) to features (B, dim), with the attributes `dim` and
@@ -138,17 +127,20 @@ def load_target(
         UserError: missing file (with the command that makes it), or one that does not fit; an
             unknown, unreachable or unsuitable foreign network.
     """
+    path, img_shape = resolve_checkpoint(arch, given, data_name), image_set.img_shape
     family, colon, name = arch.partition(":")
     if colon:
-        if stats is None:
-            raise ValueError(f"{arch} needs the statistics its images are normalised with")
         found = pick(FOREIGN, family, "kind of target model")(name, path)
-        model = ForeignTarget(found, img_shape, stats)
+        model = ForeignTarget(found, img_shape, image_set.stats)
         model.fingerprint = state_fingerprint(found.network.state_dict())
         return place(model, device, layout).eval().requires_grad_(False)
     model = Representation(arch, img_shape)
     if not path.exists():
-        raise UserError(f"target checkpoint {path} does not exist; make it with: {make_command}")
+        command = (
+            f"python -m krr_st.target --data_name {quote(data_name)} --img_size {image_set.size} "
+            f"--target_model {quote(arch)} --data_dir {quote(str(data_dir))}"
+        )
+        raise UserError(f"target checkpoint {path} does not exist; make it with: {command}")
     state = checkpoint.load_state(path, what="target checkpoint")
     checkpoint.apply_state(model.backbone, state, origin=path, skip=("fc.",))
     model.fingerprint = state_fingerprint(model.backbone.state_dict())
@@ -173,15 +165,13 @@ class TargetFeatures:
 
     def __init__(self, target: nn.Module, image_set: ImageSet, device: torch.device) -> None:
         self.dim, self.digest = target.dim, fingerprint(target_sample(target, image_set, device))
-        self._of = lambda split: outputs(target, split.images, image_set, device).float()
-        self._image_set = image_set
 
-    @functools.cached_property
-    def splits(self) -> tuple[Tensor, Tensor]:
-        """(N, dim) of the training images and (M, dim) of the test images."""
-        return self._of(self._image_set.train), self._of(self._image_set.test)
+        @functools.cache
+        def features(split: str) -> Tensor:
+            return outputs(target, getattr(image_set, split).images, image_set, device).float()
+
+        self._features = features
 
     def error(self, predicted: Tensor) -> float:
         """Mean squared error of outputs for the test images (M, dim); see `feature_error`."""
-        train, test = self.splits
-        return feature_error(predicted.float(), test, train)
+        return feature_error(predicted.float(), self._features("test"), self._features("train"))

@@ -11,24 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.augment import default_padding
 from data.augment.dsa import without_flip
-from data.load import ImageSet, ImageSplit, load_set
+from data.load import ImageSet, load_set
+from data.loader import ImagePipeline
 from data.meta import read_meta
 from data.specs import KRR_SPECS
 from data.synthetic import SyntheticSet
-from evaluation.fit import finetune, outputs, pretrain
+from evaluation.fit import Trainer, held_out_accuracy, outputs, pretrain
 from evaluation.measure import Cell, CellStore, finish, grouped, spread
-from evaluation.presets import Preset, resolve_preset, resolve_targets
-from evaluation.probe import few_shot_indices, frozen_accuracy, label_fraction_indices
+from evaluation.presets import resolve_preset, resolve_targets
+from evaluation.probe import frozen_accuracy, labelled_subset
 from evaluation.recipes import SCRATCH, Recipe, finetune_recipe, pretrain_recipe
-from evaluation.target import (
-    TARGET_CKPT,
-    TARGET_MODEL,
-    TargetFeatures,
-    load_target,
-    resolve_checkpoint,
-    target_command,
-)
+from evaluation.target import TARGET_CKPT, TARGET_MODEL, TargetFeatures, load_target
 from models import get_model
 from utils.checkpoint import apply_state, fingerprint
 from utils.cli import SEED, DeviceFlags, flag
@@ -60,28 +55,6 @@ class MeasureFlags(DeviceFlags):
     dropout: float = flag(0.0, "dropout before the last layer", minimum=0, maximum=0.99)
     img_size: int | None = flag(None, "side in pixels; default: the source's preset", minimum=4)
     steps_scale: float = flag(1.0, "factor on all training lengths, for quick looks", above=0)
-
-    def setting(self) -> tuple[Preset, str, torch.device]:
-        """The source's preset, the network that is tested, and where to compute."""
-        preset = resolve_preset(self.source_data_name, self.data_dir, self.img_size)
-        arch = preset.network if self.test_model == "base" else self.test_model.lower()
-        return preset, arch, resolve_device(self.device, self.gpu_id)
-
-    def settings(self, method: str, arch: str, size: int, pretraining: Pretraining | None) -> dict[str, Any]:
-        """Everything but measure, target and seed that a cell's value depends on."""
-        return {
-            "source": self.source_data_name,
-            "method": method,
-            "model": arch,
-            "size": size,
-            "dropout": self.dropout,
-            "steps_scale": self.steps_scale,
-            **(pretraining.record() if pretraining else {}),
-        }
-
-    def footnote(self, text: str) -> str:
-        """`text` below a table, with what makes its numbers incomparable."""
-        return text + f"; lengths scaled by {self.steps_scale}, not the table's" * (self.steps_scale != 1)
 
 
 @dataclass(frozen=True)
@@ -165,7 +138,6 @@ class Measure:
 
     @classmethod
     def of(cls, cell: Cell) -> Measure:
-        """The measure whose cell it is."""
         return cls(cell["protocol"], cell["shots"], cell.get("probe_on", "body"), cell["label_fraction"])
 
     @property
@@ -174,7 +146,6 @@ class Measure:
         return "error" if self.protocol == TARGET_ERROR else "accuracy"
 
     def heading(self) -> str:
-        """The head of the column."""
         if self.protocol == TARGET_ERROR:
             return "error of target features"
         budget = "all labels" if self.shots == "all" else f"{self.shots} labels per class"
@@ -182,15 +153,10 @@ class Measure:
             budget = f"{100 * self.fraction:g} % of labels"
         return budget if self.on == "body" else f"outputs, {budget}"
 
-    def shown(self, values: Sequence[float]) -> str:
-        """Mean and spread in the table."""
-        return format_mean_std(values, 3 if self.protocol == TARGET_ERROR else 2)
-
 
 def describe(cell: Cell) -> str:
     """A finished cell in one line."""
-    measure = Measure.of(cell)
-    where = f"{cell['target']}, seed {cell['seed']}"
+    measure, where = Measure.of(cell), f"{cell['target']}, seed {cell['seed']}"
     if measure.protocol == TARGET_ERROR:
         return f"{where}: error of target features {cell['error']:.4f}"
     on = "" if measure.on == "body" else " on outputs"
@@ -220,14 +186,25 @@ def wanted_measures(flags: ScratchFlags) -> list[Measure]:
     return found + [Measure(TARGET_ERROR, on="outputs")] * flags.target_error
 
 
+def labelled_indices(target: ImageSet, measure: Measure, seed: int) -> Tensor:
+    """Which labelled images a cell may use: a draw from `seed` alone, so the same for all methods."""
+    labels, shots, fraction = target.train.labels, measure.shots, measure.fraction
+    if fraction is None and shots == "all":
+        return torch.arange(len(labels))
+    generator = make_generator(seed, "labelled subset", shots, fraction)
+    try:
+        return labelled_subset(labels, generator, None if fraction else int(shots), fraction)
+    except UserError as error:
+        raise UserError(f"{target.name}: {error}") from None
+
+
 @dataclass(frozen=True)
 class Pretraining:
-    """A synthetic set and how it trains a network; None in its place means: from scratch."""
+    """A synthetic set and how it trains a network of so many outputs."""
 
     synthetic: SyntheticSet
     recipe: Recipe
     outputs: int
-    scale: float
 
     def record(self) -> dict[str, Any]:
         """What a cell's value depends on."""
@@ -235,92 +212,12 @@ class Pretraining:
         return {"pretraining": self.recipe.record(), "synthetic_set": digest}
 
 
-def build_backbone(
-    arch: str,
-    img_shape: tuple[int, int, int],
-    pretraining: Pretraining | None,
-    *,
-    dropout: float,
-    seed: int,
-    device: torch.device,
-    width: int = 1,
-) -> nn.Module:
-    """A network initialised from `seed`, pre-trained unless `pretraining` is None; eval mode.
-
-    `width` is the number of outputs where no pre-training says it.
-    """
-    with local_seed(derive_seed(seed, "network")):
-        model = get_model(arch, img_shape, pretraining.outputs if pretraining else width, dropout)
-        model = place(model, device)
-        if pretraining is not None:
-            generator = make_generator(seed, "pre-training")
-            pretrain(model, pretraining.synthetic, pretraining.recipe, generator, pretraining.scale)
-    return model.eval()
-
-
-def with_new_head(
-    backbone: nn.Module, arch: str, target: ImageSet, dropout: float, device: torch.device
-) -> nn.Module:
-    """A copy of a pre-trained network with a head for the target's classes, drawn by global randomness."""
-    model = get_model(arch, target.img_shape, target.num_classes, dropout)
-    apply_state(model, backbone.state_dict(), origin="the pre-trained network", skip=("fc.",))
-    return place(model, device)
-
-
-def labelled_indices(target: ImageSet, measure: Measure, seed: int) -> Tensor:
-    """Which labelled images a cell may use: a draw from `seed` alone, so the same for all methods."""
-    labels, shots, fraction = target.train.labels, measure.shots, measure.fraction
-    generator = make_generator(seed, "labelled subset", shots, fraction)
-    if fraction is not None:
-        return label_fraction_indices(labels, fraction, generator)
-    if shots == "all":
-        return torch.arange(len(labels))
-    try:
-        return few_shot_indices(labels, int(shots), generator)
-    except UserError as error:
-        raise UserError(f"{target.name}: {error}") from None
-
-
-class TargetTask:
-    """One target set met by the network that `backbone` gives: features are computed at most once."""
-
-    def __init__(self, backbone: Callable[[], nn.Module], target: ImageSet, device: torch.device) -> None:
-        self.backbone, self.target, self.device = backbone, target, device
-        self._kept: dict[tuple[str, str], Tensor] = {}
-
-    def frozen(self, measure: Measure, index: Tensor) -> float:
-        """Test accuracy in % of a classifier on frozen features of the images at `index`."""
-        train, test, on = self.target.train, self.target.test, measure.on
-        if ("train", on) not in self._kept and 4 * len(index) < len(train):
-            # few: the others' features may never be asked for
-            features = self._compute(train.images[index], on)
-        else:
-            features = self.features("train", on)[index.to(self.device)]
-        seen, unseen = (features, train.labels[index]), (self.features("test", on), test.labels)
-        return frozen_accuracy(measure.protocol, *seen, *unseen, self.target.num_classes)
-
-    def features(self, split: str, on: str) -> Tensor:
-        """Body features or outputs for a split, "train" or "test": (N, D) on the device."""
-        if (split, on) not in self._kept:
-            self._kept[split, on] = self._compute(getattr(self.target, split).images, on)
-        return self._kept[split, on]
-
-    def _compute(self, images: Tensor, on: str) -> Tensor:
-        backbone = self.backbone()
-        function = backbone.embed if on == "body" else backbone
-        return outputs(function, images, self.target, self.device)
-
-
-def may_mirror(name: str, data_dir: Path) -> bool:
-    """Whether mirror images of a set mean the same: its row says so, or its meta.json if any."""
-    spec = KRR_SPECS.get(name)
-    return spec.hflip if spec else bool(read_meta(Path(data_dir) / name).get("hflip", True))
-
-
-def source_classes(name: str, data_dir: Path) -> int:
-    """How many classes a source has by its row, else its meta.json; 0 where neither says it."""
-    spec = KRR_SPECS.get(name)
-    return spec.num_classes if spec else len(read_meta(data_dir / name).get("class_names") or ())
+def source_facts(name: str, data_dir: Path) -> tuple[int, bool]:
+    """Of a source, by its row or else its meta.json: classes (0: unknown), and whether it may be mirrored."""
+    if name in KRR_SPECS:
+        return KRR_SPECS[name].num_classes, KRR_SPECS[name].hflip
+    meta = read_meta(data_dir / name)
+    return len(meta.get("class_names") or ()), bool(meta.get("hflip", True))
 
 
 def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = False) -> Pretraining:
@@ -330,31 +227,32 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
         UserError: unknown method, missing or damaged set, one of another image size or with
             labels that the source does not have.
     """
-    recipe = pretrain_recipe(flags.method, flags.source_data_name, arch, kd=kd).with_flags(flags, "pre_")
-    if flags.pre_dsa is None and not may_mirror(flags.source_data_name, flags.data_dir):
+    source = flags.source_data_name
+    recipe = pretrain_recipe(flags.method, source, arch, kd=kd).with_flags(flags, "pre_")
+    classes, mirrored = source_facts(source, flags.data_dir)
+    if flags.pre_dsa is None and not mirrored:
         recipe = recipe.override(dsa=without_flip(recipe.dsa))
-    path = flags.synthetic_path or flags.synthetic_data_dir / flags.source_data_name / flags.method
+    path = flags.synthetic_path or flags.synthetic_data_dir / source / flags.method
     synthetic = SyntheticSet.load(path)
-    if synthetic.images.shape[2:] != (size, size):
-        found = tuple(synthetic.images.shape[2:])
+    found = tuple(synthetic.images.shape[2:])
+    if found != (size, size):
         raise UserError(f"{path} holds images of {found} pixels, expected {size} x {size}; see --img_size")
     by_class = recipe.loss == "cross_entropy"
     if synthetic.soft == by_class:
         wanted = "class indices" if by_class else "float vectors"
         raise UserError(f"{path}: method {flags.method} is pre-trained on {wanted}, found others")
     if synthetic.soft:
-        return Pretraining(synthetic, recipe, synthetic.targets.shape[1], flags.steps_scale)
+        return Pretraining(synthetic, recipe, synthetic.targets.shape[1])
     seen = int(synthetic.targets.max()) + 1
-    classes = source_classes(flags.source_data_name, flags.data_dir) or seen
-    if seen > classes:
-        raise UserError(f"{path} holds label {seen - 1}, but {flags.source_data_name} has {classes} classes")
-    return Pretraining(synthetic, recipe, classes, flags.steps_scale)
+    if seen > (classes or seen):
+        raise UserError(f"{path} holds label {seen - 1}, but {source} has {classes} classes")
+    return Pretraining(synthetic, recipe, classes or seen)
 
 
 def load_targets(
     names: Sequence[str], size: int, data_dir: Path, img_shape: tuple[int, ...] | None
 ) -> list[ImageSet]:
-    """Read every target once; of a set that has no test split the training split stands in.
+    """Read every target once; the training split stands in for the test split of a set without one.
 
     `img_shape` is the (C, H, W) that one network takes; None: the first target's.
 
@@ -370,15 +268,107 @@ def load_targets(
         if target.num_classes is None or target.test is None or target.test.labels is None:
             what = "test split" if target.test is None else "labels in each split"
             raise UserError(f"{target.train.path.parent} has no {what}; a target needs both")
-        wanted = img_shape or (targets or [target])[0].img_shape
-        if target.img_shape != wanted:
-            found = target.img_shape
-            raise UserError(f"images of {name} are {found}, those the network is made for {wanted}")
+        found, img_shape = target.img_shape, img_shape or target.img_shape
+        if found != img_shape:
+            raise UserError(f"images of {name} are {found}, those the network is made for {img_shape}")
         targets.append(target)
     return targets
 
 
-class Transfer:
+class Measurement:
+    """Networks of one source and method, measured with several seeds: what the three commands share.
+
+    A subclass measures one seed in `repetition` and shows all cells in `summary` and `table`.
+    """
+
+    protocol: str  # the last folder of the results
+    knobs: str  # flags that save memory, in words
+    pretraining: Pretraining | None = None  # None: from scratch
+    width = 1  # outputs of a network
+
+    def __init__(self, flags: MeasureFlags) -> None:
+        self.flags, self.method = flags, getattr(flags, "method", SCRATCH)
+        self.preset = resolve_preset(flags.source_data_name, flags.data_dir, flags.img_size)
+        self.arch = self.preset.network if flags.test_model == "base" else flags.test_model.lower()
+        self.device = resolve_device(flags.device, flags.gpu_id)
+
+    def settings(self) -> dict[str, Any]:
+        """What the value of every cell depends on."""
+        return {
+            "source": self.flags.source_data_name,
+            "method": self.method,
+            "model": self.arch,
+            "size": self.preset.size,
+            "dropout": self.flags.dropout,
+            "steps_scale": self.flags.steps_scale,
+            **(self.pretraining.record() if self.pretraining else {}),
+        }
+
+    def backbone(self, seed: int, img_shape: tuple[int, int, int]) -> nn.Module:
+        """A network initialised from `seed` and pre-trained, if at all; eval mode."""
+        with local_seed(derive_seed(seed, "network")):
+            model = place(get_model(self.arch, img_shape, self.width, self.flags.dropout), self.device)
+            if self.pretraining is not None:
+                synthetic, recipe = self.pretraining.synthetic, self.pretraining.recipe
+                generator = make_generator(seed, "pre-training")
+                pretrain(model, synthetic, recipe, generator, self.flags.steps_scale)
+        return model.eval()
+
+    def with_new_head(self, backbone: nn.Module, target: ImageSet) -> nn.Module:
+        """A copy of a network with a head for the target's classes, drawn by global randomness."""
+        model = get_model(self.arch, target.img_shape, target.num_classes, self.flags.dropout)
+        apply_state(model, backbone.state_dict(), origin="the pre-trained network", skip=("fc.",))
+        return place(model, self.device)
+
+    def repetition(self, seed: int, store: CellStore) -> list[Cell]:
+        """All cells of one seed."""
+        raise NotImplementedError
+
+    def summary(self, cells: list[Cell]) -> list[dict[str, Any]]:
+        """Means over seeds, for results.json."""
+        raise NotImplementedError
+
+    def table(self, cells: list[Cell]) -> tuple[str, str]:
+        """The printed table and the note below it."""
+        raise NotImplementedError
+
+    def run(self) -> int:
+        """Measure every seed, print the table, write results.json; finished cells stay in results.jsonl."""
+        flags, first = self.flags, resolve_seed(self.flags.seed)
+        store, cells = CellStore(flags.log_dir / "results.jsonl"), []
+        with out_of_memory_says(self.device, self.knobs):
+            for seed in range(first, first + flags.num_test):
+                cells += self.repetition(seed, store)
+        text, note = self.table(cells)
+        if flags.steps_scale != 1:
+            note += f"; lengths scaled by {flags.steps_scale}, not the table's"
+        folder = flags.log_dir / flags.source_data_name / self.method / self.arch / self.protocol
+        finish(folder, flags, self.device, cells, self.summary(cells), f"{text}\n{note}")
+        return 0
+
+
+class Features:
+    """Features of one target's images by the network that `backbone` gives, computed at most once."""
+
+    def __init__(self, backbone: Callable[[], nn.Module], target: ImageSet, device: torch.device) -> None:
+        self.backbone, self.target, self.device = backbone, target, device
+        self._kept: dict[tuple[str, str], Tensor] = {}
+
+    def __call__(self, split: str, on: str, index: Tensor | None = None) -> Tensor:
+        """Of a split, "train" or "test", or its images at `index`: body or outputs, (N, D) on the device."""
+        images, key = getattr(self.target, split).images, (split, on)
+        if key not in self._kept:
+            if index is not None and 4 * len(index) < len(images):
+                return self._compute(images[index], on)  # the others' features may never be asked for
+            self._kept[key] = self._compute(images, on)
+        return self._kept[key] if index is None else self._kept[key][index.to(self.device)]
+
+    def _compute(self, images: Tensor, on: str) -> Tensor:
+        backbone = self.backbone()
+        return outputs(backbone.embed if on == "body" else backbone, images, self.target, self.device)
+
+
+class Transfer(Measurement):
     """A synthetic set (or none) met by target sets: everything read and checked, ready to measure.
 
     `flags` are those of test_scratch.py, or TestFlags with a method; `measures` and `targets` (read
@@ -388,41 +378,41 @@ class Transfer:
         UserError: bad flags, data or synthetic set.
     """
 
+    knobs = "lower --pre_batch_size or --finetune_batch_size"
+
     def __init__(
         self,
         flags: ScratchFlags,
         measures: list[Measure] | None = None,
         targets: list[ImageSet] | None = None,
     ) -> None:
-        self.flags = flags
         self.measures = wanted_measures(flags) if measures is None else measures
-        preset, self.arch, self.device = flags.setting()
-        self.method, self.pretraining, shape = SCRATCH, None, None
+        super().__init__(flags)
+        self.protocol, shape = flags.protocol, None
         if isinstance(flags, TestFlags):
-            self.method = flags.method
-            self.pretraining = load_pretraining(flags, preset.size, self.arch)
-            shape = tuple(self.pretraining.synthetic.images.shape[1:])
+            self.pretraining = load_pretraining(flags, self.preset.size, self.arch)
+            self.width, shape = self.pretraining.outputs, tuple(self.pretraining.synthetic.images.shape[1:])
             print(f"pre-training: {self.pretraining.recipe}")
-        self.settings = flags.settings(self.method, self.arch, preset.size, self.pretraining)
+        self.common = self.settings()
         if targets is None:
             names = resolve_targets(flags.source_data_name, flags.target_data_name, flags.data_dir)
-            targets = load_targets(names, preset.size, flags.data_dir, shape)
+            targets = load_targets(names, self.preset.size, flags.data_dir, shape)
         self.targets = targets
         for target in targets:  # what cannot be measured is said before anything is trained
             get_model(self.arch, target.img_shape, target.num_classes)
             for measure in self.measures:
                 labelled_indices(target, measure, flags.seed or 0)
-        self.features: dict[str, TargetFeatures] = {}
+        self.target_features: dict[str, TargetFeatures] = {}
         outputs_read = any(measure.on == "outputs" for measure in self.measures)
         if flags.target_error or (self.pretraining is None and outputs_read):
-            self.features = {t.name: self._target_features(t, preset) for t in targets}
+            self.target_features = {t.name: self._features_of(t) for t in targets}
+            self.width = self.target_features[targets[0].name].dim
 
-    def _target_features(self, target: ImageSet, preset: Preset) -> TargetFeatures:
+    def _features_of(self, target: ImageSet) -> TargetFeatures:
         flags, pretraining = self.flags, self.pretraining
-        name = flags.target_model or preset.target_model
-        path = resolve_checkpoint(name, flags.target_ckpt, flags.source_data_name)
-        hint = target_command(name, flags.source_data_name, preset.size, flags.data_dir)
-        model = load_target(name, path, target.img_shape, self.device, hint, target.stats)
+        name = flags.target_model or self.preset.target_model
+        where = dict(data_name=flags.source_data_name, data_dir=flags.data_dir)
+        model = load_target(name, flags.target_ckpt, target, self.device, **where)
         if pretraining and not (pretraining.synthetic.soft and pretraining.outputs == model.dim):
             kind = "target vectors" if pretraining.synthetic.soft else "class labels"
             raise UserError(
@@ -431,17 +421,10 @@ class Transfer:
             )
         return TargetFeatures(model, target, self.device)
 
-    @property
-    def width(self) -> int:
-        """Outputs of the network: the pre-training's, else the target model's features."""
-        if self.pretraining is not None:
-            return self.pretraining.outputs
-        return next((features.dim for features in self.features.values()), 1)
-
     def key(self, target: ImageSet, measure: Measure, seed: int) -> dict[str, Any]:
         """All that a cell's value depends on."""
         key = {
-            **self.settings,
+            **self.common,
             "protocol": measure.protocol,
             "target": target.name,
             "target_data": target.fingerprint,
@@ -456,85 +439,75 @@ class Transfer:
         if target.test is target.train:
             key["tested_on"] = "training images"
         if measure.protocol == TARGET_ERROR:
-            key["target_model"] = self.features[target.name].digest
+            key["target_model"] = self.target_features[target.name].digest
         return key
 
     def finetuning(self, target: ImageSet) -> Recipe:
         """How a copy of the network is fine-tuned on a target."""
         return finetune_recipe(target.name, self.arch, target.size).with_flags(self.flags, "finetune_")
 
-    def finetuned(self, task: TargetTask, index: Tensor, seed: int) -> float:
-        """Test accuracy in % after fine-tuning a copy of the network on the images at `index`."""
-        target, flags = task.target, self.flags
-        recipe, train, backbone = self.finetuning(target), target.train, task.backbone()
+    def finetuned(self, backbone: nn.Module, target: ImageSet, index: Tensor, seed: int) -> float:
+        """Test accuracy in % after fine-tuning a copy of the network on the images at `index`.
+
+        All of it is trained, with crop and flip; the test split is read once, after the last step.
+        """
+        recipe, train = self.finetuning(target), target.train
         print(f"fine-tuning on {target.name}: {recipe}, {'crop and flip' if target.hflip else 'crop'}")
+        images, labels = train.images, train.labels
         if len(index) < len(train):
-            train = ImageSplit(train.images[index], train.labels[index], train.path)
+            images, labels = images[index], labels[index]
+        views = ImagePipeline(target.stats, pad=default_padding(target.size), hflip=target.hflip)
         generator = make_generator(seed, "fine-tuning", target.name)
         with local_seed(derive_seed(seed, "head", target.name)):
-            model = with_new_head(backbone, self.arch, target, flags.dropout, self.device)
-            return finetune(model, target, train, recipe, generator, flags.steps_scale)
+            model = self.with_new_head(backbone, target)
+            loader = recipe.loader(images, labels, self.device, generator, views)
+            trainer = Trainer(model, loader, recipe, scale=self.flags.steps_scale)
+            return held_out_accuracy(trainer.run(what="fine-tuning", progress=True), target, self.device)
 
     def repetition(self, seed: int, store: CellStore) -> list[Cell]:
         """All cells of one seed: one pre-trained network serves every target and measure."""
-        cells, arch, device, dropout = [], self.arch, self.device, self.flags.dropout
-
-        @functools.cache
-        def backbone() -> nn.Module:
-            shape = self.targets[0].img_shape
-            common = dict(dropout=dropout, seed=seed, device=device, width=self.width)
-            return build_backbone(arch, shape, self.pretraining, **common)
-
+        backbone = functools.cache(lambda: self.backbone(seed, self.targets[0].img_shape))
+        cells = []
         for target in self.targets:
-            task = TargetTask(backbone, target, device)
+            features = Features(backbone, target, self.device)
             for measure in self.measures:
-                compute = functools.partial(self._measure, task, measure, seed)
+                compute = functools.partial(self._measure, features, measure, seed)
                 cells.append(store.measure(self.key(target, measure, seed), compute, describe))
         return cells
 
-    def _measure(self, task: TargetTask, measure: Measure, seed: int) -> dict[str, Any]:
+    def _measure(self, features: Features, measure: Measure, seed: int) -> dict[str, Any]:
+        target, on = features.target, measure.on
         if measure.protocol == TARGET_ERROR:
-            return {"error": self.features[task.target.name].error(task.features("test", "outputs"))}
-        index = labelled_indices(task.target, measure, seed)
+            return {"error": self.target_features[target.name].error(features("test", on))}
+        index = labelled_indices(target, measure, seed)
         if measure.protocol == "finetune":
-            value = self.finetuned(task, index, seed)
+            value = self.finetuned(features.backbone(), target, index, seed)
         else:
-            value = task.frozen(measure, index)
+            train = features("train", on, index), target.train.labels[index]
+            test = features("test", on), target.test.labels
+            value = frozen_accuracy(measure.protocol, *train, *test, target.num_classes)
         return {"accuracy": value, "labelled": len(index)}
+
+    def summary(self, cells: list[Cell]) -> list[dict[str, Any]]:
+        groups = grouped(cells, lambda cell: (cell["target"], Measure.of(cell)))
+        return [{"target": t, **asdict(m), **spread(mine, m.field)} for (t, m), mine in groups.items()]
+
+    def table(self, cells: list[Cell]) -> tuple[str, str]:
+        """Targets as rows, measures as columns: test accuracy in %, or the error."""
+        measures, rows = list(dict.fromkeys(map(Measure.of, cells))), []
+        for name, mine in grouped(cells, lambda cell: cell["target"]).items():
+            stand_in = {cell.get("tested_on") for cell in mine} - {None}
+            rows.append([" on ".join([name, *stand_in])])
+            found = grouped(mine, Measure.of)
+            for m in measures:
+                values = [cell[m.field] for cell in found.get(m, ())]
+                rows[-1].append(format_mean_std(values, 3 if m.protocol == TARGET_ERROR else 2))
+        note = f"test accuracy in %, {self.protocol}, mean ± std over {self.flags.num_test} seeds"
+        if self.flags.target_error:
+            note += "; error of the outputs in variances of the target's features: 1 predicts the mean"
+        return markdown(["target", *(m.heading() for m in measures)], rows), note
 
 
 def run_transfer(flags: ScratchFlags) -> int:
-    """Measure every (target, labels, seed) cell, print the table, write results.json.
-
-    Finished cells stay in results.jsonl whatever comes after them.
-    """
-    first = resolve_seed(flags.seed)
-    transfer = Transfer(replace(flags, seed=first))
-    store, cells = CellStore(flags.log_dir / "results.jsonl"), []
-    with out_of_memory_says(transfer.device, "lower --pre_batch_size or --finetune_batch_size"):
-        for seed in range(first, first + flags.num_test):
-            cells += transfer.repetition(seed, store)
-    groups = grouped(cells, lambda cell: (cell["target"], Measure.of(cell)))
-    summary = [
-        {"target": target, **asdict(measure), **spread(mine, measure.field)}
-        for (target, measure), mine in groups.items()
-    ]
-    folder = flags.log_dir / flags.source_data_name / transfer.method / transfer.arch / flags.protocol
-    finish(folder, flags, transfer.device, cells, summary, table(cells, flags))
-    return 0
-
-
-def table(cells: list[Cell], flags: ScratchFlags) -> str:
-    """Targets as rows, measures as columns: test accuracy in %, or the error."""
-    measures = list(dict.fromkeys(map(Measure.of, cells)))
-    rows = []
-    for name, mine in grouped(cells, lambda cell: cell["target"]).items():
-        stand_in = {cell.get("tested_on") for cell in mine} - {None}
-        found = grouped(mine, Measure.of)
-        shown = [m.shown([cell[m.field] for cell in found.get(m, ())]) for m in measures]
-        rows.append([" on ".join([name, *stand_in]), *shown])
-    text = markdown(["target", *(m.heading() for m in measures)], rows)
-    note = f"test accuracy in %, {flags.protocol}, mean ± std over {flags.num_test} seeds"
-    if flags.target_error:
-        note += "; error of the outputs in variances of the target's features: 1 predicts the mean"
-    return f"{text}\n{flags.footnote(note)}"
+    """Measure every (target, labels, seed) cell."""
+    return Transfer(flags).run()

@@ -23,7 +23,7 @@ from data.synthetic import SyntheticSet
 from distillation.selection import balanced_indices, kmeans_indices, random_indices
 from evaluation.fit import outputs
 from evaluation.presets import resolve_preset
-from evaluation.target import load_target, resolve_checkpoint, target_command
+from evaluation.target import load_target
 from krr_st.config import BaselineFlags
 from utils import cli
 from utils.device import resolve_device
@@ -122,11 +122,10 @@ def main(argv: list[str] | None = None) -> int:
             f"--num_images {count} is more than the {len(image_set.train)} images in {image_set.train.path}"
         )
     name = flags.target_model or preset.target_model
-    path = resolve_checkpoint(name, flags.target_ckpt, flags.data_name)
-    hint = target_command(name, flags.data_name, preset.size, flags.data_dir)
 
     def target() -> nn.Module:
-        return load_target(name, path, image_set.img_shape, device, hint, image_set.stats)
+        where = dict(data_name=flags.data_name, data_dir=flags.data_dir)
+        return load_target(name, flags.target_ckpt, image_set, device, **where)
 
     x, y = make(Request(image_set, count, flags.kmeans_space, seed, device, target))
     folder = Path(flags.synthetic_data_dir) / flags.data_name / flags.method

@@ -20,7 +20,7 @@ from distillation.run import Method, Setup
 from evaluation.linear import LinearEvaluation, is_labelled
 from evaluation.presets import resolve_preset
 from evaluation.recipes import Recipe
-from evaluation.target import load_target, resolve_checkpoint, target_command
+from evaluation.target import load_target, resolve_checkpoint
 from krr_st.config import TrainFlags
 from models import get_model
 from utils import checkpoint
@@ -98,12 +98,11 @@ class KernelSetup(Setup):
                 f"--outer_batch_size: a batch of {batch} images cannot be dealt to {group.ranks} "
                 "processes; use a multiple of their number"
             )
-        hint = target_command(flags.target_model, flags.data_name, flags.img_size, flags.data_dir)
-        shape, stats, layout = image_set.img_shape, image_set.stats, flags.layout
-        model = load_target(flags.target_model, flags.target_ckpt, shape, device, hint, stats, layout)
+        where = dict(data_name=flags.data_name, data_dir=flags.data_dir, layout=flags.layout)
+        model = load_target(flags.target_model, flags.target_ckpt, image_set, device, **where)
         self.target, self.target_fingerprint = FrozenTarget(model, flags.precision), model.fingerprint
         for arch in (flags.train_model, flags.test_model):  # an unknown name fails now
-            get_model(arch, shape, model.dim)
+            get_model(arch, image_set.img_shape, model.dim)
 
     @property
     def folder(self) -> Path:

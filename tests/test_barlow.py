@@ -2,6 +2,8 @@
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,11 @@ STATS = Stats((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 PLAIN = Stats((0.0,) * 3, (1.0,) * 3)
 CPU = torch.device("cpu")
 NET = "convnet_3_4_bn"
+
+
+def load(path):
+    images = SimpleNamespace(img_shape=(3, 8, 8), size=8)
+    return load_target(NET, path, images, CPU, data_name="tiny", data_dir=Path("datasets"))
 
 
 def generator(seed=0):
@@ -209,7 +216,7 @@ def test_target_command(tmp_path, capsys):
     assert "there already" in capsys.readouterr().out
     assert train_target(tmp_path, "--lr", "0.5") == 2
     assert "lr 0.001 -> 0.5" in capsys.readouterr().err
-    model = load_target(NET, tmp_path / "ckpt" / f"barlow_twins_{NET}_tiny.pt", (3, 8, 8), CPU, "make it")
+    model = load(tmp_path / "ckpt" / f"barlow_twins_{NET}_tiny.pt")
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert model(torch.zeros(2, 3, 8, 8)).shape == (2, model.dim) == (2, 4)
 
@@ -261,7 +268,7 @@ def checkpoint_file(tmp_path, change):
 
 def test_load_target_ignores_the_head_alone(tmp_path):
     path = checkpoint_file(tmp_path, lambda s: s.update({"fc.weight": torch.zeros(7, 4)}))
-    load_target(NET, path, (3, 8, 8), CPU, "make it")
+    load(path)
 
 
 @pytest.mark.parametrize(
@@ -274,9 +281,9 @@ def test_load_target_ignores_the_head_alone(tmp_path):
 )
 def test_load_target_names_what_does_not_fit(tmp_path, change, named):
     with pytest.raises(UserError, match=named):
-        load_target(NET, checkpoint_file(tmp_path, change), (3, 8, 8), CPU, "make it")
+        load(checkpoint_file(tmp_path, change))
 
 
 def test_load_target_says_how_to_make_a_missing_file(tmp_path):
-    with pytest.raises(UserError, match=r"make it with: python -m krr_st\.target --x"):
-        load_target(NET, tmp_path / "no.pt", (3, 8, 8), CPU, "python -m krr_st.target --x")
+    with pytest.raises(UserError, match=rf"make it with: python -m krr_st\.target .*--target_model {NET} "):
+        load(tmp_path / "no.pt")

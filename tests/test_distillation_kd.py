@@ -21,7 +21,7 @@ from krr_st import kd_teacher
 from models import get_model
 from utils import checkpoint
 from utils.errors import UserError
-from utils.seed import draw_seed, make_generator
+from utils.seed import derive_seed, draw_seed, local_seed, make_generator
 
 NET = "convnet_4_8_bn"
 ARGV = [
@@ -153,7 +153,7 @@ def test_a_restart_keeps_finished_cells(goal, capsys, monkeypatch):
     assert len(cells()) == 4 and result["cells"] == cells()[2:]
     assert all(cell["accuracy"] == cell["accuracy_batch"] for cell in cells()[2:])
     assert result["summary"][0]["mean"] == result["summary"][0]["mean_batch"]
-    monkeypatch.setattr(kd.Distillation, "run", None)  # training again would fail
+    monkeypatch.setattr(kd.Distillation, "distil", None)  # training again would fail
     assert test_kd.main([*ARGV, "--kd_bn", "batch"]) == test_kd.main(ARGV) == 0
 
 
@@ -297,7 +297,8 @@ def test_scratch_differs_from_random_features_by_its_pre_training(goal, monkeypa
         )
     )
     student = shared.student(3).state_dict()
-    untrained = kd.build_backbone(NET, (3, 8, 8), None, dropout=0.0, seed=3, device=CPU)
+    with local_seed(derive_seed(3, "network")):
+        untrained = get_model(NET, (3, 8, 8), 1)
     for key, value in untrained.state_dict().items():
         assert key.startswith("fc.") or torch.equal(student[key], value)
     calls = recorded(monkeypatch)
@@ -322,9 +323,7 @@ def test_student_keeps_the_pre_trained_backbone_and_gets_a_fresh_head(goal):
         pre_epoch=2,
     )
     shared = kd.Distillation(flags)
-    backbone = kd.build_backbone(
-        NET, (3, 8, 8), shared.pretraining, dropout=0.0, seed=3, device=CPU
-    ).state_dict()
+    backbone = shared.backbone(3, (3, 8, 8)).state_dict()
     student = shared.student(3).state_dict()
     assert student["fc.weight"].shape == (4, 32) and backbone["fc.weight"].shape == (5, 32)
     assert all(torch.equal(student[k], backbone[k]) for k in student if not k.startswith("fc."))

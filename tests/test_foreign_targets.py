@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
@@ -116,7 +117,8 @@ def prepared(x, side, own, mode="bilinear"):
 
 
 def load(name, path=None, shape=SHAPE, stats=STATS):
-    return load_target(name, path, shape, CPU, "no command", stats)
+    images = SimpleNamespace(img_shape=shape, stats=stats)
+    return load_target(name, path, images, CPU, data_name="tiny", data_dir=Path("datasets"))
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)

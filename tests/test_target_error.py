@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, write_set
+from conftest import write_set
 from test_transfer import SHARED, SHORT, cells, fails
 
 import test as test_command
@@ -14,7 +14,7 @@ from data.load import load_set
 from data.synthetic import SyntheticSet
 from evaluation.probe import feature_error
 from evaluation.target import Representation
-from evaluation.transfer import TestFlags, build_backbone, load_pretraining
+from evaluation.transfer import Measurement, ScratchFlags, TestFlags, Transfer
 from utils import checkpoint
 from utils.seed import local_seed
 
@@ -58,14 +58,15 @@ def by_hand(network, target):
 
 
 def test_its_value(tiny):
-    flags = TestFlags(source_data_name="tiny", pre_epoch=40, pre_lr=0.02, method="krr_st")
+    shared = dict(source_data_name="tiny", target_data_name="tiny", img_size=8, test_model=NET, device="cpu")
+    flags = TestFlags(**shared, pre_epoch=40, pre_lr=0.02, method="krr_st")
     argv = [*ERROR, "--pre_epoch", "40", "--pre_lr", "0.02", "--num_test", "2"]
     assert test_command.main(argv) == 0
-    pretraining = load_pretraining(flags, 8, NET)
+    transfer = Transfer(flags)
     found = [c for c in cells() if c["protocol"] == "target_error"]
     assert [c["seed"] for c in found] == [0, 1]
     for cell in found:
-        network = build_backbone(NET, (3, 8, 8), pretraining, dropout=0.0, seed=cell["seed"], device=CPU)
+        network = transfer.backbone(cell["seed"], (3, 8, 8))
         assert cell["error"] == pytest.approx(by_hand(network, tiny), rel=1e-4)
         assert "accuracy" not in cell
     path = Path(f"test_log/tiny/krr_st/{NET}/linear/results.json")
@@ -112,7 +113,9 @@ def test_a_network_that_is_not_pretrained(tiny):
     assert test_scratch.main([*more, "--target_error", "--probe_on", "both"]) == 0
     body, _, error = map(json.loads, Path("more/results.jsonl").read_text().splitlines())
     assert body["accuracy"] == cells()[0]["accuracy"]  # the wider head changes nothing below it
-    network = build_backbone(NET, (3, 8, 8), None, dropout=0.0, seed=0, device=CPU, width=8)
+    untrained = Measurement(ScratchFlags(source_data_name="tiny", img_size=8, test_model=NET, device="cpu"))
+    untrained.width = 8
+    network = untrained.backbone(0, (3, 8, 8))
     assert error["error"] == pytest.approx(by_hand(network, tiny), rel=1e-4)
 
 

@@ -214,7 +214,7 @@ def test_interrupted_between_cells(tiny, monkeypatch):
     write_set("datasets", "other", seed=1)
     argv = [*SHARED, *SHORT, "--target_data_name", "tiny_other", "--num_test", "2"]
     assert test_command.main([*argv, "--log_dir", "whole"]) == 0
-    calls, real = [], transfer.finetune
+    calls, real = [], transfer.Transfer.finetuned
 
     def killed(*args, **kwargs):
         calls.append(1)
@@ -222,7 +222,7 @@ def test_interrupted_between_cells(tiny, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(transfer, "finetune", killed)
+    monkeypatch.setattr(transfer.Transfer, "finetuned", killed)
     assert test_command.main(argv) == 130
     assert len(cells()) == 3
     assert test_command.main(argv) == 0
@@ -272,8 +272,15 @@ def test_every_hyper_parameter_has_a_flag(tiny, monkeypatch, prefix):
     # Fine-tuning has neither warm-up nor DSA; one length stands for the other.
     assert missing == {"loss", "epochs"} | ({"warmup", "dsa"} if prefix != "pre_" else set())
     seen = {}
+
+    class Untrained(Trainer):
+        def __init__(self, model, loader, recipe, **options):
+            super().__init__(model, loader, recipe, **options)
+            self.steps = 0
+            seen["finetune_"] = recipe
+
     monkeypatch.setattr(transfer, "pretrain", lambda *a, **k: seen.setdefault("pre_", a[2]))
-    monkeypatch.setattr(transfer, "finetune", lambda *a, **k: seen.setdefault("finetune_", a[3]) and 50.0)
+    monkeypatch.setattr(transfer, "Trainer", Untrained)
     flags = [word for name, v in values.values() for word in (f"--{prefix}{name}", str(v))]
     assert test_command.main([*SHARED, *flags]) == 0
     changed = {field: getattr(seen[prefix], field) for field in values}
