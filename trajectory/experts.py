@@ -34,7 +34,7 @@ from evaluation.parallel import in_parallel
 from evaluation.presets import resolve_preset
 from evaluation.recipes import DSA_STRATEGY, Recipe, check_strategy
 from evaluation.score import share_correct
-from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, resolve_checkpoint, target_command
+from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, resolve_checkpoint
 from models import get_model
 from models.layout import arranged
 from utils import checkpoint, cli
@@ -300,9 +300,8 @@ class ExpertTraining:
 
     def _features(self) -> tuple[Tensor, int]:
         flags, image_set, device = self.flags, self.image_set, self.device
-        hint = target_command(flags.target_model, flags.data_name, flags.img_size, flags.data_dir)
-        given = (flags.target_model, flags.target_ckpt, image_set.img_shape, device, hint, image_set.stats)
-        target = load_target(*given)
+        where = dict(data_name=flags.data_name, data_dir=flags.data_dir)
+        target = load_target(flags.target_model, flags.target_ckpt, image_set, device, **where)
         return outputs(target, image_set.train.images, image_set, device).float(), target.dim
 
     def network(self, seed: int) -> nn.Module:
