@@ -1,4 +1,4 @@
-"""Flags of main.py, train_original_models.py and validate.py, and what is filled in for them."""
+"""Flags of the commands of this family, and what is filled in for them."""
 
 from __future__ import annotations
 
@@ -130,19 +130,6 @@ class DistillFlags(CellFlags, RunFlags, CommonFlags):
 
 
 @dataclass(frozen=True)
-class MatchDMFlags(DistillFlags):
-    """Flags of methods/DC_DSA_DM/main_DM.py: DM unless told otherwise, and its own defaults."""
-
-    method: str = same_flag(DistillFlags, "method", default="DM")
-    ipc: int = same_flag(DistillFlags, "ipc", default=50)
-    eval_mode: str = same_flag(DistillFlags, "eval_mode", default="SS")
-    eval_interval: int = same_flag(DistillFlags, "eval_interval", default=2000)
-    epoch_eval_train: int | None = same_flag(
-        DistillFlags, "epoch_eval_train", default=1000, help="epochs of each of them"
-    )
-
-
-@dataclass(frozen=True)
 class TrainingFlags(CommonFlags):
     """Flags of the commands that train one network after another, each with the next seed."""
 
@@ -153,22 +140,17 @@ class TrainingFlags(CommonFlags):
     momentum: float = flag(0.9, "momentum", minimum=0, maximum=1)
     weight_decay: float = flag(0.005, "weight decay", minimum=0)
     lr_decay_step: str = flag("50,100", "epochs after which the rate falls to a tenth")
-    random_seed: int | None = how(None, "the published name of --seed", minimum=0)
-    seed: int | None = how(None, "seed; default: drawn and printed", minimum=0)
+    seed: int | None = how(None, "seed; default: drawn and printed", minimum=0, also=("random_seed",))
     multigpu: str | None = how(None, "GPUs that share each batch, such as 0,1; wins over --gpu")
     pretrained_path: Path = how(Path("./pretrained_model"), "folder of the models")
 
-    def given_seed(self) -> int | None:
-        """--seed, or its published name."""
-        return self.random_seed if self.seed is None else self.seed
-
     def recipe(self) -> Recipe:
-        """SGD as the flags say.
-
-        Raises:
-            UserError: --lr_decay_step is not a list of epochs.
-        """
-        decay = parse_epochs(self.lr_decay_step, "lr_decay_step")
+        """SGD as the flags say; a UserError where --lr_decay_step is not a list of epochs."""
+        parts = [part.strip() for part in self.lr_decay_step.split(",") if part.strip()]
+        if not all(part.isdecimal() and int(part) > 0 for part in parts):
+            given = f"--lr_decay_step {self.lr_decay_step!r}"
+            raise UserError(f"{given}: expected epochs joined by commas, such as 50,100")
+        decay = tuple(map(int, parts))
         return sgd_by_epochs(self.epochs, self.lr, self.momentum, self.weight_decay, self.batch_size, decay)
 
 
@@ -209,7 +191,7 @@ class ValidateFlags(TrainingFlags):
         False, "save the networks at each test in save_path, the first one's last in pretrained_path, too"
     )
     save_path: Path = flag(Path("./test_log/validate"), "where results are written")
-    seed: int | None = flag(None, "seed of the first network, the next ones add 1; default: 0", **SEED)
+    seed: int = flag(0, "seed of the first network; the next ones add 1", also=("random_seed",), **SEED)
     multigpu: str | None = flag(None, "GPUs such as 0,1, of which the first is used: the networks are small")
 
 
@@ -259,15 +241,3 @@ def default_run_folder(flags: DistillFlags) -> Path:
 def result_name(method: str, dataset: str, model: str, ipc: int) -> str:
     """The published name of a file of synthetic sets."""
     return f"res_{method}_{dataset}_{model}_{ipc}ipc.pt"
-
-
-def parse_epochs(text: str, name: str) -> tuple[int, ...]:
-    """`"50,100"` -> (50, 100); an empty string means no decay.
-
-    Raises:
-        UserError: something else than positive numbers.
-    """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"--{name} {text!r}: expected epochs joined by commas, such as 50,100")
-    return tuple(int(part) for part in parts)

@@ -39,7 +39,7 @@ def train_originals(flags: OriginalFlags) -> int:
     if not flags.normalize_data:
         print("images stay in [0, 1]; the published command has --normalize_data")
     new_network = network_factory(flags.model, image_set, device)
-    seed = resolve_seed(flags.given_seed())
+    seed = resolve_seed(flags.seed)
     folder = model_folder(flags.pretrained_path, flags.dataset, flags.model)
     identity = cli.identity(flags)
     inputs = {"data set": image_set.fingerprint}

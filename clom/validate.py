@@ -57,7 +57,6 @@ def validate(flags: ValidateFlags) -> int:
     synthetic = to_space(synthetic, image_set.stats)
     networks = {name: network_factory(name, image_set, device) for name in names}
     folder = Path(flags.save_path) / flags.dataset / f"{flags.method}_{flags.model}_ipc{flags.ipc}"
-    first = flags.given_seed() or 0
     settings = {
         "dataset": flags.dataset,
         "data": image_set.fingerprint,
@@ -72,7 +71,7 @@ def validate(flags: ValidateFlags) -> int:
         """Write a state dict; the first network's last one also as a pre-trained model."""
         state = {k: v.cpu() for k, v in model.state_dict().items()}
         checkpoint.save(state, folder / f"{name}_seed{seed}_epoch{epoch}.pth")
-        if epoch == recipe.epochs and seed == first:
+        if epoch == recipe.epochs and seed == flags.seed:
             kind = f"{flags.method}_ipc{flags.ipc}"
             published = model_folder(flags.pretrained_path, flags.dataset, name, kind)
             checkpoint.save(state, published / checkpoint_name(flags.dataset, name, epoch, kind))
@@ -94,7 +93,7 @@ def validate(flags: ValidateFlags) -> int:
     tasks = [
         ({**settings, "network": name, "seed": seed}, partial(score, name, seed))
         for name in names
-        for seed in range(first, first + flags.num_eval)
+        for seed in range(flags.seed, flags.seed + flags.num_eval)
     ]
     with out_of_memory_says(device, "lower --batch_size"):
         cells = CellStore(Path(flags.save_path) / "results.jsonl").measure_all(

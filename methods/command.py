@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from distillation.run import run_method
 from methods import METHODS, find_method
@@ -17,16 +18,15 @@ def distil(
     argv: list[str] | None,
     default: str,
     *,
-    prog: str,
     description: str,
-    flags: type | None = None,
     among: Sequence[str] = (),
-    no_effect: Mapping[str, str] = MappingProxyType({}),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
 ) -> int:
     """Parse the flags of the method that `--method` names (else `default`), run it, give the exit code.
 
-    `flags` stands in place of the method's own flags class; `among` names the methods that the
-    command offers, all of them when empty. The rest is as in `utils.cli.parse`.
+    `among` names the methods that the command offers, all of them when empty. The rest is as in
+    `utils.cli.parse`.
     """
     argv = sys.argv[1:] if argv is None else argv
     offered = {name: row for name, row in METHODS.items() if not among or name in among}
@@ -40,13 +40,12 @@ def distil(
     names = tuple(r.name for r in offered.values()) if among else tuple(offered)
     about = "\n".join(f"  {known:8} {r.about}" for known, r in offered.items())
     parsed = cli.parse(
-        flags or row.flags,
+        row.flags,
         argv,
-        prog=prog,
         description=f"{description}\nmethods:\n{about}",
         recipes=row.recipes or None,
         choices={"method": names},
-        defaults={"method": default},
-        no_effect=no_effect,
+        defaults={**defaults, "method": default},
+        **options,
     )
     return run_method(find_method(parsed.method), dataclasses.replace(parsed, method=row.name))

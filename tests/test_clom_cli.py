@@ -184,6 +184,17 @@ def test_published_lines_parse(workspace, command, line):
     assert listing(workspace) == []
 
 
+@pytest.mark.parametrize("given", [{}, {"ipc": 10}])
+def test_main_dm_has_the_published_defaults(workspace, capsys, given):
+    published = dict(method="DM", Iteration=20000, lr_img=1.0, init="real", num_exp=1, num_eval=20)
+    published |= dict(ipc=50, eval_mode="SS", eval_interval=2000, epoch_eval_train=1000)
+    argv = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    assert main_dm.main([*argv, "--dry_run", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    flags, _ = json.JSONDecoder().raw_decode(printed[printed.index("{") :])
+    assert {name: flags[name] for name in published} == {**published, **given}
+
+
 def test_methods_and_distances_in_process(tiny):
     assert train_original_models.main([*TRAIN, "--num", "1", "--save_every", "2"]) == 0
     clom = [
@@ -293,7 +304,7 @@ def test_validate_reads_every_form_alike(res, capsys):
 
 def test_published_seeds_and_gpus(res, capsys, monkeypatch):
     given = []
-    for seed in (["--random_seed", "5"], ["--seed", "5"], ["--seed", "5", "--random_seed", "1"]):
+    for seed in (["--random_seed", "5"], ["--seed", "5"], ["--random_seed", "1", "--seed", "5"]):
         argv = [*VALIDATE, "--synthesis_data_path", RES, "--multigpu", "0,1", *seed]
         assert validate.main(argv) == 0
         given.append([(cell["seed"], cell["final"]) for cell in results()["cells"]])
@@ -346,8 +357,8 @@ def test_learning_rates_that_decay_by_epochs(res):
             patch.setattr(fit, "train_step", watched)
             score_network(network, synthetic, image_set, recipe, seed=0, device=torch.device("cpu"))
         assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001, 1e-4])
-    assert config.parse_epochs("500", "x") == (500,)
-    assert config.parse_epochs("50,100", "x") == (50, 100)
+    for text, decay in (("500", (500,)), ("50,100", (50, 100)), ("", ())):
+        assert config.OriginalFlags(lr_decay_step=text).recipe().decay_epochs == decay
 
 
 def test_export_is_in_the_other_familys_normalisation(tiny):

@@ -132,7 +132,7 @@ def parse(
     parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain_help)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        hint, default = hints[field.name], field.default
+        hint, default = hints[field.name], defaults.get(field.name, field.default)
         kind, *_ = typing.get_args(hint) or [hint]  # of `int | None`, of `tuple[int, ...]`
         several = typing.get_origin(hint) is tuple
         allowed = choices.get(field.name, field.metadata["choices"])
@@ -146,7 +146,6 @@ def parse(
         help_text = (field.metadata["help"] + shown).replace("%", "%%")
         names = [f"--{name}" for name in (field.name, *field.metadata["also"])]
         parser.add_argument(*names, dest=field.name, default=default, help=help_text, **options)
-    parser.set_defaults(**defaults)
     for name, why in no_effect.items():
         parser.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=f"no effect: {why}")
     given = vars(parser.parse_args(argv))

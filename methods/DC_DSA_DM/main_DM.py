@@ -12,7 +12,6 @@ ROOT = str(Path(__file__).resolve().parents[2])
 if ROOT not in sys.path:  # started from any folder
     sys.path.insert(0, ROOT)
 
-from clom.config import MatchDMFlags  # noqa: E402
 from methods.command import distil  # noqa: E402
 from utils.errors import entry_point  # noqa: E402
 
@@ -25,8 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         "dm",
         prog="python methods/DC_DSA_DM/main_DM.py",
         description=__doc__,
-        flags=MatchDMFlags,
         among=("dc", "dsa", "dm"),
+        defaults=dict(ipc=50, eval_mode="SS", eval_interval=2000, epoch_eval_train=1000),
     )
 
 
