@@ -43,10 +43,10 @@ def make_checkpoint(
     device: torch.device,
     train: Callable[[RunFolder], tuple[nn.Module, dict[str, Any]]],
 ) -> None:
-    """Train a network and write its state dict, unless these flags have made it already.
+    """Train a network on `image_set` and write its state dict, unless these flags have made it already.
 
-    `image_set` is what it is trained on; `train` gets the run folder beside the checkpoint and returns
-    the network and what else goes into results.json.
+    `train` gets the run folder beside the checkpoint and returns the network and what else goes into
+    results.json.
 
     Raises:
         UserError: the folder holds a run with other flags or data, `path` came from elsewhere, or the
@@ -90,10 +90,9 @@ def train_epochs(
     what: str,
     measure: Callable[[int], dict[str, Any]] = lambda epoch: {},
 ) -> None:
-    """Train to the last epoch, resuming where `run` stopped; the network is left in eval mode.
+    """Train to the recipe's last epoch, resuming where `run` stopped; the network is left in eval mode.
 
-    The recipe's length is in epochs. What `measure` gives for an epoch is logged beside loss and
-    rate; numbers in it are printed. `what` names this training in messages.
+    What `measure` gives for an epoch is logged and printed; `what` names this training in messages.
     """
     per_epoch, steps, epochs = trainer.per_epoch, trainer.steps, trainer.recipe.epochs
     parts = {"trainer": trainer}
@@ -103,18 +102,8 @@ def train_epochs(
     run.truncate_log(start)
     began = time.perf_counter()
 
-    def leave(step: int, loss: Tensor) -> None:
-        if math.isfinite(float(loss)):
-            save_run(run.state_path, step, parts)
-        stop.leave(f"{what}: after epoch {step / per_epoch:.2f} of {epochs}")
-
-    def on_step(step: int, loss: Tensor, rate: float) -> None:
-        if step % per_epoch:
-            if stop:
-                leave(step, loss)
-            return
-        epoch, mean = step // per_epoch, trainer.window.mean()
-        found = measure(epoch)
+    def on_epoch(epoch: int, step: int, rate: float) -> None:
+        mean, found = trainer.window.mean(), measure(epoch)
         trainer.model.train()
         run.log(step=step, epoch=epoch, loss=mean, lr=rate, **found)
         shown = [f", {k.replace('_', ' ')} {v:.4g}" for k, v in found.items() if v is not None]
@@ -125,8 +114,14 @@ def train_epochs(
         # A loss that is not finite stops the loop, on a GPU one step late: never save over it.
         if epoch % save_every == 0 and step < steps and math.isfinite(mean):
             save_run(run.state_path, step, parts)
+
+    def on_step(step: int, loss: Tensor, rate: float) -> None:
+        if step % per_epoch == 0:
+            on_epoch(step // per_epoch, step, rate)
         if stop and step < steps:
-            leave(step, loss)
+            if math.isfinite(float(loss)):
+                save_run(run.state_path, step, parts)
+            stop.leave(f"{what}: after epoch {step / per_epoch:.2f} of {epochs}")
 
     with StopRequest() as stop:
         trainer.run(what=what, on_step=on_step)

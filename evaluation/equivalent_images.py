@@ -24,12 +24,8 @@ class Equivalent:
 def equivalent_images(curve: Mapping[int, float], accuracy: float, count: int) -> Equivalent:
     """The equivalence ratio of a set of `count` images with an accuracy in %.
 
-    The curve (number m of random real images -> their accuracy in %, measured the same way) is made
-    non-decreasing first (the best accuracy with no more images), then interpolated linearly in
-    accuracy and log m.
-
-    Raises:
-        ValueError: fewer than two points.
+    The curve (number m of random real images -> their accuracy in %, measured the same way, at least
+    two points) is made non-decreasing, then interpolated linearly in accuracy and log m.
     """
     if len(curve) < 2:
         raise ValueError("a curve needs two points")

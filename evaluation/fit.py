@@ -34,8 +34,8 @@ def train_step(
 ) -> Tensor:
     """One gradient step on one batch; returns the detached loss before the step.
 
-    `part` images go through the network together (None: all); the step is that of the whole batch
-    if the loss is a mean over images and no layer makes images interact.
+    `part` images go through the network at once (None: all), with the same step if the loss is a mean
+    over images that no layer makes interact.
     """
     optimizer.zero_grad(set_to_none=True)
     whole = part is None or part >= len(x)
@@ -147,20 +147,10 @@ def outputs(
     device: torch.device,
     batch_size: int | None = None,
 ) -> Tensor:
-    """`function` (a network or its `embed`) of normalised images in batches: (N, D) on the device.
-
-    Where a batch does not fit the device's memory it is split, with the same result.
-    """
+    """`function` (a network, its `embed`) of normalised images in batches that fit: (N, D) on the device."""
     batch_size = batch_size or (PROBE_BATCH if image_set.size < 128 else _LARGE_BATCH)
-    loader = TensorLoader(
-        images,
-        None,
-        batch_size=batch_size,
-        device=device,
-        generator=torch.Generator(),
-        transform=ImagePipeline(image_set.stats),
-        shuffle=False,
-    )
+    given = dict(batch_size=batch_size, device=device, generator=torch.Generator())
+    loader = TensorLoader(images, None, transform=ImagePipeline(image_set.stats), shuffle=False, **given)
     function = SplitBatches(function)
     return torch.cat([function(x) for x, _ in loader.epoch()])
 
@@ -179,10 +169,7 @@ def held_out_accuracy(
 def pretrain(
     model: nn.Module, synthetic: SyntheticSet, recipe: Recipe, generator: torch.Generator, scale: float = 1.0
 ) -> nn.Module:
-    """Train `model`, with as many outputs as the targets need, on a synthetic set; eval mode.
-
-    `generator` gives order and augmentation, `scale` is a factor on the length.
-    """
+    """Train `model` on a synthetic set, whose targets its outputs fit; `scale` is a factor on the length."""
     device = next(model.parameters()).device
     loader = recipe.loader(synthetic.images, synthetic.targets, device, generator)
     return Trainer(model, loader, recipe, scale=scale).run(what="pre-training", progress=True)

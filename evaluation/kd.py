@@ -57,10 +57,7 @@ class KdFlags(PretrainFlags, MeasureFlags):
 
 @contextlib.contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm normalises by the batch at hand; running statistics are left as they are.
-
-    The released test_kd.py evaluates so. Dropout and everything else keep their mode.
-    """
+    """Within the block BatchNorm alone normalises by the batch at hand, as in the released test_kd.py."""
     norms = batch_norms(model)
     before = [(m.training, m.track_running_stats) for m in norms]
     try:
@@ -76,7 +73,6 @@ class NoiseLoader(TensorLoader):
     """Fresh N(0, 1) images at every step, in the batch sizes of passes over `images`, unread."""
 
     def forever(self) -> Iterator[tuple[Tensor, None]]:
-        """Batches without end."""
         sizes = [len(part) for part in torch.arange(len(self.images)).split(self.batch_size)]
         for size in itertools.cycle(sizes):
             shape = (size, *self.images.shape[1:])
@@ -102,13 +98,10 @@ def load_teacher(flags: KdFlags, target: ImageSet) -> nn.Module:
 
 
 class Distillation(Measurement):
-    """A teacher and the images it teaches on: everything read and checked, ready to train students.
+    """A teacher and the images it teaches on: read and checked, ready to train students.
 
     `synthetic` is None for gaussian, `pretraining` (of the student) for scratch, too; `count` images,
-    synthetic or of noise, make an epoch.
-
-    Raises:
-        UserError: bad flags, data, synthetic set or teacher.
+    synthetic or of noise, make an epoch. A UserError says what is wrong with flags, data or teacher.
     """
 
     protocol, knobs = "kd", "lower --pre_batch_size or --kd_batch_size"
@@ -159,7 +152,7 @@ class Distillation(Measurement):
 
     @functools.cached_property
     def teacher_accuracy(self) -> float:
-        """Of the teacher, in % on the target's test split."""
+        """In % on the target's test split."""
         found = held_out_accuracy(self.teacher.eval(), self.target, self.device)
         print(f"teacher: {found:.2f} % at {self.target.size} pixels")
         return found

@@ -29,9 +29,7 @@ def is_labelled(image_set: ImageSet) -> bool:
 class LinearEvaluation:
     """Accuracy of a linear classifier on frozen features of a freshly pre-trained network.
 
-    Without a test split (imagenet at 64 pixels) the training split stands in.
-
-    Source: Lee et al., arXiv 2310.06511, sec. 4 (linear evaluation on the source).
+    Without a test split the training split stands in. Source: Lee et al., arXiv 2310.06511, sec. 4.
     """
 
     image_set: ImageSet  # the labelled source
@@ -42,10 +40,7 @@ class LinearEvaluation:
     seed: int
 
     def __call__(self, step: int, x_syn: Tensor, y_syn: Tensor) -> float:
-        """Accuracy in % of the set (m, C, H, W) with targets (m, D) after a step of the run.
-
-        Each evaluation has its own random stream and leaves the others alone.
-        """
+        """Accuracy in % of the set (m, C, H, W) with targets (m, D) after a step, which seeds it."""
         image_set, device = self.image_set, self.device
         with local_seed(derive_seed(self.seed, "evaluation", step)):
             model = place(get_model(self.arch, image_set.img_shape, y_syn.shape[1]), device)
@@ -57,11 +52,8 @@ class LinearEvaluation:
         if len(images) * model.num_features * 4 <= _CACHE_BYTES:
             inputs, transform = outputs(model.embed, images, image_set, device), None
         else:
-            inputs, pipeline = images, ImagePipeline(image_set.stats)
-
-            def transform(x: Tensor, draw: torch.Generator) -> Tensor:
-                return model.embed(pipeline(x, draw))
-
+            pipeline = ImagePipeline(image_set.stats)
+            inputs, transform = images, lambda x, draw: model.embed(pipeline(x, draw))
         loader = self.classifier.loader(inputs, labels, device, generator, transform)
         Trainer(linear, loader, self.classifier).run(what="linear classifier", progress=True)
         return held_out_accuracy(lambda x: linear(model.embed(x)), image_set, device)

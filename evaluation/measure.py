@@ -27,10 +27,9 @@ Cell = dict[str, Any]
 
 
 def read_cells(path: Path | str) -> list[Cell]:
-    """All finished cells of a file, oldest first; torn and foreign lines are left out.
+    """All finished cells of a file, oldest first, without torn and foreign lines.
 
-    Raises:
-        UserError: the file cannot be read.
+    A UserError where the file cannot be read.
     """
     path = Path(path)
     try:
@@ -60,11 +59,7 @@ class CellStore:
         return self._cells.get(self.identity(key))
 
     def add(self, key: dict[str, Any], **values: Any) -> Cell:
-        """Append a finished cell and return it; on the disk before this returns.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Append a finished cell, on the disk before this returns; a UserError where it cannot be written."""
         cell = {"id": self.identity(key), **key, **values}
         line = json.dumps(cell, default=str) + "\n"
         try:

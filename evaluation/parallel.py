@@ -13,16 +13,15 @@ T = TypeVar("T")
 
 
 class Cancelled(Exception):
-    """Another training failed or the process was asked to leave; nobody wants this one's result."""
+    """Another training failed or the process was asked to stop: this one's result is not wanted."""
 
 
 def in_parallel(tasks: Sequence[Callable[[Callable[[], None]], T]], device: torch.device) -> Iterator[T]:
     """Results of the tasks in their order, as they come.
 
-    On a CPU as many run at a time as torch has threads, each on one thread of its own; with one
-    thread, one task, or on a GPU they run one after another. A task is called with a function
-    that it has to call now and then: it raises `Cancelled` once the result is not wanted. The tasks
-    are independent of each other and of global random state (see utils.seed.local_seed).
+    On a CPU as many run at a time as torch has threads, each on one thread; on a GPU one after
+    another. A task gets a function to call now and then: it raises `Cancelled` once the result is
+    not wanted. Tasks do not depend on global random state (see utils.seed.local_seed).
     """
     threads = torch.get_num_threads()
     workers = min(len(tasks), threads)

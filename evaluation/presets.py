@@ -64,17 +64,13 @@ FULL_TARGETS: dict[str, tuple[str, ...]] = {
 def resolve_targets(source: str, joined: str, data_dir: Path) -> tuple[str, ...]:
     """`full` or names joined by `_` -> target names; sources the paper lacks test on themselves.
 
-    A prepared set's own name may hold `_`: the longest name that exists is taken each time.
-
-    Raises:
-        UserError: an empty name.
+    A set's own name may hold `_`: the longest one that exists is taken. A UserError for an empty name.
     """
     if joined == "full":
         return FULL_TARGETS.get(source, (source,))
     known, parts, names = {*KRR_SPECS, *prepared_names(data_dir)}, joined.split("_"), []
     while parts:
-        ends = (n for n in range(len(parts), 1, -1) if "_".join(parts[:n]) in known)
-        end = next(ends, 1)
+        end = next((n for n in range(len(parts), 1, -1) if "_".join(parts[:n]) in known), 1)
         names.append("_".join(parts[:end]))
         parts = parts[end:]
     if not all(names):

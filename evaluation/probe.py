@@ -21,9 +21,9 @@ def shuffled_classes(labels: Tensor, generator: torch.Generator) -> tuple[Tensor
 def labelled_subset(
     labels: Tensor, generator: torch.Generator, shots: int | None = None, fraction: float = 1.0
 ) -> Tensor:
-    """Sorted indices of random samples of every class in `labels` (N,).
+    """Sorted indices of random samples of every class in `labels` (N,), a `fraction` but at least one.
 
-    `shots` of each, a UserError if a class has fewer; None: a `fraction` of each, at least one.
+    With `shots`, that many instead; a UserError if a class has fewer.
     """
     classes = shuffled_classes(labels, generator)
     fewest, label = min((len(mine), label) for label, mine in enumerate(classes) if len(mine))
@@ -48,8 +48,7 @@ def standardize(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 def feature_error(predicted: Tensor, features: Tensor, train_features: Tensor) -> float:
     """Mean squared error of predicted features (N, D), each dimension in units of its variance.
 
-    The variances, 1/M Σ (y - mean)², are those of the training images' features (M, D); dimensions
-    that are constant there are left out. Predicting the mean gives about 1.
+    That is the variance over the training images (M, D); dimensions constant there are left out.
     """
     scale = _mean_and_scale(train_features)[1]
     errors = ((predicted - features) * scale).square()
@@ -65,14 +64,8 @@ def linear_probe(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Te
     labels = labels.to(features.device)
     weight = torch.zeros(num_classes, features.shape[1]).to(features).requires_grad_()
     bias = torch.zeros(num_classes).to(features).requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=300,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-        tolerance_grad=1e-6,
-        tolerance_change=1e-10,
-    )
+    limits = dict(max_iter=300, history_size=20, tolerance_grad=1e-6, tolerance_change=1e-10)
+    optimizer = torch.optim.LBFGS([weight, bias], line_search_fn="strong_wolfe", **limits)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -92,8 +85,7 @@ def knn_scores(
 ) -> Tensor:
     """Votes (M, K) of the k nearest training rows (of N) by cosine similarity, weighted by exp(cos / T).
 
-    Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination",
-        arXiv 1805.01978, sec. 3.4.
+    Source: Wu et al., arXiv 1805.01978, sec. 3.4.
     """
     bank, labels = F.normalize(train, dim=1), labels.to(train.device)
     scores = []
@@ -109,7 +101,7 @@ def _linear_scores(train: Tensor, labels: Tensor, test: Tensor, num_classes: int
     return F.linear(test, *linear_probe(train, labels, num_classes))
 
 
-# (train features, train labels, test features, classes) -> test scores
+# (train features, their labels, test features, classes) -> test scores
 FROZEN: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
     "linear": _linear_scores,
     "probe": _linear_scores,
@@ -118,16 +110,8 @@ FROZEN: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {
 
 
 def frozen_accuracy(
-    protocol: str,
-    train_features: Tensor,
-    train_labels: Tensor,
-    test_features: Tensor,
-    test_labels: Tensor,
-    num_classes: int,
+    protocol: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int
 ) -> float:
-    """Test accuracy in % of a classifier on frozen features (N, D) and (M, D), labels (N,) and (M,).
-
-    The protocol is linear or probe (standardised features, L-BFGS logistic regression), or knn.
-    """
+    """Test accuracy in % of a classifier of FROZEN; each split is its features (N, D) and labels (N,)."""
     score = pick(FROZEN, protocol, "protocol")
-    return accuracy(score(train_features, train_labels, test_features, num_classes), test_labels)
+    return accuracy(score(*train, test[0], num_classes), test[1])

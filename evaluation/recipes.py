@@ -26,11 +26,9 @@ def half_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean over the batch of -Σ_k p_k log q_k: student q under teacher p, temperature 1; (B, K) both.
+    """Mean over the batch of -Σ_k p_k log q_k: student q under teacher p; (B, K) logits both.
 
-    No gradient is taken with respect to the teacher's logits.
-
-    Source: Lee et al., arXiv 2310.06511, target data-free knowledge distillation (Table 4).
+    The teacher gets no gradient. Source: Lee et al., arXiv 2310.06511, Table 4.
     """
     p = teacher_logits.detach().softmax(1)
     return -(p * student_logits.log_softmax(1)).sum(1).mean()
@@ -56,17 +54,13 @@ def check_strategy(strategy: str | None) -> None:
         pick(OPERATIONS, name, "DSA operation")
 
 
-_RARE = ("decay_epochs", "fresh_momentum", "dc", "align_corners", "rate_by_epoch")
+_RARE = ("decay_epochs", "fresh_momentum", "dc", "align_corners", "rate_by_epoch")  # usually defaults
 _FLAGS = {"epoch": "epochs", "iteration": "steps", "opt": "optimizer"}  # names that differ from the field's
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train a network.
-
-    The length is in passes over the training images (`epochs`) or in optimiser steps (`steps`); the
-    other one is 0.
-    """
+    """One way to train a network, for passes over the images (`epochs`) or for `steps`; the other is 0."""
 
     loss: str  # a name in LOSSES
     optimizer: str  # a name in utils.optim.OPTIMIZERS; adam is AdamW
@@ -86,14 +80,12 @@ class Recipe:
     rate_by_epoch: bool = False  # the schedule moves once per epoch, not once per step
 
     def __str__(self) -> str:
-        """What is set, in one line: `loss mse, optimizer sgd, lr 0.1, ...`."""
         return ", ".join(f"{k} {v}" for k, v in self.record().items() if v)
 
     def record(self) -> dict[str, object]:
         """What identifies the recipe, as plain values; rare settings only where they are set."""
-        usual = {f.name: f.default for f in dataclasses.fields(self)}
         values = dataclasses.asdict(self)
-        return {k: v for k, v in values.items() if k not in _RARE or v != usual[k]}
+        return {k: v for k, v in values.items() if k not in _RARE or v != getattr(Recipe, k)}
 
     def total_steps(self, per_epoch: int, scale: float = 1.0) -> int:
         """Optimiser steps where a pass takes `per_epoch` steps, times `scale`, at least one."""
@@ -106,10 +98,8 @@ class Recipe:
     def override(self, **values: object) -> Recipe:
         """A copy with every value that is not None put in; setting one length drops the other."""
         given = {k: v for k, v in values.items() if v is not None}
-        if "epochs" in given and "steps" not in given:
-            given["steps"] = 0
-        elif "steps" in given and "epochs" not in given:
-            given["epochs"] = 0
+        if given.keys() & {"epochs", "steps"}:
+            given = {"epochs": 0, "steps": 0, **given}
         return dataclasses.replace(self, **given)
 
     def with_flags(self, flags: Any, prefix: str) -> Recipe:
@@ -120,8 +110,7 @@ class Recipe:
     def make_schedule(self, optimizer: torch.optim.Optimizer, steps: int, per_epoch: int) -> LambdaLR:
         """The learning-rate schedule of a run of `steps` steps.
 
-        A run shorter than the recipe's has a warm-up shortened alike, and no warm-up takes more
-        than half of a run: one given in few epochs or steps would never reach its rate.
+        The warm-up is shortened like the run and takes at most half of it, so that the rate is reached.
         """
         if self.decay_epochs:
             ends = [epoch * per_epoch for epoch in self.decay_epochs]
@@ -148,14 +137,8 @@ class Recipe:
         transform: Transform | None = None,
     ) -> TensorLoader:
         """The recipe's batches; with its own augmentation (normalised images) without a `transform`."""
-        return TensorLoader(
-            images,
-            targets,
-            batch_size=self.batch_size,
-            device=device,
-            generator=generator,
-            transform=transform or self.augment(),
-        )
+        given = dict(batch_size=self.batch_size, device=device, generator=generator)
+        return TensorLoader(images, targets, transform=transform or self.augment(), **given)
 
 
 _LABELS = Recipe("cross_entropy", "sgd", 0.01, 5e-4, "tenth_at_half", 256, epochs=1000, dsa=DSA_STRATEGY)
@@ -189,7 +172,7 @@ _VECTOR_STEPS = {"tinyimagenet": 40000, "imagenette": 1000}
 
 
 def pretrain_recipe(method: str, source: str, model: str, *, kd: bool = False) -> Recipe:
-    """How `method`'s set of `source` trains the network `model`, also ahead of distillation (`kd`)."""
+    """How `method`'s set of `source` trains the network `model`; `kd`: before distillation."""
     recipe = pick(PRETRAIN, method, "method")
     if recipe is _VECTORS:
         recipe = recipe.override(steps=_VECTOR_STEPS.get(source))
@@ -211,17 +194,16 @@ def sgd_by_epochs(
     epochs: int, lr: float, momentum: float, wd: float, batch_size: int, decay: tuple[int, ...] = ()
 ) -> Recipe:
     """Cross-entropy by SGD whose rate falls to a tenth after the epochs in `decay`."""
-    recipe = Recipe("cross_entropy", "sgd", lr, wd, "constant", batch_size, epochs, momentum=momentum)
-    return recipe.override(decay_epochs=decay, align_corners=False)
+    more = dict(momentum=momentum, decay_epochs=decay, align_corners=False)
+    return Recipe("cross_entropy", "sgd", lr, wd, "constant", batch_size, epochs, **more)
 
 
 def dc_evaluation(
     epochs: int | None, lr: float, batch_size: int, *, dsa: str = "none", dc: str = "none"
 ) -> Recipe:
-    """How DC, DSA and DM train a network on a synthetic set to judge it.
+    """How DC, DSA and DM train a network to judge a set: epochs 0 to E, the rate falls after E//2+1.
 
-    With `epochs` = E (their `epoch_eval_train`; None: 300, or 1000 with augmentation) the epochs are
-    0 to E, and the rate falls after number E//2+1.
+    `epochs` is E, their `epoch_eval_train`; None: 300, or 1000 with augmentation.
     """
     if epochs is None:
         epochs = 300 if no_augmentation(dsa) and no_augmentation(dc) else 1000

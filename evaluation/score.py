@@ -38,7 +38,7 @@ def score_network(
     at_test: Callable[[int, nn.Module, float], None] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Train the network `new_network(seed)` on a set, for epochs, and test it on real images.
+    """Train the network `new_network(seed)` on a set and test it on real images.
 
     The synthetic images are normalised as `image_set.stats` says, with class indices or class
     probabilities (m, K). Every `test_every` epochs (None: only after the last) the network is tested

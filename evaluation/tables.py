@@ -43,41 +43,25 @@ class Entry:
         """The line of the CSV file; None where there is no number."""
         mean, std = mean_std(self.values) if self.values else (None, None)
         theirs, their_std = self.published or (None, None)
-        return {
-            "row": self.row,
-            "column": self.column,
-            "n": len(self.values),
-            "mean": mean,
-            "std": std,
-            "scaled": self.scaled,
-            "published_mean": theirs,
-            "published_std": their_std,
-            "difference": None if mean is None or theirs is None else mean - theirs,
-        }
+        ours = dict(row=self.row, column=self.column, n=len(self.values), mean=mean, std=std)
+        ours |= dict(scaled=self.scaled, published_mean=theirs, published_std=their_std)
+        return ours | dict(difference=None if mean is None or theirs is None else mean - theirs)
 
     def shown(self) -> str:
         """`ours ± std† [published ± std, difference]`, a dash for what is not there."""
-        text = format_mean_std(self.values) + ("†" if self.scaled else "")
+        text = format_mean_std(self.values) + "†" * self.scaled
         if self.published is None:
             return text
         theirs, their_std = self.published
         text += f" [{theirs:.2f}" + (f" ± {their_std:.2f}" if their_std is not None else "")
-        difference = self.record()["difference"]
-        return text + (f", {difference:+.2f}]" if difference is not None else "]")
+        return text + (f", {self.record()['difference']:+.2f}]" if self.values else "]")
 
 
-def _cross(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of shown cells."""
+def crossed(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the shown entries."""
     columns = list(dict.fromkeys(e.column for e in entries))
-    rows: dict[str, list[str]] = {}
-    for entry in entries:
-        rows.setdefault(entry.row, []).append(entry.shown())
-    return ["method", *columns], [[row, *shown] for row, shown in rows.items()]
-
-
-def to_markdown(entries: Sequence[Entry]) -> str:
-    """An aligned Markdown table."""
-    return markdown(*_cross(entries))
+    rows = grouped(entries, lambda e: e.row)
+    return ["method", *columns], [[row, *(e.shown() for e in mine)] for row, mine in rows.items()]
 
 
 _TEX = {"±": "$\\pm$", "†": "$^\\dagger$", "–": "--", "×": "$\\times$"}
@@ -89,42 +73,33 @@ def _tex(text: str) -> str:
     return re.sub("|".join(_TEX), lambda m: _TEX[m[0]], escaped)
 
 
-def to_latex(entries: Sequence[Entry]) -> str:
-    """The same cells as a LaTeX tabular."""
-    header, rows = _cross(entries)
+def to_latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A LaTeX tabular."""
     first, *others = (" & ".join(map(_tex, row)) + " \\\\" for row in [header, *rows])
     begin = f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
     return "\n".join([begin, first, "\\hline", *others, "\\end{tabular}"])
 
 
 def to_csv(entries: Sequence[Entry]) -> str:
-    """One line an entry, empty fields where there is no number."""
-    records = [entry.record() for entry in entries]
-    buffer = io.StringIO()
+    """One line per entry, empty fields where there is no number."""
+    records, buffer = [entry.record() for entry in entries], io.StringIO()
     writer = csv.DictWriter(buffer, list(records[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     return buffer.getvalue().rstrip("\n")
 
 
-WRITERS: dict[str, Callable[[Sequence[Entry]], str]] = {".md": to_markdown, ".csv": to_csv, ".tex": to_latex}
-
-
 def with_published_file(known: Published, path: Path | None) -> Published:
-    """The verified numbers, with a user's file put on top.
+    """The verified numbers, with a user's file put on top; a UserError where it has another form.
 
     The file is JSON `{table: {row: {column: [mean, std]}}}`; std may be null or left out.
-
-    Raises:
-        UserError: the file is missing or has another form.
     """
     if path is None:
         return dict(known)
     try:
-        content = json.loads(path.read_text())
         given = {
             (str(table), row, column): _number(value)
-            for table, rows in content.items()
+            for table, rows in json.loads(path.read_text()).items()
             for row, columns in rows.items()
             for column, value in columns.items()
         }
@@ -145,19 +120,19 @@ def _number(value: Any) -> Number:
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work."""
+    """One piece of work; jobs of equal names are never run at the same time."""
 
-    name: str  # what it computes; jobs of equal names are never run at the same time
+    name: str
     cost: float  # expected work in any unit, for the order and the time left
-    run: Callable[[], object]  # does it; a UserError means that it cannot be done here
+    run: Callable[[], object]  # a UserError means that it cannot be done here
 
 
 def run_missing(missing: Callable[[], list[Job]], claims: Claims) -> list[str]:
     """Run every missing job that no other process works on; one that cannot run is skipped.
 
-    Any number of processes may do so at the same time: `missing` (reads the results and gives what
-    they lack) is asked again before each choice and once more after a job was claimed, so that none
-    is run twice. Returns what could not be run, one line each.
+    `missing` reads the results and gives what they lack. It is asked again before each choice and
+    once more after a job was claimed, so that of several processes none runs a job twice. Returns
+    what could not be run, one line each.
     """
     tried: set[str] = set()
     skipped: list[str] = []
@@ -167,11 +142,7 @@ def run_missing(missing: Callable[[], list[Job]], claims: Claims) -> list[str]:
         elsewhere = {j.name for j in jobs if claims.held_elsewhere(claim_name(j.name))}
         free = [j for j in jobs if j.name not in elsewhere]
         if not free:
-            if elsewhere:
-                print(f"jobs running in other processes: {len(elsewhere)}; nothing else is left")
-            if skipped:  # their messages may lie far above by now
-                print("\n".join(["could not be run:", *skipped, ""]))
-            return skipped
+            break
         name = free[0].name
         with claims.claim(claim_name(name)) as ours:
             job = next((j for j in missing() if ours and j.name == name), None)
@@ -184,12 +155,15 @@ def run_missing(missing: Callable[[], list[Job]], claims: Claims) -> list[str]:
             began = time.perf_counter()
             try:
                 job.run()
+                done, spent = done + job.cost, spent + time.perf_counter() - began
             except UserError as error:
                 skipped.append(f"{name}: {error}")
                 print(f"skipped: {error}", flush=True)
-                continue
-            done += job.cost
-            spent += time.perf_counter() - began
+    if elsewhere:
+        print(f"jobs running in other processes: {len(elsewhere)}; nothing else is left")
+    if skipped:  # their messages may lie far above by now
+        print("\n".join(["could not be run:", *skipped, ""]))
+    return skipped
 
 
 def claim_name(name: str) -> str:
@@ -227,16 +201,10 @@ class Place:
 
     def choose(self, cells: Sequence[Cell]) -> list[Cell]:
         """The measurements that count, one per seed (the latest), by seed; `cells` are oldest first."""
-
-        def belongs(cell: Cell) -> bool:
-            held = all(cell.get(k, _IMPLIED.get(k)) == v for k, v in self.wanted.items())
-            return held and self.fits(cell)
-
-        mine = reversed(list(filter(belongs, cells)))
-        groups = grouped(mine, lambda c: repr([c.get(name) for name in self.origin]))
-        if not groups:
-            return []
-        best = min(groups.values(), key=lambda group: self.rank(group[0]))
+        held = [c for c in cells if all(c.get(k, _IMPLIED.get(k)) == v for k, v in self.wanted.items())]
+        mine = reversed([cell for cell in held if self.fits(cell)])
+        groups = grouped(mine, lambda cell: repr([cell.get(name) for name in self.origin]))
+        best = min(groups.values(), key=lambda group: self.rank(group[0]), default=[])
         by_seed = {cell["seed"]: cell for cell in reversed(best)}
         return [by_seed[seed] for seed in sorted(by_seed)]
 
@@ -260,7 +228,8 @@ def make_table(
         run_missing(missing, Claims(results.parent / "claims"))
     cells = read_cells(results)
     entries = [place.entry(cells) for place in places]
-    for suffix, write in WRITERS.items():
-        checkpoint.write_text(stem.parent / (stem.name + suffix), write(entries) + "\n")
-    print(to_markdown(entries))
+    shown = crossed(entries)
+    print(text := markdown(*shown))
+    for suffix, content in {".md": text, ".csv": to_csv(entries), ".tex": to_latex(*shown)}.items():
+        checkpoint.write_text(stem.parent / (stem.name + suffix), content + "\n")
     return entries

@@ -200,7 +200,7 @@ def labelled_indices(target: ImageSet, measure: Measure, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """A synthetic set and how it trains a network of so many outputs."""
+    """A synthetic set, how a network is trained on it, and with how many outputs."""
 
     synthetic: SyntheticSet
     recipe: Recipe
@@ -223,9 +223,7 @@ def source_facts(name: str, data_dir: Path) -> tuple[int, bool]:
 def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = False) -> Pretraining:
     """The synthetic set of a method and the recipe that belongs to it, with the flags put in.
 
-    Raises:
-        UserError: unknown method, missing or damaged set, one of another image size or with
-            labels that the source does not have.
+    A UserError for an unknown method or a set that is missing, damaged or unfit: in size or labels.
     """
     source = flags.source_data_name
     recipe = pretrain_recipe(flags.method, source, arch, kd=kd).with_flags(flags, "pre_")
@@ -252,12 +250,10 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
 def load_targets(
     names: Sequence[str], size: int, data_dir: Path, img_shape: tuple[int, ...] | None
 ) -> list[ImageSet]:
-    """Read every target once; the training split stands in for the test split of a set without one.
+    """Read every target once; where its row has no test split the training images stand in for it.
 
-    `img_shape` is the (C, H, W) that one network takes; None: the first target's.
-
-    Raises:
-        UserError: a set that is missing, lacks labels or a test split, or has other channels.
+    `img_shape` is the (C, H, W) that one network takes; None: the first target's. A UserError for a
+    set that is missing, lacks labels or a test split, or has other channels.
     """
     targets: list[ImageSet] = []
     for name in names:
@@ -278,7 +274,8 @@ def load_targets(
 class Measurement:
     """Networks of one source and method, measured with several seeds: what the three commands share.
 
-    A subclass measures one seed in `repetition` and shows all cells in `summary` and `table`.
+    A subclass gives `repetition(seed, store)`, the cells of a seed; `summary(cells)`, the means over
+    seeds; and `table(cells)`, the printed table and the note below it.
     """
 
     protocol: str  # the last folder of the results
@@ -320,18 +317,6 @@ class Measurement:
         apply_state(model, backbone.state_dict(), origin="the pre-trained network", skip=("fc.",))
         return place(model, self.device)
 
-    def repetition(self, seed: int, store: CellStore) -> list[Cell]:
-        """All cells of one seed."""
-        raise NotImplementedError
-
-    def summary(self, cells: list[Cell]) -> list[dict[str, Any]]:
-        """Means over seeds, for results.json."""
-        raise NotImplementedError
-
-    def table(self, cells: list[Cell]) -> tuple[str, str]:
-        """The printed table and the note below it."""
-        raise NotImplementedError
-
     def run(self) -> int:
         """Measure every seed, print the table, write results.json; finished cells stay in results.jsonl."""
         flags, first = self.flags, resolve_seed(self.flags.seed)
@@ -355,7 +340,7 @@ class Features:
         self._kept: dict[tuple[str, str], Tensor] = {}
 
     def __call__(self, split: str, on: str, index: Tensor | None = None) -> Tensor:
-        """Of a split, "train" or "test", or its images at `index`: body or outputs, (N, D) on the device."""
+        """Body features or outputs of a split, or of its images at `index`: (N, D) on the device."""
         images, key = getattr(self.target, split).images, (split, on)
         if key not in self._kept:
             if index is not None and 4 * len(index) < len(images):
@@ -369,13 +354,10 @@ class Features:
 
 
 class Transfer(Measurement):
-    """A synthetic set (or none) met by target sets: everything read and checked, ready to measure.
+    """A synthetic set (with TestFlags) or none, and target sets: read and checked, ready to measure.
 
-    `flags` are those of test_scratch.py, or TestFlags with a method; `measures` and `targets` (read
-    already) take the place of theirs.
-
-    Raises:
-        UserError: bad flags, data or synthetic set.
+    `measures` and `targets` (read already) take the place of those that the flags name. A UserError
+    says what is wrong with flags, data or synthetic set.
     """
 
     knobs = "lower --pre_batch_size or --finetune_batch_size"
@@ -447,10 +429,7 @@ class Transfer(Measurement):
         return finetune_recipe(target.name, self.arch, target.size).with_flags(self.flags, "finetune_")
 
     def finetuned(self, backbone: nn.Module, target: ImageSet, index: Tensor, seed: int) -> float:
-        """Test accuracy in % after fine-tuning a copy of the network on the images at `index`.
-
-        All of it is trained, with crop and flip; the test split is read once, after the last step.
-        """
+        """Test accuracy in % after training all of a copy on the images at `index`, with crop and flip."""
         recipe, train = self.finetuning(target), target.train
         print(f"fine-tuning on {target.name}: {recipe}, {'crop and flip' if target.hflip else 'crop'}")
         images, labels = train.images, train.labels
@@ -485,7 +464,7 @@ class Transfer(Measurement):
         else:
             train = features("train", on, index), target.train.labels[index]
             test = features("test", on), target.test.labels
-            value = frozen_accuracy(measure.protocol, *train, *test, target.num_classes)
+            value = frozen_accuracy(measure.protocol, train, test, target.num_classes)
         return {"accuracy": value, "labelled": len(index)}
 
     def summary(self, cells: list[Cell]) -> list[dict[str, Any]]:

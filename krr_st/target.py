@@ -119,7 +119,7 @@ def knn_accuracy(model: Representation, image_set: ImageSet, device: torch.devic
         return None
     bank = outputs(model, train.images[:_KNN_ROWS], image_set, device)
     features = outputs(model, test.images, image_set, device)
-    return frozen_accuracy("knn", bank, train.labels[:_KNN_ROWS], features, test.labels, classes)
+    return frozen_accuracy("knn", (bank, train.labels[:_KNN_ROWS]), (features, test.labels), classes)
 
 
 def train_target(

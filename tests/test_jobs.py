@@ -21,15 +21,16 @@ from evaluation.tables import (
     Job,
     Place,
     claim_name,
+    crossed,
     duration,
     run_missing,
     to_csv,
     to_latex,
-    to_markdown,
     with_published_file,
 )
 from utils.errors import UserError
 from utils.locks import Claims
+from utils.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -210,11 +211,11 @@ ENTRIES = [
 def test_markdown_latex_and_csv_hold_the_same_cells():
     shown = ["81.00 ± 0.82† [80.50 ± 0.20, +0.50]", "– [12.00]", "5.00", "–"]
     assert [entry.shown() for entry in ENTRIES] == shown
-    assert [c.strip() for c in to_markdown(ENTRIES).splitlines()[2].split("|")[1:-1]] == [
+    assert [c.strip() for c in markdown(*crossed(ENTRIES)).splitlines()[2].split("|")[1:-1]] == [
         "krr_st",
         *shown[:2],
     ]
-    latex = to_latex(ENTRIES).splitlines()
+    latex = to_latex(*crossed(ENTRIES)).splitlines()
     assert latex[0] == "\\begin{tabular}{lrr}" and latex[1] == "method & a \\& b & c \\\\"
     assert latex[3] == (
         "krr\\_st & 81.00 $\\pm$ 0.82$^\\dagger$ [80.50 $\\pm$ 0.20, $+$0.50] & -- [12.00] \\\\"

@@ -134,9 +134,9 @@ def test_standardize():
 def test_frozen_accuracy_in_percent(protocol):
     x, y = blobs(spread=0.01)
     test, labels = blobs(30, spread=0.01, seed=1)
-    assert frozen_accuracy(protocol, x, y, test, labels, 3) == 100.0
+    assert frozen_accuracy(protocol, (x, y), (test, labels), 3) == 100.0
     wrong = (labels + (torch.arange(30) < 6)) % 3
-    assert frozen_accuracy(protocol, x, y, test, wrong, 3) == pytest.approx(80.0)
+    assert frozen_accuracy(protocol, (x, y), (test, wrong), 3) == pytest.approx(80.0)
 
 
 def test_linear_protocol_standardises():
@@ -144,9 +144,9 @@ def test_linear_protocol_standardises():
     x, y = blobs(300, spread=0.5)
     noise = 1e6 * torch.randn(300, 1, generator=generator(4))
     x = torch.cat([x, noise], 1)
-    assert frozen_accuracy("linear", x[:200], y[:200], x[200:], y[200:], 3) > 90
+    assert frozen_accuracy("linear", (x[:200], y[:200]), (x[200:], y[200:]), 3) > 90
 
 
 def test_unknown_protocol():
     with pytest.raises(UserError, match="knn, linear"):
-        frozen_accuracy("svm", *blobs(), *blobs(), 3)
+        frozen_accuracy("svm", blobs(), blobs(), 3)
