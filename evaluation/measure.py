@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from evaluation.parallel import in_parallel
 from utils import cli
 from utils.errors import UserError
-from utils.locks import exclusively
 from utils.run_folder import environment, write_json
 from utils.table import mean_std
 
@@ -65,7 +65,8 @@ class CellStore:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Appending alone is not atomic on network file systems.
-            with exclusively(self.path), self.path.open("ab+") as file:
+            lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
+            with lock, self.path.open("ab+") as file:
                 if file.tell():
                     file.seek(-1, os.SEEK_END)
                     line = "\n" * (file.read() != b"\n") + line  # after one torn by a kill

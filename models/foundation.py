@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,7 +47,7 @@ class ImageTower(nn.Module):
     a UserError says that the image side needs some other than a pooler's.
     """
 
-    def __init__(self, model: nn.Module, missing: set[str] = frozenset()) -> None:
+    def __init__(self, model: nn.Module, missing: Iterable[str], where: str) -> None:
         super().__init__()
         self.joint = hasattr(model, "get_image_features")
         if self.joint and hasattr(model, "text_model"):
@@ -60,7 +61,7 @@ class ImageTower(nn.Module):
         needed = {k for k in needed if not k.startswith("pooler.") and not k.endswith("mask_token")}
         if needed:
             shown = ", ".join(sorted(needed)[:3])
-            raise UserError(f"the checkpoint lacks {len(needed)} weights, such as {shown}")
+            raise UserError(f"{where}: the checkpoint lacks {len(needed)} weights, such as {shown}")
         names = [name for name, _ in model.named_parameters()]
         self.has_token = any(name.endswith(("cls_token", "class_embedding")) for name in names)
         self.model = model
@@ -112,10 +113,7 @@ def load_hf(name: str) -> Foundation:
             model, report = AutoModel.from_pretrained(source, output_loading_info=True, **kernel, **options)
     except Exception as error:  # transformers and its hub client raise a dozen types
         _refuse(f"{where} cannot be loaded", error)
-    try:
-        network = ImageTower(model.float(), set(report["missing_keys"])).eval()
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    network = ImageTower(model.float(), report["missing_keys"], where).eval()
     processor = _processor(source, local, options, where)
     parts = (getattr(model.config, name, None) for name in ("vision_config", "image_config"))
     size = _input_size(processor, next((part for part in parts if part), model.config))

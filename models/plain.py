@@ -1,7 +1,7 @@
-"""Plain convolutional networks of both zoos: ConvNet, AlexNet and VGG-11.
+"""Plain networks of both zoos: ConvNet, AlexNet, VGG-11, LeNet and MLP.
 
-Each is a table of rows (convolution, norm, activation, pooling). The zoos differ in norms, in the
-padding of single-channel images and in the names of layers.
+The convolutional ones are tables of rows (convolution, norm, activation, pooling). The zoos differ in
+norms, in the padding of single-channel images and in the names of layers.
 """
 
 from __future__ import annotations
@@ -208,3 +208,41 @@ class VGG11(PlainNet):
         Row(512),
         Row(512, pool="max"),
     )
+
+
+class MLP(Classifier):
+    """Three linear layers with ReLU between them."""
+
+    def __init__(self, channel: int, num_classes: int, im_size: Size, *, name: str = "MLP") -> None:
+        super().__init__()
+        height, width = map_size(name, im_size, lambda side: side)
+        self.fc_1 = nn.Linear(channel * height * width, 128)
+        self.fc_2 = nn.Linear(128, 128)
+        self.set_head(num_classes, 128, head_name="fc_3")
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.fc_1(x.flatten(1)))
+        return F.relu(self.fc_2(x))
+
+
+class LeNet(Classifier):
+    """LeNet-5 with ReLU and max pooling.
+
+    Source: LeCun et al., "Gradient-Based Learning Applied to Document Recognition", 1998.
+    """
+
+    ROWS = (Row(6, 5, 0, "max"), Row(16, 5, 0, "max"))
+
+    def __init__(self, channel: int, num_classes: int, im_size: Size, *, name: str = "LeNet") -> None:
+        super().__init__()
+        rows = pad_single_channel(self.ROWS, channel)
+        height, width = map_size(name, im_size, lambda side: rows_side(rows, side))
+        blocks = conv_blocks(channel, rows, im_size, norm="none")
+        self.features = nn.Sequential(*(module for block in blocks for module in block))
+        self.fc_1 = nn.Linear(16 * height * width, 120)
+        self.fc_2 = nn.Linear(120, 84)
+        self.set_head(num_classes, 84, head_name="fc_3")
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = F.relu(self.fc_1(self.features(x).flatten(1)))
+        return F.relu(self.fc_2(x))

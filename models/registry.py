@@ -10,8 +10,7 @@ from typing import Any
 from models.base import Classifier, Size
 from models.cifar_resnet import CifarResNet18
 from models.mobilenet import MobileNetV2
-from models.plain import VGG11, AlexNet, ConvNet
-from models.small import MLP, LeNet
+from models.plain import MLP, VGG11, AlexNet, ConvNet, LeNet
 from utils.errors import UserError, pick
 
 CONVNET_PATTERN = "convnet_{widths}_{bn|in|none}"

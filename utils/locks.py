@@ -35,10 +35,9 @@ class Claims:
         A process that only asks whether it is held has it for an instant: hence `patience` seconds.
         """
         path = self.folder / f"{name}.lock"
-        lock = FileLock(path)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=patience, poll_interval=0.05)
+            held = FileLock(path).acquire(timeout=patience, poll_interval=0.05)
             with contextlib.suppress(OSError):  # for messages alone
                 path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         except Timeout:
@@ -46,10 +45,8 @@ class Claims:
             return
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        try:
+        with held:
             yield True
-        finally:
-            lock.release()
 
     def held_elsewhere(self, name: str) -> bool:
         """Whether another process works on `name` at present."""
@@ -63,13 +60,6 @@ class Claims:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             return (self.folder / f"{name}.lock").read_text() or "another process"
         return "another process"
-
-
-@contextlib.contextmanager
-def exclusively(path: Path) -> Iterator[None]:
-    """Let one process at a time into such a block for this file; the others wait."""
-    with FileLock(path.with_name(f".{path.name}.lock")):
-        yield
 
 
 @contextlib.contextmanager

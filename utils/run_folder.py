@@ -139,27 +139,12 @@ def _summary_writer() -> Any:
 class RunFolder:
     """`config.json`, `log.jsonl`, `results.json` and artefacts of one run.
 
-    The same flags again mean the same run: it resumes from its last checkpoint, with its seed.
-    Other flags in the same folder are refused unless `overwrite` is set, which starts from nothing.
+    The same flags and inputs again mean the same run: it resumes from its last checkpoint, with its
+    seed. Others in the same folder are a UserError, unless `overwrite` starts from nothing.
 
-    Args:
-        path: the folder.
-        flags: what says which run it is, as plain JSON values (utils.cli.identity).
-        seed: None means the earlier start's seed, or else a drawn one.
-        device: recorded with the versions.
-        extra: more facts for config.json (data name, statistics).
-        inputs: what the run reads -> its fingerprint, compared where the run is resumed.
-        overwrite: start again whatever is there.
-        tensorboard: write the log's numbers for TensorBoard, too, into {path}/tensorboard.
-
-    Attributes:
-        seed: the seed to use.
-        state_path: where the run's state is saved.
-        resumed: an earlier start of this run is there.
-        finished: ... and it wrote its results.
-
-    Raises:
-        UserError: the folder holds a run with other flags or inputs, or cannot be written.
+    `flags` are those that say which run it is (utils.cli.identity), `inputs` name what it reads and
+    give its fingerprint, `extra` are more facts for config.json. `seed` None means the earlier start's
+    or a drawn one. `tensorboard` writes the log's numbers into {path}/tensorboard, too.
     """
 
     def __init__(
@@ -189,20 +174,14 @@ class RunFolder:
             )
         if self.resumed:
             seed = old.get("seed") if seed is None else seed
-            before = {**old["flags"], "seed": old.get("seed")}
-            wanted = {**flags, "seed": seed}
+            before, wanted = {**old["flags"], "seed": old.get("seed")}, {**flags, "seed": seed}
             changed = [k for k in {**before, **wanted} if before.get(k) != wanted.get(k)]
-            if changed:
-                shown = ", ".join(f"{k} {before.get(k)} -> {wanted.get(k)}" for k in changed[:5])
-                raise UserError(
-                    f"{self.path} holds a run with other flags ({shown}); "
-                    "choose another name or pass --overwrite"
-                )
-            if other := changed_inputs(old, inputs):
-                raise UserError(
-                    f"{self.path} holds a run that began with {other}; put back what was there, "
-                    "choose another name or pass --overwrite"
-                )
+            shown = ", ".join(f"{k} {before.get(k)} -> {wanted.get(k)}" for k in changed[:5])
+            why = f"with other flags ({shown})" if changed else ""
+            if not why and (other := changed_inputs(old, inputs)):
+                why = f"that began with {other}; put back what was there"
+            if why:
+                raise UserError(f"{self.path} holds a run {why}; choose another name or pass --overwrite")
         self.finished = self.resumed and (self.path / "results.json").exists()
         self.seed = resolve_seed(seed)
         if not self.resumed:
