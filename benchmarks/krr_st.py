@@ -29,10 +29,9 @@ from data.augment import normalize
 from data.load import ImageSet, ImageSplit
 from data.specs import KRR_SPECS
 from distillation.problem import Problem
-from evaluation.target import Representation
+from evaluation.target import FrozenTarget, Representation
 from krr_st.config import TrainFlags
 from krr_st.krr_st import KRRST
-from krr_st.setup import FrozenTarget
 from krr_st.views import TargetViews
 from models import get_model
 from models.fold import fold_frozen

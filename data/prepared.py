@@ -188,6 +188,22 @@ def _check_labels(labels: Tensor, path: Path, count: int, num_classes: int | Non
     return labels
 
 
+def labelled_classes(name: str, data_dir: Path | str, size: int) -> int | None:
+    """Classes of a set of the KRR-ST family, read from its files where no row says it; None: unlabelled.
+
+    Raises:
+        UserError: neither listed nor prepared at that size, or damaged.
+    """
+    spec, folder = find_spec(name, data_dir), Path(data_dir) / name
+    if spec is not None:
+        return spec.num_classes
+    train, test = (read_split(folder, split, size, None) for split in SPLITS)
+    if train is None:
+        path, command = folder / file_name("X", "train", size), prepare_command(name, size, data_dir)
+        raise UserError(f"{path} does not exist; make it with: {command}")
+    return count_classes(folder, train, test, None)
+
+
 def count_classes(
     folder: Path, train: ImageSplit, test: ImageSplit | None, spec: DatasetSpec | None
 ) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from data.synthetic import SyntheticSet
 from distillation.problem import Problem
 from utils.cli import SEED, DeviceFlags, flag
 from utils.progress import Every
@@ -65,6 +66,10 @@ class Distiller:
 
     def begin(self) -> None:
         """Do what comes once, before the first step of a new run."""
+
+    def synthetic(self) -> SyntheticSet:
+        """The set as it is now, in the source's normalised space: what is evaluated and written."""
+        return SyntheticSet(self.x_syn, self.y_syn)
 
     def monitor(self) -> Monitor | None:
         """A loss that can be compared over steps, made from the initial state; None without one."""

@@ -74,12 +74,15 @@ class Problem:
         return self.real.draw_all_classes(ipc, generator)[0], labels
 
 
-def check_start(real: RealImages, ipc: int, init: str) -> None:
-    """Raise a UserError for a class with fewer than ipc images to start from."""
+def check_start(real: RealImages, ipc: int, init: str, num_images: int | None = None) -> None:
+    """Raise a UserError for a class with fewer than ipc images to start from.
+
+    `num_images` is given where that flag says how many there are, not --ipc.
+    """
     counts = [len(index) for index in real.index_of_class]
     if init == "real" and min(counts) < ipc:
-        c = counts.index(min(counts))
+        c, flag = counts.index(min(counts)), "--ipc" if num_images is None else "--num_images"
         raise UserError(
-            f"class {c} has {counts[c]} training images, --ipc {ipc} with --init real needs {ipc}; "
-            "use --init noise or a smaller --ipc"
+            f"class {c} has {counts[c]} training images, {flag} {num_images or ipc} with --init real needs "
+            f"{ipc}; use --init noise or a smaller {flag}"
         )

@@ -34,10 +34,11 @@ class Method:
     flags: type
     about: str  # one line for --help
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of flags that differ within the family
-    # (data set, ipc) -> settings of its published cells that differ from `defaults`
+    # (data set, ipc; in runs of one set all its images) -> published settings that differ from `defaults`
     published: Callable[[str, int], Mapping[str, Any]] = lambda dataset, ipc: {}
     recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # --recipe -> defaults
     augments: bool = False  # synthetic and real images are augmented alike (DSA)
+    labels: str = "classes"  # or "features": what its set is labelled with
     mirrors: bool = False  # the published augmentation mirrors every listed data set, digits included
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data.load import ImageSet
 from data.loader import ImagePipeline
@@ -39,14 +39,17 @@ class LinearEvaluation:
     device: torch.device
     seed: int
 
-    def __call__(self, step: int, x_syn: Tensor, y_syn: Tensor) -> float:
-        """Accuracy in % of the set (m, C, H, W) with targets (m, D) after a step, which seeds it."""
+    def __call__(self, step: int, synthetic: SyntheticSet) -> float:
+        """Accuracy in % of a set with target vectors (m, D), after a step of the run.
+
+        Each evaluation has its own random stream and leaves the others alone.
+        """
         image_set, device = self.image_set, self.device
         with local_seed(derive_seed(self.seed, "evaluation", step)):
-            model = place(get_model(self.arch, image_set.img_shape, y_syn.shape[1]), device)
+            model = place(get_model(self.arch, image_set.img_shape, synthetic.targets.shape[1]), device)
             linear = nn.Linear(model.num_features, image_set.num_classes).to(device)
         generator = make_generator(self.seed, "evaluation batches", step)
-        pretrain(model, SyntheticSet(x_syn, y_syn), self.pretraining, generator)
+        pretrain(model, synthetic, self.pretraining, generator)
         model.requires_grad_(False)
         images, labels = image_set.train.images, image_set.train.labels
         if len(images) * model.num_features * 4 <= _CACHE_BYTES:

@@ -40,15 +40,17 @@ def score_network(
 ) -> Score:
     """Train the network `new_network(seed)` on a set and test it on real images.
 
-    The synthetic images are normalised as `image_set.stats` says, with class indices or class
-    probabilities (m, K). Every `test_every` epochs (None: only after the last) the network is tested
-    and `at_test` called with (epoch, network, accuracy); `check` may raise after each step.
+    The synthetic images are normalised as `image_set.stats` says, with class indices or vectors
+    (m, K), the largest entry the class's. Every `test_every` epochs (None: only after the last) the
+    network is tested and `at_test` called with (epoch, network, accuracy); `check` may raise after
+    each step.
     """
     network = new_network(derive_seed(seed, "network"))
     generator = make_generator(seed, "training")
     trainer = Trainer(network, recipe.loader(synthetic.images, synthetic.targets, device, generator), recipe)
     tests: list[tuple[float, int]] = []
-    for epoch in [*range(test_every or recipe.epochs, recipe.epochs, test_every or 1), recipe.epochs]:
+    epochs = -(-trainer.steps // trainer.per_epoch)
+    for epoch in [*range(test_every or epochs, epochs, test_every or 1), epochs]:
         trainer.run(epoch * trainer.per_epoch, what="evaluation", on_step=lambda *_: check())
         tests.append((share_correct(network, image_set, device), epoch))
         if at_test is not None:

@@ -24,6 +24,8 @@ from utils import checkpoint
 from utils.checkpoint import fingerprint, state_fingerprint
 from utils.device import place
 from utils.errors import UserError, pick
+from utils.memory import SplitBatches
+from utils.precision import autocast
 
 
 def _hf(name: str, path: Path | None) -> Foundation:
@@ -148,6 +150,20 @@ def load_target(
     sample = torch.randn(2, *img_shape, generator=torch.Generator().manual_seed(0))
     model.backbone = fold_frozen(model.backbone, sample)
     return place(model, device, layout)
+
+
+class FrozenTarget:
+    """The target model without gradient, in a run's precision, in parts where memory is short."""
+
+    def __init__(self, model: nn.Module, precision: str) -> None:
+        self.dim, self.precision = model.dim, precision
+        self._in_parts = SplitBatches(model)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalised images (b, C, H, W) -> features (b, dim)."""
+        with autocast(self.precision, x.device):
+            return self._in_parts(x)
 
 
 @torch.no_grad()

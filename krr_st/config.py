@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillation.base import RunFlags
+from distillation.one_set import FeatureFlags
 from evaluation.epochs import EpochFlags
 from evaluation.target import TARGET_CKPT, TARGET_MODEL
-from utils.cli import SEED, DeviceFlags, flag
-from utils.device import LAYOUTS
+from utils.cli import SEED, DeviceFlags, flag, same_flag
 from utils.precision import DTYPES, PRECISIONS
 
 
@@ -36,24 +35,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class TrainFlags(RunFlags):
+class TrainFlags(FeatureFlags):
     """Flags of KRR-ST."""
 
-    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
-    recipe: str = flag(
-        "published",
-        "settings in place of the defaults; explicit flags take precedence",
-        choices=tuple(RECIPES),
-    )
-    target_model: str | None = flag(None, TARGET_MODEL)
-    target_ckpt: Path | None = flag(None, TARGET_CKPT)
-    data_name: str = flag("cifar100", "source data set: a listed name or a prepared set of yours")
-    save_dir: Path = flag(Path("./results"), "folder of the run folders")
-    exp_name: str | None = flag(None, "name of the run folder; default: {data_name}")
-    img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
-    num_images: int | None = flag(None, "synthetic images m; default: preset", minimum=1)
+    recipe: str = same_flag(FeatureFlags, "recipe", choices=tuple(RECIPES))
     train_model: str | None = flag(None, "network of the pool (zoo A); default: preset")
-    test_model: str | None = flag(None, "network of the evaluation; default: train_model")
     syn_init: str = flag(
         "normalized",
         "start from normalised pixels, or raw ones as the released code",
@@ -80,7 +66,7 @@ class TrainFlags(RunFlags):
     outer_opt: str = flag(
         "adam", "optimiser of X_s and Y_s: AdamW, or SGD with momentum 0.5", choices=("adam", "sgd")
     )
-    outer_iteration: int = flag(160000, "outer steps", minimum=1)
+    outer_iteration: int = same_flag(FeatureFlags, "outer_iteration", default=160000)
     outer_batch_size: int = flag(1024, "real images an outer step", minimum=1)
     outer_lr: float = flag(1e-3, "learning rate of X_s and Y_s, decays linearly to 1e-3 of it", above=0)
     outer_lr_y: float | None = flag(None, "learning rate of Y_s where it is not that of X_s", above=0)
@@ -90,7 +76,6 @@ class TrainFlags(RunFlags):
     precision: str = flag(
         "fp32", "of the networks (tf32: CUDA only); kernel solves take at least float32", choices=PRECISIONS
     )
-    layout: str = flag("channels_last", "memory layout of images in the networks", choices=tuple(LAYOUTS))
     compile: bool = flag(False, "compile the pool network's passes with torch.compile")
     target_views: str = flag(
         "auto",
@@ -107,17 +92,11 @@ class TrainFlags(RunFlags):
     )
 
     eval_every: int = flag(16000, "steps between linear evaluations", minimum=1)
-
     pre_opt: str = flag("sgd", "optimiser of pre-training in evaluations", choices=("sgd", "adam"))
     pre_epoch: int = flag(1000, "epochs of pre-training on the synthetic set", minimum=1)
     pre_batch_size: int = flag(256, "batch of pre-training", minimum=1)
     pre_lr: float = flag(0.1, "learning rate of pre-training", above=0)
     pre_wd: float = flag(1e-3, "weight decay of pre-training", minimum=0)
-    test_opt: str = flag("sgd", "optimiser of the linear classifier", choices=("sgd", "adam"))
-    test_iteration: int = flag(5000, "steps of the linear classifier", minimum=1)
-    test_batch_size: int = flag(512, "batch of the linear classifier", minimum=1)
-    test_lr: float = flag(0.2, "its learning rate, falls to 0 by a cosine", above=0)
-    test_wd: float = flag(0.0, "weight decay of the linear classifier", minimum=0)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from clom.setup import MatchingSetup
 from distillation.run import Method
 from krr_st.config import RECIPES, TrainFlags
 from krr_st.krr_st import KRRST
-from krr_st.setup import KernelSetup
+from krr_st.setup import KRRSTSetup
 from utils.errors import pick
 
 _MATCHING = dict(Iteration=1000, lr_img=0.1, init="noise")
@@ -18,10 +18,11 @@ ROWS = (
     Method(
         "KRR_ST",
         KRRST,
-        KernelSetup,
+        KRRSTSetup,
         TrainFlags,
         "kernel ridge regression to self-supervised targets (ICLR 2024)",
         recipes=RECIPES,
+        labels="features",
     ),
     Method("DC", GradientMatching, MatchingSetup, DistillFlags, "gradient matching (ICLR 2021)", _MATCHING),
     Method(

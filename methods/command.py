@@ -44,7 +44,7 @@ def distil(
         argv,
         description=f"{description}\nmethods:\n{about}",
         recipes=row.recipes or None,
-        choices={"method": names},
+        choices={"method": names, "recipe": tuple(row.recipes) or ("published",)},
         defaults={**defaults, "method": default},
         **options,
     )

@@ -11,6 +11,7 @@ from conftest import CPU, NET, SHAPE, make_krrst, make_target, read_log, write_s
 import train
 from data.load import load_set
 from data.synthetic import SyntheticSet
+from distillation import one_set
 from distillation.problem import Problem
 from krr_st import krr_st as krr_st_module
 from krr_st import setup as kernel_setup
@@ -162,8 +163,8 @@ def same(first, second):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes most of a tiny run; one test looks at the pictures."""
-    for name in ("save_grid", "save_lines"):
-        monkeypatch.setattr(kernel_setup, name, lambda *args, **more: None)
+    for module, name in ((one_set, "save_grid"), (kernel_setup, "save_lines")):
+        monkeypatch.setattr(module, name, lambda *args, **more: None)
 
 
 def log(name):
@@ -249,7 +250,7 @@ def test_interrupted_and_resumed_is_uninterrupted(tiny, monkeypatch, capsys, ste
 
 def test_killed_between_the_last_save_and_the_results(tiny, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(kernel_setup, "save_grid", lambda *args: 1 / 0)
+        patch.setattr(one_set, "save_grid", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run("a")
     assert run("a") == run("whole") == 0

@@ -1,8 +1,6 @@
 """The linear evaluation inside train.py."""
 
 import math
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,21 +8,13 @@ from conftest import CPU
 from torch import nn
 
 from data.loader import TensorLoader
+from distillation.labels import linear_recipe
 from evaluation.fit import Trainer
 from krr_st.config import TrainFlags
-from krr_st.setup import SetObserver
 
 
-def test_the_classifiers_rate_falls_to_zero_by_a_cosine_over_its_iterations(monkeypatch):
-    split = SimpleNamespace(labels=torch.zeros(1))
-    setup = SimpleNamespace(
-        flags=TrainFlags(test_iteration=40, test_lr=0.2),
-        group=SimpleNamespace(first=False),
-        device=CPU,
-        image_set=SimpleNamespace(num_classes=1, train=split),
-    )
-    run = SimpleNamespace(path=Path("run"), seed=0)
-    recipe = SetObserver(setup, run, None).evaluation.classifier
+def test_the_classifiers_rate_falls_to_zero_by_a_cosine_over_its_iterations():
+    recipe = linear_recipe(TrainFlags(test_iteration=40, test_lr=0.2))
     loader = TensorLoader(
         torch.ones(2, 3), torch.tensor([0, 1]), batch_size=2, device=CPU, generator=torch.Generator()
     )

@@ -8,7 +8,7 @@ from fault_commands import COMMANDS
 from fault_kills import OUTPUT, Forked, uninterrupted
 from fault_saves import recover_damaged, small_disk, survive_small_disk
 
-from distillation import loop
+from distillation import loop, one_set
 from krr_st import setup
 from utils.errors import UserError
 
@@ -70,7 +70,7 @@ def test_the_harness_sees_a_save_that_is_not_kept(tmp_path, monkeypatch):
             raise UserError(f"cannot write {path}: {error}") from None
 
     monkeypatch.setattr(loop, "save_run", in_place)
-    for name in ("save_grid", "save_lines"):
-        monkeypatch.setattr(setup, name, lambda *args, **more: None)
+    for module, name in ((one_set, "save_grid"), (setup, "save_lines")):
+        monkeypatch.setattr(module, name, lambda *args, **more: None)
     with pytest.raises(AssertionError, match="is not the last save"):
         survive_small_disk(SHORT["train.py"], tmp_path, 160, {}, random.Random(SEED))

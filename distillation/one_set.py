@@ -1,0 +1,216 @@
+"""Runs of one synthetic set, by any method: flags, data, evaluations on the way, files, pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.augment import denormalize
+from data.load import load_set
+from data.specs import Stats
+from distillation.base import Distiller, RunFlags
+from distillation.labels import LABELS
+from distillation.loop import Plan
+from distillation.problem import Problem
+from distillation.run import Method, Setup
+from evaluation.presets import resolve_preset
+from evaluation.recipes import check_strategy
+from evaluation.target import TARGET_CKPT, TARGET_MODEL
+from models import get_model
+from utils import checkpoint
+from utils.cli import flag
+from utils.device import LAYOUTS
+from utils.distributed import Group
+from utils.errors import UserError, pick
+from utils.plots import save_grid
+from utils.precision import PRECISIONS, check_precision, float32_mode
+from utils.run_folder import Run, RunFolder
+
+
+def _of_method(what: str, **limits: Any) -> Any:
+    """A flag of the evaluations whose default is the method's published recipe."""
+    return flag(None, f"{what} in evaluations; default: the method's", **limits)
+
+
+@dataclass(frozen=True)
+class SetFlags(RunFlags):
+    """Flags of every run of one synthetic set."""
+
+    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
+    recipe: str = flag("published", "settings in place of the defaults; explicit flags take precedence")
+    data_name: str = flag("cifar100", "source data set: a listed name or a prepared set of yours")
+    save_dir: Path = flag(Path("./results"), "folder of the run folders")
+    exp_name: str | None = flag(None, "name of the run folder; default: {data_name}")
+    img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
+    num_images: int | None = flag(None, "synthetic images m; default: preset", minimum=1)
+    train_model: str | None = flag(None, "network of the method (zoo A); default: preset")
+    test_model: str | None = flag(None, "network of the evaluation; default: train_model")
+    outer_iteration: int = flag(5000, "outer steps", minimum=1)
+    eval_every: int = flag(1000, "steps between evaluations", minimum=1)
+    precision: str = flag("fp32", "of the networks (tf32: CUDA only)", choices=PRECISIONS)
+    layout: str = flag("channels_last", "memory layout of images in the networks", choices=tuple(LAYOUTS))
+
+    pre_opt: str | None = _of_method("optimiser of a network on the set", choices=("sgd", "adam"))
+    pre_epoch: int | None = _of_method("its epochs", minimum=1)
+    pre_iteration: int | None = _of_method("its steps, in place of epochs", minimum=1)
+    pre_batch_size: int | None = _of_method("its batch", minimum=1)
+    pre_lr: float | None = _of_method("its learning rate", above=0)
+    pre_wd: float | None = _of_method("its weight decay", minimum=0)
+    pre_dsa: str | None = _of_method("its DSA strategy, or none,")
+
+
+@dataclass(frozen=True)
+class FeatureFlags(SetFlags):
+    """Flags of methods whose labels are a target model's features."""
+
+    target_model: str | None = flag(None, TARGET_MODEL)
+    target_ckpt: Path | None = flag(None, TARGET_CKPT)
+    test_opt: str = flag("sgd", "optimiser of the linear classifier", choices=("sgd", "adam"))
+    test_iteration: int = flag(5000, "steps of the linear classifier", minimum=1)
+    test_batch_size: int = flag(512, "batch of the linear classifier", minimum=1)
+    test_lr: float = flag(0.2, "its learning rate, falls to 0 by a cosine", above=0)
+    test_wd: float = flag(0.0, "weight decay of the linear classifier", minimum=0)
+
+
+@dataclass(frozen=True)
+class ClassFlags(SetFlags):
+    """Flags of methods whose labels are classes."""
+
+    num_images: int | None = flag(
+        None,
+        "synthetic images m, a multiple of the number of classes; default: about the preset's",
+        minimum=1,
+    )
+    init: str = flag("real", "start of the images", choices=("real", "noise"))
+    num_eval: int = flag(1, "networks per evaluation", minimum=1)
+
+
+class SetSetup(Setup):
+    """Runs of one set with features or classes as labels, whichever the method's row says."""
+
+    knobs = "lower --num_images, or use --precision bf16"
+
+    @classmethod
+    def resolve(cls, method: Method, flags: SetFlags) -> SetFlags:
+        """Fill in what presets, the labels and the published settings decide."""
+        preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
+        network = flags.train_model or preset.network
+        given = pick(LABELS, method.labels, "labels").resolve(method, flags, preset)
+        flags = dataclasses.replace(
+            flags,
+            img_size=preset.size,
+            train_model=network,
+            test_model=flags.test_model or network,
+            exp_name=flags.exp_name or flags.data_name,
+            **given,
+        )
+        published = method.published(flags.data_name, flags.num_images)
+        unset = {name: value for name, value in published.items() if getattr(flags, name) is None}
+        return dataclasses.replace(flags, **unset)
+
+    @classmethod
+    def check(cls, flags: SetFlags, device: torch.device) -> None:
+        """Raise a UserError for a precision that is not to be had here, or an unknown augmentation."""
+        check_precision(flags.precision, device)
+        check_strategy(flags.pre_dsa)
+
+    def __init__(
+        self, method: Method, flags: SetFlags, device: torch.device, group: Group, held: ExitStack
+    ) -> None:
+        super().__init__(method, flags, device, group, held)
+        held.enter_context(float32_mode(flags.precision))
+        self.image_set = load_set(flags.data_name, flags.img_size, flags.data_dir)
+        train = self.image_set.train
+        if flags.num_images > len(train):
+            raise UserError(
+                f"--num_images {flags.num_images} is more than the {len(train)} images in {train.path}"
+            )
+        self.labels = LABELS[method.labels](method, flags, self.image_set, device)
+        for arch in (flags.train_model, flags.test_model):  # an unknown name fails now
+            get_model(arch, self.image_set.img_shape, self.labels.outputs)
+
+    @property
+    def folder(self) -> Path:
+        """{save_dir}/{exp_name}."""
+        return Path(self.flags.save_dir) / self.flags.exp_name
+
+    @property
+    def syn_stats(self) -> Stats:
+        """What undoes the normalisation of the set."""
+        return self.image_set.stats
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """The source and what undoes the normalisation of the set."""
+        stats = self.syn_stats
+        return {"data_name": self.flags.data_name, "mean": stats.mean, "std": stats.std}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The source, and what its labels are made by."""
+        return {**super().inputs, **self.labels.inputs}
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Distil one set; write it and its pictures."""
+        flags, image_set = self.flags, self.image_set
+        if image_set.train.labels is None:
+            print(f"{flags.data_name} has no labels: linear evaluation is skipped")
+        elif image_set.test is None:
+            print(f"{flags.data_name} has no test split: evaluations use the training images")
+        problem = Problem(image_set, self.device, run.seed, self.group, **self.labels.given)
+        plan = Plan(flags.outer_iteration, flags.print_every, flags.save_every)
+        distiller, results = self.distil(run, problem, plan)
+        if self.group.first:
+            pixels = denormalize(distiller.synthetic().images[:400], self.syn_stats)
+            save_grid(pixels.clamp(0, 1), run.path / "x_syn.png")
+            results |= self.drawn(run)
+        return results
+
+    def drawn(self, run: RunFolder) -> dict[str, Any]:
+        """Draw more of a finished run; returns more results."""
+        return {}
+
+    def observer(self, run: Run, plan: Plan, distiller: Distiller) -> SetObserver:
+        """Evaluations, the method's monitor, the set beside every save."""
+        return SetObserver(self, run, distiller)
+
+    def after(self, run: Run) -> None:
+        """Say where the set is."""
+        print(f"synthetic set: {run.path}/x_syn.pt, y_syn.pt; picture: {run.path}/x_syn.png")
+
+
+class SetObserver:
+    """Evaluates the set as its labels ask for, and writes it beside every save."""
+
+    def __init__(self, setup: SetSetup, run: Run, distiller: Distiller) -> None:
+        self.flags, self.path, self.key = setup.flags, run.path, setup.labels.key
+        self.monitor = distiller.monitor() if setup.group.first else None
+        if self.monitor is not None:
+            print(f"held-out loss: {self.monitor}")
+        self.evaluation = setup.labels.evaluation(run.seed)
+
+    def due(self, step: int) -> bool:
+        """Every `eval_every` steps and at the end, where there is something to test with."""
+        last = step == self.flags.outer_iteration
+        return self.evaluation is not None and (last or (step > 0 and step % self.flags.eval_every == 0))
+
+    def evaluate(self, step: int, distiller: Distiller) -> Any:
+        """Accuracy in %."""
+        return self.evaluation(step, distiller.synthetic())
+
+    def watch(self, step: int, distiller: Distiller) -> dict[str, Any]:
+        """The loss that depends on the set alone, where the method has one."""
+        if self.monitor is None or not self.monitor.due(step):
+            return {}
+        return {"held_out_loss": self.monitor(distiller.x_syn, distiller.y_syn)}
+
+    def saved(self, distiller: Distiller) -> None:
+        """Write x_syn.pt and y_syn.pt, the published result files: two plain CPU tensors."""
+        synthetic = distiller.synthetic()
+        checkpoint.save(synthetic.images.cpu(), self.path / "x_syn.pt")
+        checkpoint.save(synthetic.targets.cpu(), self.path / "y_syn.pt")
