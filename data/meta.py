@@ -15,37 +15,27 @@ import torch
 from torch import Tensor
 
 from data.specs import Stats
-from data.untrusted import check_regular
+from data.untrusted import read_json
 from utils import checkpoint
 from utils.errors import UserError
 
 
 def read_meta(folder: Path | str) -> dict[str, Any]:
-    """The description of a prepared set; only an empty "sizes" if there is none.
+    """The description of a prepared set; an empty "sizes" if there is none; a UserError if it is damaged.
 
-    Raises:
-        UserError: the file is damaged.
+    Mean and std are checked where they are used.
     """
-    path = Path(folder) / "meta.json"
-    check_regular(path)
-    try:
-        meta = json.loads(path.read_text()) if path.exists() else {}
-    except (ValueError, OSError, RecursionError):
-        raise UserError(f"{path} is not readable JSON; expected what data.prepare writes") from None
+    path, tables = Path(folder) / "meta.json", ("counts", "sha256", "sample")
+    meta = read_json(path)
+    sizes = meta.setdefault("sizes", {})
     if (
-        not isinstance(meta, dict)
-        or not isinstance(meta.setdefault("sizes", {}), dict)
-        or not all(map(_is_entry, meta["sizes"].values()))
+        not isinstance(sizes, dict)
+        or not all(isinstance(facts, dict) for facts in sizes.values())
+        or not all(isinstance(facts.get(key, {}), dict) for facts in sizes.values() for key in tables)
         or not isinstance(meta.get("class_names") or [], list)
     ):
         raise UserError(f"{path} does not hold a JSON object as data.prepare writes it")
     return meta
-
-
-def _is_entry(facts: Any) -> bool:
-    """Whether these may be the facts of one size; mean and std are checked where they are used."""
-    tables = ("counts", "sha256", "sample")
-    return isinstance(facts, dict) and all(isinstance(facts.get(key, {}), dict) for key in tables)
 
 
 def checksum(tensor: Tensor) -> str:

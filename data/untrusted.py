@@ -1,13 +1,15 @@
-"""Opening files that somebody else made: regular files only, pictures of known raster formats only."""
+"""Reading files that somebody else made: regular files, JSON objects, pictures of known raster formats."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -22,6 +24,27 @@ def check_regular(path: Path | str) -> None:
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise UserError(f"{path} is not a regular file")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} if it does not exist; a UserError if it holds anything else."""
+    check_regular(path)
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else "{}"
+    except (OSError, ValueError):
+        raise UserError(f"{path} cannot be read as text") from None
+    return parse_json(text, path)
+
+
+def parse_json(text: str, path: Path) -> dict[str, Any]:
+    """The JSON object in a text of `path`; a UserError if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} does not hold readable JSON") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    return value
 
 
 @functools.cache

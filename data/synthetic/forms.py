@@ -8,21 +8,19 @@ png          folder of 8-bit `00000.png`, ... for people and other tools. `label
              `meta.json` holds the mean and std that lead back to normalised space. Lost is what
              lies outside [0, 1] or below 1/255.
 
-What is read and written is the content of a set: a dict with `images`, `targets` and, as far as
-known, `stats`, `data_name` and `info`; see `SyntheticSet`, which checks the tensors. The two
-published forms hold no statistics: a small JSON file of the same name lies beside them.
+What is read are the fields of a `SyntheticSet`, which checks them: `images`, `targets` and, as far as
+known, `stats`, `data_name` and `info`. The two published forms hold no statistics: a small JSON file
+of the same name lies beside them.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -31,28 +29,27 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.augment import denormalize, normalize
+from data.augment import normalize
 from data.specs import Stats
-from data.untrusted import check_regular, open_picture
+from data.untrusted import check_regular, open_picture, parse_json, read_json
 from utils import checkpoint
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
-Content = dict[str, Any]
+if TYPE_CHECKING:
+    from data.synthetic.set import SyntheticSet
+
+Fields = dict[str, Any]
 
 
 class Form(NamedTuple):
-    """One way of storing a set: content = read(path, statistics or None, experiment)."""
+    """One way of storing a set: fields = read(path, statistics or None, experiment)."""
 
-    read: Callable[[Path, Stats | None, int], Content]
-    write: Callable[[Content, Path], None]
+    read: Callable[[Path, Stats | None, int], Fields]
+    write: Callable[[SyntheticSet, Path], None]
 
 
 def detect_form(path: Path) -> str:
-    """The form of an existing path, by its name and the files in it.
-
-    Raises:
-        UserError: nothing is there, or it is none of the forms.
-    """
+    """The form of a path, by its name and the files in it; a UserError if it is none."""
     if not path.exists():
         raise UserError(f"synthetic set {path} does not exist")
     if path.is_dir():
@@ -65,67 +62,56 @@ def detect_form(path: Path) -> str:
     return "safetensors" if path.suffix == ".safetensors" else "res"
 
 
-def _describe(content: Content) -> str:
+def _describe(synthetic: SyntheticSet) -> str:
     """What lies beside the tensors, as JSON."""
-    stats = content["stats"]
+    stats = synthetic.stats
     described = {
-        "mean": list(stats.mean) if stats else None,
-        "std": list(stats.std) if stats else None,
-        "data_name": content["data_name"],
-        "info": content["info"],
+        "mean": stats and stats.mean,
+        "std": stats and stats.std,
+        "data_name": synthetic.data_name,
+        "info": synthetic.info,
     }
     return json.dumps(described, indent=2) + "\n"
 
 
-def _read_description(path: Path) -> Content:
-    """Read what `_describe` gave (or a run's config.json); {} if there is no such file."""
-    if not path.exists():
-        return {}
-    check_regular(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        raise UserError(f"{path} cannot be read as text") from None
-    return _parse_description(text, path)
-
-
-def _parse_description(text: str, path: Path) -> Content:
-    """The part of a content in a JSON object; keys that are absent or null are left out."""
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError):
-        raise UserError(f"{path} does not hold readable JSON") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds a JSON {type(raw).__name__}, expected an object")
+def _described(raw: dict[str, Any], path: Path) -> Fields:
+    """The fields in the JSON object of `path`; keys that are absent or null are left out."""
     stats = Stats.parse(raw, path)
-    found: Content = {} if stats is None else {"stats": stats}
-    for key, kind in (("data_name", str), ("info", dict)):
-        if isinstance(raw.get(key), kind):
-            found[key] = raw[key]
-    return found
+    found: Fields = {} if stats is None else {"stats": stats}
+    kinds = {"data_name": str, "info": dict}
+    return found | {key: raw[key] for key, kind in kinds.items() if isinstance(raw.get(key), kind)}
 
 
-def _read_pair(path: Path, stats: Stats | None, experiment: int) -> Content:
-    """Read a pair; its JSON file goes before the config.json of a run folder."""
+def _read_description(path: Path) -> Fields:
+    return _described(read_json(path), path)
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU: saving a view would write all of its storage."""
+    return tensor.cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _read_pair(path: Path, stats: Stats | None, experiment: int) -> Fields:
+    """Read a pair; its JSON file takes precedence over the config.json of a run folder."""
     folder = path if path.is_dir() else path.parent
-    content = {
+    fields = {
         "images": checkpoint.load_tensor(folder / "x_syn.pt", what="synthetic images"),
         "targets": checkpoint.load_tensor(folder / "y_syn.pt", what="synthetic targets"),
     }
-    run = _read_description(folder / "config.json")  # a run folder; its other keys are not info
-    run.pop("info", None)
-    return content | run | _read_description(folder / "x_syn.json")
+    run = _read_description(folder / "config.json")
+    run.pop("info", None)  # of the run
+    return fields | run | _read_description(folder / "x_syn.json")
 
 
-def _write_pair(content: Content, path: Path) -> None:
+def _write_pair(synthetic: SyntheticSet, path: Path) -> None:
     """Write a pair; each file is whole or not at all, the three together are not."""
     folder = path.parent if path.name == "x_syn.pt" else path
-    checkpoint.save(content["images"], folder / "x_syn.pt")
-    checkpoint.save(content["targets"], folder / "y_syn.pt")
-    checkpoint.write_text(folder / "x_syn.json", _describe(content))
+    checkpoint.save(_stored(synthetic.images), folder / "x_syn.pt")
+    checkpoint.save(_stored(synthetic.targets), folder / "y_syn.pt")
+    checkpoint.write_text(folder / "x_syn.json", _describe(synthetic))
 
 
-def _read_res(path: Path, stats: Stats | None, experiment: int) -> Content:
+def _read_res(path: Path, stats: Stats | None, experiment: int) -> Fields:
     """Read one experiment of a `res_*.pt`; its accuracies become info."""
     raw = checkpoint.load(path, what="synthetic file")
     runs = raw.get("data") if isinstance(raw, dict) else None
@@ -146,62 +132,71 @@ def _read_res(path: Path, stats: Stats | None, experiment: int) -> Content:
         }
     except (TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: accs_all_exps must map names to lists of numbers") from None
-    content = {"images": run[0], "targets": run[1]} | _read_description(path.with_suffix(".json"))
+    fields = {"images": run[0], "targets": run[1]} | _read_description(path.with_suffix(".json"))
     facts = {"accs_all_exps": accuracies, "experiment": experiment, "num_experiments": len(runs)}
-    return content | {"info": content.get("info", {}) | facts}
+    return fields | {"info": fields.get("info", {}) | facts}
 
 
-def write_experiments(contents: Sequence[Content], accuracies: dict[str, list[float]], path: Path) -> None:
-    """Write several experiments into one `res_*.pt`; see `data.synthetic.save_experiments`."""
-    if not contents:
+def save_experiments(
+    path: Path | str, sets: Sequence[SyntheticSet], accuracies: dict[str, list[float]]
+) -> None:
+    """Write several experiments into one `res_*.pt`; the first one's facts go beside it as JSON.
+
+    Args:
+        path: the file, published as `res_{method}_{dataset}_{model}_{ipc}ipc.pt`.
+        sets: one set of class indices per experiment.
+        accuracies: evaluation network -> test accuracies in [0, 1].
+
+    Raises:
+        UserError: float targets, no set at all, or `path` cannot be written.
+    """
+    path = Path(path)
+    if not sets:
         raise UserError(f"cannot write {path}: no experiment is given")
     if path.suffix != ".pt" or path.name in ("x_syn.pt", "y_syn.pt"):
         raise UserError(f"cannot write {path}: a res file is named like res_DC_CIFAR10_10ipc.pt")
-    if any(content["targets"].is_floating_point() for content in contents):
+    if any(synthetic.soft for synthetic in sets):
         raise UserError(
             f"cannot write {path}: the res form holds class indices, these targets are float "
             "vectors; use --form pair or safetensors"
         )
-    data = [[content["images"], content["targets"]] for content in contents]
+    data = [[_stored(synthetic.images), _stored(synthetic.targets)] for synthetic in sets]
     scores = {name: [float(a) for a in values] for name, values in accuracies.items()}
     checkpoint.save({"data": data, "accs_all_exps": scores}, path)
-    checkpoint.write_text(path.with_suffix(".json"), _describe(contents[0]))
+    checkpoint.write_text(path.with_suffix(".json"), _describe(sets[0]))
 
 
-def _write_res(content: Content, path: Path) -> None:
-    """Write one experiment with the accuracies in info."""
-    write_experiments([content], content["info"].get("accs_all_exps", {}), path)
+def _write_res(synthetic: SyntheticSet, path: Path) -> None:
+    save_experiments(path, [synthetic], synthetic.info.get("accs_all_exps", {}))
 
 
-def _read_safetensors(path: Path, stats: Stats | None, experiment: int) -> Content:
+def _read_safetensors(path: Path, stats: Stats | None, experiment: int) -> Fields:
     check_regular(path)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             names = set(file.keys())
-            content = {key: file.get_tensor(key) for key in names & {"images", "targets"}}
+            fields = {key: file.get_tensor(key) for key in names & {"images", "targets"}}
             metadata = file.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is truncated or not a safetensors file ({reason})") from None
-    if len(content) != 2:
+        raise UserError(f"{path} is truncated or not a safetensors file ({first_line(error)})") from None
+    if len(fields) != 2:
         raise UserError(f"{path} holds {sorted(names)}, expected images and targets")
-    return content | _parse_description(metadata.get("synthetic_set", "{}"), path)
+    return fields | _described(parse_json(metadata.get("synthetic_set", "{}"), path), path)
 
 
-def _write_safetensors(content: Content, path: Path) -> None:
-    """Write one file; metadata values must be strings, hence the JSON."""
+def _write_safetensors(synthetic: SyntheticSet, path: Path) -> None:
     if path.suffix != ".safetensors":
         raise UserError(f"cannot write {path}: expected a name ending in .safetensors")
-    tensors = {key: content[key] for key in ("images", "targets")}
-    metadata = {"format": "pt", "synthetic_set": _describe(content)}
+    tensors = {"images": _stored(synthetic.images), "targets": _stored(synthetic.targets)}
+    metadata = {"format": "pt", "synthetic_set": _describe(synthetic)}  # its values must be strings
     payload = safetensors.torch.save(tensors, metadata)
     checkpoint.write_atomic(path, lambda file: file.write(payload))
 
 
-def _read_png(path: Path, stats: Stats | None, experiment: int) -> Content:
+def _read_png(path: Path, stats: Stats | None, experiment: int) -> Fields:
     """Read the listed images and normalise them with `stats`, else the stored ones."""
-    content = _read_description(path / "meta.json")
-    stats = stats or content.get("stats")
+    fields = _read_description(path / "meta.json")
+    stats = stats or fields.get("stats")
     if stats is None:
         raise UserError(f"{path / 'meta.json'} gives no mean and std, and none were passed")
     check_regular(path / "labels.csv")
@@ -224,7 +219,7 @@ def _read_png(path: Path, stats: Stats | None, experiment: int) -> Content:
             )
     images = torch.stack(pixels).float() / 255
     stats.check_channels(images.shape[1], path)
-    return content | {"images": normalize(images, stats), "targets": labels}
+    return fields | {"images": normalize(images, stats), "targets": labels}
 
 
 def _read_image(folder: Path, name: str) -> Tensor:
@@ -243,43 +238,35 @@ def _read_image(folder: Path, name: str) -> Tensor:
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
 
 
-def _write_png(content: Content, path: Path) -> None:
+def _write_png(synthetic: SyntheticSet, path: Path) -> None:
     """Write the folder, whole or not at all; `path` must be absent or empty."""
-    images, targets, stats = (content[key] for key in ("images", "targets", "stats"))
-    if targets.is_floating_point():
+    if synthetic.soft:
         raise UserError(
             f"cannot write {path}: a PNG folder cannot hold float targets; use --form pair or safetensors"
         )
-    if images.shape[1] not in (1, 3):
+    if synthetic.images.shape[1] not in (1, 3):
         raise UserError(f"cannot write {path}: PNG needs 1 or 3 channels")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"cannot write {path}: it exists and is not an empty folder")
-    if stats is None:
-        raise UserError("the mean and std of this synthetic set are unknown; give its data set")
-    pixels = denormalize(images, stats).clamp(0, 1).mul(255).round().byte()
+    pixels = synthetic.to_pixels().mul(255).round().byte().cpu()
     pixels = pixels.permute(0, 2, 3, 1).squeeze(-1).numpy()
-    temporary = None
+    labels, classes = synthetic.targets.tolist(), synthetic.info.get("class_names")
+    columns = {"file": [f"{i:05d}.png" for i in range(len(pixels))], "label": labels}
+    if isinstance(classes, list) and len(classes) > max(labels):
+        columns["class_name"] = [classes[label] for label in labels]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        labels, classes = targets.tolist(), content["info"].get("class_names")
-        columns = {"file": [f"{i:05d}.png" for i in range(len(pixels))], "label": labels}
-        if isinstance(classes, list) and len(classes) > max(labels):
-            columns["class_name"] = [classes[label] for label in labels]
-        for name, image in zip(columns["file"], pixels, strict=True):
-            Image.fromarray(image).save(temporary / name)
-        with (temporary / "labels.csv").open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
-        (temporary / "meta.json").write_text(_describe(content), encoding="utf-8")
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp makes private folders
-        temporary.replace(path)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+            folder = Path(temporary) / path.name
+            folder.mkdir()
+            for name, image in zip(columns["file"], pixels, strict=True):
+                Image.fromarray(image).save(folder / name)
+            with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
+            (folder / "meta.json").write_text(_describe(synthetic), encoding="utf-8")
+            folder.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 FORMS = {

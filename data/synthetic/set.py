@@ -1,12 +1,11 @@
-"""Synthetic sets: the single currency between distillation and evaluation.
+"""Synthetic sets: what distillation writes and every evaluation reads.
 
-KRR-ST writes float target vectors, the DC family class indices; every protocol reads either.
+KRR-ST writes float target vectors, the DC family class indices.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from data.augment import denormalize
 from data.specs import Stats
-from data.synthetic.forms import FORMS, detect_form, write_experiments
+from data.synthetic.forms import FORMS, detect_form
 from utils.errors import UserError, pick
 
 
@@ -24,7 +23,7 @@ from utils.errors import UserError, pick
 class SyntheticSet:
     """Distilled images with their targets.
 
-    The tensors are detached but share storage with what was given: clone first if that is
+    The tensors are detached but share storage with those given: clone these first if they are
     optimised further.
 
     Attributes:
@@ -65,17 +64,13 @@ class SyntheticSet:
         return self.targets.is_floating_point()
 
     def unclamped_pixels(self) -> Tensor:
-        """The images de-normalised: m×C×H×W float32, 1 is white, values may leave [0, 1].
-
-        Raises:
-            UserError: the statistics are unknown.
-        """
+        """The images de-normalised: m×C×H×W float32, 1 is white; a UserError if `stats` is unknown."""
         if self.stats is None:
             raise UserError("the mean and std of this synthetic set are unknown; give its data set")
         return denormalize(self.images, self.stats)
 
     def to_pixels(self) -> Tensor:
-        """The images de-normalised and clamped to [0, 1]; raises like `unclamped_pixels`."""
+        """Like `unclamped_pixels`, clamped to [0, 1]."""
         return self.unclamped_pixels().clamp(0, 1)
 
     @classmethod
@@ -93,9 +88,9 @@ class SyntheticSet:
         Args:
             path: folder or file.
             form: one of FORMS; detected when None.
-            stats: take the place of stored statistics (a PNG folder is normalised with them).
-            data_name: takes the place of the stored name.
-            experiment: which experiment of a `res_*.pt` file; other forms hold one.
+            stats: replace the stored statistics (a PNG folder is normalised with them).
+            data_name: replaces the stored name.
+            experiment: number of the experiment in a `res_*.pt` file; other forms hold one.
 
         Raises:
             UserError: missing, damaged, unsafe or inconsistent files; the message names the path.
@@ -104,11 +99,11 @@ class SyntheticSet:
         name = form or detect_form(path)
         if experiment and name != "res":
             raise UserError(f"{path} holds one experiment; only res files hold several")
-        content = pick(FORMS, name, "form of a synthetic set").read(path, stats, experiment)
+        fields = pick(FORMS, name, "form of a synthetic set").read(path, stats, experiment)
         given = {"stats": stats, "data_name": data_name}
-        content |= {key: value for key, value in given.items() if value is not None}
+        fields |= {key: value for key, value in given.items() if value is not None}
         try:
-            return cls(**content)
+            return cls(**fields)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -116,34 +111,9 @@ class SyntheticSet:
         """Write a form, into a folder ("pair", "png") or a file; each file whole or not at all.
 
         Raises:
-            UserError: unknown form, a set the form cannot hold, or `path` cannot be written.
+            UserError: unknown form, a set that it cannot hold, or `path` cannot be written.
         """
-        pick(FORMS, form, "form of a synthetic set").write(_content(self), Path(path))
-
-
-def save_experiments(
-    path: Path | str, sets: Sequence[SyntheticSet], accuracies: dict[str, list[float]]
-) -> None:
-    """Write several experiments into one `res_*.pt`; the first one's facts go beside it as JSON.
-
-    Args:
-        path: the file, published as `res_{method}_{dataset}_{model}_{ipc}ipc.pt`.
-        sets: one set of class indices per experiment.
-        accuracies: evaluation network -> test accuracies in [0, 1]; stored as Python floats.
-
-    Raises:
-        UserError: float targets, no set at all, or `path` cannot be written.
-    """
-    write_experiments([_content(each) for each in sets], accuracies, Path(path))
-
-
-def _content(synthetic: SyntheticSet) -> dict[str, Any]:
-    """What a form writes; contiguous CPU copies, as saving a view writes all the storage behind."""
-    copies = {
-        key: getattr(synthetic, key).cpu().clone(memory_format=torch.contiguous_format)
-        for key in ("images", "targets")
-    }
-    return vars(synthetic) | copies
+        pick(FORMS, form, "form of a synthetic set").write(self, Path(path))
 
 
 def _checked_images(images: Tensor) -> Tensor:
