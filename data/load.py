@@ -52,9 +52,7 @@ class ImageSet:
         """Which data it is: images and labels (from 1 GiB on a sample of them), statistics, mirroring."""
         tensors = []
         for part in (self.train, self.test) if self.test is not None else (self.train,):
-            rows = sample(part.images)
-            tensors.append(part.images if rows is None else rows)
-            tensors += [] if part.labels is None else [part.labels]
+            tensors += [sample(part.images)] + ([] if part.labels is None else [part.labels])
         rest = torch.tensor([*self.stats.mean, *self.stats.std, self.hflip], dtype=torch.float64)
         return fingerprint(*tensors, rest)
 
@@ -97,8 +95,7 @@ def load_set(
         command = prepare_command(folder.name, size, data_dir)
         raise UserError(f"{path} does not exist; make it with: {command}")
     check_recorded(folder, size, parts)
-    test = parts.get("test")
-    train = parts.get("train")
+    train, test = parts.get("train"), parts.get("test")
     if train is None:  # an empty split of the test split's shape; no training file is touched
         labels = None if test.labels is None else test.labels[:0]
         train = ImageSplit(test.images[:0], labels, folder / file_name("X", "train", size))

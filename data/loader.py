@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.augment import CropFlip, apply_crop_flip, draw_crop_flip, normalize, view_numbers
+from data.augment import normalize
+from data.augment.crop_flip import CropFlip, apply_crop_flip, draw_crop_flip, view_numbers
 from data.specs import Stats
 from utils.device import free_memory
 from utils.seed import draw_seed

@@ -48,13 +48,9 @@ def checksum(tensor: Tensor) -> str:
 
 
 def measure_statistics(images: Tensor) -> Stats:
-    """Mean and std per channel over all pixels.
+    """Mean and std in [0, 1] per channel of N×C×H×W uint8 in [0, 255] or float in [0, 1].
 
-    Args:
-        images: N×C×H×W, uint8 in [0, 255] or float in [0, 1]; read in chunks, summed in float64.
-
-    Returns:
-        Values in [0, 1]; the std is at least 1e-3, so that constant images stay finite.
+    Read in chunks, summed in float64. The std is at least 1e-3, so that constant images stay finite.
     """
     scale = 255.0 if images.dtype == torch.uint8 else 1.0
     total = squares = torch.zeros(images.shape[1], dtype=torch.float64)
@@ -79,11 +75,7 @@ def stored_statistics(folder: Path | str, size: int, channels: int) -> Stats | N
 
 
 def own_statistics(folder: Path | str, size: int, images: Tensor) -> Stats:
-    """Statistics that are not in the tables: from meta.json, else measured and stored there.
-
-    Raises:
-        UserError: meta.json holds values that do not fit, or there are no images to measure.
-    """
+    """Statistics that are not in the tables: from meta.json, else measured and stored there."""
     stats = stored_statistics(folder, size, images.shape[1])
     if stats is not None:
         return stats

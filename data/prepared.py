@@ -20,7 +20,6 @@ from utils.errors import UserError
 
 SPLITS = {"train": "tr", "test": "te"}
 _MAP_FROM_BYTES = 1 << 30
-_FAMILIES = {"krr": KRR_SPECS, "dc": DC_SPECS}
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def prepared_sizes(folder: Path) -> list[int]:
 
 def find_spec(name: str, data_dir: Path | str, family: str = "krr") -> DatasetSpec | None:
     """The family's row for `name`; None for an own set prepared under it; a UserError for neither."""
-    specs = _FAMILIES[family]
+    specs = {"krr": KRR_SPECS, "dc": DC_SPECS}[family]
     if name in specs:
         return specs[name]
     own = prepared_names(data_dir)
@@ -84,11 +83,7 @@ def prepare_command(folder: str, size: int, data_dir: Path | str) -> str:
 
 
 def default_size(name: str, data_dir: Path | str, family: str = "krr") -> int:
-    """The size to use when none is given: the published one, or the only one prepared.
-
-    Raises:
-        UserError: an own set prepared at several sizes.
-    """
+    """The size to use when none is given: the published one, or the only one prepared (else a UserError)."""
     spec = find_spec(name, data_dir, family)
     if spec is not None:
         return spec.sizes[0]
@@ -101,10 +96,9 @@ def default_size(name: str, data_dir: Path | str, family: str = "krr") -> int:
 def read_split(
     folder: Path, split: str, size: int, spec: DatasetSpec | None, mmap: bool | None = None
 ) -> ImageSplit | None:
-    """Read and check one split; None if neither of its files exists.
+    """Read one split and check it, also against `spec`, the set's row; None if neither file exists.
 
-    It must have the channels and classes of `spec`, the set's row (None: an own set). `mmap` maps the
-    image file instead of reading it; None: from 1 GiB on.
+    `mmap` maps the image file instead of reading it; None: from 1 GiB on.
 
     Raises:
         UserError: one file of the pair is missing, or either is damaged or holds something else.
@@ -148,10 +142,10 @@ def check_recorded(folder: Path, size: int, parts: Mapping[str, ImageSplit | Non
                 )
 
 
-def sample(tensor: Tensor) -> Tensor | None:
-    """Some 1024 rows of a tensor that is mapped because of its size; None for the others."""
+def sample(tensor: Tensor) -> Tensor:
+    """Some 1024 rows of a tensor that is mapped because of its size; any other tensor itself."""
     if tensor.numel() * tensor.element_size() < _MAP_FROM_BYTES:
-        return None
+        return tensor
     return tensor[:: max(1, len(tensor) // 1024)]
 
 
@@ -168,9 +162,7 @@ def _check_images(images: Tensor, path: Path, size: int, channels: int | None) -
         raise UserError(f"{path} has dtype {images.dtype}, expected uint8 or float32")
     for chunk in images.split(4096):
         low, high = chunk.aminmax()
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise UserError(f"{path} holds non-finite pixels, expected float32 in [0, 1]")
-        if low < -1e-3 or high > 1 + 1e-3:
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # also refuses NaN
             raise UserError(f"{path} holds pixels from {low:.3g} to {high:.3g}, expected float32 in [0, 1]")
 
 
@@ -207,11 +199,7 @@ def labelled_classes(name: str, data_dir: Path | str, size: int) -> int | None:
 def count_classes(
     folder: Path, train: ImageSplit, test: ImageSplit | None, spec: DatasetSpec | None
 ) -> int | None:
-    """The class count of the row, of meta.json, or else of the labels; None for an unlabelled set.
-
-    Raises:
-        UserError: only the test split is labelled, or a label has no name in meta.json.
-    """
+    """The class count of the row, of meta.json, or else of the labels; None for an unlabelled set."""
     if spec is not None:
         return spec.num_classes
     labels = [s.labels for s in (train, test) if s is not None and s.labels is not None]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.augment import default_padding
+from data.augment.crop_flip import default_padding
 from data.augment.dsa import without_flip
 from data.load import ImageSet, load_set
 from data.loader import ImagePipeline

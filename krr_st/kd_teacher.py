@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.augment import default_padding
+from data.augment.crop_flip import default_padding
 from data.load import ImageSet, load_set
 from data.loader import ImagePipeline, TensorLoader
 from evaluation.epochs import make_checkpoint, train_epochs

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from data.augment import default_padding
+from data.augment.crop_flip import default_padding
 from data.loader import TensorLoader, ViewPipeline
 from distillation.base import Distiller
 from distillation.problem import Problem

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.augment import apply_crop_flip, count_views, default_padding, normalize, views_from_numbers
+from data.augment import normalize
+from data.augment.crop_flip import apply_crop_flip, count_views, default_padding, views_from_numbers
 from data.specs import Stats
 from distillation.problem import Problem
 from evaluation.target import target_sample

@@ -4,15 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.augment import (
-    CropFlip,
-    apply_crop_flip,
-    default_padding,
-    denormalize,
-    draw_crop_flip,
-    normalize,
-    to_float,
-)
+from data.augment import denormalize, normalize, to_float
+from data.augment.crop_flip import CropFlip, apply_crop_flip, default_padding, draw_crop_flip
 from data.specs import Stats
 
 STATS = Stats((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))

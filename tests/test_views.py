@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import CPU, NET, SHAPE, make_target, write_set, write_target
 
 import train
-from data.augment import count_views, view_numbers, views_from_numbers
+from data.augment.crop_flip import count_views, view_numbers, views_from_numbers
 from data.load import load_set
 from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats

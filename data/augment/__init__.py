@@ -1,4 +1,4 @@
-"""Augmentation and normalisation of image batches, on the device of the images."""
+"""Augmentation and, here, normalisation of image batches, on the device of the images."""
 
 from __future__ import annotations
 
@@ -7,29 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from data.augment.crop_flip import (
-    CropFlip,
-    apply_crop_flip,
-    count_views,
-    default_padding,
-    draw_crop_flip,
-    view_numbers,
-    views_from_numbers,
-)
 from data.specs import Stats
-
-__all__ = [
-    "CropFlip",
-    "apply_crop_flip",
-    "count_views",
-    "default_padding",
-    "denormalize",
-    "draw_crop_flip",
-    "normalize",
-    "to_float",
-    "view_numbers",
-    "views_from_numbers",
-]
 
 
 def to_float(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,21 +38,16 @@ def diff_augment(
 ) -> Tensor:
     """Apply one operation of `strategy`, drawn at random, to the batch; differentiable in x.
 
-    Randomness comes from exactly one of `seed` and `generator`:
-
-    - seed s >= 0: the operation index is drawn from a generator seeded s, every further tensor from
-      one re-seeded s+1, s+2, ... in order of use (color 3; crop, cutout, scale 2; flip, rotate 1).
-    - generator (on the CPU): the same draws, taken one after the other without re-seeding.
-
     Args:
         x: B×C×H×W float, normalised or not (zeros are filled in as they are).
         strategy: operations joined by `_`; "none", "None" or "" returns x and draws nothing.
-        seed: see above.
+        seed: s >= 0: the operation index is drawn from a generator seeded s, every further tensor from
+            one re-seeded s+1, s+2, ... in order of use (color 3; crop, cutout, scale 2; flip, rotate 1).
         siamese: use the parameters of the first image for all, so that batches of different size
             (real and synthetic) are augmented alike under one seed.
         align_corners: sampling convention of scale and rotate; True in the KRR-ST scripts, False in
             the DC family. It changes pictures.
-        generator: see above.
+        generator: on the CPU, in place of `seed`: the same draws without re-seeding.
 
     Raises:
         UserError: an operation that does not exist; the message lists the valid ones.
@@ -92,21 +88,19 @@ class Draws:
         self._generator = torch.Generator() if generator is None else generator
         self._siamese, self._device = siamese, device
 
-    def _next(self) -> torch.Generator:
+    def _draw(self, sampler: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         if self._seeds is not None:
             self._generator.manual_seed(next(self._seeds))
-        return self._generator
-
-    def _placed(self, values: Tensor) -> Tensor:
+        values = sampler(*args, generator=self._generator, **kwargs)
         return (values[:1] if self._siamese else values).to(self._device)
 
     def uniform(self, *size: int) -> Tensor:
         """U(0, 1) in float32 whatever the images have, so that the parameters are the same."""
-        return self._placed(torch.rand(size, generator=self._next(), dtype=torch.float32))
+        return self._draw(torch.rand, size, dtype=torch.float32)
 
     def integers(self, low: int, high: int, *size: int) -> Tensor:
         """Whole numbers from low to high - 1."""
-        return self._placed(torch.randint(low, high, size, generator=self._next()))
+        return self._draw(torch.randint, low, high, size)
 
 
 # Each operation: (x, draw, align_corners) -> x. Its random values have batch size B, or 1 in

@@ -108,11 +108,7 @@ def _exists(flags: PrepareFlags, folder: Path, spec: DatasetSpec | None, size: i
 
 
 def prepare(flags: PrepareFlags) -> None:
-    """Prepare one set at one size.
-
-    Raises:
-        UserError: bad flags, raw data missing or damaged, or an own set that exists already.
-    """
+    """Prepare one set at one size."""
     _validate(flags)
     name = flags.data_name or flags.from_folder.resolve().name
     spec, name = find_row(name), _folder_name(name)
@@ -135,8 +131,7 @@ def prepare(flags: PrepareFlags) -> None:
         print(f"skipped {len(items)} unreadable pictures of the {split} split (see meta.json)")
     counts = ", ".join(f"{count} {split}" for split, count in entry["counts"].items())
     classes = f"{len(source.class_names)} classes" if source.class_names else "no labels"
-    seconds = time.perf_counter() - started
-    print(f"{folder}: size {size}, {counts}, {classes}, {seconds:.1f} s")
+    print(f"{folder}: size {size}, {counts}, {classes}, {time.perf_counter() - started:.1f} s")
 
 
 @entry_point
@@ -144,11 +139,10 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     description = "Make prepared tensors from a raw data set or from any folder of images."
     flags = parse(PrepareFlags, argv, prog="python -m data.prepare", description=description)
-    if flags.check is not None:
-        name = _folder_name(flags.check)
-        check_prepared(flags.data_dir, name, find_row(flags.check), flags.size)
-        return
-    prepare(flags)
+    if flags.check is None:
+        prepare(flags)
+    else:
+        check_prepared(flags.data_dir, _folder_name(flags.check), find_row(flags.check), flags.size)
 
 
 if __name__ == "__main__":

@@ -16,16 +16,11 @@ _TOLERANCE = 0.01  # of mean and std: other resizers move the third digit, other
 
 
 def check_prepared(data_dir: Path, folder: str, spec: DatasetSpec | None, size: int | None = None) -> None:
-    """Check every prepared size of a set (`spec` None: an own set), or one, and print what was found.
-
-    Raises:
-        UserError: nothing prepared, or a check failed; the printed report has all failures.
-    """
+    """Check one prepared size of a set, or all, and print a report; a UserError if anything is wrong."""
     path = data_dir / folder
     sizes = [each for each in prepared_sizes(path) if size in (None, each)]
     if not sizes:
-        wanted = f" at size {size}" if size else ""
-        raise UserError(f"{path} holds no prepared tensors{wanted}")
+        raise UserError(f"{path} holds no prepared tensors{f' at size {size}' if size else ''}")
     meta, problems = read_meta(path), []
     for each in sizes:
         print(f"{path} at size {each}")

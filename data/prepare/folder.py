@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data.prepare.raw import (
-    PICTURE_SUFFIXES,
-    Source,
-    entries,
-    file_source,
-    name_others,
-    pictures_below,
-    pictures_by_class,
-    stratified_split,
-)
+from data.prepare.raw import Source, file_source, stratified_split
+from data.untrusted import open_picture
 from utils.errors import UserError
 
+_PICTURE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpx", ".png", ".apng", ".bmp", ".dib"),
+    *(".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+)
 _HELD_OUT = ("val", "valid", "validation", "test")
 
 
@@ -38,7 +36,7 @@ def read_folder(path: Path, *, val_fraction: float = 0.0, unlabelled: bool = Fal
     if not path.is_dir():
         raise UserError(f"--from_folder {path} is not a folder")
     origin = f"folder {path.name}"
-    below = {folder.name for folder in entries(path)[0]}
+    below = {folder.name for folder in _entries(path)[0]}
     held_out = [name for name in _HELD_OUT if name in below]
     if "train" in below and held_out:
         if val_fraction:
@@ -56,9 +54,7 @@ def read_folder(path: Path, *, val_fraction: float = 0.0, unlabelled: bool = Fal
     strata = np.zeros(len(files), dtype=np.int64) if labels is None else np.asarray(labels)
     train, test = (
         ([files[i] for i in rows], None if labels is None else strata[rows])
-        for rows in stratified_split(
-            strata, lambda count: min(count - 1, max(1, round(val_fraction * count)))
-        )
+        for rows in stratified_split(strata, lambda n: min(n - 1, max(1, round(val_fraction * n))))
     )
     if not test[0]:
         raise UserError(f"{path} has too few pictures for --val_fraction {val_fraction}")
@@ -82,12 +78,12 @@ def _check_same_classes(path: Path, held_out: str, train: list[str] | None, test
 
 def _read_split(path: Path, unlabelled: bool) -> tuple[list[str] | None, list[Path], list[int] | None]:
     """Class names, picture files and labels of one folder; no names or labels if it is flat."""
-    classes, loose, others = entries(path)
+    classes, loose, others = _entries(path)
     if unlabelled or not classes:
-        files, others = pictures_below(path)
+        files, others = _pictures_below(path)
         if not files:
-            raise UserError(f"{path} holds no pictures ({' '.join(PICTURE_SUFFIXES)})")
-        name_others(path, others)
+            raise UserError(f"{path} holds no pictures ({' '.join(_PICTURE_SUFFIXES)})")
+        _name_others(path, others)
         return None, files, None
     if loose:
         raise UserError(
@@ -96,7 +92,7 @@ def _read_split(path: Path, unlabelled: bool) -> tuple[list[str] | None, list[Pa
         )
     names = [p.name for p in classes]
     _check_names(names, path)
-    name_others(path, others)
+    _name_others(path, others)
     return names, *pictures_by_class(classes)
 
 
@@ -108,3 +104,69 @@ def _check_names(names: list[str], path: Path) -> None:
         if key in seen:
             raise UserError(f"{path} has class folders {seen[key]!r} and {name!r}; merge them")
         seen[key] = name
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """The sub-folders, pictures and other files directly in a folder, sorted, without hidden ones.
+
+    A picture is known by its suffix, or by its content if the name has none. Links are followed. A
+    folder that does not exist is empty; one that cannot be read is a UserError.
+    """
+    folders, pictures, others = [], [], []
+    try:
+        with os.scandir(folder) as listed:
+            for entry in sorted(listed, key=lambda entry: entry.name):
+                if not entry.name.startswith((".", "__MACOSX")):
+                    path = Path(entry.path)
+                    kind = folders if entry.is_dir() else pictures if _is_picture(path) else others
+                    kind.append(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be read ({error.strerror})") from None
+    return folders, pictures, others
+
+
+def _is_picture(path: Path) -> bool:
+    if path.suffix:
+        return path.suffix.lower() in _PICTURE_SUFFIXES
+    try:
+        with open_picture(path):
+            return True
+    except Exception:  # decoders raise a dozen types
+        return False
+
+
+def _pictures_below(folder: Path, above: tuple[str, ...] = ()) -> tuple[list[Path], list[Path]]:
+    """The pictures on all levels below `folder` in sorted order, and the other files; `above` for loops."""
+    real = os.path.realpath(folder)
+    if real in above:
+        raise UserError(f"{folder} is a link to a folder that contains it; remove it")
+    folders, pictures, others = _entries(folder)
+    for inner in folders:
+        more_pictures, more_others = _pictures_below(inner, (*above, real))
+        pictures += more_pictures
+        others += more_others
+    return pictures, others
+
+
+def _name_others(folder: Path, others: list[Path]) -> None:
+    """Print in one line which files of a folder are left out."""
+    if others:
+        shown = ", ".join(str(path.relative_to(folder)) for path in others[:5])
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        print(f"{folder}: {len(others)} files that are not pictures are left out ({shown}{more})")
+
+
+def pictures_by_class(folders: Sequence[Path]) -> tuple[list[Path], list[int]]:
+    """The pictures of class folders, each of which must have some, and their labels in folder order."""
+    files, labels, others = [], [], []
+    for label, folder in enumerate(folders):
+        found, rest = _pictures_below(folder)
+        if not found:
+            raise UserError(f"class folder {folder} holds no pictures; remove or fill it")
+        files += found
+        others += rest
+        labels += [label] * len(found)
+    _name_others(folders[0].parent, others)
+    return files, labels

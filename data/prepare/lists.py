@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from data.prepare.files import load_arrays, read_lines
-from data.prepare.raw import Source, file_source, find_folder, locate, pictures_by_class, require_pictures
+from data.prepare.folder import pictures_by_class
+from data.prepare.raw import Source, file_source, find_folder, locate, require_pictures
 from utils.errors import UserError
 
 

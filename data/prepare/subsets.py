@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from data.prepare.folder import read_folder
-from data.prepare.raw import Source, file_source, locate, pictures_by_class
+from data.prepare.folder import pictures_by_class, read_folder
+from data.prepare.raw import Source, file_source, locate
 
 # WordNet id and name of each class, in label order, by the name of the prepared folder.
 _CLASSES = {

@@ -114,7 +114,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
     except MemoryError as error:  # of a worker: its message ends with that of the original
-        reason = (str(error).split("MemoryError:")[-1].splitlines() or [""])[0].strip()
+        reason = str(error).split("MemoryError:")[-1].strip().split("\n")[0]
         raise UserError(f"out of memory{' at ' * bool(reason)}{reason}; try --workers 1") from None
     except RuntimeError as error:
         if "worker (pid" not in str(error):
@@ -127,9 +127,8 @@ def _convert_split(
 ) -> tuple[Tensor | None, Tensor | None, list[dict[str, str]]]:
     """Convert the parts of one split, one after another, to rows of `shape` in the file `scratch`.
 
-    Returns:
-        The images, mapped from the file; the labels (None if there are none; both None if no
-        picture is readable); the unreadable pictures with the reasons.
+    Returns the images, mapped from the file, the labels, if any (both None if no picture is readable),
+    and the unreadable pictures with the reasons.
     """
     labels, skipped = [], []
     with _Bar(total=0, desc=f"{split} {shape[1]}px", unit="img", disable=None) as bar:
@@ -143,8 +142,7 @@ def _convert_split(
                 bar.update(len(span))
                 for offset, reason in broken:
                     keep[span[offset]] = False
-                    picture = str(part.images[span[offset]])
-                    skipped.append({"picture": picture, "reason": reason})
+                    skipped.append({"picture": str(part.images[span[offset]]), "reason": reason})
             if part.labels is not None:
                 labels.append(part.labels[keep])
             del part  # before the next one is read
@@ -215,7 +213,7 @@ def _describe(tensors: dict[tuple[str, str], Tensor | None]) -> dict[str, Any]:
             entry["counts"][split] = len(tensor)
             key, rows = f"{kind}_{SPLITS[split]}", sample(tensor)
             entry["sha256"][key] = checksum(tensor)
-            if rows is not None:
+            if rows is not tensor:
                 entry["sample"][key] = checksum(rows)
         elif kind == "X":
             raise UserError(f"the {split} split has no readable picture")

@@ -3,10 +3,9 @@
 pair         folder with `x_syn.pt` and `y_syn.pt`, two plain tensors (KRR-ST's published form)
 res          `res_*.pt`: {"data": [[images, labels], ...], "accs_all_exps": {...}} (DC family)
 safetensors  one file: `images`, `targets`, and JSON in the metadata
-png          folder of 8-bit `00000.png`, ... for people and other tools. `labels.csv`
-             (file,label[,class_name]) says which files belong to the set and in which order,
-             `meta.json` holds the mean and std that lead back to normalised space. Lost is what
-             lies outside [0, 1] or below 1/255.
+png          folder of 8-bit `00000.png`, ... for people and other tools. `labels.csv` (file,label)
+             says which files belong to the set and in which order, `meta.json` holds the mean and
+             std that lead back to normalised space. Pixels are clamped to [0, 1] and rounded.
 
 What is read are the fields of a `SyntheticSet`, which checks them: `images`, `targets` and, as far as
 known, `stats`, `data_name` and `info`. The two published forms hold no statistics: a small JSON file
@@ -250,19 +249,16 @@ def _write_png(synthetic: SyntheticSet, path: Path) -> None:
         raise UserError(f"cannot write {path}: it exists and is not an empty folder")
     pixels = synthetic.to_pixels().mul(255).round().byte().cpu()
     pixels = pixels.permute(0, 2, 3, 1).squeeze(-1).numpy()
-    labels, classes = synthetic.targets.tolist(), synthetic.info.get("class_names")
-    columns = {"file": [f"{i:05d}.png" for i in range(len(pixels))], "label": labels}
-    if isinstance(classes, list) and len(classes) > max(labels):
-        columns["class_name"] = [classes[label] for label in labels]
+    rows = [(f"{i:05d}.png", label) for i, label in enumerate(synthetic.targets.tolist())]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
             folder = Path(temporary) / path.name
             folder.mkdir()
-            for name, image in zip(columns["file"], pixels, strict=True):
+            for (name, _), image in zip(rows, pixels, strict=True):
                 Image.fromarray(image).save(folder / name)
             with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
+                csv.writer(file).writerows([("file", "label"), *rows])
             (folder / "meta.json").write_text(_describe(synthetic), encoding="utf-8")
             folder.replace(path)
     except OSError as error:

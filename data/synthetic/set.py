@@ -108,11 +108,7 @@ class SyntheticSet:
             raise UserError(f"{path}: {error}") from None
 
     def save(self, path: Path | str, form: str = "pair") -> None:
-        """Write a form, into a folder ("pair", "png") or a file; each file whole or not at all.
-
-        Raises:
-            UserError: unknown form, a set that it cannot hold, or `path` cannot be written.
-        """
+        """Write a form, into a folder ("pair", "png") or a file; each file whole or not at all."""
         pick(FORMS, form, "form of a synthetic set").write(self, Path(path))
 
 
