@@ -99,7 +99,10 @@ class DistillFlags(CellFlags, RunFlags, CommonFlags):
     method: str = same_flag(RunFlags, "method", default="DC")
     ipc: int = flag(1, "synthetic images per class", minimum=1)
     num_images: int | None = how(
-        None, "synthetic images in all, in place of --ipc: a multiple of the number of classes", minimum=1
+        None,
+        "synthetic images in all, in place of --ipc: a multiple of the number of classes",
+        minimum=1,
+        instead_of="ipc",
     )
     num_exp: int = how(1, "experiments with different draws", minimum=1)
     eval_mode: str = flag("S", "networks of the evaluations (see models)", choices=EVAL_MODES)
@@ -114,9 +117,13 @@ class DistillFlags(CellFlags, RunFlags, CommonFlags):
     outer_loop: int | None = flag(None, "image updates per iteration (DC, DSA); default: by ipc", minimum=1)
     inner_loop: int | None = flag(None, "network epochs between them (DC, DSA); default: by ipc", minimum=0)
     save_path: Path | None = how(None, "run folder; default: ./condensed/[dataset]/[method]/...")
-    exp_name: str | None = how(None, "name of the run folder in ./results, in place of --save_path")
+    exp_name: str | None = how(
+        None, "name of the run folder in ./results, in place of --save_path", instead_of="save_path"
+    )
     print_every: int = same_flag(RunFlags, "print_every", default=10, help="iterations between log lines")
-    resume: bool = how(False, "insist on resuming (a run that is there is resumed in any case)")
+    resume: bool = how(
+        False, "insist on resuming (a run that is there is resumed in any case)", instead_of="overwrite"
+    )
     export: str | None = how(
         None, "also write x_syn.pt, y_syn.pt for the KRR-ST tables, e.g. synthetic_data/{source}/{method}"
     )
@@ -169,7 +176,9 @@ class ValidateFlags(TrainingFlags):
     """Flags of validate.py."""
 
     method: str = flag("DC", "distiller of the set: names the default path and the results")
-    ipc: int = flag(1, "images per class of the set, checked against it", minimum=1)
+    ipc: int | None = flag(
+        None, "images per class of the set, checked against it; default: what it holds", minimum=1
+    )
     synthesis_data_path: Path | None = flag(
         None,
         "res_*.pt, a folder with x_syn.pt and y_syn.pt, a .safetensors file, a PNG folder, or a "

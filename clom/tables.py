@@ -26,10 +26,11 @@ from clom.config import PREFIX, CellFlags, DistillFlags
 from clom.pool import find_checkpoints
 from clom.published import FULL_DATA, RANDOM, published_numbers
 from clom.setup import evaluation_recipe
-from clom.source import load_data
+from clom.source import find_data_dir, load_data
+from data.prepared import find_spec
 from data.specs import DC_SPECS
 from distillation.run import resolved, run_method
-from evaluation.measure import CellStore
+from evaluation.measure import CellStore, read_cells
 from evaluation.tables import NOTE, Job, Place, Published, make_table, with_published_file
 from methods import METHODS, find_method
 from models import get_network
@@ -208,6 +209,13 @@ class Spot:
         )
 
 
+def check_datasets(flags: TablesFlags) -> None:
+    """Raise a UserError for a data set that is not listed, prepared or in a finished cell."""
+    measured = {cell.get("dataset") for cell in read_cells(flags.log_dir / RESULTS)}
+    for dataset in set(flags.datasets) - measured:
+        find_spec(dataset, find_data_dir(DistillFlags(dataset=dataset, data_path=flags.data_path)), "dc")
+
+
 def spots(flags: TablesFlags) -> list[Spot]:
     """All cells in reading order; a UserError for a bad variant.
 
@@ -348,13 +356,14 @@ def main(argv: list[str] | None = None) -> int:
     flags = cli.parse(
         TablesFlags, argv, prog="python -m clom.tables", description=__doc__, choices={"methods": labelled()}
     )
+    check_datasets(flags)
     published = with_published_file(published_numbers(), flags.published)
     stem, cells = flags.log_dir / "table", spots(flags)
     missing = (lambda: missing_jobs(flags)) if flags.run else None
-    make_table([spot.place(published) for spot in cells], flags.log_dir / RESULTS, stem, missing)
+    _, code = make_table([spot.place(published) for spot in cells], flags.log_dir / RESULTS, stem, missing)
     print(caption(flags, all(spot.is_published for spot in cells)))
     print(f"written: {stem}.md, .csv, .tex")
-    return 0
+    return code
 
 
 def caption(flags: TablesFlags, published: bool) -> str:

@@ -35,7 +35,7 @@ def validate(flags: ValidateFlags) -> int:
     Finished networks are kept in results.jsonl and not trained again.
 
     Raises:
-        UserError: bad flags, data or synthetic set.
+        UserError: bad flags, data or synthetic set, or one of another size than --ipc says.
     """
     check_strategy(flags.dsa_strategy)
     recipe = flags.recipe().override(
@@ -50,13 +50,13 @@ def validate(flags: ValidateFlags) -> int:
         return 0
     image_set, path = load_data(flags), synthetic_path(flags)
     synthetic = load_synthetic(path, image_set, flags.experiment)
-    if len(synthetic) != flags.ipc * image_set.num_classes:
-        expected = flags.ipc * image_set.num_classes
-        print(f"note: {path} holds {len(synthetic)} images; --ipc {flags.ipc} means {expected}")
+    ipc = len(synthetic) / image_set.num_classes
+    if flags.ipc not in (None, ipc):
+        raise UserError(f"{path} holds {len(synthetic)} images, {ipc:g} per class; not --ipc {flags.ipc}")
     image_set = in_space(image_set, flags.normalize_data)
     synthetic = to_space(synthetic, image_set.stats)
     networks = {name: network_factory(name, image_set, device) for name in names}
-    folder = Path(flags.save_path) / flags.dataset / f"{flags.method}_{flags.model}_ipc{flags.ipc}"
+    folder = Path(flags.save_path) / flags.dataset / f"{flags.method}_{flags.model}_ipc{ipc:g}"
     settings = {
         "dataset": flags.dataset,
         "data": image_set.fingerprint,
@@ -72,7 +72,7 @@ def validate(flags: ValidateFlags) -> int:
         state = {k: v.cpu() for k, v in model.state_dict().items()}
         checkpoint.save(state, folder / f"{name}_seed{seed}_epoch{epoch}.pth")
         if epoch == recipe.epochs and seed == flags.seed:
-            kind = f"{flags.method}_ipc{flags.ipc}"
+            kind = f"{flags.method}_ipc{ipc:g}"
             published = model_folder(flags.pretrained_path, flags.dataset, name, kind)
             checkpoint.save(state, published / checkpoint_name(flags.dataset, name, epoch, kind))
 
@@ -120,7 +120,7 @@ def synthetic_path(flags: ValidateFlags) -> Path:
     """
     path = flags.synthesis_data_path
     if path is None:
-        name = result_name(flags.method, flags.dataset, flags.model, flags.ipc)
+        name = result_name(flags.method, flags.dataset, flags.model, flags.ipc or 1)
         folder = Path("./condensed") / flags.dataset / flags.method
         found = sorted(folder.glob(f"*/{name}"))
         if len(found) != 1:

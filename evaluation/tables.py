@@ -219,17 +219,19 @@ class Place:
 
 def make_table(
     places: Sequence[Place], results: Path, stem: Path, missing: Callable[[], list[Job]] | None
-) -> list[Entry]:
+) -> tuple[list[Entry], int]:
     """Run what is missing, then write the table to `{stem}.md`, .csv and .tex, and print it.
 
-    `results` is the file of the measurements; without `missing` nothing is run.
+    `results` is the file of the measurements; without `missing` nothing is run. Returns the places
+    and the command's exit code: 1 where something could not be run.
     """
-    if missing is not None:
-        run_missing(missing, Claims(results.parent / "claims"))
+    skipped = run_missing(missing, Claims(results.parent / "claims")) if missing is not None else []
     cells = read_cells(results)
     entries = [place.entry(cells) for place in places]
     shown = crossed(entries)
     print(text := markdown(*shown))
     for suffix, content in {".md": text, ".csv": to_csv(entries), ".tex": to_latex(*shown)}.items():
         checkpoint.write_text(stem.parent / (stem.name + suffix), content + "\n")
-    return entries
+    if skipped:
+        print(f"{len(skipped)} of the missing jobs could not be run; the reasons are above the table")
+    return entries, 1 if skipped else 0

@@ -69,9 +69,11 @@ class PretrainFlags:
         "test_kd.py scratch (random_features without pre-training); it decides the recipe",
     )
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "its {source}/{method}/ is read")
-    synthetic_path: Path | None = flag(None, "a set anywhere instead (e.g. results/EXP)")
+    synthetic_path: Path | None = flag(
+        None, "a set anywhere instead (e.g. results/EXP)", instead_of="synthetic_data_dir"
+    )
     pre_epoch: int | None = _of_table("pre-training epochs", minimum=1)
-    pre_iteration: int | None = _of_table("pre-training steps", minimum=1)
+    pre_iteration: int | None = _of_table("pre-training steps", minimum=1, instead_of="pre_epoch")
     pre_opt: str | None = _of_table("pre-training optimiser", choices=("sgd", "adam"))
     pre_momentum: float | None = _of_table("pre-training momentum (sgd)", minimum=0, maximum=0.999)
     pre_schedule: str | None = _of_table("how the pre-training rate falls", choices=tuple(SCHEDULES))
@@ -95,7 +97,11 @@ class ScratchFlags(MeasureFlags):
     )
     shots: str = flag("all", "labelled target images per class, or all; several joined by _ (10_all)")
     label_fraction: float | None = flag(
-        None, "share of each class's target labels to use, instead of --shots", above=0, maximum=1
+        None,
+        "share of each class's target labels to use, instead of --shots",
+        above=0,
+        maximum=1,
+        instead_of="shots",
     )
     probe_on: str = flag(
         "body",

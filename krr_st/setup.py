@@ -52,6 +52,8 @@ class KRRSTSetup(KernelSetup):
         super().check(flags, device)
         if flags.views_dir is not None and flags.views_dir.is_file():
             raise UserError(f"--views_dir {flags.views_dir} is a file; expected a folder")
+        if flags.views_dir is not None and flags.target_views == "online":
+            raise UserError("--views_dir keeps looked-up targets; --target_views online looks none up")
         if flags.compile and not flags.dry_run:
             check_compile(device)
 

@@ -234,7 +234,8 @@ def main(argv: list[str] | None = None) -> int:
     flags = cli.parse(TablesFlags, argv, prog="python -m krr_st.tables", description=__doc__)
     table = KernelTable(flags)
     stem = flags.log_dir / f"table_{flags.table}"
-    entries = make_table(table.places(), table.results, stem, table.missing_jobs if flags.run else None)
+    missing = table.missing_jobs if flags.run else None
+    entries, code = make_table(table.places(), table.results, stem, missing)
     layout, picture = table.layout, stem.with_suffix(".png")
     norms = f" (BatchNorm: {layout.kd_bn} statistics)" if layout.kd_bn else ""
     print(f"test accuracy in %, source {layout.source}, {layout.protocol}{norms}; {NOTE}")
@@ -242,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         draw_bars(layout, entries, picture)
         print(f"picture: {picture}")
     print(f"written: {stem}.md, .csv, .tex")
-    return 0
+    return code
 
 
 def draw_bars(layout: Layout, entries: Sequence[Entry], path: Path) -> None:

@@ -1,6 +1,8 @@
 """The commands as a user types them: one clear line and exit code 2 for every bad input."""
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -382,3 +384,29 @@ def test_demo_at_tiny_size(tmp_path, capsys):
         assert (tmp_path / "results" / "demo" / name).stat().st_size > 0
     assert torch.load(tmp_path / "results/demo/x_syn.pt").shape == (5, 3, 16, 16)
     assert (tmp_path / "results" / "digits.png").stat().st_size > 0
+
+
+EXCLUSIVE = [
+    ("test", "--shots 10 --label_fraction 0.1"),
+    ("test_scratch", "--label_fraction 0.1 --shots 10_all"),
+    ("test", "--pre_epoch 3 --pre_iteration 3"),
+    ("test_kd", "--pre_iteration 3 --pre_epoch 3"),
+    ("test", "--synthetic_data_dir there --synthetic_path here"),
+    ("train", "--method dm --ipc 2 --num_images 40"),
+    ("train", "--method dc --exp_name run --save_path here"),
+    ("train", "--method dsa --resume --overwrite"),
+    ("data.prepare.__main__", "--check cifar10 --from_folder pictures"),
+]
+
+
+@pytest.mark.parametrize(("module", "flags"), EXCLUSIVE)
+def test_flags_that_exclude_each_other(workspace, capsys, module, flags):
+    """None of the two silently wins."""
+    names = re.findall(r"--(?!method)\w+", flags)
+    fails(capsys, importlib.import_module(module), flags.split(), *names, "not allowed with")
+    assert listing(workspace) == []
+
+
+def test_a_folder_of_views_that_nothing_is_looked_up_in(tiny, capsys):
+    flags = [*TRAIN, "--target_views", "online", "--views_dir", "views"]
+    fails(capsys, train, flags, "--views_dir", "--target_views online")

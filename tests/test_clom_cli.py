@@ -302,6 +302,18 @@ def test_validate_reads_every_form_alike(res, capsys):
     assert published.read_bytes() == (folder / "ConvNetD1_seed0_epoch2.pth").read_bytes()
 
 
+def test_validate_files_a_set_under_its_own_size(res, capsys):
+    argv = [*VALIDATE, "--synthesis_data_path", RES]
+    fails(capsys, validate, [*argv, "--ipc", "2"], RES, "10 images", "1 per class", "--ipc 2")
+    assert not Path("test_log").exists()
+    x = torch.randn(15, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    checkpoint.save({"data": [[x, torch.arange(15) % 10]], "accs_all_exps": {}}, "res_odd.pt")
+    argv[-1] = "res_odd.pt"
+    fails(capsys, validate, [*argv, "--ipc", "2"], "15 images", "1.5 per class")
+    assert validate.main([*argv, "--epochs", "1", "--num_eval", "1"]) == 0
+    assert results("DM_ConvNetD1_ipc1.5")["summary"][0]["n"] == 1
+
+
 def test_published_seeds_and_gpus(res, capsys, monkeypatch):
     given = []
     for seed in (["--random_seed", "5"], ["--seed", "5"], ["--random_seed", "1", "--seed", "5"]):

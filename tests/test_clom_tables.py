@@ -172,13 +172,14 @@ def test_cells_run_are_kept_and_pooled(tiny, capsys):
 
 def test_missing_models_are_said_and_skipped(tiny, capsys):
     argv = [*TINY, "--methods", "DM", "--variants", "none", "cos", "--num_exp", "1", "--run"]
-    assert tables.main(argv) == 0
+    assert tables.main(argv) == 1
     printed = capsys.readouterr().out
     assert "skipped: looked for 1 x" in printed and "train_original_models.py" in printed
+    assert "1 of the missing jobs could not be run; the reasons are above the table" in printed
     assert [c["variant"] for c in cells()] == ["none"]
     assert not list((LOG / "runs").glob("*cos*"))
     argv[argv.index("CIFAR10")] = "SVHN"
-    assert tables.main(argv) == 0
+    assert tables.main(argv) == 1
     assert "svhn" in capsys.readouterr().out and len(cells()) == 1
 
 
@@ -355,3 +356,13 @@ def test_a_place_takes_only_cells_of_these_flags(tiny):
     cell = {**key, "accuracies": [1.0]}
     other = [{**cell, "Iteration": 3}, {**cell, "CLoM": True}, {**cell, "num_eval": 1}, {"seed": 0}]
     assert spot.place({}).choose([*other, cell, *other]) == [cell]
+
+
+def test_an_unknown_data_set_is_no_empty_table(tiny, capsys):
+    fails(capsys, tables, ["--datasets", "CIFAR10", "nope"], "unknown data set 'nope'", "CIFAR100", "cifar10")
+    assert not LOG.exists()
+    write_set("elsewhere", "nope", classes=2)
+    assert tables.main(["--datasets", "nope", "--data_path", "elsewhere", "--log_dir", "other"]) == 0
+    # Finished cells are shown where the images are not, too.
+    CellStore("other/results.jsonl").add({"dataset": "nope", "seed": 0}, accuracies=[1.0])
+    assert tables.main(["--datasets", "nope", "--log_dir", "other"]) == 0

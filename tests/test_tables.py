@@ -236,6 +236,14 @@ def test_unknown_table(capsys):
     assert "fig3" in capsys.readouterr().err
 
 
+def test_jobs_that_cannot_run_are_no_success(workspace, capsys):
+    """Nothing is prepared here: every job of the table fails, and the command says so."""
+    argv = ["--table", "probe_cifar10_1", "--device", "cpu", "--num_test", "1"]
+    assert tables.main([*argv, "--run"]) == 1
+    assert "4 of the missing jobs could not be run" in capsys.readouterr().out
+    assert tables.main(argv) == 0  # a look at what is there
+
+
 def test_flops_against_a_count_by_hand():
     # conv 3->4 and 4->8 (3x3) on 8x8 and 4x4 maps, then 8·2·2 -> 10; two operations each.
     by_hand = 2 * (8 * 8 * 4 * 27 + 4 * 4 * 8 * 36 + 32 * 10)

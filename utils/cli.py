@@ -29,14 +29,16 @@ def flag(
     maximum: float | None = None,
     also: tuple[str, ...] = (),
     identity: bool = True,
+    instead_of: str | None = None,
 ) -> Any:
     """Declare one flag of a config dataclass; `help` says meaning and unit, `also` are further names.
 
     A default of None means "resolved later" (preset, autodetect). `identity` is False for what only
     says where, how fast or how verbosely the same thing is computed: runs that differ in it are one.
+    `instead_of` names the flag whose place this one takes: both together are refused.
     """
     limits = dict(minimum=minimum, above=above, maximum=maximum)
-    metadata = dict(help=help, choices=choices, also=also, identity=identity, **limits)
+    metadata = dict(help=help, choices=choices, also=also, identity=identity, instead_of=instead_of, **limits)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -130,7 +132,10 @@ def parse(
     """
     plain_help = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain_help)
-    hints = typing.get_type_hints(config_class)
+    hints, groups = typing.get_type_hints(config_class), {}
+    for field in dataclasses.fields(config_class):
+        if other := field.metadata["instead_of"]:
+            groups[field.name] = groups.setdefault(other, parser.add_mutually_exclusive_group())
     for field in dataclasses.fields(config_class):
         hint, default = hints[field.name], defaults.get(field.name, field.default)
         kind, *_ = typing.get_args(hint) or [hint]  # of `int | None`, of `tuple[int, ...]`
@@ -145,7 +150,8 @@ def parse(
         shown = "" if default is None or kind is bool else f" [{plain}]"
         help_text = (field.metadata["help"] + shown).replace("%", "%%")
         names = [f"--{name}" for name in (field.name, *field.metadata["also"])]
-        parser.add_argument(*names, dest=field.name, default=default, help=help_text, **options)
+        owner = groups.get(field.name, parser)
+        owner.add_argument(*names, dest=field.name, default=default, help=help_text, **options)
     for name, why in no_effect.items():
         parser.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=f"no effect: {why}")
     given = vars(parser.parse_args(argv))

@@ -45,7 +45,9 @@ class PrepareFlags:
     )
     overwrite: bool = flag(False, "replace a set that is prepared already")
     workers: int | None = flag(None, "processes that decode and resize [one per core]", minimum=1)
-    check: str | None = flag(None, "verify this prepared set (all sizes, or --size) and stop")
+    check: str | None = flag(
+        None, "verify this prepared set (all sizes, or --size) and stop", instead_of="from_folder"
+    )
 
 
 def _validate(flags: PrepareFlags) -> None:
