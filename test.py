@@ -3,14 +3,14 @@
 python test.py --source_data_name cifar100 --target_data_name full --method krr_st --test_model base
 """
 
-from evaluation.transfer import TestFlags, run_transfer
+from evaluation.transfer import TestFlags, Transfer
 from utils.cli import command
 
 
 @command(TestFlags, prog="python test.py", description=__doc__)
 def main(flags: TestFlags) -> int:
     """Measure."""
-    return run_transfer(flags)
+    return Transfer(flags).run()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 python test_scratch.py --source_data_name cifar100 --target_data_name full
 """
 
-from evaluation.transfer import ScratchFlags, run_transfer
+from evaluation.transfer import ScratchFlags, Transfer
 from utils.cli import command
 
 UNUSED = {"synthetic_data_dir": "a network from scratch has seen no synthetic set"}
@@ -12,7 +12,7 @@ UNUSED = {"synthetic_data_dir": "a network from scratch has seen no synthetic se
 @command(ScratchFlags, prog="python test_scratch.py", description=__doc__, no_effect=UNUSED)
 def main(flags: ScratchFlags) -> int:
     """Measure."""
-    return run_transfer(flags)
+    return Transfer(flags).run()
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ class Trainer:
     """A network, what trains it by a recipe, and how far it has come.
 
     Batches come from the loader's endless stream; `scale` is a factor on the recipe's length, and
-    `loss_fn` replaces its loss. `step` of `steps` optimiser steps are done, `per_epoch` make one pass
-    over the images, and `window` holds the losses of the last pass.
+    `loss_fn`, which sees whole batches, replaces its loss. `step` of `steps` optimiser steps are done,
+    `per_epoch` make one pass over the images, and `window` holds the losses of the last pass.
     """
 
     parts = ("model", "optimizer", "schedule", "loader", "window")
@@ -69,7 +69,7 @@ class Trainer:
         loss_fn: LossFn | None = None,
     ) -> None:
         self.model, self.loader, self.recipe = model, loader, recipe
-        criterion = pick(LOSSES, recipe.loss, "loss")
+        criterion, self.splits = pick(LOSSES, recipe.loss, "loss"), loss_fn is None
         self.loss_fn = loss_fn or (lambda model, x, y: criterion(model(x), y))
         self.per_epoch = loader.steps_per_pass
         self.step, self.steps = 0, recipe.total_steps(self.per_epoch, scale)
@@ -97,16 +97,15 @@ class Trainer:
         guard, recipe = FiniteGuard(what), self.recipe
         end = self.steps if until is None else min(until, self.steps)
         shape = (self.loader.batch_size, *self.loader.images.shape[1:])
-        part = images_at_once(self.model.train(), shape, self.loader.device, shape[0])
+        self.model.train()
+        part = images_at_once(self.model, shape, self.loader.device, shape[0]) if self.splits else None
         if self._batches is None:
             self._batches = iter(self.loader.forever())
         hidden = None if progress else True  # None: hidden where nobody watches
         for step in tqdm(range(self.step + 1, end + 1), desc=what, disable=hidden, leave=False):
             rate = self.optimizer.param_groups[0]["lr"]
             try:
-                x, y = next(self._batches)
-                whole = part if isinstance(x, Tensor) and isinstance(y, Tensor) else None
-                loss = train_step(self.model, x, y, self.loss_fn, self.optimizer, whole)
+                loss = train_step(self.model, *next(self._batches), self.loss_fn, self.optimizer, part)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from data.augment.dsa import without_flip
 from data.load import ImageSet, load_set
-from data.loader import TensorLoader
 from evaluation.fit import Trainer, held_out_accuracy
 from evaluation.measure import Cell, CellStore, spread
 from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, kd_loss
@@ -69,14 +67,9 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             m.training, m.track_running_stats = training, tracking
 
 
-class NoiseLoader(TensorLoader):
-    """Fresh N(0, 1) images at every step, in the batch sizes of passes over `images`, unread."""
-
-    def forever(self) -> Iterator[tuple[Tensor, None]]:
-        sizes = [len(part) for part in torch.arange(len(self.images)).split(self.batch_size)]
-        for size in itertools.cycle(sizes):
-            shape = (size, *self.images.shape[1:])
-            yield torch.randn(shape, generator=self.generator).to(self.device), None
+def noise(x: Tensor, generator: torch.Generator) -> Tensor:
+    """A loader's transform: fresh N(0, 1) images in place of x."""
+    return torch.randn(x.shape, generator=generator).to(x.device)
 
 
 def load_teacher(flags: KdFlags, target: ImageSet) -> nn.Module:
@@ -166,22 +159,19 @@ class Distillation(Measurement):
     def distil(self, seed: int) -> dict[str, float]:
         """Train one student; its test accuracies in % by BatchNorm mode."""
         found = {"teacher_accuracy": self.teacher_accuracy}
-        student, recipe = self.student(seed), self.recipe
-        generator = make_generator(seed, "distillation")
+        student, generator = self.student(seed), make_generator(seed, "distillation")
+        images, transform = torch.empty(1).expand(self.count, *self.target.img_shape), noise
         if self.synthetic is not None:
-            loader = recipe.loader(self.synthetic.images, None, self.device, generator)
-        else:
-            shape = torch.empty(1).expand(self.count, *self.target.img_shape)
-            given = dict(batch_size=recipe.batch_size, device=self.device, generator=generator)
-            loader = NoiseLoader(shape, None, **given)
+            images, transform = self.synthetic.images, None
+        loader = self.recipe.loader(images, None, self.device, generator, transform)
 
-        def loss_fn(model: nn.Module, x: Tensor, _: None) -> Tensor:
+        def loss_fn(model: nn.Module, x: Tensor, _: Tensor) -> Tensor:
             with torch.no_grad():
                 logits = self.teacher(x)
             return kd_loss(model(x), logits)
 
         self.teacher.train(self.flags.kd_bn == "batch")  # its running statistics drift, as released
-        trainer = Trainer(student, loader, recipe, scale=self.flags.steps_scale, loss_fn=loss_fn)
+        trainer = Trainer(student, loader, self.recipe, scale=self.flags.steps_scale, loss_fn=loss_fn)
         with local_seed(derive_seed(seed, "dropout")):
             trainer.run(what="distillation", progress=True)
         found["accuracy_running"] = held_out_accuracy(student, self.target, self.device)
@@ -219,8 +209,3 @@ def describe(cell: Cell) -> str:
     """A finished cell in one line."""
     found = ", ".join(f"{cell[f'accuracy_{mode}']:.2f} % ({mode})" for mode in BN_MODES)
     return f"{cell['target']}, seed {cell['seed']}: {found}"
-
-
-def run_kd(flags: KdFlags) -> int:
-    """Measure every seed."""
-    return Distillation(flags).run()

@@ -491,8 +491,3 @@ class Transfer(Measurement):
         if self.flags.target_error:
             note += "; error of the outputs in variances of the target's features: 1 predicts the mean"
         return markdown(["target", *(m.heading() for m in measures)], rows), note
-
-
-def run_transfer(flags: ScratchFlags) -> int:
-    """Measure every (target, labels, seed) cell."""
-    return Transfer(flags).run()

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.synthetic import SyntheticSet
-from evaluation.kd import KD_BN, KdFlags, run_kd
+from evaluation.kd import KD_BN, Distillation, KdFlags
 from evaluation.measure import Cell, read_cells
 from evaluation.presets import FULL_TARGETS, PRESETS
 from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, finetune_recipe, pretrain_recipe
 from evaluation.tables import NOTE, Entry, Job, Place, make_table, with_published_file
-from evaluation.transfer import ScratchFlags, TestFlags, run_transfer
+from evaluation.transfer import ScratchFlags, TestFlags, Transfer
 from krr_st.config import shared_flags
 from krr_st.published import PROBE_CELLS, PROBE_TABLES, PROBE_TARGETS
 from models import get_model
@@ -211,14 +211,14 @@ class KernelTable:
         flags = replace(self.flags, gpu_id=local_gpu(self.flags.gpu_id))
         what = dict(source_data_name=layout.source, target_data_name="_".join(targets), test_model=model)
         if layout.protocol == "kd":
-            run_kd(KdFlags(**shared_flags(flags, KdFlags), **what, method=method))
+            Distillation(KdFlags(**shared_flags(flags, KdFlags), **what, method=method)).run()
             return
         what |= dict(protocol=layout.protocol, label_fraction=layout.fraction)
         if method == SCRATCH:
-            run_transfer(ScratchFlags(**shared_flags(flags, ScratchFlags), **what))
+            Transfer(ScratchFlags(**shared_flags(flags, ScratchFlags), **what)).run()
         else:
             what |= dict(method=method, pre_epoch=layout.pre_epoch)
-            run_transfer(TestFlags(**shared_flags(flags, TestFlags), **what))
+            Transfer(TestFlags(**shared_flags(flags, TestFlags), **what)).run()
 
 
 @functools.cache

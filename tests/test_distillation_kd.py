@@ -161,7 +161,7 @@ def test_batch_mode_keeps_the_teacher_in_train_mode(goal, monkeypatch):
     """As released: it labels by the batch's statistics while its running statistics drift."""
     calls, shared = recorded(monkeypatch), []
     real = kd.Distillation
-    monkeypatch.setattr(kd, "Distillation", lambda flags: shared.append(real(flags)) or shared[-1])
+    monkeypatch.setattr(test_kd, "Distillation", lambda flags: shared.append(real(flags)) or shared[-1])
     argv = [*ARGV, "--num_test", "1", "--kd_batch_size", "4", "--kd_bn"]
     assert test_kd.main([*argv, "batch"]) == test_kd.main([*argv, "running"]) == 0
     teacher = get_model(NET, (3, 8, 8), 4)
@@ -255,17 +255,20 @@ def test_gaussian_draws_fresh_noise_and_needs_no_synthetic_set(goal, monkeypatch
     assert model.training is False
     (cell,) = cells()
     assert "pretraining" not in cell and "synthetic_set" not in cell
-    loader = kd.NoiseLoader(
-        torch.empty(1).expand(5000, 3, 8, 8),
-        None,
-        batch_size=512,
-        device=CPU,
-        generator=torch.Generator().manual_seed(0),
-    )
-    plain = loader.forever()
+    images = torch.empty(1).expand(5000, 3, 8, 8)
+    plain = KD["gaussian"].loader(images, None, CPU, generator, kd.noise).forever()
     first, second = next(plain)[0], next(plain)[0]
     assert len(first) == 512 and float((first * second).mean().abs()) < 0.02
     assert float(first.mean().abs()) < 0.02 and float(first.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_the_teacher_sees_whole_batches(goal, monkeypatch):
+    """Its statistics would be those of parts otherwise, where a student without BatchNorm is split."""
+    monkeypatch.setattr("models.layout.CPU_PIXELS", 2 * 8 * 8)
+    calls = recorded(monkeypatch)
+    argv = [*ARGV, "--test_model", "convnet_4_8_none", "--num_test", "1", "--kd_batch_size", "4"]
+    assert test_kd.main([*argv, "--kd_bn", "batch"]) == 0
+    assert [len(x) for x, _ in calls[0][3]] == [4, 2] * 3
 
 
 def test_gaussian_student_starts_untrained(goal, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,13 +31,13 @@ SOURCES = (
 @pytest.fixture
 def parsed(monkeypatch):
     """Runs a command line up to its driver; returns the flags that the driver is given."""
-    seen = []
+    seen, ended = [], SimpleNamespace(run=lambda: 0)
     for command, driver in (
-        (test_command, "run_transfer"),
-        (test_scratch, "run_transfer"),
-        (test_kd, "run_kd"),
+        (test_command, "Transfer"),
+        (test_scratch, "Transfer"),
+        (test_kd, "Distillation"),
     ):
-        monkeypatch.setattr(command, driver, lambda flags: seen.append(flags) or 0)
+        monkeypatch.setattr(command, driver, lambda flags: seen.append(flags) or ended)
 
     def run(command, line):
         assert command.main(shlex.split(line)) == 0
