@@ -197,10 +197,7 @@ class TensorLoader:
             self._order_state, self._position = part.order_state, part.end
             if self.transform is not None:
                 x = self.transform(x, self.generator)
-            if self.targets is None:
-                yield x, part.host_index
-            else:
-                yield x, self.targets[part.index.to(self.device)]
+            yield x, part.host_index if self.targets is None else self.targets[part.index.to(self.device)]
 
     def _gather(self, slices: Iterator[_Slice]) -> Iterator[tuple[_Slice, Tensor]]:
         if self.resident:

@@ -60,7 +60,7 @@ class DatasetSpec:
     has_test: bool = True  # False where no test split exists and the training split stands in
 
 
-# Name, classes, size, mean and std of red, green and blue; the first size of a name is its default.
+# Name, classes, size, mean and std of each channel; the first size of a name is its default.
 # `flowers` at 32: the release has 0.3030 for the green mean, a typo against 0.3830 at 64 and 224.
 _KRR_TABLE = """
 svhn           10   32  .4377 .4438 .4728  .1980 .2010 .1970
@@ -90,42 +90,46 @@ imagenet     1000   64  .4810 .4574 .4078  .2633 .2560 .2708
 imagenet     1000   32  .4810 .4574 .4078  .2633 .2560 .2708
 imagenette     10  224  .4655 .4546 .4250  .2804 .2754 .2965
 """
+# ImageNet is down-sampled, and has a test split if the raw set had val_data.
+_DC_TABLE = """
+MNIST          10   28  .1307  .3081
+FashionMNIST   10   28  .2861  .3530
+SVHN           10   32  .4377 .4438 .4728  .1980 .2010 .1970
+CIFAR10        10   32  .4914 .4822 .4465  .2023 .1994 .2010
+CIFAR100      100   32  .5071 .4866 .4409  .2673 .2564 .2762
+tinyimagenet  200   64  .485 .456 .406  .229 .224 .225
+ImageNet     1000   32  .485 .456 .406  .229 .224 .225
+ImageNet-32  1000   32  .485 .456 .406  .229 .224 .225
+pathmnist       9   28  .7406 .5330 .7059  .1237 .1767 .1244
+ImageNette     10  224  .485 .456 .406  .229 .224 .225
+ImageWoof      10  224  .485 .456 .406  .229 .224 .225
+ImageFruit     10  224  .485 .456 .406  .229 .224 .225
+ImageYellow    10  224  .485 .456 .406  .229 .224 .225
+ImageMeow      10  224  .485 .456 .406  .229 .224 .225
+ImageSquawk    10  224  .485 .456 .406  .229 .224 .225
+"""
 
 
-def _krr_specs() -> dict[str, DatasetSpec]:
+def _specs(table: str) -> dict[str, DatasetSpec]:
     stats: dict[tuple[str, int], dict[int, Stats]] = {}
-    for row in _KRR_TABLE.strip().splitlines():
+    for row in table.strip().splitlines():
         name, classes, size, *values = row.split()
-        mean, std = tuple(map(float, values[:3])), tuple(map(float, values[3:]))
-        stats.setdefault((name, int(classes)), {})[int(size)] = Stats(mean, std)
-    return {
-        name: DatasetSpec(
-            name, classes, sizes=tuple(sizes), stats=sizes, hflip=name != "svhn", has_test=name != "imagenet"
-        )
-        for (name, classes), sizes in stats.items()
-    }
-
-
-# KRR-ST family (`--data_name`), and scikit-learn's handwritten digits with three equal channels.
-KRR_SPECS = _krr_specs() | {"digits": DatasetSpec("digits", 10, sizes=(16,), hflip=False)}
-
-
-def _dc(folder: str, num_classes: int, size: int, mean: str, std: str, **other) -> DatasetSpec:
-    stats = Stats(*(tuple(map(float, values.split())) for values in (mean, std)))
-    return DatasetSpec(folder, num_classes, len(stats.mean), (size,), {size: stats}, **other)
-
-
-_IMAGENET = (".485 .456 .406", ".229 .224 .225")
+        channels, values = len(values) // 2, tuple(map(float, values))
+        stats.setdefault((name, int(classes)), {})[int(size)] = Stats(values[:channels], values[channels:])
+    specs = {}
+    for (name, classes), by_size in stats.items():
+        folder, channels = name.lower().removesuffix("-32"), len(next(iter(by_size.values())).mean)
+        flags = {"hflip": folder not in ("mnist", "svhn"), "has_test": folder != "imagenet"}
+        specs[name] = DatasetSpec(folder, classes, channels, tuple(by_size), by_size, **flags)
+    return specs
 
 
 class SpecTable(dict[str, DatasetSpec]):
     """Rows by published name, found in any case (the release mixes spellings)."""
 
     def spelling(self, name: str) -> str:
-        """The published spelling of `name`; `name` as it is where no row has it."""
-        if super().__contains__(name) or not isinstance(name, str):
-            return name
-        return next((known for known in self if known.lower() == name.lower()), name)
+        """The published spelling of `name`; `name` itself if no row has it."""
+        return next((known for known in self if known.lower() == str(name).lower()), name)
 
     def __contains__(self, name: object) -> bool:
         return super().__contains__(self.spelling(name))
@@ -138,27 +142,10 @@ class SpecTable(dict[str, DatasetSpec]):
         return super().get(self.spelling(name), default)
 
 
-# Down-sampled, 32 pixels. Its test split is there where the raw set had val_data.
-_IMAGENET_32 = _dc("imagenet", 1000, 32, *_IMAGENET, has_test=False)
-
+# KRR-ST family (`--data_name`), and scikit-learn's handwritten digits with three equal channels.
+KRR_SPECS = _specs(_KRR_TABLE) | {"digits": DatasetSpec("digits", 10, sizes=(16,), hflip=False)}
 # DC family (`--dataset`): the same prepared tensors, read with this family's statistics.
-DC_SPECS = SpecTable(
-    {
-        "MNIST": _dc("mnist", 10, 28, ".1307", ".3081", hflip=False),
-        "FashionMNIST": _dc("fashionmnist", 10, 28, ".2861", ".3530"),
-        "SVHN": _dc("svhn", 10, 32, ".4377 .4438 .4728", ".1980 .2010 .1970", hflip=False),
-        "CIFAR10": _dc("cifar10", 10, 32, ".4914 .4822 .4465", ".2023 .1994 .2010"),
-        "CIFAR100": _dc("cifar100", 100, 32, ".5071 .4866 .4409", ".2673 .2564 .2762"),
-        "tinyimagenet": _dc("tinyimagenet", 200, 64, *_IMAGENET),
-        "ImageNet": _IMAGENET_32,
-        "ImageNet-32": _IMAGENET_32,
-        "pathmnist": _dc("pathmnist", 9, 28, ".7406 .5330 .7059", ".1237 .1767 .1244"),
-        **{
-            name: _dc(name.lower(), 10, 224, *_IMAGENET)
-            for name in ("ImageNette", "ImageWoof", "ImageFruit", "ImageYellow", "ImageMeow", "ImageSquawk")
-        },
-    }
-)
+DC_SPECS = SpecTable(_specs(_DC_TABLE))
 
 
 def find_row(name: str | None) -> DatasetSpec | None:

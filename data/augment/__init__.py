@@ -36,8 +36,5 @@ def _float_dtype(x: Tensor) -> torch.dtype:
 @functools.lru_cache(maxsize=16)
 def _channel_rows(stats: Stats, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and std as (1, C, 1, 1); kept, since a copy from the host would stall every batch."""
-    mean, std = (
-        torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
-        for values in (stats.mean, stats.std)
-    )
-    return mean, std
+    rows = (torch.tensor(values, dtype=dtype, device=device) for values in (stats.mean, stats.std))
+    return tuple(row.view(1, -1, 1, 1) for row in rows)

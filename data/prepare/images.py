@@ -1,7 +1,6 @@
 """From a picture of any kind to one uint8 row, by NumPy and PIL alone.
 
-A picture is scaled as a whole to size×size by PIL's bilinear filter, which
-averages over the source area when it shrinks (antialias) and does not crop.
+A picture is scaled as a whole, without cropping, by PIL's bilinear filter, which antialiases.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data.untrusted import open_picture
-from utils.errors import UserError
 
 RESIZE_RULE = "whole picture to size x size, PIL bilinear with antialias, no crop"
 
@@ -88,11 +86,10 @@ def rows_from_files(
                 rows.append(picture_row(picture, size, channels))
         except MemoryError:
             raise
-        except UserError as error:
-            broken.append((position, str(error).removeprefix(f"{path} ")))
         except Exception as error:  # decoders raise a dozen types on a damaged file
-            reason = "not a picture" if "cannot identify" in str(error) else str(error)
-            broken.append((position, " ".join(reason.split()) or type(error).__name__))
+            reason = str(error).removeprefix(f"{path} ")
+            reason = "not a picture" if "cannot identify" in reason else " ".join(reason.split())
+            broken.append((position, reason or type(error).__name__))
     return np.array(rows, np.uint8).reshape(-1, channels, size, size), broken
 
 

@@ -76,29 +76,27 @@ def with_subfolders(raw: Path) -> list[Path]:
     return [raw, *sorted(p for p in raw.glob("*") if p.is_dir())] if raw.is_dir() else []
 
 
-def find_folder(raw: Path, *marks: str) -> Path | None:
-    """The first of `raw` and its sub-folders that holds all `marks` (paths or glob patterns)."""
-    return next((f for f in with_subfolders(raw) if not _missing(f, marks)), None)
-
-
-def _missing(folder: Path, marks: tuple[str, ...]) -> list[str]:
-    return [mark for mark in marks if not any(folder.glob(mark))]
+def find_folder(raw: Path, mark: str) -> Path | None:
+    """The first of `raw` and its sub-folders that holds `mark` (a path or glob pattern)."""
+    return next((folder for folder in with_subfolders(raw) if any(folder.glob(mark))), None)
 
 
 def locate(raw: Path, download: bool, name: str, help: str, *marks: str) -> Path:
-    """The folder of a set that torchvision cannot fetch (see `find_folder`), or a UserError with `help`."""
+    """The first of `raw` and its sub-folders with all `marks`, for a set that torchvision cannot fetch."""
     by_hand = f"{help}, and give the folder with --raw PATH"
     if download:
         raise UserError(f"--download cannot fetch {name}; {by_hand}")
     if raw.is_file():
         check_not_html(raw)
         raise UserError(f"{raw} is a file; unpack it and give the folder with --raw")
-    found = find_folder(raw, *marks)
-    if found is not None:
-        return found
+    missing = marks
+    for folder in with_subfolders(raw):
+        lacking = [mark for mark in marks if not any(folder.glob(mark))]
+        if not lacking:
+            return folder
+        missing = min(missing, lacking, key=len)
     packed = check_data_files(raw)
     hint = f" (unpack {packed[-1]} there first)" if packed else ""
-    missing = min((_missing(f, marks) for f in with_subfolders(raw)), key=len, default=marks)
     raise UserError(f"no raw {name} in {raw}: {', '.join(missing)} not found{hint}; {by_hand}")
 
 

@@ -55,6 +55,6 @@ def subset_reader(folder: str) -> Callable[[Path, bool], Source]:
 
 
 def read_imagewoof(raw: Path, download: bool) -> Source:
-    """ImageWoof, which torchvision lacks: `train/` and `val/` with a folder for each WordNet id."""
+    """ImageWoof, which torchvision lacks: `train/` and `val/` with WordNet ids as sub-folders."""
     help = "unpack imagewoof2-320.tgz (github.com/fastai/imagenette)"
     return read_folder(locate(raw, download, "imagewoof", help, "train", "val"))

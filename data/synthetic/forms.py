@@ -73,7 +73,7 @@ def _describe(synthetic: SyntheticSet) -> str:
     return json.dumps(described, indent=2) + "\n"
 
 
-def _described(raw: dict[str, Any], path: Path) -> Fields:
+def _parse_description(raw: dict[str, Any], path: Path) -> Fields:
     """The fields in the JSON object of `path`; keys that are absent or null are left out."""
     stats = Stats.parse(raw, path)
     found: Fields = {} if stats is None else {"stats": stats}
@@ -82,7 +82,7 @@ def _described(raw: dict[str, Any], path: Path) -> Fields:
 
 
 def _read_description(path: Path) -> Fields:
-    return _described(read_json(path), path)
+    return _parse_description(read_json(path), path)
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def _read_safetensors(path: Path, stats: Stats | None, experiment: int) -> Field
         raise UserError(f"{path} is truncated or not a safetensors file ({first_line(error)})") from None
     if len(fields) != 2:
         raise UserError(f"{path} holds {sorted(names)}, expected images and targets")
-    return fields | _described(parse_json(metadata.get("synthetic_set", "{}"), path), path)
+    return fields | _parse_description(parse_json(metadata.get("synthetic_set", "{}"), path), path)
 
 
 def _write_safetensors(synthetic: SyntheticSet, path: Path) -> None:

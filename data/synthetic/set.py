@@ -24,25 +24,17 @@ class SyntheticSet:
     """Distilled images with their targets.
 
     The tensors are detached but share storage with those given: clone these first if they are
-    optimised further.
-
-    Attributes:
-        images: m×C×H×W float32 in normalised space, m >= 1.
-        targets: (m,) int64 class indices, or (m, D) float32 target vectors; other number types
-            are cast to these.
-        stats: mean and std that undo the normalisation; None if unknown.
-        data_name: the set it was distilled from; None if unknown.
-        info: JSON-able facts (method, accuracies, ...).
+    optimised further. Other number types are cast.
 
     Raises:
         UserError: wrong type, shape, dtype or length, or non-finite values.
     """
 
-    images: Tensor
-    targets: Tensor
-    stats: Stats | None = None
-    data_name: str | None = None
-    info: dict[str, Any] = field(default_factory=dict)
+    images: Tensor  # m×C×H×W float32 in normalised space, m >= 1
+    targets: Tensor  # (m,) int64 class indices, or (m, D) float32 target vectors
+    stats: Stats | None = None  # undo the normalisation; None if unknown
+    data_name: str | None = None  # the set it was distilled from; None if unknown
+    info: dict[str, Any] = field(default_factory=dict)  # JSON values: method, accuracies, ...
 
     def __post_init__(self) -> None:
         images = _checked_images(self.images)
