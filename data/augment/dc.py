@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from data.augment.pixels import gather_pixels, read_pixels
+from data.augment import gather_pixels, read_pixels
 from utils.errors import pick
 
 CROP_PIXELS = 4

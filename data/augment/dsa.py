@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.augment.pixels import read_pixels
+from data.augment import read_pixels
 from utils.errors import pick
 
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
