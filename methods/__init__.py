@@ -10,6 +10,9 @@ from distillation.run import Method
 from krr_st.config import RECIPES, TrainFlags
 from krr_st.krr_st import KRRST
 from krr_st.setup import KRRSTSetup
+from trajectory.mkdt import MKDT, MKDTFlags
+from trajectory.mtt import MTT, MTTFlags
+from trajectory.setup import TrajectorySetup
 from utils.errors import pick
 
 _MATCHING = dict(Iteration=1000, lr_img=0.1, init="noise")
@@ -45,6 +48,22 @@ ROWS = (
         lambda dataset, ipc: {"lr_img": 10.0} if dataset == "CIFAR10" and ipc >= 100 else {},
         augments=True,
         mirrors=True,
+    ),
+    Method(
+        "MTT",
+        MTT,
+        TrajectorySetup,
+        MTTFlags,
+        "matching training trajectories (CVPR 2022); DATM with --recipe datm",
+        recipes={"published": {}, "datm": {}},
+    ),
+    Method(
+        "MKDT",
+        MKDT,
+        TrajectorySetup,
+        MKDTFlags,
+        "matching trajectories of knowledge distillation (ICLR 2025)",
+        labels="features",
     ),
 )
 METHODS: dict[str, Method] = {row.name.lower(): row for row in ROWS}

@@ -16,6 +16,8 @@ from distillation.base import Distiller, RunFlags
 from distillation.run import Setup
 from krr_st.config import TrainFlags
 from methods import METHODS, find_method
+from trajectory.mkdt import MKDTFlags
+from trajectory.mtt import MTTFlags
 from utils import checkpoint
 from utils.errors import UserError
 
@@ -25,7 +27,13 @@ SHARED = (
     f"--outer_iteration {STEPS} --print_every 2 --save_every 2"
 )
 # What makes the methods with these flags small; a method of another family adds its own.
+STUDENT = (
+    "--train_model convnet_4_in --num_experts 2 --max_start_epoch 2 --expert_epochs 1 --syn_steps 3 "
+    "--lr_lr 1e-6 --lr_img 10 --eval_every 3"
+)
 SMALL = {
+    MTTFlags: f"{STUDENT} --pre_epoch 1",
+    MKDTFlags: f"{STUDENT} --target_model {NET} --pre_epoch 1 --test_iteration 1",
     TrainFlags: (
         f"--target_model {NET} --train_model {NET} --num_models 2 --online_iteration 3 "
         "--outer_batch_size 16 --eval_every 3 --pre_epoch 1 --test_iteration 1"

@@ -1,5 +1,6 @@
 """The unrolled student: gradients against finite differences and the naive formula, in float64."""
 
+import gc
 import itertools
 
 import pytest
@@ -208,3 +209,34 @@ def test_weights_of_body_head_and_vectors():
     assert weights["classifier.weight"] == 0.5 and weights["classifier.bias"] == pytest.approx(0.05)
     body = dict(zip(names, tensor_weights(network, head=0.0), strict=True))
     assert [n for n, w in body.items() if not w] == ["classifier.weight", "classifier.bias"]
+
+
+class Held:
+    """A tensor that autograd keeps; counts the bytes of all that are alive."""
+
+    alive = peak = 0
+
+    def __init__(self, tensor):
+        self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+        Held.alive += self.size
+        Held.peak = max(Held.peak, Held.alive)
+
+    def __del__(self):
+        Held.alive -= self.size
+
+
+def kept_by_autograd(mode, steps):
+    problem = Problem(steps=steps)
+    gc.collect()
+    Held.alive = Held.peak = 0
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        problem.gradients(mode)
+    return Held.peak
+
+
+def test_memory_grows_with_the_steps_only_where_one_graph_is_kept():
+    few, many = ({mode: kept_by_autograd(mode, n) for mode in UNROLLS} for n in (2, 12))
+    assert many["full"] > 4 * few["full"]
+    for mode in ("checkpoint", "tesla"):
+        assert many[mode] < 1.2 * few[mode]
+        assert many[mode] < 0.2 * many["full"]

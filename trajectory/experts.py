@@ -280,6 +280,7 @@ class ExpertTraining:
 
     def __init__(self, flags: ExpertFlags, image_set: ImageSet, device: torch.device) -> None:
         self.flags, self.image_set, self.device = flags, image_set, device
+        self.inputs = {"data set": image_set.fingerprint}
         dsa, loss = flags.dsa_strategy, "cross_entropy"
         if not image_set.hflip:
             dsa = without_flip(dsa)
@@ -302,6 +303,7 @@ class ExpertTraining:
         flags, image_set, device = self.flags, self.image_set, self.device
         where = dict(data_name=flags.data_name, data_dir=flags.data_dir)
         target = load_target(flags.target_model, flags.target_ckpt, image_set, device, **where)
+        self.inputs["target model"] = target.fingerprint
         return outputs(target, image_set.train.images, image_set, device).float(), target.dim
 
     def network(self, seed: int) -> nn.Module:
@@ -377,7 +379,8 @@ def make_experts(flags: ExpertFlags, device: torch.device) -> Path:
             seed=flags.seed,
             device=device,
             overwrite=flags.overwrite,
-            extra={"data_name": flags.data_name, "data": image_set.fingerprint},
+            extra={"data_name": flags.data_name},
+            inputs=training.inputs if training else {},
         )
         if not run.resumed:
             for path in expert_files(folder):

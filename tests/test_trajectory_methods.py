@@ -1,0 +1,285 @@
+"""MTT and MKDT as runs: files, resume, learned step size and labels, ranges, what is refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CPU, NET, make_target, read_log, write_set, write_target
+
+import train
+from data.load import load_set
+from data.real_data import RealImages
+from distillation.problem import Problem
+from evaluation.fit import outputs
+from methods import METHODS
+from models import get_model
+from trajectory import experts
+from trajectory.base import start_limit
+from trajectory.experts import Experts
+from trajectory.mkdt import MKDT, MKDTFlags
+from trajectory.mtt import MTT, MTTFlags
+from trajectory.published import published
+
+STUDENT = "convnet_4_in"
+SHARED = [
+    "--data_name",
+    "tiny",
+    "--img_size",
+    "8",
+    "--train_model",
+    STUDENT,
+    "--device",
+    "cpu",
+    "--seed",
+    "0",
+]
+SHORT = ["--outer_iteration", "4", "--print_every", "1", "--syn_steps", "3", "--expert_epochs", "1"]
+SHORT += ["--max_start_epoch", "2", "--num_experts", "2", "--pre_epoch", "2", "--save_every", "1"]
+SHORT += ["--lr_lr", "1e-6", "--lr_img", "10"]
+RUNS = {
+    "mtt": ["--method", "mtt", "--num_images", "8", *SHARED, *SHORT],
+    "mkdt": ["--method", "mkdt", "--num_images", "6", *SHARED, *SHORT, "--target_model", NET],
+}
+RUNS["mkdt"] += ["--test_iteration", "2"]
+RUNS["datm"] = [*RUNS["mtt"], "--lr_y", "1", "--ema_decay", "0.9", "--batch_syn", "5"]
+
+
+@pytest.fixture
+def tiny(workspace):
+    write_set("datasets", "tiny")
+    write_target()
+    return workspace
+
+
+def pair(name):
+    return [torch.load(f"results/{name}/{k}_syn.pt", weights_only=True) for k in "xy"]
+
+
+def log(name):
+    return read_log(f"results/{name}")
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_run_from_nothing_and_interrupted_one_is_the_same(tiny, kind, monkeypatch, capsys):
+    argv = RUNS[kind]
+    assert train.main([*argv, "--exp_name", "whole"]) == 0
+    shown = capsys.readouterr().out
+    assert "making 2 experts" in shown and "training 2 experts" in shown
+    method = METHODS[argv[1]].distiller
+    step, calls = method.step, []
+
+    def fragile(self):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "step", fragile)
+        assert train.main([*argv, "--exp_name", "parts"]) == 130
+    assert train.main([*argv, "--exp_name", "parts"]) == 0
+    shown = capsys.readouterr().out
+    assert "resuming after step 2 of 4" in shown and "training 2 experts" not in shown
+    for a, b in zip(pair("whole"), pair("parts"), strict=True):
+        assert torch.equal(a, b)
+    wanted, found = log("whole"), log("parts")
+    assert wanted == found
+    sizes = [e["step_size"] for e in wanted if "step_size" in e]
+    assert len(sizes) == 4 and len(set(sizes)) == 4 and all(0 < s < 1 for s in sizes)
+    x, y = pair("whole")
+    if kind == "mtt":
+        assert y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    elif kind == "datm":
+        assert y.shape == (8, 4) and torch.allclose(y.sum(1), torch.ones(8)) and (y >= 0).all()
+    else:
+        assert y.shape == (6, make_target().dim)
+    assert x.isfinite().all() and Path("results/whole/x_syn.png").exists()
+
+
+def make_experts(*more, targets="classes"):
+    argv = ["--targets", targets, "--train_epochs", "3", "--num_experts", "3", "--batch_train", "16"]
+    argv += ["--target_model", NET] if targets == "features" else []
+    assert experts.main([*SHARED, *argv, "--lr_teacher", "0.05", "--buffer_dir", "experts", *more]) == 0
+    return Path("experts")
+
+
+def make_mtt(**changes):
+    settings = dict(
+        img_size=8,
+        num_images=8,
+        train_model=STUDENT,
+        buffer_dir=Path("experts"),
+        syn_steps=4,
+        expert_epochs=1,
+        min_start_epoch=0,
+        max_start_epoch=3,
+        lr_img=1.0,
+        lr_y=0.0,
+        lr_lr=0.0,
+        lr_teacher=0.05,
+        dsa_strategy="none",
+    )
+    image_set = load_set("tiny", 8, "datasets")
+    given = dict(target=make_target(), real=RealImages.from_set(image_set, CPU))
+    problem = Problem(image_set, CPU, 0, **given)
+    if "init" in changes:
+        return MKDT(problem, MKDTFlags(**{**settings, **changes}))
+    return MTT(problem, MTTFlags(**{**settings, **changes}))
+
+
+def test_matching_one_segment_again_and_again_lowers_the_loss(tiny):
+    make_experts()
+    settings = dict(num_experts=1, max_start_epoch=1, lr_img=20.0, lr_lr=1e-5)
+    losses = {}
+    for unroll in ("full", "checkpoint", "tesla"):
+        mtt = make_mtt(unroll=unroll, **settings)
+        losses[unroll] = [float(mtt.step()["loss"]) for _ in range(15)]
+        assert losses[unroll][-1] < 0.8 * losses[unroll][0]
+    assert losses["full"] == pytest.approx(losses["checkpoint"], rel=1e-3)
+    assert losses["tesla"] != pytest.approx(losses["full"], rel=1e-5)
+    own = make_mtt(unroll="checkpoint", inner_momentum=0.9, inner_wd=1e-3, distance="layer", **settings)
+    found = [float(own.step()["loss"]) for _ in range(15)]
+    assert found[-1] < found[0]
+
+
+def test_every_expert_takes_its_turn(tiny):
+    make_experts()
+    mtt, seen = make_mtt(), []
+    real_pair = mtt.experts.pair
+    mtt.experts.pair = lambda expert, t, *more: seen.append((expert, t)) or real_pair(expert, t, *more)
+    for _ in range(12):
+        mtt.step()
+    assert all(sorted(e for e, _ in seen[i : i + 3]) == [0, 1, 2] for i in range(0, 12, 3))
+    assert {t for _, t in seen} == {0, 1, 2}
+    single = make_mtt(num_experts=1)
+    assert len(single.experts) == 1
+
+
+def test_loss_above_the_threshold_changes_nothing(tiny, capsys):
+    make_experts()
+    mtt = make_mtt(threshold=1e-6, lr_lr=1.0)
+    before = mtt.x_syn.detach().clone()
+    found = [mtt.step() for _ in range(5)]
+    assert torch.equal(mtt.x_syn, before) and mtt.student.lr.item() == pytest.approx(0.05)
+    assert int(mtt.student.skipped) == 5 and float(found[-1]["skipped"]) == 1
+    shown = capsys.readouterr().out
+    assert "above --threshold 1e-06; 4 of 4 iterations skipped so far" in shown and "5 of 5" not in shown
+    exploding = make_mtt(threshold=1.0, lr_teacher=1e30)
+    assert float(exploding.step()["loss"]) <= 1.0 and int(exploding.student.skipped) == 1
+    assert not torch.isfinite(make_mtt(lr_teacher=1e30).step()["loss"])  # the loop stops there
+
+
+def test_step_size_stays_positive_or_the_run_stops(tiny, capsys):
+    write_set("datasets", "tiny")
+    argv = [*RUNS["mtt"], "--exp_name", "own"]
+    assert train.main([*argv, "--lr_lr", "1e6", "--lr_teacher", "3"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"distilling, step \d: the learned step size went from 3 to -\S+; lower --lr_lr", error)
+    mtt_flags = ["--lr_lr", "1e6", "--lr_teacher", "3", "--clamp_lr", "1e-3", "--overwrite"]
+    assert train.main([*argv, *mtt_flags]) == 0
+    assert min(e["step_size"] for e in log("own") if "step_size" in e) == pytest.approx(1e-3)
+
+
+def test_range_of_starts_grows():
+    flags = dict(min_start_epoch=2, current_max_start_epoch=10, max_start_epoch=20, expansion_end_epoch=100)
+    grows = MTTFlags(**flags)
+    assert [start_limit(grows, i) for i in (0, 9, 10, 50, 100, 5000)] == [10, 10, 11, 15, 20, 20]
+    fixed = MTTFlags(**{**flags, "current_max_start_epoch": None, "expansion_end_epoch": None})
+    assert start_limit(fixed, 0) == 20
+
+
+def test_soft_labels_start_from_images_that_experts_recognise(tiny):
+    make_experts()
+    mtt = make_mtt(lr_y=1.0)
+    image_set = load_set("tiny", 8, "datasets")
+    real = RealImages.from_set(image_set, CPU)
+    network = get_model(STUDENT, (3, 8, 8), 4)
+    everything = real.at(torch.arange(len(real)))
+    logits = []
+    for path in sorted(Path("experts").glob("replay_buffer_*.pt")):
+        with torch.no_grad():
+            last = torch.load(path, weights_only=True)[0][-1]
+            for p, saved in zip(network.parameters(), last, strict=True):
+                p.copy_(saved)
+            logits.append(network(everything))
+    right = torch.stack(logits).argmax(2) == real.labels  # (experts, N)
+    for n, (x, y) in enumerate(zip(mtt.x_syn.detach(), mtt.y_syn.detach(), strict=True)):
+        row = int((everything - x).abs().flatten(1).amax(1).argmin())
+        assert torch.equal(everything[row], x) and real.labels[row] == n // 2
+        votes = right[:, row]
+        chosen = torch.stack(logits)[votes if votes.any() else slice(None), row]
+        assert torch.allclose(y, chosen.mean(0), atol=1e-5)
+
+
+def test_mkdt_starts_from_the_images_that_experts_fit_worst(tiny):
+    make_experts(targets="features")
+    mkdt = make_mtt(init="high_loss", lr_y=1.0, lr_lr=1e-3)
+    image_set, target = load_set("tiny", 8, "datasets"), make_target()
+    y = outputs(target, image_set.train.images, image_set, CPU)
+    network, errors = get_model(STUDENT, (3, 8, 8), target.dim), 0
+    for path in sorted(Path("experts").glob("replay_buffer_*.pt")):
+        first = torch.load(path, weights_only=True)[0][1]
+        with torch.no_grad():
+            for p, saved in zip(network.parameters(), first, strict=True):
+                p.copy_(saved)
+            errors = errors + ((outputs(network, image_set.train.images, image_set, CPU) - y) ** 2).mean(1)
+    worst = errors.argsort(descending=True)[:8]
+    assert torch.allclose(mkdt.y_syn.detach(), y[worst], atol=1e-5)
+    learned = (mkdt.x_syn, mkdt.y_syn, mkdt.student.lr)
+    before = [t.detach().clone() for t in learned]
+    mkdt.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, learned, strict=True))
+    random = make_mtt(init="random", lr_y=1.0)
+    assert not torch.allclose(random.y_syn, y[worst])
+
+
+def test_published_settings():
+    row, origin = published("mtt", "cifar10", 100)
+    assert (row["syn_steps"], row["expert_epochs"], row["max_start_epoch"]) == (30, 2, 20)
+    assert (row["lr_img"], row["lr_lr"], row["lr_teacher"], row["zca"]) == (100.0, 1e-5, 0.001, True)
+    assert "batch_syn" not in row and "100 images of cifar10" in origin
+    assert published("mtt", "cifar100", 6000)[0]["batch_syn"] == 125
+    assert published("mtt", "cifar100", 50)[0]["syn_steps"] == 20  # the smallest there is
+    datm = published("datm", "cifar10", 100)[0]
+    assert (datm["current_max_start_epoch"], datm["max_start_epoch"], datm["expansion_end_epoch"]) == (
+        10,
+        20,
+        1000,
+    )
+    assert published("datm", "cifar10", 10)[0]["threshold"] == 1.1 and datm["outer_iteration"] == 10000
+    mkdt = published("mkdt", "cifar10", 2500)[0]
+    assert (mkdt["lr_img"], mkdt["max_start_epoch"], mkdt["lr_y"], mkdt["batch_syn"]) == (1e4, 5, 1.0, 256)
+    assert published("mkdt", "tinyimagenet", 2000)[0]["outer_iteration"] == 10000
+    assert published("mtt", "leaves", 40)[1] == "the defaults of mtt's code"
+
+
+def test_what_does_not_fit_is_refused_before_a_run_folder(tiny, capsys):
+    make_experts()
+
+    own = ["--buffer_dir", "experts"]
+
+    def refused(*argv, kind="mtt"):
+        assert train.main([*RUNS[kind], "--exp_name", "bad", *argv]) == 2
+        assert not Path("results/bad/config.json").exists()
+        return capsys.readouterr().err
+
+    assert "has 3 epochs, 4 are needed: lower --max_start_epoch 4" in refused(*own, "--max_start_epoch", "4")
+    assert "holds 3 trajectories, --num_experts is 5" in refused(*own, "--num_experts", "5")
+    assert "its experts have targets classes, not features" in refused(*own, kind="mkdt")
+    assert "holds no replay_buffer_0.pt" in refused("--buffer_dir", "nowhere")
+    assert "--min_start_epoch 2 is not below --max_start_epoch 2" in refused("--min_start_epoch", "2")
+    assert "unknown DSA operation 'blur'" in refused("--dsa_strategy", "blur")
+    Path("experts/config.json").unlink()  # of another origin: only the shapes speak
+    assert "parameter 0 is (4, 3, 3, 3)" in refused(*own, "--train_model", "convnet_8_in")
+    write_set("datasets", "bare", labelled=False)
+    assert "has no labels" in refused("--data_name", "bare")
+
+
+def test_state_of_other_experts_is_refused(tiny):
+    make_experts()
+    state = make_mtt().state_dict()
+    make_experts("--overwrite", "--seed", "1")
+    with pytest.raises(ValueError, match="are not those of before"):
+        make_mtt().load_state_dict(state)
+    assert len(Experts("experts", [p.shape for p in get_model(STUDENT, (3, 8, 8), 4).parameters()], CPU)) == 3

@@ -1,0 +1,284 @@
+"""What MTT and MKDT share: their flags, the learned step size, one step of matching."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.augment.dsa import diff_augment, without_flip
+from data.loader import TensorLoader
+from distillation.base import Distiller
+from distillation.problem import Problem
+from evaluation.recipes import no_augmentation
+from models import get_model
+from models.layout import arranged
+from trajectory.experts import Experts
+from trajectory.match import DISTANCES, UNROLLS, Batch, functional_loss, matching_distance, tensor_weights
+from utils.cli import flag
+from utils.errors import UserError
+from utils.seed import draw_seed, local_seed
+
+MOMENTUM = 0.5  # of images, targets and step size
+
+
+def _published(what: str, **limits: Any) -> Any:
+    """A flag whose default depends on data set and number of images."""
+    return flag(None, f"{what}; default: published", **limits)
+
+
+@dataclass(frozen=True)
+class TrajectoryFlags:
+    """Flags of trajectory matching, beside those of a set. An epoch is a snapshot of the experts."""
+
+    outer_iteration: int | None = _published("outer steps", minimum=1)
+    buffer_dir: Path | None = flag(
+        None,
+        "folder of replay_buffer_0.pt, ... (python -m trajectory.experts, or the released code); "
+        "default: made in ./buffers when the run begins",
+    )
+    num_experts: int | None = flag(
+        None,
+        "trajectories to match; default: all of --buffer_dir, or 10 that are made (MKDT's released code "
+        "uses 1)",
+        minimum=1,
+    )
+    expert_epochs: int | None = _published("epochs from an expert's start to its goal", minimum=1)
+    syn_steps: int | None = _published("steps of the student", minimum=1)
+    batch_syn: int | None = _published("images per step of the student, or all", minimum=1)
+    min_start_epoch: int | None = flag(None, "first epoch to start from; default: published, or 0", minimum=0)
+    max_start_epoch: int | None = _published("starts are drawn below this epoch", minimum=1)
+    current_max_start_epoch: int | None = flag(
+        None, "they are drawn below this one at first, which rises linearly; default: published", minimum=1
+    )
+    expansion_end_epoch: int | None = flag(
+        None, "iterations until it has risen to max_start_epoch; default: published", minimum=1
+    )
+    lr_img: float | None = _published("learning rate of the images", above=0)
+    lr_y: float | None = flag(
+        None, "learning rate of the labels; 0: they stay as they are; default: published", minimum=0
+    )
+    lr_lr: float | None = _published("learning rate of the step size", minimum=0)
+    lr_teacher: float | None = _published("the student's step size at the start", above=0)
+    clamp_lr: float | None = flag(
+        None, "smallest step size; default: a run stops where it is not positive", above=0
+    )
+    threshold: float | None = flag(
+        None, "iterations with a larger loss change nothing; default: published, or none", above=0
+    )
+    ema_decay: float | None = flag(
+        None,
+        "the set is the moving average of its images and labels; default: published, or 0: off",
+        minimum=0,
+        maximum=0.99999,
+    )
+    unroll: str = flag(
+        "full",
+        "one graph of all steps; the same gradient with one step's graph at a time (checkpoint: memory "
+        "for more time); or TESLA's, which takes earlier steps as constant",
+        choices=tuple(UNROLLS),
+    )
+    inner_momentum: float = flag(0.0, "momentum of the student's steps", minimum=0, maximum=0.999)
+    inner_wd: float = flag(0.0, "weight decay of the student's steps", minimum=0)
+    distance: str = flag(
+        "whole", "normalise by all parameters together, or each tensor by its own", choices=tuple(DISTANCES)
+    )
+    vector_weight: float = flag(1.0, "weight of biases and norms in the distance", minimum=0)
+    head_weight: float = flag(1.0, "weight of the head in the distance; 0: match the body alone", minimum=0)
+    average_goals: int = flag(0, "a goal is the mean of the snapshots up to so many epochs away", minimum=0)
+    dsa_strategy: str | None = flag(
+        None, "DSA operations for the student's batches joined by _, or none; default: the method's"
+    )
+
+    @property
+    def last_epoch(self) -> int:
+        """The last snapshot that is needed of an expert."""
+        return self.max_start_epoch - 1 + self.expert_epochs
+
+
+class Student(nn.Module):
+    """The learned step size, how many iterations are done, and how many of them changed nothing."""
+
+    def __init__(self, lr: float, device: torch.device) -> None:
+        super().__init__()
+        self.lr = nn.Parameter(torch.tensor(lr, device=device))
+        self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+
+
+def start_limit(flags: TrajectoryFlags, iteration: int) -> int:
+    """Starts of an iteration lie below this epoch; it rises to max_start_epoch.
+
+    Source: Guo et al., "Towards Lossless Dataset Distillation via Difficulty-Aligned Trajectory
+    Matching" (DATM), arXiv 2310.05773, sec. 3.3.
+    """
+    first = flags.current_max_start_epoch or flags.max_start_epoch
+    share = min(1.0, iteration / flags.expansion_end_epoch) if flags.expansion_end_epoch else 1.0
+    limit = first + math.floor((flags.max_start_epoch - first) * share)
+    return max(limit, flags.min_start_epoch + 1)
+
+
+class TrajectoryMatching(Distiller):
+    """Images on which a student comes from an expert's snapshot to a later one.
+
+    A subclass says in `start` where images and targets begin, and gives the student's `criterion`
+    and `width` of outputs.
+    """
+
+    parts = ("optimizer", "student", "experts", "order", "average")
+    losses = ("loss", "step_size", "skipped")
+    target_momentum = MOMENTUM
+    default_dsa = "none"
+    criterion: Callable[[Tensor, Tensor], Tensor]
+
+    def __init__(self, problem: Problem, flags: TrajectoryFlags) -> None:
+        super().__init__(problem, flags)
+        device = problem.device
+        with local_seed(0):  # only its form matters: the weights are the experts'
+            network = get_model(flags.train_model, problem.image_set.img_shape, self.width)
+        self.network = arranged(network, device)
+        shapes = [p.shape for p in network.parameters()]
+        self.experts = Experts(flags.buffer_dir, shapes, device, flags.num_experts)
+        self.strategy = flags.dsa_strategy
+        if not problem.image_set.hflip:
+            self.strategy = without_flip(self.strategy)
+        self.weights = tensor_weights(network, flags.vector_weight, flags.head_weight)
+        x, y = self.start()
+        self.x_syn, self.y_syn = x.clone().requires_grad_(), y.clone()
+        self.student = Student(flags.lr_teacher, device)
+        self.inputs, learned = [self.x_syn], [dict(params=[self.x_syn], lr=flags.lr_img)]
+        if flags.lr_y:
+            self.inputs.append(self.y_syn.requires_grad_())
+            learned.append(dict(params=[self.y_syn], lr=flags.lr_y, momentum=self.target_momentum))
+        learned.append(dict(params=[self.student.lr], lr=flags.lr_lr))
+        self.optimizer = torch.optim.SGD(learned, lr=flags.lr_img, momentum=MOMENTUM)
+        self.average = Average(self.inputs, flags.ema_decay) if flags.ema_decay else None
+        self.order = TensorLoader(
+            torch.arange(len(self.experts)),
+            None,
+            batch_size=1,
+            device=torch.device("cpu"),
+            generator=self.stream("experts"),
+        )
+        self.loss_fn = functional_loss(network, self.criterion, flags.precision)
+        self._turns = None
+
+    @property
+    def width(self) -> int:
+        """Outputs of the network."""
+        raise NotImplementedError
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Images (m, C, H, W) and targets to begin with."""
+        raise NotImplementedError
+
+    @classmethod
+    def cost(cls, flags: TrajectoryFlags, classes: int) -> float:
+        """A step of the student and the way back through it; one step more where no graph is kept."""
+        batch = min(flags.batch_syn or flags.num_images, flags.num_images)
+        return flags.syn_steps * batch * (6.0 if flags.unroll == "full" else 9.0)
+
+    def step(self) -> dict[str, Tensor]:
+        """One iteration: from a random snapshot of the next expert towards its later one."""
+        flags, student = self.flags, self.student
+        self._turns = self._turns or self.order.forever()
+        expert = int(next(self._turns)[1])
+        limit = start_limit(flags, int(student.iteration))
+        t = int(torch.randint(flags.min_start_epoch, limit, (1,), generator=self.stream("starts")))
+        start, goal = self.experts.pair(expert, t, flags.expert_epochs, flags.average_goals)
+        loss, of_inputs, of_lr = UNROLLS[flags.unroll](
+            self.loss_fn,
+            start,
+            self.batches(),
+            lambda end: matching_distance(end, start, goal, self.weights, flags.distance),
+            self.inputs,
+            student.lr,
+            flags.inner_momentum,
+            flags.inner_wd,
+        )
+        student.iteration += 1
+        used = student.lr.detach().clone()
+        if flags.threshold is not None and not float(loss) <= flags.threshold:
+            self.skip(loss)
+            # A loss that is not finite would stop the run: it counts as one at the threshold.
+            loss = loss.nan_to_num(flags.threshold, flags.threshold)
+        elif loss.isfinite():  # else the loop stops the run
+            for tensor, gradient in zip([*self.inputs, student.lr], [*of_inputs, of_lr], strict=True):
+                tensor.grad = gradient
+            self.optimizer.step()
+            self.check_step_size(float(used))
+            if self.average is not None:
+                self.average.update(self.inputs)
+        skipped = (student.skipped / student.iteration).to(loss.device)
+        return {"loss": loss, "step_size": used, "skipped": skipped}
+
+    def batches(self) -> list[Batch]:
+        """The student's mini-batches: the set in random order again and again, each augmented."""
+        flags, m, found, rows = self.flags, len(self.x_syn), [], []
+        for _ in range(flags.syn_steps):
+            if not rows:
+                order = torch.randperm(m, generator=self.stream("student's batches")).to(self.x_syn.device)
+                rows = list(order.split(min(flags.batch_syn or m, m)))
+            seed = draw_seed(self.stream("augmentation"))
+            found.append(functools.partial(self.batch, rows.pop(0), seed))
+        return found
+
+    def batch(self, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        """One mini-batch, differentiable in the set; the seed gives the augmentation."""
+        x = self.x_syn[rows]
+        if not no_augmentation(self.strategy):
+            x = diff_augment(x, self.strategy, seed=seed)
+        return x, self.y_syn[rows]
+
+    def skip(self, loss: Tensor) -> None:
+        """Count an iteration that changes nothing; say so at 1, 2, 4, ... of them."""
+        count = int(self.student.skipped.add_(1))
+        if count & (count - 1) == 0:
+            done = int(self.student.iteration)
+            print(
+                f"step {done}: the loss {float(loss):.3g} is above --threshold {self.flags.threshold:g}; "
+                f"{count} of {done} iterations skipped so far",
+                flush=True,
+            )
+
+    def check_step_size(self, before: float) -> None:
+        """Keep the step size above the clamp; a UserError where it is not positive without one."""
+        lr, clamp = self.student.lr.detach(), self.flags.clamp_lr
+        if clamp is not None:
+            lr.clamp_(min=clamp)
+        if not 0 < lr.item() < math.inf:
+            raise UserError(
+                f"the learned step size went from {before:.4g} to {lr.item():.4g}; lower --lr_lr, or "
+                "--max_start_epoch, or keep it positive with --clamp_lr"
+            )
+
+    def learned(self) -> list[Tensor]:
+        """Images and, where they are learned, targets: as they are, or their moving average."""
+        return [t.detach() for t in (self.inputs if self.average is None else self.average.values)]
+
+
+class Average:
+    """Moving averages of tensors: a ← decay · a + (1 - decay) · t."""
+
+    def __init__(self, tensors: list[Tensor], decay: float) -> None:
+        self.decay, self.values = decay, [t.detach().clone() for t in tensors]
+
+    def update(self, tensors: list[Tensor]) -> None:
+        """Take one step of the tensors."""
+        for value, tensor in zip(self.values, tensors, strict=True):
+            value.lerp_(tensor.detach(), 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages."""
+        return {"values": self.values}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        for value, saved in zip(self.values, state["values"], strict=True):
+            value.copy_(saved)

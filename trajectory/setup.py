@@ -1,0 +1,113 @@
+"""What trajectory matching adds to runs of one set: published settings, experts made on demand."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distillation.one_set import SetSetup
+from distillation.run import Method
+from evaluation.presets import resolve_preset
+from evaluation.recipes import check_strategy
+from models import get_model
+from trajectory import experts
+from trajectory.base import TrajectoryFlags
+from trajectory.experts import ExpertFlags, Experts, default_network, expert_files, make_experts
+from trajectory.published import published
+from utils.distributed import Group
+from utils.errors import UserError
+from utils.run_folder import FollowedRun, RunFolder
+
+ON_DEMAND = 10  # experts, where no number is given
+# Values of flags that neither the command line nor the published settings say.
+_REST = dict(min_start_epoch=0, lr_y=0.0, ema_decay=0.0)
+
+
+class TrajectorySetup(SetSetup):
+    """Runs of MTT and MKDT."""
+
+    knobs = "use --unroll checkpoint or tesla, or lower --batch_syn"
+
+    @classmethod
+    def resolve(cls, method: Method, flags: TrajectoryFlags) -> TrajectoryFlags:
+        """Fill in presets, the published settings, the folder of the experts.
+
+        Raises:
+            UserError: flags that do not fit each other.
+        """
+        size = resolve_preset(flags.data_name, flags.data_dir, flags.img_size).size
+        flags = super().resolve(
+            method, replace(flags, train_model=flags.train_model or default_network(size))
+        )
+        recipe = method.name.lower() if flags.recipe == "published" else flags.recipe
+        settings, origin = published(recipe, flags.data_name, flags.num_images)
+        settings = {**_REST, "dsa_strategy": method.distiller.default_dsa, **settings}
+        unset = {k: v for k, v in settings.items() if getattr(flags, k, 0) is None}
+        print(f"settings: {origin}")
+        flags = replace(flags, **unset)
+        check_strategy(flags.dsa_strategy)
+        if flags.min_start_epoch >= flags.max_start_epoch:
+            raise UserError(
+                f"--min_start_epoch {flags.min_start_epoch} is not below --max_start_epoch "
+                f"{flags.max_start_epoch}"
+            )
+        return replace(flags, buffer_dir=flags.buffer_dir or expert_flags(method, flags).buffer_dir)
+
+    def __init__(
+        self, method: Method, flags: TrajectoryFlags, device: torch.device, group: Group, held: ExitStack
+    ) -> None:
+        super().__init__(method, flags, device, group, held)
+        folder, self.missing = Path(flags.buffer_dir), expert_flags(method, flags)
+        if self.missing.buffer_dir != folder or len(expert_files(folder)) >= self.missing.num_experts:
+            self.missing = None
+            check_origin(folder, method, flags)
+            network = get_model(flags.train_model, self.image_set.img_shape, self.labels.outputs)
+            known = Experts(folder, [p.shape for p in network.parameters()], device, flags.num_experts)
+            if known.last < (needed := flags.last_epoch):
+                raise UserError(
+                    f"--buffer_dir {folder} has {known.last} epochs, {needed} are needed: lower "
+                    f"--max_start_epoch {flags.max_start_epoch} or --expert_epochs {flags.expert_epochs}"
+                )
+
+    def run(self, run: RunFolder | FollowedRun) -> dict[str, Any]:
+        """Train experts if there are none yet, then distil."""
+        if self.missing is not None:
+            print(f"no --buffer_dir is given: making {self.missing.num_experts} experts")
+            old = (Path(self.missing.buffer_dir) / "config.json").exists()
+            make_experts(replace(self.missing, seed=None if old else run.seed), self.device)
+        return super().run(run)
+
+
+def expert_flags(method: Method, flags: TrajectoryFlags) -> ExpertFlags:
+    """How the experts of a run are trained that names no folder: as published, as long as it needs them."""
+    shared = ("data_dir", "data_name", "img_size", "target_model", "target_ckpt")
+    shared += ("train_model", "dsa_strategy", "zca")
+    wanted = {name: getattr(flags, name) for name in shared if hasattr(flags, name)}
+    count = flags.num_experts or ON_DEMAND
+    return experts.resolve(
+        ExpertFlags(
+            **wanted,
+            targets=method.labels,
+            num_experts=count,
+            train_epochs=flags.last_epoch + flags.average_goals,
+        )
+    )
+
+
+def check_origin(folder: Path, method: Method, flags: TrajectoryFlags) -> None:
+    """Raise a UserError where experts are known to be of other data; of foreign ones nothing is known."""
+    try:
+        made = json.loads((folder / "config.json").read_text())["flags"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return
+    wanted = {"data_name": flags.data_name, "img_size": flags.img_size, "targets": method.labels}
+    if hasattr(flags, "zca"):
+        wanted["zca"] = bool(flags.zca)
+    for name, value in wanted.items():
+        if isinstance(made, dict) and name in made and made[name] != value:
+            raise UserError(f"--buffer_dir {folder}: its experts have {name} {made[name]}, not {value}")
