@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
@@ -15,13 +14,11 @@ from data.augment import normalize, to_float
 from data.load import ImageSet
 from data.space import Space, convert
 from data.specs import Stats
-from evaluation.fit import outputs
-from evaluation.probe import feature_error
 from models import get_model
 from models.fold import fold_frozen
 from models.foundation import Foundation, load_hf, load_torchvision
 from utils import checkpoint
-from utils.checkpoint import fingerprint, state_fingerprint
+from utils.checkpoint import state_fingerprint
 from utils.device import place
 from utils.errors import UserError, pick
 from utils.memory import SplitBatches
@@ -171,23 +168,3 @@ def target_sample(target: Target, image_set: ImageSet, device: torch.device) -> 
     """The target's features (D,) of the first training image: what it computes, wherever from."""
     x = normalize(to_float(image_set.train.images[:1]), image_set.stats).to(device)
     return target(x.expand(16, -1, -1, -1))[0].float()
-
-
-class TargetFeatures:
-    """The target model's features of one image set, computed when they are first asked for.
-
-    `dim` is their width, `digest` what the target model computes, in short.
-    """
-
-    def __init__(self, target: nn.Module, image_set: ImageSet, device: torch.device) -> None:
-        self.dim, self.digest = target.dim, fingerprint(target_sample(target, image_set, device))
-
-        @functools.cache
-        def features(split: str) -> Tensor:
-            return outputs(target, getattr(image_set, split).images, image_set, device).float()
-
-        self._features = features
-
-    def error(self, predicted: Tensor) -> float:
-        """Mean squared error of outputs for the test images (M, dim); see `feature_error`."""
-        return feature_error(predicted.float(), self._features("test"), self._features("train"))

@@ -21,9 +21,9 @@ from data.synthetic import SyntheticSet
 from evaluation.fit import Trainer, held_out_accuracy, outputs, pretrain
 from evaluation.measure import Cell, CellStore, finish, grouped, spread
 from evaluation.presets import resolve_preset, resolve_targets
-from evaluation.probe import frozen_accuracy, labelled_subset
+from evaluation.probe import feature_error, frozen_accuracy, labelled_subset
 from evaluation.recipes import SCRATCH, Recipe, finetune_recipe, pretrain_recipe
-from evaluation.target import TARGET_CKPT, TARGET_MODEL, TargetFeatures, load_target
+from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, target_sample
 from models import get_model
 from utils.checkpoint import apply_state, fingerprint
 from utils.cli import SEED, DeviceFlags, flag
@@ -339,10 +339,10 @@ class Measurement:
 
 
 class Features:
-    """Features of one target's images by the network that `backbone` gives, computed at most once."""
+    """Features of one target's images by the network that `network` gives, computed at most once."""
 
-    def __init__(self, backbone: Callable[[], nn.Module], target: ImageSet, device: torch.device) -> None:
-        self.backbone, self.target, self.device = backbone, target, device
+    def __init__(self, network: Callable[[], nn.Module], target: ImageSet, device: torch.device) -> None:
+        self.network, self.target, self.device = network, target, device
         self._kept: dict[tuple[str, str], Tensor] = {}
 
     def __call__(self, split: str, on: str, index: Tensor | None = None) -> Tensor:
@@ -355,8 +355,8 @@ class Features:
         return self._kept[key] if index is None else self._kept[key][index.to(self.device)]
 
     def _compute(self, images: Tensor, on: str) -> Tensor:
-        backbone = self.backbone()
-        return outputs(backbone.embed if on == "body" else backbone, images, self.target, self.device)
+        network = self.network()
+        return outputs(network.embed if on == "body" else network, images, self.target, self.device)
 
 
 class Transfer(Measurement):
@@ -390,13 +390,14 @@ class Transfer(Measurement):
             get_model(self.arch, target.img_shape, target.num_classes)
             for measure in self.measures:
                 labelled_indices(target, measure, flags.seed or 0)
-        self.target_features: dict[str, TargetFeatures] = {}
+        self.wanted_features: dict[str, Features] = {}  # of the target model, by target set
+        self.digests: dict[str, str] = {}  # what the target model computes, in short
         outputs_read = any(measure.on == "outputs" for measure in self.measures)
         if flags.target_error or (self.pretraining is None and outputs_read):
-            self.target_features = {t.name: self._features_of(t) for t in targets}
-            self.width = self.target_features[targets[0].name].dim
+            for target in targets:
+                self._add_target_model(target)
 
-    def _features_of(self, target: ImageSet) -> TargetFeatures:
+    def _add_target_model(self, target: ImageSet) -> None:
         flags, pretraining = self.flags, self.pretraining
         name = flags.target_model or self.preset.target_model
         where = dict(data_name=flags.source_data_name, data_dir=flags.data_dir)
@@ -407,7 +408,9 @@ class Transfer(Measurement):
                 f"--target_error: the synthetic set has {kind} for {pretraining.outputs} outputs; "
                 f"expected the {model.dim} features of target model {name}"
             )
-        return TargetFeatures(model, target, self.device)
+        self.width = model.dim
+        self.wanted_features[target.name] = Features(lambda: model, target, self.device)
+        self.digests[target.name] = fingerprint(target_sample(model, target, self.device))
 
     def key(self, target: ImageSet, measure: Measure, seed: int) -> dict[str, Any]:
         """All that a cell's value depends on."""
@@ -427,7 +430,7 @@ class Transfer(Measurement):
         if target.test is target.train:
             key["tested_on"] = "training images"
         if measure.protocol == TARGET_ERROR:
-            key["target_model"] = self.target_features[target.name].digest
+            key["target_model"] = self.digests[target.name]
         return key
 
     def finetuning(self, target: ImageSet) -> Recipe:
@@ -463,10 +466,11 @@ class Transfer(Measurement):
     def _measure(self, features: Features, measure: Measure, seed: int) -> dict[str, Any]:
         target, on = features.target, measure.on
         if measure.protocol == TARGET_ERROR:
-            return {"error": self.target_features[target.name].error(features("test", on))}
+            wanted = (self.wanted_features[target.name](split, on).float() for split in ("test", "train"))
+            return {"error": feature_error(features("test", on).float(), *wanted)}
         index = labelled_indices(target, measure, seed)
         if measure.protocol == "finetune":
-            value = self.finetuned(features.backbone(), target, index, seed)
+            value = self.finetuned(features.network(), target, index, seed)
         else:
             train = features("train", on, index), target.train.labels[index]
             test = features("test", on), target.test.labels
