@@ -65,12 +65,8 @@ def run_loop(distiller: Distiller, run: Run, observer: Observer, plan: Plan) -> 
     comes in its initial state and is restored if the run has a save of this experiment; only the
     first of several processes calls the observer.
 
-    Returns:
-        steps, the mean of each loss over the last `print_every` steps, evaluations (log entries),
-        seconds and steps of this start.
-
-    Raises:
-        UserError: a non-finite loss, naming the step; the last save is kept.
+    Returns steps, the mean of each loss over the last `print_every` steps, evaluations (log entries),
+    seconds and steps of this start. A UserError names the step of a loss that is not finite.
     """
     steps, unit, group = plan.steps, plan.unit, distiller.problem.group
     guard = FiniteGuard(plan.label)

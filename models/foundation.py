@@ -85,10 +85,8 @@ class ImageTower(nn.Module):
 def load_hf(name: str) -> Foundation:
     """A transformers network; no code of the checkpoint is run.
 
-    `name` is a folder as `save_pretrained` writes it (used offline), or a name on the hub.
-
-    Raises:
-        UserError: unknown name, no connection, damaged or missing weights, or no image network.
+    `name` is a folder as `save_pretrained` writes it (used offline), or a name on the hub. A UserError
+    for an unknown name, no connection, damaged or missing weights, or no image network.
     """
     where, folder = f"hf:{name}", Path(name).expanduser()
     if not name:
@@ -197,10 +195,8 @@ def _processor_stats(processor: Any | None, where: str) -> tuple[tuple[float, ..
 def load_torchvision(name: str, path: Path | None = None) -> Foundation:
     """A torchvision classifier, named as in `torchvision.models`, without its last linear layer.
 
-    `path` is a state dict of it; None: torchvision's default weights, downloaded once.
-
-    Raises:
-        UserError: unknown name, failed download, a state dict that does not fit, no linear layer.
+    `path` is a state dict of it; None: torchvision's default weights, downloaded once. A UserError for
+    an unknown name, a failed download, a state dict that does not fit, or no linear layer.
     """
     import torchvision  # slow to import, and only this needs it
 

@@ -111,7 +111,7 @@ def test_saved_images_that_do_not_fit(tiny, change):
 def test_a_set_without_its_run_is_not_overwritten(tiny, capsys):
     Path("results/a").mkdir(parents=True)
     checkpoint.save(torch.ones(1), "results/a/x_syn.pt")
-    assert "results/a holds x_syn.pt of no run known here" in refused(capsys)
+    assert "results/a holds x_syn.pt without the run that made it" in refused(capsys)
     assert torch.equal(torch.load("results/a/x_syn.pt"), torch.ones(1))
     assert train.main([*FLAGS, "--overwrite"]) == 0
     assert len(torch.load("results/a/x_syn.pt")) == 6

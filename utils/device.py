@@ -16,10 +16,7 @@ from utils.memory import keep_freed_memory
 def resolve_device(device: str | None, gpu_id: int = 0) -> torch.device:
     """Resolve `--device`, or take CUDA, else MPS, else the CPU; prints one line.
 
-    On a CPU the process keeps freed memory from here on (utils.memory.keep_freed_memory).
-
-    Raises:
-        UserError: unknown or unavailable device, or a gpu_id this machine does not have.
+    On a CPU the process keeps freed memory from here on. A UserError for devices that are not there.
     """
     expected = "expected cpu, cuda, cuda:N or mps"
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -71,7 +68,7 @@ def resolve_gpus(
     if max(numbers) >= torch.cuda.device_count():
         raise UserError(f"--multigpu {multigpu}: this machine has {torch.cuda.device_count()} GPUs")
     if chosen.index != numbers[0]:
-        raise UserError(f"--multigpu {multigpu} begins with another GPU than --device {device}")
+        raise UserError(f"--multigpu {multigpu} starts with a different GPU than --device {device}")
     return chosen, numbers
 
 

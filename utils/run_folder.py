@@ -100,9 +100,9 @@ def read_series(path: Path) -> Lines:
 
 
 def changed_inputs(config: dict[str, Any], inputs: Mapping[str, str]) -> str:
-    """What a run with this config.json began with and is another now, in words; else "".
+    """Which inputs of the run with this config.json have changed, in words; else "".
 
-    What the file does not mention, as older runs do, passes.
+    An input that the file does not mention, like those of older runs, passes.
     """
     before = config.get("inputs")
     before = before if isinstance(before, dict) else {}
@@ -169,8 +169,8 @@ class RunFolder:
         sets = [name for name in ("x_syn.pt", "y_syn.pt") if (self.path / name).exists()]
         if sets and not self.resumed and not overwrite:
             raise UserError(
-                f"{self.path} holds {' and '.join(sets)} of no run known here; choose another name, or "
-                "pass --overwrite to replace them"
+                f"{self.path} holds {' and '.join(sets)} without the run that made it; choose another "
+                "name, or pass --overwrite to replace them"
             )
         if self.resumed:
             seed = old.get("seed") if seed is None else seed
