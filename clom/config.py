@@ -190,6 +190,12 @@ class ValidateFlags(TrainingFlags):
     )
     num_eval: int = flag(3, "networks with different seeds, for mean and std", minimum=1)
     epochs: int = same_flag(TrainingFlags, "epochs", default=1000)
+    lr: float | None = same_flag(
+        TrainingFlags,
+        "lr",
+        default=None,
+        help="learning rate; default: the step size that was learned with the set, else 0.01",
+    )
     weight_decay: float = same_flag(TrainingFlags, "weight_decay", default=5e-4)
     lr_decay_step: str = same_flag(TrainingFlags, "lr_decay_step", default="500")
     save_every: int = flag(50, "epochs between tests, and checkpoints", minimum=1)

@@ -99,7 +99,11 @@ def to_space(synthetic: SyntheticSet, stats: Stats) -> SyntheticSet:
     """The set in the space that `stats` normalise to, whatever its own was."""
     if synthetic.stats == stats:
         return synthetic
-    return replace(synthetic, images=normalize(synthetic.unclamped_pixels(), stats), stats=stats)
+    images, training = normalize(synthetic.unclamped_pixels(), stats), synthetic.training
+    if training.whitening is not None:
+        moved = training.whitening.moved(synthetic.stats, stats, images.shape[1:])
+        training = replace(training, whitening=moved)
+    return replace(synthetic, images=images, stats=stats, training=training)
 
 
 def network_factory(name: str, image_set: ImageSet, device: torch.device) -> Callable[[int], nn.Module]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from clom.config import ValidateFlags, result_name
+from clom.config import TrainingFlags, ValidateFlags, result_name
 from clom.pool import checkpoint_name, model_folder
 from clom.pretrain import in_space
 from clom.source import load_data, network_factory, to_space
@@ -55,6 +55,7 @@ def validate(flags: ValidateFlags) -> int:
         raise UserError(f"{path} holds {len(synthetic)} images, {ipc:g} per class; not --ipc {flags.ipc}")
     image_set = in_space(image_set, flags.normalize_data)
     synthetic = to_space(synthetic, image_set.stats)
+    recipe = recipe.override(lr=flags.lr or synthetic.training.lr or TrainingFlags.lr)
     networks = {name: network_factory(name, image_set, device) for name in names}
     folder = Path(flags.save_path) / flags.dataset / f"{flags.method}_{flags.model}_ipc{ipc:g}"
     settings = {
@@ -65,6 +66,7 @@ def validate(flags: ValidateFlags) -> int:
         "test_every": flags.save_every,
         "normalized": flags.normalize_data,
         "synthetic_set": checkpoint.fingerprint(synthetic.images, synthetic.targets),
+        **({"how_to_train": synthetic.training.record()} if synthetic.training else {}),
     }
 
     def save(name: str, seed: int, epoch: int, model: nn.Module, accuracy: float) -> None:

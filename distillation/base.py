@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from data.synthetic import SyntheticSet
+from data.synthetic import SyntheticSet, TrainingSettings
 from distillation.problem import Problem
+from evaluation.presets import Preset
 from utils.cli import SEED, DeviceFlags, flag
 from utils.progress import Every
 from utils.run_folder import TENSORBOARD
@@ -48,6 +49,7 @@ class Distiller:
 
     x_syn: Tensor  # (m, C, H, W) float32, normalised, on the device
     y_syn: Tensor  # (m,) int64 class indices or (m, D) float32 target vectors
+    whiten_normalized = False  # --zca is fitted to normalised images, not to pixels
     parts: tuple[str, ...] = ("optimizer",)  # attributes with a state of their own, or None
     losses: tuple[str, ...] = ("loss",)  # scalars that `step` returns
 
@@ -59,6 +61,16 @@ class Distiller:
         """One outer step; returns detached scalars on the device, one per name in `losses`."""
         raise NotImplementedError
 
+    @staticmethod
+    def network(preset: Preset) -> str:
+        """The method's own network where no flag names one."""
+        return preset.network
+
+    @staticmethod
+    def test_network(network: str) -> str:
+        """The network of evaluations where no flag names one; `network` is the method's own."""
+        return network
+
     @classmethod
     def cost(cls, flags: Any, classes: int) -> float:
         """Images through the network per step; a training step counts three times."""
@@ -69,7 +81,9 @@ class Distiller:
 
     def synthetic(self) -> SyntheticSet:
         """The set as it is now, in the source's normalised space: what is evaluated and written."""
-        return SyntheticSet(self.x_syn, self.y_syn)
+        whitening = self.problem.whitening
+        images = self.x_syn if whitening is None else whitening.undo(self.x_syn.detach())
+        return SyntheticSet(images, self.y_syn, training=TrainingSettings(whitening=whitening))
 
     def monitor(self) -> Monitor | None:
         """A loss that can be compared over steps, made from the initial state; None without one."""

@@ -13,6 +13,8 @@ import torch
 from data.augment import denormalize
 from data.load import load_set
 from data.specs import Stats
+from data.synthetic.training import TRAINING_FILE, read_training, write_training
+from data.whitening import Whitening
 from distillation.base import Distiller, RunFlags
 from distillation.labels import LABELS
 from distillation.loop import Plan
@@ -30,6 +32,9 @@ from utils.errors import UserError, pick
 from utils.plots import save_grid
 from utils.precision import PRECISIONS, check_precision, float32_mode
 from utils.run_folder import Run, RunFolder
+
+# For methods that whiten images: a flag `zca: bool | None`.
+ZCA = "whiten images by ZCA (ridge 0.1): networks see them so; default: as published"
 
 
 def _of_method(what: str, **limits: Any) -> Any:
@@ -99,13 +104,13 @@ class SetSetup(Setup):
     def resolve(cls, method: Method, flags: SetFlags) -> SetFlags:
         """Fill in what presets, the labels and the published settings decide."""
         preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
-        network = flags.train_model or preset.network
+        network = flags.train_model or method.distiller.network(preset)
         given = pick(LABELS, method.labels, "labels").resolve(method, flags, preset)
         flags = dataclasses.replace(
             flags,
             img_size=preset.size,
             train_model=network,
-            test_model=flags.test_model or network,
+            test_model=flags.test_model or method.distiller.test_network(network),
             exp_name=flags.exp_name or flags.data_name,
             **given,
         )
@@ -162,7 +167,8 @@ class SetSetup(Setup):
             print(f"{flags.data_name} has no labels: linear evaluation is skipped")
         elif image_set.test is None:
             print(f"{flags.data_name} has no test split: evaluations use the training images")
-        problem = Problem(image_set, self.device, run.seed, self.group, **self.labels.given)
+        given = {**self.labels.given, "whitening": self.whitening(run)}
+        problem = Problem(image_set, self.device, run.seed, self.group, **given)
         plan = Plan(flags.outer_iteration, flags.print_every, flags.save_every)
         distiller, results = self.distil(run, problem, plan)
         if self.group.first:
@@ -170,6 +176,17 @@ class SetSetup(Setup):
             save_grid(pixels.clamp(0, 1), run.path / "x_syn.png")
             results |= self.drawn(run)
         return results
+
+    def whitening(self, run: Run) -> Whitening | None:
+        """That of the run, where --zca asks for one: an earlier start's, or fitted to the training images."""
+        if not getattr(self.flags, "zca", False):
+            return None
+        found = read_training(run.path / TRAINING_FILE).whitening
+        if found is None:
+            print("fitting the whitening", flush=True)
+            images, stats = self.image_set.train.images, self.image_set.stats
+            found = Whitening.fit(images, stats, self.device, self.method.distiller.whiten_normalized)
+        return found.to(self.device)
 
     def drawn(self, run: RunFolder) -> dict[str, Any]:
         """Draw more of a finished run; returns more results."""
@@ -210,7 +227,11 @@ class SetObserver:
         return {"held_out_loss": self.monitor(distiller.x_syn, distiller.y_syn)}
 
     def saved(self, distiller: Distiller) -> None:
-        """Write x_syn.pt and y_syn.pt, the published result files: two plain CPU tensors."""
+        """Write x_syn.pt and y_syn.pt, the published result files: two plain CPU tensors.
+
+        Beside them lies how to train on the set, where the set itself decides it.
+        """
         synthetic = distiller.synthetic()
         checkpoint.save(synthetic.images.cpu(), self.path / "x_syn.pt")
         checkpoint.save(synthetic.targets.cpu(), self.path / "y_syn.pt")
+        write_training(synthetic.training, self.path / TRAINING_FILE)

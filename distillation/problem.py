@@ -11,6 +11,7 @@ from torch import Tensor
 from data.augment import normalize, to_float
 from data.load import ImageSet
 from data.real_data import RealImages
+from data.whitening import Whitening
 from distillation.selection import kmeans_indices, random_indices
 from evaluation.fit import outputs
 from evaluation.target import Target
@@ -40,6 +41,11 @@ class Problem:
     target: Target | None = None  # None for methods that work with class labels
     real: RealImages | None = None  # labelled, class by class; None for methods without labels
     extra: ExtraLoss | None = None
+    whitening: Whitening | None = None  # networks see images whitened by it
+
+    def whiten(self, x: Tensor) -> Tensor:
+        """Normalised images as networks see them: whitened, where there is a whitening."""
+        return x if self.whitening is None else self.whitening(x)
 
     @torch.no_grad()
     def start_with_features(
@@ -64,14 +70,17 @@ class Problem:
         return (pixels if space == "raw" else x), y
 
     def start_by_class(self, ipc: int, init: str) -> tuple[Tensor, Tensor]:
-        """`ipc` images of every class, N(0, 1) noise or real ones, in class order; and int64 labels."""
+        """`ipc` images of every class, N(0, 1) noise or real ones, in class order; and int64 labels.
+
+        They are as networks see them (`whiten`).
+        """
         check_start(self.real, ipc, init)
         generator = make_generator(self.seed, "initial images")
         labels = torch.arange(self.real.num_classes).repeat_interleave(ipc).to(self.device)
         if init == "noise":
             shape = (len(labels), *self.image_set.img_shape)
             return torch.randn(shape, generator=generator).to(self.device), labels
-        return self.real.draw_all_classes(ipc, generator)[0], labels
+        return self.whiten(self.real.draw_all_classes(ipc, generator)[0]), labels
 
 
 def check_start(real: RealImages, ipc: int, init: str, num_images: int | None = None) -> None:

@@ -165,10 +165,26 @@ def held_out_accuracy(
     return accuracy(outputs(model, split.images, image_set, device, batch_size), split.labels)
 
 
+def set_loader(
+    recipe: Recipe, synthetic: SyntheticSet, device: torch.device, generator: torch.Generator
+) -> TensorLoader:
+    """A recipe's batches of a synthetic set, whitened where the set says so; augmented after that.
+
+    A network that is trained on them takes other images through the same whitening: its `prepare`.
+    """
+    images, whitening = synthetic.images.to(device), synthetic.training.whitening
+    if whitening is not None:
+        images = whitening.to(device)(images)
+    return recipe.loader(images, synthetic.targets, device, generator)
+
+
 def pretrain(
     model: nn.Module, synthetic: SyntheticSet, recipe: Recipe, generator: torch.Generator, scale: float = 1.0
 ) -> nn.Module:
     """Train `model` on a synthetic set, whose targets its outputs fit; `scale` is a factor on the length."""
     device = next(model.parameters()).device
-    loader = recipe.loader(synthetic.images, synthetic.targets, device, generator)
-    return Trainer(model, loader, recipe, scale=scale).run(what="pre-training", progress=True)
+    loader = set_loader(recipe, synthetic, device, generator)
+    Trainer(model, loader, recipe, scale=scale).run(what="pre-training", progress=True)
+    if synthetic.training.whitening is not None:
+        model.prepare = synthetic.training.whitening.to(device)
+    return model

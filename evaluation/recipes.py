@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from data.augment.dc import dc_augment
 from data.augment.dsa import OPERATIONS, diff_augment
 from data.loader import TensorLoader, Transform
+from data.synthetic import TrainingSettings
 from utils.errors import pick
 from utils.optim import make_schedule
 
@@ -101,6 +102,10 @@ class Recipe:
         if given.keys() & {"epochs", "steps"}:
             given = {"epochs": 0, "steps": 0, **given}
         return dataclasses.replace(self, **given)
+
+    def fitted(self, training: TrainingSettings) -> Recipe:
+        """A copy with what a synthetic set says about training on it."""
+        return self.override(lr=training.lr, dsa=training.dsa)
 
     def with_flags(self, flags: Any, prefix: str) -> Recipe:
         """A copy with the flags put in whose names begin with `prefix`, such as --pre_lr."""

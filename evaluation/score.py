@@ -10,7 +10,7 @@ from torch import nn
 
 from data.load import ImageSet
 from data.synthetic import SyntheticSet
-from evaluation.fit import PROBE_BATCH, Trainer, held_out_accuracy
+from evaluation.fit import PROBE_BATCH, Trainer, held_out_accuracy, set_loader
 from evaluation.recipes import Recipe
 from models.layout import images_at_once
 from utils.seed import derive_seed, make_generator
@@ -47,12 +47,15 @@ def score_network(
     """
     network = new_network(derive_seed(seed, "network"))
     generator = make_generator(seed, "training")
-    trainer = Trainer(network, recipe.loader(synthetic.images, synthetic.targets, device, generator), recipe)
+    trainer = Trainer(network, set_loader(recipe, synthetic, device, generator), recipe)
+    whitening = synthetic.training.whitening and synthetic.training.whitening.to(device)
     tests: list[tuple[float, int]] = []
     epochs = -(-trainer.steps // trainer.per_epoch)
     for epoch in [*range(test_every or epochs, epochs, test_every or 1), epochs]:
         trainer.run(epoch * trainer.per_epoch, what="evaluation", on_step=lambda *_: check())
+        network.prepare = whitening  # of test images: the training's are whitened already
         tests.append((share_correct(network, image_set, device), epoch))
+        network.prepare = None
         if at_test is not None:
             at_test(epoch, network, tests[-1][0])
     best, best_epoch = max(tests, key=lambda test: test[0])

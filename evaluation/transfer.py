@@ -22,13 +22,13 @@ from evaluation.fit import Trainer, held_out_accuracy, outputs, pretrain
 from evaluation.measure import Cell, CellStore, finish, grouped, spread
 from evaluation.presets import resolve_preset, resolve_targets
 from evaluation.probe import feature_error, frozen_accuracy, labelled_subset
-from evaluation.recipes import SCRATCH, Recipe, finetune_recipe, pretrain_recipe
+from evaluation.recipes import PRETRAIN, SCRATCH, Recipe, finetune_recipe, pretrain_recipe
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, target_sample
 from models import get_model
 from utils.checkpoint import apply_state, fingerprint
 from utils.cli import SEED, DeviceFlags, flag
 from utils.device import place, resolve_device
-from utils.errors import UserError
+from utils.errors import UserError, pick
 from utils.memory import out_of_memory_says
 from utils.optim import SCHEDULES
 from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
@@ -215,7 +215,8 @@ class Pretraining:
     def record(self) -> dict[str, Any]:
         """What a cell's value depends on."""
         digest = fingerprint(self.synthetic.images, self.synthetic.targets)
-        return {"pretraining": self.recipe.record(), "synthetic_set": digest}
+        more = {"training": training.record()} if (training := self.synthetic.training) else {}
+        return {"pretraining": self.recipe.record(), "synthetic_set": digest, **more}
 
 
 def source_facts(name: str, data_dir: Path) -> tuple[int, bool]:
@@ -232,12 +233,14 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
     A UserError for an unknown method or a set that is missing, damaged or unfit: in size or labels.
     """
     source = flags.source_data_name
-    recipe = pretrain_recipe(flags.method, source, arch, kd=kd).with_flags(flags, "pre_")
+    pick(PRETRAIN, flags.method, "method")  # an unknown name fails before its set is looked for
+    path = flags.synthetic_path or flags.synthetic_data_dir / source / flags.method
+    synthetic = SyntheticSet.load(path)
+    recipe = pretrain_recipe(flags.method, source, arch, kd=kd, count=len(synthetic))
+    recipe = recipe.fitted(synthetic.training).with_flags(flags, "pre_")
     classes, mirrored = source_facts(source, flags.data_dir)
     if flags.pre_dsa is None and not mirrored:
         recipe = recipe.override(dsa=without_flip(recipe.dsa))
-    path = flags.synthetic_path or flags.synthetic_data_dir / source / flags.method
-    synthetic = SyntheticSet.load(path)
     found = tuple(synthetic.images.shape[2:])
     if found != (size, size):
         raise UserError(f"{path} holds images of {found} pixels, expected {size} x {size}; see --img_size")
@@ -321,6 +324,7 @@ class Measurement:
         """A copy of a network with a head for the target's classes, drawn by global randomness."""
         model = get_model(self.arch, target.img_shape, target.num_classes, self.flags.dropout)
         apply_state(model, backbone.state_dict(), origin="the pre-trained network", skip=("fc.",))
+        model.prepare = backbone.prepare
         return place(model, self.device)
 
     def run(self) -> int:

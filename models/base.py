@@ -25,6 +25,7 @@ class Classifier(nn.Module):
     global_pool: bool = False  # `embed` averages the feature map instead of flattening it
     num_features: int  # width of `embed(x)`
     num_pooled: int  # width of `pooled(x)`
+    prepare: Callable[[Tensor], Tensor] | None = None  # what happens to images first, such as whitening
 
     def set_head(
         self,
@@ -69,14 +70,17 @@ class Classifier(nn.Module):
         """The last feature map (B, num_pooled, h, w); (B, num_pooled) of MLP and LeNet."""
         raise NotImplementedError
 
+    def _maps(self, x: Tensor) -> Tensor:
+        return self.forward_features(x if self.prepare is None else self.prepare(x))
+
     def pooled(self, x: Tensor) -> Tensor:
         """Features averaged over space (B, num_pooled)."""
-        features = self.forward_features(x)
+        features = self._maps(x)
         return features.mean((2, 3)) if features.dim() == 4 else features
 
     def embed(self, x: Tensor) -> Tensor:
         """Features before the head (B, num_features)."""
-        return self.pooled(x) if self.global_pool else self.forward_features(x).flatten(1)
+        return self.pooled(x) if self.global_pool else self._maps(x).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, num_classes)."""

@@ -141,7 +141,8 @@ def parse(
         kind, *_ = typing.get_args(hint) or [hint]  # of `int | None`, of `tuple[int, ...]`
         several = typing.get_origin(hint) is tuple
         allowed = choices.get(field.name, field.metadata["choices"])
-        options: dict[str, Any] = dict(action="store_true")
+        switch = argparse.BooleanOptionalAction if default is None else "store_true"
+        options: dict[str, Any] = dict(action=switch)
         if kind is not bool:
             number, metavar = kind in (int, float), None if allowed else kind.__name__.upper()
             convert = _number(kind, field.metadata) if number else _spelling(kind, allowed)

@@ -26,7 +26,7 @@ TENSORBOARD = "also log for TensorBoard (package tensorboard), into {run folder}
 
 _STALE = ("results.json", "state.pt", "state.prev.pt", "log.jsonl")
 # Removed by --overwrite: no set may lie beside the configuration of another run.
-_ARTEFACTS = ("x_syn.pt", "y_syn.pt", "x_syn.png", "loss.png", "curves.png")
+_ARTEFACTS = ("x_syn.pt", "y_syn.pt", "training.safetensors", "x_syn.png", "loss.png", "curves.png")
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -2,5 +2,6 @@
 
 from data.synthetic.forms import FORMS, save_experiments
 from data.synthetic.set import SyntheticSet
+from data.synthetic.training import TrainingSettings
 
-__all__ = ["FORMS", "SyntheticSet", "save_experiments"]
+__all__ = ["FORMS", "SyntheticSet", "TrainingSettings", "save_experiments"]

@@ -6,10 +6,12 @@ safetensors  one file: `images`, `targets`, and JSON in the metadata
 png          folder of 8-bit `00000.png`, ... for people and other tools. `labels.csv` (file,label)
              says which files belong to the set and in which order, `meta.json` holds the mean and
              std that lead back to normalised space. Pixels are clamped to [0, 1] and rounded.
+npz          of KIP, RFAD and FRePo: `images` or `image`, channels last or first, `labels` or `label`
 
 What is read are the fields of a `SyntheticSet`, which checks them: `images`, `targets` and, as far as
-known, `stats`, `data_name` and `info`. The two published forms hold no statistics: a small JSON file
-of the same name lies beside them.
+known, `stats`, `data_name`, `info` and `training`. The published forms hold no statistics: a small
+JSON file of the same name lies beside them, and training.safetensors where the set says how to train
+on it (the safetensors form holds that itself).
 """
 
 from __future__ import annotations
@@ -22,17 +24,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.augment import normalize
 from data.specs import Stats
+from data.synthetic.training import (
+    TRAINING_FILE,
+    TrainingSettings,
+    read_safetensors,
+    read_training,
+    write_safetensors,
+    write_training,
+)
 from data.untrusted import check_regular, open_picture, parse_json, read_json
 from utils import checkpoint
-from utils.errors import UserError, first_line
+from utils.errors import UserError
 
 if TYPE_CHECKING:
     from data.synthetic.set import SyntheticSet
@@ -58,7 +66,7 @@ def detect_form(path: Path) -> str:
         raise UserError(f"{path} holds neither x_syn.pt and y_syn.pt nor labels.csv with PNGs")
     if path.name in ("x_syn.pt", "y_syn.pt"):
         return "pair"
-    return "safetensors" if path.suffix == ".safetensors" else "res"
+    return path.suffix[1:] if path.suffix in (".safetensors", ".npz") else "res"
 
 
 def _describe(synthetic: SyntheticSet) -> str:
@@ -99,7 +107,8 @@ def _read_pair(path: Path, stats: Stats | None, experiment: int) -> Fields:
     }
     run = _read_description(folder / "config.json")
     run.pop("info", None)  # of the run
-    return fields | run | _read_description(folder / "x_syn.json")
+    described = _read_description(folder / "x_syn.json")
+    return fields | run | described | {"training": read_training(folder / TRAINING_FILE)}
 
 
 def _write_pair(synthetic: SyntheticSet, path: Path) -> None:
@@ -108,6 +117,7 @@ def _write_pair(synthetic: SyntheticSet, path: Path) -> None:
     checkpoint.save(_stored(synthetic.images), folder / "x_syn.pt")
     checkpoint.save(_stored(synthetic.targets), folder / "y_syn.pt")
     checkpoint.write_text(folder / "x_syn.json", _describe(synthetic))
+    write_training(synthetic.training, folder / TRAINING_FILE)
 
 
 def _read_res(path: Path, stats: Stats | None, experiment: int) -> Fields:
@@ -131,7 +141,7 @@ def _read_res(path: Path, stats: Stats | None, experiment: int) -> Fields:
         }
     except (TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: accs_all_exps must map names to lists of numbers") from None
-    fields = {"images": run[0], "targets": run[1]} | _read_description(path.with_suffix(".json"))
+    fields = {"images": run[0], "targets": run[1]} | _read_beside(path)
     facts = {"accs_all_exps": accuracies, "experiment": experiment, "num_experiments": len(runs)}
     return fields | {"info": fields.get("info", {}) | facts}
 
@@ -162,7 +172,7 @@ def save_experiments(
     data = [[_stored(synthetic.images), _stored(synthetic.targets)] for synthetic in sets]
     scores = {name: [float(a) for a in values] for name, values in accuracies.items()}
     checkpoint.save({"data": data, "accs_all_exps": scores}, path)
-    checkpoint.write_text(path.with_suffix(".json"), _describe(sets[0]))
+    _write_beside(sets[0], path)
 
 
 def _write_res(synthetic: SyntheticSet, path: Path) -> None:
@@ -170,26 +180,20 @@ def _write_res(synthetic: SyntheticSet, path: Path) -> None:
 
 
 def _read_safetensors(path: Path, stats: Stats | None, experiment: int) -> Fields:
-    check_regular(path)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = set(file.keys())
-            fields = {key: file.get_tensor(key) for key in names & {"images", "targets"}}
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({first_line(error)})") from None
+    tensors, metadata = read_safetensors(path)
+    fields = {key: tensors[key] for key in ("images", "targets") if key in tensors}
     if len(fields) != 2:
-        raise UserError(f"{path} holds {sorted(names)}, expected images and targets")
+        raise UserError(f"{path} holds {sorted(tensors)}, expected images and targets")
+    fields["training"] = TrainingSettings.unpack(tensors, metadata.get("training", "{}"), path)
     return fields | _parse_description(parse_json(metadata.get("synthetic_set", "{}"), path), path)
 
 
 def _write_safetensors(synthetic: SyntheticSet, path: Path) -> None:
     if path.suffix != ".safetensors":
         raise UserError(f"cannot write {path}: expected a name ending in .safetensors")
-    tensors = {"images": _stored(synthetic.images), "targets": _stored(synthetic.targets)}
-    metadata = {"format": "pt", "synthetic_set": _describe(synthetic)}  # its values must be strings
-    payload = safetensors.torch.save(tensors, metadata)
-    checkpoint.write_atomic(path, lambda file: file.write(payload))
+    more, training = synthetic.training.pack()
+    tensors = {"images": _stored(synthetic.images), "targets": _stored(synthetic.targets), **more}
+    write_safetensors(tensors, path, synthetic_set=_describe(synthetic), training=training)
 
 
 def _read_png(path: Path, stats: Stats | None, experiment: int) -> Fields:
@@ -218,7 +222,8 @@ def _read_png(path: Path, stats: Stats | None, experiment: int) -> Fields:
             )
     images = torch.stack(pixels).float() / 255
     stats.check_channels(images.shape[1], path)
-    return fields | {"images": normalize(images, stats), "targets": labels}
+    training = read_training(path / TRAINING_FILE)
+    return fields | {"images": normalize(images, stats), "targets": labels, "training": training}
 
 
 def _read_image(folder: Path, name: str) -> Tensor:
@@ -260,9 +265,52 @@ def _write_png(synthetic: SyntheticSet, path: Path) -> None:
             with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("file", "label"), *rows])
             (folder / "meta.json").write_text(_describe(synthetic), encoding="utf-8")
+            write_training(synthetic.training, folder / TRAINING_FILE)
             folder.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _read_npz(path: Path, stats: Stats | None, experiment: int) -> Fields:
+    """Read an npz set; a column of class indices becomes a vector of them."""
+    check_regular(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = [next((k for k in (f"{kind}s", kind) if k in file), None) for kind in ("image", "label")]
+            if None in names:
+                raise UserError(f"{path} holds {sorted(file.files)}, expected images and labels")
+            images, labels = (torch.from_numpy(np.ascontiguousarray(file[name])) for name in names)
+    except UserError:
+        raise
+    except Exception as error:  # zipfile and numpy raise many types on damaged files
+        raise UserError(f"{path} is damaged or not an npz file of numbers ({type(error).__name__})") from None
+    if images.dim() == 4 and images.shape[1] not in (1, 3) and images.shape[-1] in (1, 3):
+        images = images.permute(0, 3, 1, 2).contiguous()
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    return {"images": images, "targets": labels} | _read_beside(path)
+
+
+def _write_npz(synthetic: SyntheticSet, path: Path) -> None:
+    if path.suffix != ".npz":
+        raise UserError(f"cannot write {path}: expected a name ending in .npz")
+    arrays = {
+        "images": _stored(synthetic.images.permute(0, 2, 3, 1)).numpy(),
+        "labels": _stored(synthetic.targets).numpy(),
+    }
+    checkpoint.write_atomic(path, lambda file: np.savez(file, **arrays))
+    _write_beside(synthetic, path)
+
+
+def _read_beside(path: Path) -> Fields:
+    """What lies beside a published file, as far as it is there."""
+    training = read_training(path.with_suffix(f".{TRAINING_FILE}"))
+    return _read_description(path.with_suffix(".json")) | {"training": training}
+
+
+def _write_beside(synthetic: SyntheticSet, path: Path) -> None:
+    checkpoint.write_text(path.with_suffix(".json"), _describe(synthetic))
+    write_training(synthetic.training, path.with_suffix(f".{TRAINING_FILE}"))
 
 
 FORMS = {
@@ -270,4 +318,5 @@ FORMS = {
     "res": Form(_read_res, _write_res),
     "safetensors": Form(_read_safetensors, _write_safetensors),
     "png": Form(_read_png, _write_png),
+    "npz": Form(_read_npz, _write_npz),
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from data.augment import denormalize
 from data.specs import Stats
 from data.synthetic.forms import FORMS, detect_form
+from data.synthetic.training import TrainingSettings
 from utils.errors import UserError, pick
 
 
@@ -35,6 +36,8 @@ class SyntheticSet:
     stats: Stats | None = None  # undo the normalisation; None if unknown
     data_name: str | None = None  # the set it was distilled from; None if unknown
     info: dict[str, Any] = field(default_factory=dict)  # JSON values: method, accuracies, ...
+    # How to train on it, where the set itself decides it.
+    training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
         images = _checked_images(self.images)
@@ -42,6 +45,7 @@ class SyntheticSet:
         object.__setattr__(self, "targets", _checked_targets(self.targets, len(images)))
         if self.stats is not None:
             self.stats.check_channels(images.shape[1], "synthetic set")
+        self.training.check_images(images)
         try:
             json.dumps(self.info)
         except (TypeError, ValueError) as error:
