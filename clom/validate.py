@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -125,14 +126,29 @@ def synthetic_path(flags: ValidateFlags) -> Path:
         name = result_name(flags.method, flags.dataset, flags.model, flags.ipc or 1)
         folder = Path("./condensed") / flags.dataset / flags.method
         found = sorted(folder.glob(f"*/{name}"))
-        if len(found) != 1:
-            shown = ", ".join(map(str, found)) or "none"
+        if not found:
+            raise UserError(
+                f"looked for {folder}/*/{name} and found none; give --synthesis_data_path, or make it "
+                f"with: {set_command(flags)}"
+            )
+        if len(found) > 1:
+            shown = ", ".join(map(str, found))
             raise UserError(f"looked for {folder}/*/{name} and found {shown}; give --synthesis_data_path")
         return found[0]
     if any((path / mark).exists() for mark in ("x_syn.pt", "labels.csv")):
         return path
     found = sorted(path.glob("res_*.pt"))
     return found[0] if len(found) == 1 else path
+
+
+def set_command(flags: ValidateFlags) -> str:
+    """The command that makes the set that the flags name, where `synthetic_path` looks for it."""
+    command = ["train.py", "--method", flags.method.lower(), "--data_name", flags.dataset]
+    command += ["--model", flags.model, "--ipc", str(flags.ipc or 1)]
+    for name in ("img_size", "data_path"):
+        if getattr(flags, name) is not None:
+            command += [f"--{name}", str(getattr(flags, name))]
+    return shlex.join(["python", *command])
 
 
 def load_synthetic(path: Path, image_set: ImageSet, experiment: int = 0) -> SyntheticSet:

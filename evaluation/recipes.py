@@ -162,6 +162,10 @@ PRETRAIN: dict[str, Recipe] = {
     **dict.fromkeys(("krr_st", "mkdt", RANDOM_FEATURES, "kmeans_features", GAUSSIAN), _FEATURES),
 }
 
+# Of these, sets of chosen or drawn images: `python -m krr_st.baselines` makes them.
+BASELINES = ("random", "kmeans", RANDOM_FEATURES, "kmeans_features", GAUSSIAN)
+MATCHING = ("dc", "dsa", "dm")  # sets of several experiments, of which `--export` writes the first
+
 # Distillation from a teacher (Table 4), on the synthetic images of a method or on plain noise; the
 # cross-entropy is the one against the teacher's distribution, `kd_loss`.
 _KD = Recipe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,15 @@ from evaluation.fit import Trainer, held_out_accuracy, outputs, pretrain
 from evaluation.measure import Cell, CellStore, finish, grouped, spread
 from evaluation.presets import resolve_preset, resolve_targets
 from evaluation.probe import feature_error, frozen_accuracy, labelled_subset
-from evaluation.recipes import PRETRAIN, SCRATCH, Recipe, finetune_recipe, pretrain_recipe
+from evaluation.recipes import (
+    BASELINES,
+    MATCHING,
+    PRETRAIN,
+    SCRATCH,
+    Recipe,
+    finetune_recipe,
+    pretrain_recipe,
+)
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, target_sample
 from models import get_model
 from utils.checkpoint import apply_state, fingerprint
@@ -227,6 +236,23 @@ def source_facts(name: str, data_dir: Path) -> tuple[int, bool]:
     return len(meta.get("class_names") or ()), bool(meta.get("hflip", True))
 
 
+def set_command(flags: PretrainFlags, size: int) -> str:
+    """The command that makes the synthetic set that the flags name, where they look for it."""
+    source, method, folder = flags.source_data_name, flags.method, flags.synthetic_data_dir
+    command = ["train.py"] if method not in BASELINES else ["-m", "krr_st.baselines"]
+    command += ["--method", method, "--data_name", source, "--img_size", size, "--data_dir", flags.data_dir]
+    if method in BASELINES:
+        command += ["--synthetic_data_dir", folder]
+    elif method in MATCHING:
+        classes, _ = source_facts(source, flags.data_dir)
+        count = resolve_preset(source, flags.data_dir, size).num_images
+        command += ["--ipc", max(1, count // classes)] if classes else []
+        command += ["--export", folder / source / method]
+    else:
+        command += ["--save_dir", folder / source, "--exp_name", method]
+    return shlex.join(["python", *map(str, command)])
+
+
 def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = False) -> Pretraining:
     """The synthetic set of a method and the recipe that belongs to it, with the flags put in.
 
@@ -235,6 +261,8 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
     source = flags.source_data_name
     pick(PRETRAIN, flags.method, "method")  # an unknown name fails before its set is looked for
     path = flags.synthetic_path or flags.synthetic_data_dir / source / flags.method
+    if not path.exists() and flags.synthetic_path is None:
+        raise UserError(f"synthetic set {path} does not exist; make it with: {set_command(flags, size)}")
     synthetic = SyntheticSet.load(path)
     recipe = pretrain_recipe(flags.method, source, arch, kd=kd, count=len(synthetic))
     recipe = recipe.fitted(synthetic.training).with_flags(flags, "pre_")
