@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -168,7 +170,8 @@ def mapped_table(
     """A table in a file that later runs with the same `about` fill further.
 
     `about` holds everything an entry depends on, as plain values; the table has a sub-folder of
-    `folder` named after it.
+    `folder` named after it. Beside it lies the checksum of each row; one that does not fit its own
+    counts as unknown.
 
     Returns:
         The (rows, dim) table, its `known` so far, and what makes both outlast a crash.
@@ -179,12 +182,12 @@ def mapped_table(
     about = {**about, "rows": rows, "dim": dim, "dtype": str(dtype)}
     text = json.dumps(about, indent=2, sort_keys=True)
     place = folder / checkpoint.fingerprint(torch.tensor(list(text.encode()), dtype=torch.uint8))
-    path, known_path = place / "table.bin", place / "known.pt"
+    path, sums_path = place / "table.bin", place / "sums.pt"
     size = rows * dim * dtype.itemsize
     try:
         place.mkdir(parents=True, exist_ok=True)
         if not path.exists() or path.stat().st_size != size:
-            known_path.unlink(missing_ok=True)
+            sums_path.unlink(missing_ok=True)
             with path.open("wb") as file:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not later
@@ -198,18 +201,34 @@ def mapped_table(
             f"there ({reason}); name another folder or use --target_views online"
         ) from None
     checkpoint.write_text(place / "about.json", text + "\n")
-    known = torch.zeros(rows, dtype=torch.bool)
-    if known_path.exists():
-        known = checkpoint.load_tensor(known_path, what="index of target views")
-        if known.shape != (rows,) or known.dtype != torch.bool:
-            raise UserError(f"{known_path} does not belong to {path}; delete {place}")
+    table, sums = table.view(rows, dim), torch.zeros(rows, dtype=torch.int32)
+    if sums_path.exists():
+        sums = checkpoint.load_tensor(sums_path, what="checksums of target views")
+        if sums.shape != (rows,) or sums.dtype != torch.int32:
+            raise UserError(f"{sums_path} does not belong to {path}; delete {place}")
+    damaged = 0
+    for index in sums.nonzero().flatten().split(_FILL_ROWS):
+        wrong = index[row_sums(table[index]) != sums[index]]
+        sums[wrong] = 0
+        damaged += len(wrong)
+    if damaged:
+        print(f"warning: {path} is damaged: {damaged} target views are computed again")
 
     def flush(present: Tensor) -> None:
         with path.open("rb+") as file:
             os.fsync(file.fileno())  # entries first: what is said to be there must be there
-        checkpoint.save(present, known_path)
+        for index in (present & (sums == 0)).nonzero().flatten().split(_FILL_ROWS):
+            sums[index] = row_sums(table[index])
+        checkpoint.save(sums, sums_path)
 
-    return table.view(rows, dim), known, flush
+    return table, sums != 0, flush
+
+
+def row_sums(rows: Tensor) -> Tensor:
+    """The CRC-32 of each row (n, D), int32 on the CPU; 1 in place of 0, which says: no row."""
+    lines = rows.contiguous().view(torch.uint8).numpy()
+    sums = np.fromiter((zlib.crc32(line) or 1 for line in lines), dtype=np.uint32, count=len(lines))
+    return torch.from_numpy(sums.view(np.int32))
 
 
 def targets_for(problem: Problem, flags: TrainFlags) -> OnlineTargets:

@@ -155,10 +155,46 @@ def test_table_on_disk_goes_on(tmp_path):
     target, other = start(target="b")
     other(batch)
     assert target.seen == 16
-    known = next(tmp_path.glob("*/known.pt"))
-    known.write_bytes(b"torn")
+    sums = next(tmp_path.glob("*/sums.pt"))
+    sums.write_bytes(b"torn")
     with pytest.raises(UserError, match="is truncated"):
         start()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_damaged_table_on_disk_is_computed_again(tmp_path, capsys, dtype):
+    """Whatever was flipped, zeroed or exchanged: what is read is what the target model gives."""
+    batch = RealBatch(torch.randn(16, *SHAPE), torch.arange(16), torch.zeros(16, dtype=torch.int64))
+
+    def start():
+        target = Counting()
+        table, known, flush = mapped_table(tmp_path, 16, 4, dtype, {})
+        return target, TargetViews(target, table, 1, known, flush)
+
+    _, first = start()
+    wanted = first(batch)
+    first.flush()
+    path = next(tmp_path.glob("*/table.bin"))
+    whole, width = path.read_bytes(), 4 * dtype.itemsize
+    damages = {
+        "a bit": (1, lambda raw: raw[: 3 * width] + bytes([raw[3 * width] ^ 1]) + raw[3 * width + 1 :]),
+        "a sector": (5, lambda raw: bytes(5 * width) + raw[5 * width :]),
+        "rows exchanged": (2, lambda raw: raw[width : 2 * width] + raw[:width] + raw[2 * width :]),
+        "everything": (16, lambda raw: bytes(len(raw))),
+        "nothing": (0, lambda raw: raw),
+    }
+    capsys.readouterr()
+    for name, (rows, damage) in damages.items():
+        path.write_bytes(damage(whole))
+        target, again = start()
+        printed = capsys.readouterr().out
+        assert f"{rows} target views are computed again" in printed if rows else printed == "", name
+        assert torch.equal(again(batch), wanted) and target.seen == (max(rows, 16) if rows else 0), name
+        again.flush()
+        assert path.read_bytes() == whole, name
+    path.write_bytes(whole[:-1])  # another length: nothing of it is taken
+    target, again = start()
+    assert torch.equal(again(batch), wanted) and target.seen == 16
 
 
 def test_no_room_for_a_table(tmp_path):
