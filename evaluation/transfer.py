@@ -63,7 +63,7 @@ class MeasureFlags(DeviceFlags):
     log_dir: Path = flag(Path("./test_log"), "where results are written")
     dropout: float = flag(0.0, "dropout before the last layer", minimum=0, maximum=0.99)
     img_size: int | None = flag(None, "side in pixels; default: the source's preset", minimum=4)
-    steps_scale: float = flag(1.0, "factor on all training lengths, for quick looks", above=0)
+    steps_scale: float = flag(1.0, "factor on all training lengths, for quick trials", above=0)
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,15 @@ class PretrainFlags:
         "random_features, kmeans_features, gaussian (in test_kd.py fresh noise, no set), in "
         "test_kd.py scratch (random_features without pre-training); it decides the recipe",
     )
-    synthetic_data_dir: Path = flag(Path("./synthetic_data"), "its {source}/{method}/ is read")
+    synthetic_data_dir: Path = flag(Path("./synthetic_data"), "folder that holds {source}/{method}/")
     synthetic_path: Path | None = flag(
-        None, "a set anywhere instead (e.g. results/EXP)", instead_of="synthetic_data_dir"
+        None, "folder of a set elsewhere (e.g. results/EXP)", instead_of="synthetic_data_dir"
     )
     pre_epoch: int | None = _of_table("pre-training epochs", minimum=1)
     pre_iteration: int | None = _of_table("pre-training steps", minimum=1, instead_of="pre_epoch")
     pre_opt: str | None = _of_table("pre-training optimiser", choices=("sgd", "adam"))
     pre_momentum: float | None = _of_table("pre-training momentum (sgd)", minimum=0, maximum=0.999)
-    pre_schedule: str | None = _of_table("how the pre-training rate falls", choices=tuple(SCHEDULES))
+    pre_schedule: str | None = _of_table("pre-training learning-rate schedule", choices=tuple(SCHEDULES))
     pre_warmup: int | None = _of_table("warm-up steps (cosine), at most half of all", minimum=0)
     pre_lr: float | None = _of_table("pre-training learning rate", above=0)
     pre_wd: float | None = _of_table("pre-training weight decay", minimum=0)
@@ -129,7 +129,7 @@ class ScratchFlags(MeasureFlags):
     finetune_iteration: int | None = _of_table("fine-tuning steps", minimum=1)
     finetune_opt: str | None = _of_table("fine-tuning optimiser", choices=("sgd", "adam"))
     finetune_momentum: float | None = _of_table("fine-tuning momentum (sgd)", minimum=0, maximum=0.999)
-    finetune_schedule: str | None = _of_table("how the fine-tuning rate falls", choices=tuple(SCHEDULES))
+    finetune_schedule: str | None = _of_table("fine-tuning learning-rate schedule", choices=tuple(SCHEDULES))
     finetune_lr: float | None = _of_table("fine-tuning learning rate", above=0)
     finetune_wd: float | None = _of_table("fine-tuning weight decay", minimum=0)
     finetune_batch_size: int | None = _of_table("fine-tuning batch", minimum=1)
@@ -272,10 +272,11 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
     found = tuple(synthetic.images.shape[2:])
     if found != (size, size):
         raise UserError(f"{path} holds images of {found} pixels, expected {size} x {size}; see --img_size")
+    kinds = ("float vectors", "class indices")
     by_class = recipe.loss == "cross_entropy"
     if synthetic.soft == by_class:
-        wanted = "class indices" if by_class else "float vectors"
-        raise UserError(f"{path}: method {flags.method} is pre-trained on {wanted}, found others")
+        wanted, found = kinds[by_class], kinds[not by_class]
+        raise UserError(f"{path} holds {found}; method {flags.method} is pre-trained on {wanted}")
     if synthetic.soft:
         return Pretraining(synthetic, recipe, synthetic.targets.shape[1])
     seen = int(synthetic.targets.max()) + 1
