@@ -60,9 +60,7 @@ class CellFlags(SourceFlags):
     """Flags of a run that a table gives all its runs."""
 
     num_eval: int = flag(20, "random networks per evaluation", minimum=1)
-    epoch_eval_train: int | None = flag(
-        None, "epochs of each of them; default: 300, or 1000 with augmentation", minimum=0
-    )
+    epoch_eval_train: int | None = flag(None, "their epochs; default: 300 (augmented: 1000)", minimum=0)
     Iteration: int | None = flag(
         None,
         "iterations; default: 1000 (DM: 20000); 0 evaluates the start (--init real: random real images)",
@@ -76,9 +74,7 @@ class CellFlags(SourceFlags):
     init: str | None = flag(None, "start of the images; default: noise (DM: real)", choices=("noise", "real"))
     save_every: Every = how(Every(100), "iterations between saves of the run, or seconds such as 300s")
 
-    models_pool: tuple[str, ...] = flag(
-        ("ConvNet",), "architectures of the pre-trained models: DC zoo, or hf:NAME_OR_FOLDER (cos)"
-    )
+    models_pool: tuple[str, ...] = flag(("ConvNet",), "pre-trained: DC zoo, or hf:NAME_OR_FOLDER (cos)")
     model_num: int = flag(1, "pre-trained models of each architecture", minimum=1)
     epoch: int = flag(150, "their epoch", minimum=0)
     source_dataset: str | None = flag(None, "what they were trained on; default: dataset")
@@ -86,8 +82,8 @@ class CellFlags(SourceFlags):
     CLoM_batch_size: int = flag(8196, "real images of CLoM per step", minimum=1)
     CLoM_teacher_stats: str = flag(
         "own",
-        "images for them are normalised as in their training (own), or stay in the "
-        "normalisation of dataset as in the released code (target); hf: models: own",
+        "normalise images for them as in their training (own), or as those of dataset, which the released "
+        "code does (target); hf: models: own",
         choices=TEACHER_STATS,
     )
 
@@ -109,9 +105,7 @@ class DistillFlags(CellFlags, RunFlags, CommonFlags):
     eval_interval: int = flag(500, "iterations between evaluations (eval_mode S, SS)", minimum=1)
     lr_net: float = flag(0.01, "learning rate of the networks", above=0)
     batch_train: int = flag(256, "batch size of network training", minimum=1)
-    dsa_strategy: str | None = flag(
-        None, f"DSA operations joined by _, or None; default: DSA and DM {DSA_STRATEGY}"
-    )
+    dsa_strategy: str | None = flag(None, f"operations joined by _, or None; DSA, DM: {DSA_STRATEGY}")
     align_corners: bool = flag(False, "DSA samples with align_corners (the KRR-ST convention)")
     dis_metric: str = flag("ours", "distance of gradients", choices=tuple(METRICS))
     outer_loop: int | None = flag(None, "image updates per iteration (DC, DSA); default: by ipc", minimum=1)
@@ -130,9 +124,7 @@ class DistillFlags(CellFlags, RunFlags, CommonFlags):
 
     CLoM: bool = flag(False, "add the CLoM loss")
     CLoM_distance: str = flag("ce", "distance of CLoM", choices=DISTANCES)
-    CLoM_ce_form: str = flag(
-        "contrastive", "ce as defined in the paper, or as in the released code", choices=CE_FORMS
-    )
+    CLoM_ce_form: str = flag("contrastive", "ce as in the paper, or the released code", choices=CE_FORMS)
     alphas: tuple[float, ...] = flag((1000.0,), "weight of CLoM: one, or one per architecture", minimum=0)
 
 
@@ -185,9 +177,7 @@ class ValidateFlags(TrainingFlags):
         "run folder; default: the run folder of --method, --dataset, --model, --ipc",
     )
     experiment: int = flag(0, "which experiment of a res file", minimum=0)
-    eval_mode: str | None = flag(
-        None, "several networks (see models); default: only --model", choices=EVAL_MODES
-    )
+    eval_mode: str | None = flag(None, "networks (see models); default: only --model", choices=EVAL_MODES)
     num_eval: int = flag(3, "networks with different seeds, for mean and std", minimum=1)
     epochs: int = same_flag(TrainingFlags, "epochs", default=1000)
     lr: float | None = same_flag(
@@ -218,8 +208,7 @@ def loops(ipc: int) -> tuple[int, int]:
 def pair_pool(flags: DistillFlags) -> list[tuple[str, float]]:
     """The architectures of the pool, each with its alpha; a single alpha serves all.
 
-    Raises:
-        UserError: another count of alphas, unknown networks, or hf: models with ce.
+    A UserError for another count of alphas, unknown networks, or hf: models with ce.
     """
     names, alphas = flags.models_pool, flags.alphas
     for name in names:

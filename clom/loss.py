@@ -34,9 +34,8 @@ SMALLEST_SUM = 1e-6
 def clom_cosine(f_real: Tensor, y_real: Tensor, f_syn: Tensor, y_syn: Tensor) -> Tensor:
     """CLoM with D[i, j] = 1 - cos(f_real[i], f_syn[j]), for models of any label space.
 
-    Features (n, D) and int64 labels (n,) of real images, (m, D) and (m,) of synthetic ones ->
-    a scalar in [0, 1], differentiable in the features; 0 where no labels agree. A ValueError for
-    shapes that do not fit.
+    Features (n, D) and int64 labels (n,) of real images, (m, D) and (m,) of synthetic ones -> a scalar
+    in [0, 1], differentiable in the features; 0 where no labels agree. A ValueError if shapes do not fit.
     """
     if f_real.dim() != 2 or f_syn.dim() != 2 or f_real.shape[1] != f_syn.shape[1]:
         raise ValueError(f"features {tuple(f_real.shape)}, {tuple(f_syn.shape)}: expected (., D)")
@@ -51,11 +50,10 @@ def clom_cosine(f_real: Tensor, y_real: Tensor, f_syn: Tensor, y_syn: Tensor) ->
 def clom_ce(logits_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Tensor:
     """CLoM with D[i, j] = -log p(y_i | x_j): the definition, for a model of the same label space.
 
-    D depends on i through the label only, so the sums run over classes, not over real images.
-
     Logits (m, K) and int64 labels (m,) of the synthetic images, int64 labels (n,) of a real batch,
     all in [0, K) -> a scalar in [0, 1], differentiable in the logits; 0 where no labels agree. A
-    ValueError for shapes or labels that do not fit.
+    ValueError for shapes or labels that do not fit. D depends on i through the label only, so the sums
+    run over classes, not over real images.
     """
     classes = _check_logits(logits_syn, y_syn)
     _check_labels(y_real, len(y_real), "y_real", classes)
@@ -94,8 +92,8 @@ def _check_labels(y: Tensor, count: int, name: str, classes: int | None = None) 
 class ModelPool:
     """Draws one family of models uniformly, then one of its models.
 
-    `families` are (models, weight alpha of CLoM under them), such as those of one architecture; the
-    models are put into eval mode and frozen.
+    `families` are (models, alpha), such as those of one architecture and the weight of CLoM under
+    them; the models are put into eval mode and frozen.
     """
 
     def __init__(self, families: Sequence[tuple[Sequence[nn.Module], float]]) -> None:
@@ -150,21 +148,14 @@ def embed(model: nn.Module, x: Tensor) -> Tensor:
 class CLoM:
     """alpha · CLoM of all synthetic images under a model drawn from a pool, as one call.
 
-    Each call draws a model, then a real batch with replacement. Only `x_syn` gets gradients.
+    Each call draws a model, then `batch_size` real images with replacement, by a CPU generator
+    (default: a new one seeded 0). Only `x_syn` gets gradients.
 
-    Args:
-        models: a ModelPool, or one module or several of equal rank; "cos" asks them for features
-            (see `embed`), "ce" takes their output as logits.
-        distance: "ce" or "cos".
-        alpha: weight, where `models` is not a ModelPool (which has its own weights).
-        real: (images, labels) in the space of the synthetic images, or an object like GivenReal.
-            Needed by "cos"; for the contrastive form of "ce" only the labels are used.
-        ce_form: "contrastive" (the definition) or "classification" (the released code).
-        batch_size: real images per call.
-        generator: CPU generator of all draws; None: a new one seeded 0.
-
-    Raises:
-        ValueError: unknown names, real data missing, or a model whose labels do not fit.
+    `models` are a ModelPool with its own weights, or one module or several of equal rank: "cos" asks
+    them for features (see `embed`), "ce" takes their output as logits. `real` is (images, labels) in
+    the space of the synthetic images, or an object like GivenReal. The contrastive `ce_form` (the
+    definition) uses its labels alone, the classification form (the released code) does not need it.
+    A ValueError for unknown names, missing real data, or a model whose labels do not fit.
     """
 
     def __init__(
@@ -216,9 +207,7 @@ class CLoM:
         return clom_cosine(f_real, y_real, embed(model, x_syn), y_syn)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the draws, for a resumed run."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
         self.generator.set_state(state["generator"])

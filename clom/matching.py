@@ -18,12 +18,9 @@ def gradient_distance(
 ) -> Tensor:
     """Distance between two gradients of one network, each with one tensor per parameter.
 
-    With "ours" per layer Σ over output rows of 1 - cosine, summed over layers; of everything
-    concatenated, "mse" is the sum of squared differences, "cos" is 1 - cosine. A scalar >= 0 (up to
-    rounding), differentiable in both.
-
-    Raises:
-        ValueError: lists that do not fit each other, or (a UserError) an unknown metric.
+    "ours": Σ over layers and output rows of 1 - cosine; of everything concatenated, "mse" is the sum of
+    squared differences, "cos" is 1 - cosine. A scalar >= 0 (up to rounding), differentiable in both.
+    A ValueError for lists that do not fit each other, a UserError for an unknown metric.
 
     Source: Zhao et al., arXiv 2006.05929, eq. 10 ("ours").
     """
@@ -65,10 +62,7 @@ def distribution_distance(
     """Σ over classes of ‖mean real feature - mean synthetic feature‖².
 
     Features (N, D) and (m, D) in class order, and how many rows each class has in them, at least
-    one -> a scalar >= 0, differentiable in `f_syn` alone.
-
-    Raises:
-        ValueError: the counts do not fit the features or each other.
+    one -> a scalar >= 0, differentiable in `f_syn` alone. A ValueError for counts that do not fit.
 
     Source: Zhao and Bilen, arXiv 2110.04181, eq. 6.
     """

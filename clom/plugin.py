@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from clom.config import PREFIX, DistillFlags, pair_pool
-from clom.loss import CLoM, ModelPool, embed
+from clom.loss import ModelPool, embed
 from clom.pool import load_foundation, load_networks
 from clom.source import set_folder
 from data.load import ImageSet
@@ -29,8 +27,8 @@ CPU_CACHE_BYTES = 2 << 30
 class RealFeatures:
     """Real images as CLoM sees them: labels, and features computed once per model if memory allows.
 
-    No augmentation ever touches the images. All features together take at most `limit` bytes; None:
-    a quarter of the free device memory, 2 GiB on the CPU. Without room they are computed at every call.
+    The images are never augmented. All features together take at most `limit` bytes; None: a quarter
+    of the free device memory, 2 GiB on the CPU. Without room they are computed at every call.
     """
 
     def __init__(self, real: RealImages, limit: int | None = None) -> None:
@@ -65,22 +63,21 @@ class RealFeatures:
 def load_pool(flags: DistillFlags, image_set: ImageSet, device: torch.device) -> ModelPool:
     """The pre-trained models of `flags`, ready for this set's images.
 
-    Raises:
-        UserError: too few, damaged, or of other labels than the set's with ce.
+    A UserError if they are too few, damaged, or, with ce, of other labels than the set's.
     """
     given, families = Space.of(image_set.stats, image_set.img_shape[1:]), []
     for name, alpha in pair_pool(flags):
         if name.startswith(PREFIX):
-            families.append(([load_foundation(name, given, device)], alpha))
-            continue
-        models, num_classes = load_networks(flags, name, given, device)
+            models = [load_foundation(name, given, device)]
+        else:
+            models, num_classes = load_networks(flags, name, given, device)
+            if flags.CLoM_distance == "ce" and not same_labels(flags, image_set, num_classes):
+                theirs = f"{flags.source_dataset} ({num_classes} classes)"
+                raise UserError(
+                    f"--CLoM_distance ce needs models of the same labels: {theirs} is not {flags.dataset} "
+                    f"({image_set.num_classes} classes); use --CLoM_distance cos"
+                )
         families.append((models, alpha))
-        if flags.CLoM_distance == "ce" and not same_labels(flags, image_set, num_classes):
-            raise UserError(
-                f"--CLoM_distance ce needs models of the same labels: {flags.source_dataset} "
-                f"({num_classes} classes) is not {flags.dataset} ({image_set.num_classes} "
-                "classes); use --CLoM_distance cos"
-            )
     return ModelPool(families)
 
 
@@ -98,15 +95,3 @@ def pool_fingerprint(pool: ModelPool) -> str:
     """Which weights the models of a pool have, and what images they were made for."""
     found = [(state_fingerprint(m.model.state_dict()), m.own) for models, _ in pool.families for m in models]
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
-
-
-def clom_terms(flags: DistillFlags, pool: ModelPool, real: RealImages) -> Callable[..., CLoM]:
-    """`generator=...` -> the loss of one experiment; all share the pool and the real features."""
-    return partial(
-        CLoM,
-        pool,
-        distance=flags.CLoM_distance,
-        ce_form=flags.CLoM_ce_form,
-        real=RealFeatures(real),
-        batch_size=flags.CLoM_batch_size,
-    )

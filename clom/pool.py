@@ -1,4 +1,4 @@
-"""The pre-trained models that CLoM asks, as found on disk; frozen, in eval mode."""
+"""CLoM's pre-trained models: where they lie, and the way from other images into them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from utils.errors import UserError
 class Teacher(nn.Module):
     """A frozen model of images in the space `own` that takes images (B, C, H, W) of `given`.
 
-    `forward` gives logits (B, K), `embed` features (B, D), as those of `model`; `mode` is the
-    interpolation where the sizes differ.
+    `mode` is the interpolation where the sizes differ.
     """
 
     def __init__(self, model: nn.Module, own: Space, given: Space, mode: str = "bilinear") -> None:
@@ -40,7 +39,7 @@ class Teacher(nn.Module):
 
 
 def model_folder(root: Path, dataset: str, model: str, kind: str = "original") -> Path:
-    """Where models of one architecture lie: of real images ("original", in folders index_{i})."""
+    """Where models of one architecture lie; those of real images ("original") in folders index_{i}."""
     return Path(root) / dataset / kind / model
 
 
@@ -56,11 +55,7 @@ def index_folders(folder: Path) -> list[Path]:
 
 
 def find_checkpoints(root: Path, dataset: str, model: str, epoch: int, count: int) -> list[Path]:
-    """The first `count` state dicts of an architecture at an epoch.
-
-    Raises:
-        UserError: fewer are there; says what was looked for, what was found, and what makes them.
-    """
+    """The first `count` state dicts of an architecture at an epoch; a UserError if there are fewer."""
     folder, wanted = model_folder(root, dataset, model), checkpoint_name(dataset, model, epoch)
     found = [p / wanted for p in index_folders(folder) if (p / wanted).exists()]
     if len(found) >= count:
@@ -91,8 +86,7 @@ def load_networks(
 ) -> tuple[list[Teacher], int]:
     """The zoo networks of one architecture, for images of the space `given`, and their class count.
 
-    Raises:
-        UserError: too few checkpoints, damaged ones, or a source whose images are unknown.
+    A UserError for too few checkpoints, damaged ones, or a source whose images are unknown.
     """
     teachers, num_classes, dataset = [], 0, flags.source_dataset
     for path in find_checkpoints(flags.pretrained_path, dataset, model, flags.epoch, flags.model_num):
@@ -113,24 +107,16 @@ def pixel_stats(channels: int) -> Stats:
 
 
 def load_foundation(name: str, given: Space, device: torch.device) -> Teacher:
-    """Load `hf:NAME_OR_FOLDER` for images of the space `given`.
-
-    Images are de-normalised, given the model's number of channels, resized (antialiased,
-    differentiable) to its input size and normalised with its own statistics.
-
-    Raises:
-        UserError: as `models.foundation.load_hf`.
-    """
+    """Load `hf:NAME_OR_FOLDER` for images of the space `given`; raises as `models.foundation.load_hf`."""
     found = load_hf(name.removeprefix(PREFIX))
     own = Space.of(Stats(found.mean, found.std), found.size)
     return Teacher(found.network, own, given, found.mode).to(device)
 
 
 def source_space(path: Path, dataset: str) -> tuple[Space, int]:
-    """The image space and class count of a checkpoint: from its config.json, else the tables.
+    """Image space and class count of a checkpoint: from its config.json, else the table of data sets.
 
-    Raises:
-        UserError: neither says it.
+    A UserError where neither knows them.
     """
     config = path.parent / "config.json"
     try:
@@ -144,10 +130,8 @@ def source_space(path: Path, dataset: str) -> tuple[Space, int]:
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise UserError(f"{config} is damaged; expected what train_original_models.py writes") from None
     if dataset not in DC_SPECS:
-        raise UserError(
-            f"the image size of {dataset} is unknown: {config} does not say it, and it is none of "
-            f"{', '.join(sorted(DC_SPECS))}"
-        )
+        known = ", ".join(sorted(DC_SPECS))
+        raise UserError(f"the image size of {dataset} is unknown: it is not in {config}, nor one of {known}")
     spec = DC_SPECS[dataset]
     size = spec.sizes[0]
     return Space.of(spec.stats[size], (size, size)), spec.num_classes

@@ -27,8 +27,7 @@ from utils.seed import derive_seed, make_generator, resolve_seed
 def train_originals(flags: OriginalFlags) -> int:
     """Train `num` networks on the real images, each in the next free index folder.
 
-    Raises:
-        UserError: bad flags or data (nothing is written then), or a non-finite loss.
+    A UserError for bad flags or data (nothing is written then), or a non-finite loss.
     """
     recipe = flags.recipe()
     print(json.dumps(cli.as_json(flags), indent=2))
@@ -54,13 +53,8 @@ def train_originals(flags: OriginalFlags) -> int:
             )
     if finished:
         print(f"{min(finished, flags.num)} of {flags.num} networks are there already")
-    facts = {
-        "data_name": flags.dataset,
-        "mean": image_set.stats.mean,
-        "std": image_set.stats.std,
-        "img_shape": image_set.img_shape,
-        "num_classes": image_set.num_classes,
-    }
+    facts = dict(data_name=flags.dataset, mean=image_set.stats.mean, std=image_set.stats.std)
+    facts |= dict(img_shape=image_set.img_shape, num_classes=image_set.num_classes)
     for number in range(flags.num - finished):
         begun = number < len(unfinished)
         place = unfinished[number] if begun else next_index(folder)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from clom.config import DistillFlags, default_run_folder, loops, pair_pool, result_name
-from clom.plugin import clom_terms, load_pool, pool_fingerprint
+from clom.loss import CLoM
+from clom.plugin import RealFeatures, load_pool, pool_fingerprint
 from clom.source import (
     count_classes,
     keeps_meaning_mirrored,
@@ -44,11 +45,7 @@ from utils.table import format_mean_std, markdown, mean_std
 
 
 def evaluation_recipe(method: Method, flags: DistillFlags, network: str) -> Recipe:
-    """How an evaluation trains a network on the set.
-
-    With DSA where the method augments, else with the older augmentation where DC's is published
-    so (MNIST, ConvNetBN).
-    """
+    """How an evaluation trains a network; with the older augmentation where DC is published so."""
     dsa = flags.dsa_strategy
     dc = "none" if method.augments else dc_strategy(flags.dataset, network)
     recipe = dc_evaluation(flags.epoch_eval_train, flags.lr_net, flags.batch_train, dsa=dsa, dc=dc)
@@ -56,11 +53,7 @@ def evaluation_recipe(method: Method, flags: DistillFlags, network: str) -> Reci
 
 
 def siamese_strategy(method: Method, flags: DistillFlags) -> str:
-    """The operations by which real and synthetic images are augmented alike, or "none".
-
-    Raises:
-        UserError: an unknown operation.
-    """
+    """DSA's operations on real and synthetic images, or "none"; a UserError for an unknown one."""
     strategy = flags.dsa_strategy
     if not method.augments:
         if not no_augmentation(strategy):
@@ -80,11 +73,7 @@ class MatchingSetup(Setup):
 
     @classmethod
     def resolve(cls, method: Method, flags: DistillFlags) -> DistillFlags:
-        """Fill in what the method, the data set and ipc decide.
-
-        Raises:
-            UserError: unknown networks or operations, alphas that do not fit, hf: models with ce.
-        """
+        """Fill in what the method, the data set and ipc decide; a UserError if flags do not fit."""
         if flags.CLoM:
             pair_pool(flags)
         elif flags.CLoM_distance == "cos":
@@ -119,8 +108,12 @@ class MatchingSetup(Setup):
         network_factory(flags.model, self.image_set, device)  # one that does not fit fails now
         self.real = RealImages.from_set(self.image_set, device)
         check_start(self.real, flags.ipc, flags.init)
-        self.pool = load_pool(flags, self.image_set, device) if flags.CLoM else None
-        self.new_clom = clom_terms(flags, self.pool, self.real) if flags.CLoM else None
+        self.pool = self.new_clom = None
+        if flags.CLoM:
+            self.pool = load_pool(flags, self.image_set, device)
+            form = dict(distance=flags.CLoM_distance, ce_form=flags.CLoM_ce_form)
+            form |= dict(real=RealFeatures(self.real), batch_size=flags.CLoM_batch_size)
+            self.new_clom = functools.partial(CLoM, self.pool, **form)  # one more for each experiment
 
     @property
     def folder(self) -> Path:
@@ -128,7 +121,6 @@ class MatchingSetup(Setup):
 
     @property
     def inputs(self) -> dict[str, str]:
-        """The source and CLoM's pre-trained models."""
         return super().inputs | ({"CLoM pool": pool_fingerprint(self.pool)} if self.pool else {})
 
     @property
@@ -186,7 +178,7 @@ class MatchingSetup(Setup):
     def run_experiment(self, run: RunFolder, experiment: int) -> dict[str, Any]:
         """images, labels (CPU), accuracies after the last iteration, seconds of this start."""
         flags, seed = self.flags, derive_seed(run.seed, "experiment", experiment)
-        extra = self.new_clom(generator=make_generator(seed, "CLoM")) if self.new_clom else None
+        extra = self.new_clom and self.new_clom(generator=make_generator(seed, "CLoM"))
         problem = Problem(self.image_set, self.device, seed, real=self.real, extra=extra)
         plan = Plan(flags.Iteration, flags.print_every, flags.save_every, "iteration", experiment)
         distiller, found = self.distil(run, problem, plan)
@@ -198,7 +190,7 @@ class MatchingSetup(Setup):
         }
 
     def observer(self, run: RunFolder, plan: Plan, distiller: Distiller) -> NetworkObserver:
-        return NetworkObserver(self, run, distiller.problem, plan)
+        return NetworkObserver(self, run, plan)
 
     def write(self, run: RunFolder, done: list[dict[str, Any]]) -> None:
         """Write `res_*.pt` with all finished experiments."""
@@ -216,17 +208,15 @@ class MatchingSetup(Setup):
 
 
 class NetworkObserver(Observer):
-    """Draws the images of one experiment, then tests them with `num_eval` networks of each name.
-
-    With one name from the start every `eval_interval` iterations, else at the end.
-    """
+    """Draws the images of one experiment, then tests them with `num_eval` networks of each name."""
 
     key = "test"
 
-    def __init__(self, setup: MatchingSetup, run: RunFolder, problem: Problem, plan: Plan) -> None:
-        self.setup, self.folder, self.problem, self.plan = setup, run.path, problem, plan
+    def __init__(self, setup: MatchingSetup, run: RunFolder, plan: Plan) -> None:
+        self.setup, self.folder, self.plan = setup, run.path, plan
 
     def due(self, step: int) -> bool:
+        """With one name every `eval_interval` iterations from the start; in any case at the end."""
         flags = self.setup.flags
         often = flags.eval_mode in ("S", "SS") and step % flags.eval_interval == 0
         return often or step == self.plan.steps
@@ -234,24 +224,21 @@ class NetworkObserver(Observer):
     def evaluate(self, step: int, distiller: Distiller) -> dict[str, list[float]]:
         """Network -> test accuracies in [0, 1]."""
         setup, x_syn = self.setup, distiller.x_syn.detach()
-        save_grid(
-            denormalize(x_syn, setup.image_set.stats),
-            self.folder / setup.picture(self.plan.experiment, step),
-            columns=setup.flags.ipc,
-            scale=1 if len(x_syn) > 400 else None,
-        )
+        pixels, picture = denormalize(x_syn, setup.image_set.stats), setup.picture(self.plan.experiment, step)
+        scale = 1 if len(x_syn) > 400 else None
+        save_grid(pixels, self.folder / picture, columns=setup.flags.ipc, scale=scale)
         return {name: self.score(step, name, distiller) for name in setup.networks}
 
     def score(self, step: int, network: str, distiller: Distiller) -> list[float]:
         """Accuracies of `num_eval` random networks."""
-        setup, device = self.setup, self.problem.device
+        setup, seed = self.setup, distiller.problem.seed
         count, recipe = setup.flags.num_eval, evaluation_recipe(setup.method, setup.flags, network)
         synthetic = SyntheticSet(distiller.x_syn, distiller.y_syn)
         given = (setup.networks[network], synthetic, setup.image_set, recipe)
-        score = functools.partial(score_network, *given, device=device)
-        seeds = [derive_seed(self.problem.seed, "evaluation", step, network, n) for n in range(count)]
+        score = functools.partial(score_network, *given, device=setup.device)
+        seeds = [derive_seed(seed, "evaluation", step, network, n) for n in range(count)]
         tasks = [lambda check, own=own: score(seed=own, check=check) for own in seeds]
-        found = [result.final for result in in_parallel(tasks, device)]
+        found = [result.final for result in in_parallel(tasks, setup.device)]
         print(
             f"iteration {step}: {network} {format_mean_std(found, 4)} over {count} networks, "
             f"{recipe.epochs} epochs, augmentation dsa {recipe.dsa}, dc {recipe.dc}",

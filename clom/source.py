@@ -29,11 +29,7 @@ def set_folder(dataset: str) -> str:
 
 
 def find_data_dir(flags: CommonFlags) -> Path:
-    """The folder that holds the prepared set's folder.
-
-    `--data_path` if given (or its parent, where it is the set's own folder), else
-    ./data/[dataset] if the set is there, else ./datasets.
-    """
+    """The parent of the set's folder: around or at --data_path, else ./data/[dataset] or ./datasets."""
     folder, spec = set_folder(flags.dataset), DC_SPECS.get(flags.dataset)
     places = [Path("./data") / flags.dataset, Path("./datasets")]
     if flags.data_path is not None:
@@ -53,8 +49,7 @@ def keeps_meaning_mirrored(flags: CommonFlags) -> bool:
 def count_classes(flags: CommonFlags) -> int:
     """Classes of the set: the tables know, or its meta.json, or its labels. Nothing is written.
 
-    Raises:
-        UserError: the set is missing, damaged or has no labels.
+    A UserError where the set is missing, damaged or without labels.
     """
     if flags.dataset in DC_SPECS:
         return DC_SPECS[flags.dataset].num_classes
@@ -70,8 +65,7 @@ def count_classes(flags: CommonFlags) -> int:
 def load_data(flags: CommonFlags) -> ImageSet:
     """Read the labelled set that `flags` name, with this family's statistics.
 
-    Raises:
-        UserError: missing (with the command that prepares it), damaged, or without labels.
+    A UserError if it is missing (with the command that prepares it), damaged, or without labels.
     """
     data_dir, folder = find_data_dir(flags), set_folder(flags.dataset)
     size = flags.img_size or default_size(flags.dataset, data_dir, "dc")
@@ -82,9 +76,8 @@ def load_data(flags: CommonFlags) -> ImageSet:
     except UserError as error:  # also where a missing set cannot prepare itself
         if not missing or "python -m data.prepare" in str(error):
             raise
-        raise UserError(
-            f"{path} does not exist: {error}; then: {prepare_command(folder, size, data_dir)}"
-        ) from None
+        command = prepare_command(folder, size, data_dir)
+        raise UserError(f"{path} does not exist: {error}; then: {command}") from None
     if image_set.train.labels is None:
         raise UserError(f"{path.parent} has no labels; this family needs them")
     if image_set.test is None:
@@ -109,8 +102,7 @@ def to_space(synthetic: SyntheticSet, stats: Stats) -> SyntheticSet:
 def network_factory(name: str, image_set: ImageSet, device: torch.device) -> Callable[[int], nn.Module]:
     """Seed -> a DC-zoo network for the images, initialised from that seed alone.
 
-    Raises:
-        UserError: an unknown name, or images too small for it (at once, not at the first call).
+    A UserError for an unknown name or images too small for it, at once, not at the first call.
     """
     channels, *size = image_set.img_shape
 

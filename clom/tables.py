@@ -6,16 +6,17 @@ that were not run show as a dash. With --run they are run first, cheapest first:
 what is finished and resumes what was begun. The same command in several shells or under torchrun
 (`torchrun --nproc_per_node 4 -m -- clom.tables ...`), on one node or several, shares the work.
 
-A cell is one experiment: one distilled set and the `num_eval` networks trained on it. Its value
-depends on all of main.py's flags, the data and the pre-trained models, which identify it. ± is the
-population standard deviation over all networks of all experiments together, as the published code
-prints it; the CSV file's n is their number.
+A cell is one experiment: one distilled set and the `num_eval` networks trained on it, identified by
+main.py's flags, the data and the pre-trained models. ± is the population standard deviation over
+all networks of all experiments together, as the published code prints it; n in the CSV file is
+their number.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -48,17 +49,16 @@ def labelled() -> tuple[str, ...]:
     return tuple(row.name for row in METHODS.values() if issubclass(row.flags, DistillFlags))
 
 
-_CE, _COS = {"CLoM": True, "CLoM_distance": "ce"}, {"CLoM": True, "CLoM_distance": "cos"}
-# Variant -> what it sets of main.py's flags.
+# Variant -> main.py's flags that it sets.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "none": {"CLoM": False},
-    "ce": _CE,
-    "ce_classification": {**_CE, "CLoM_ce_form": "classification"},
-    "cos": _COS,
+    "none": dict(CLoM=False),
+    "ce": dict(CLoM=True, CLoM_distance="ce"),
+    "ce_classification": dict(CLoM=True, CLoM_distance="ce", CLoM_ce_form="classification"),
+    "cos": dict(CLoM=True, CLoM_distance="cos"),
 }
-# Flags that mean nothing without CLoM.
+# Flags without effect where there is no CLoM.
 POOL_FLAGS = {"models_pool", "model_num", "epoch", "CLoM_batch_size", "source_dataset", "CLoM_teacher_stats"}
-# What `steps_scale` shortens.
+# Flags that `steps_scale` multiplies.
 LENGTH = ("Iteration", "epoch_eval_train")
 DEFAULT_ALPHA = DistillFlags().alphas[0]
 
@@ -73,8 +73,7 @@ class TablesFlags(CellFlags):
     methods: tuple[str, ...] = flag(labelled(), "distillers: rows, with variants")
     variants: tuple[str, ...] = flag(
         tuple(VARIANTS),
-        "none (without CLoM), ce, ce_classification, cos, each with its weight after a colon if "
-        "it is not 1000: cos:100",
+        "none (without CLoM), ce, ce_classification, cos; a weight other than 1000 follows a colon: cos:100",
     )
     num_exp: int = flag(3, "experiments per cell, each with a seed of its own", minimum=1)
     seed: int = flag(0, "seed of the first experiment; the next ones add 1", **SEED)
@@ -96,7 +95,7 @@ class TablesFlags(CellFlags):
 
 @dataclass(frozen=True)
 class Variant:
-    """No CLoM, or one form of it (a key of VARIANTS) with its weight."""
+    """One of VARIANTS with the weight of CLoM."""
 
     name: str
     alpha: float = DEFAULT_ALPHA
@@ -123,34 +122,32 @@ def parse_variant(text: str) -> Variant:
 
 @dataclass(frozen=True)
 class Spot:
-    """What is measured for one cell of the printed table, by its column and its row.
-
-    With `start` the value is that of the images before distillation.
-    """
+    """One cell of the printed table."""
 
     flags: TablesFlags
     dataset: str
     ipc: int
     method: str
     variant: Variant
-    start: bool = False
+    start: bool = False  # whether its value is that of the images before distillation
 
     @property
     def row(self) -> str:
-        """Heading of the row."""
         return RANDOM if self.start else " + ".join(filter(None, (self.method, self.variant.heading)))
 
     @property
     def column(self) -> str:
-        """Heading of the column."""
         return f"{self.dataset}, {self.ipc} ipc"
+
+    def shown(self, seed: int) -> str:
+        """The name of one experiment."""
+        return f"{self.column}: {self.row}, seed {seed}"
 
     @functools.cached_property
     def run(self) -> DistillFlags:
         """main.py's flags, resolved and shortened by `steps_scale`, without a seed.
 
-        Raises:
-            UserError: flags that do not fit together.
+        A UserError for flags that do not fit together.
         """
         method, names = find_method(self.method), {f.name for f in dataclasses.fields(CellFlags)}
         variant = VARIANTS[self.variant.name]
@@ -163,16 +160,9 @@ class Spot:
         for name in LENGTH:
             shared[name] = max(1, round(self.flags.steps_scale * shared[name]))
         shared["gpu_id"] = local_gpu(self.flags.gpu_id)
-        given = method.flags(
-            **shared,
-            **variant,
-            alphas=(self.variant.alpha,),
-            dataset=self.dataset,
-            ipc=self.ipc,
-            method=method.name,
-            eval_interval=shared["Iteration"],
-        )
-        return resolved(method, given)
+        shared |= dict(dataset=self.dataset, ipc=self.ipc, method=method.name)
+        shared |= dict(alphas=(self.variant.alpha,), eval_interval=shared["Iteration"])
+        return resolved(method, method.flags(**shared, **variant))
 
     @functools.cached_property
     def published(self) -> dict[str, Any]:
@@ -185,10 +175,7 @@ class Spot:
 
     @property
     def is_published(self) -> bool:
-        """Whether network, size, start, rate and real batch are those of the published cell.
-
-        Its length is not asked about: shortened cells are marked.
-        """
+        """Whether all but the length is as in the published cell; shortened cells are marked."""
         sizes = DC_SPECS[self.dataset].sizes if self.dataset in DC_SPECS else ()
         names = ("model", "init") if self.start else ("model", "init", "lr_img", "batch_real")
         mine, theirs = self.run, dataclasses.replace(self, flags=TablesFlags()).run
@@ -217,9 +204,9 @@ def check_datasets(flags: TablesFlags) -> None:
 
 
 def spots(flags: TablesFlags) -> list[Spot]:
-    """All cells in reading order; a UserError for a bad variant.
+    """All cells in reading order, random real images first where a method starts from them.
 
-    DM starts from random real images: they get a row.
+    A UserError for a bad variant.
     """
     variants = [parse_variant(text) for text in dict.fromkeys(flags.variants)]
     methods, plain = list(dict.fromkeys(flags.methods)), Variant("none")
@@ -243,11 +230,7 @@ def settings(run: DistillFlags) -> dict[str, Any]:
 
 
 def cell_key(run: DistillFlags, seed: int) -> dict[str, Any]:
-    """All that identifies a cell.
-
-    Raises:
-        UserError: missing or unreadable data or pre-trained models.
-    """
+    """All that identifies a cell; a UserError where data or pre-trained models cannot be read."""
     data, _, _ = data_facts(run.dataset, run.data_path, run.img_size)
     teachers = teacher_fingerprints(run) if run.CLoM else []
     return {**settings(run), "seed": seed, "data": data, "teachers": teachers}
@@ -255,11 +238,7 @@ def cell_key(run: DistillFlags, seed: int) -> dict[str, Any]:
 
 @functools.cache
 def data_facts(dataset: str, data_path: Path | None, img_size: int | None) -> tuple[str, tuple, int]:
-    """Of a prepared set, read once: digest of all images and labels, (C, H, W), number of classes.
-
-    Raises:
-        UserError: as `load_data`.
-    """
+    """Digest of all images and labels, (C, H, W) and number of classes; a set is read once."""
     image_set = load_data(DistillFlags(dataset=dataset, data_path=data_path, img_size=img_size))
     splits = [s for s in (image_set.train, image_set.test) if s is not None]
     digest = checkpoint.fingerprint(*(t for s in splits for t in (s.images, s.labels)))
@@ -268,12 +247,12 @@ def data_facts(dataset: str, data_path: Path | None, img_size: int | None) -> tu
 
 def teacher_fingerprints(run: DistillFlags) -> list[str]:
     """One digest per pre-trained model; those of transformers are known by their name."""
-    found, where = [], (run.pretrained_path, run.source_dataset)
+    found, source = [], (run.pretrained_path, run.source_dataset)
     for name in run.models_pool:
         if name.startswith(PREFIX):
             found.append(name)
         else:
-            paths = find_checkpoints(*where, name, run.epoch, run.model_num)
+            paths = find_checkpoints(*source, name, run.epoch, run.model_num)
             found += [_digest(path, path.stat().st_mtime) for path in paths]
     return found
 
@@ -284,32 +263,22 @@ def _digest(path: Path, changed: float) -> str:
 
 
 def missing_jobs(flags: TablesFlags) -> list[Job]:
-    """One job for every cell and seed that is not measured; each is one run in a folder of its own.
-
-    Raises:
-        UserError: flags that do not fit together.
-    """
+    """One job for every cell and seed that is not measured: one run in a folder of its own."""
     store, jobs = CellStore(flags.log_dir / RESULTS), []
-    for spot in spots(flags):
-        if spot.start:  # comes with the cell that it is the start of
-            continue
-        for seed in range(flags.seed, flags.seed + flags.num_exp):
-            try:
-                missing, cost = store.get(cell_key(spot.run, seed)) is None, estimate(spot.run)
-            except UserError:  # the job says it in its turn
-                missing, cost = True, 0.0
-            if missing:
-                name = f"{spot.column}: {spot.row}, seed {seed}"
-                jobs.append(Job(name, cost, functools.partial(run_cell, spot, seed)))
+    seeds = range(flags.seed, flags.seed + flags.num_exp)
+    distilled = [spot for spot in spots(flags) if not spot.start]  # a start comes with its cell
+    for spot, seed in itertools.product(distilled, seeds):
+        try:
+            missing, cost = store.get(cell_key(spot.run, seed)) is None, estimate(spot.run)
+        except UserError:  # raised again when the job runs
+            missing, cost = True, 0.0
+        if missing:
+            jobs.append(Job(spot.shown(seed), cost, functools.partial(run_cell, spot, seed)))
     return jobs
 
 
 def run_cell(spot: Spot, seed: int) -> None:
-    """Distil, evaluate, append the cell. A run that was stopped resumes from its last checkpoint.
-
-    Raises:
-        UserError: as `cell_key` and `run_method`.
-    """
+    """Distil, evaluate, append the cell; a run that was stopped is resumed."""
     key, log_dir = cell_key(spot.run, seed), spot.flags.log_dir
     name = f"{spot.dataset}_{spot.method}_ipc{spot.ipc}_{spot.variant.name}_seed{seed}"
     folder = log_dir / "runs" / f"{name}_{CellStore.identity(key)[:8]}"
@@ -328,16 +297,12 @@ def run_cell(spot: Spot, seed: int) -> None:
             "folder": folder.name,
         }
 
-    shown = f"{spot.column}: {spot.row}, seed {seed}"
     store = CellStore(log_dir / RESULTS)
-    store.measure(key, compute, lambda cell: f"{shown}: {cell['accuracy']:.2f} %")
+    store.measure(key, compute, lambda cell: f"{spot.shown(seed)}: {cell['accuracy']:.2f} %")
 
 
 def estimate(run: DistillFlags) -> float:
-    """Operations of one cell: outer steps, CLoM's model, two evaluations.
-
-    A training step counts as three forward passes, CLoM's model as the distilled network.
-    """
+    """Operations of one cell: outer steps and two evaluations; training is three forward passes."""
     _, img_shape, classes = data_facts(run.dataset, run.data_path, run.img_size)
     images = run.Iteration * find_method(run.method).distiller.cost(run, classes)
     images += 2 * run.num_eval * 3 * run.epoch_eval_train * run.ipc * classes
@@ -372,8 +337,8 @@ def caption(flags: TablesFlags, published: bool) -> str:
     full = [f"{name} {FULL_DATA[name][0]}" for name in flags.datasets if name in FULL_DATA]
     if not published:
         text += (
-            "; no published number where it belongs to another network (it is ConvNet's), size, "
-            "--init, --lr_img or --batch_real"
+            "; published numbers are left out where network (theirs is ConvNet), size, --init, --lr_img "
+            "or --batch_real differ"
         )
     return f"{text}; published for the full data: {', '.join(full)}" if full else text
 

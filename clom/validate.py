@@ -33,10 +33,8 @@ from utils.table import format_mean_std, markdown
 def validate(flags: ValidateFlags) -> int:
     """Train `num_eval` networks of each name, print the table, write results.json.
 
-    Finished networks are kept in results.jsonl and not trained again.
-
-    Raises:
-        UserError: bad flags, data or synthetic set, or one of another size than --ipc says.
+    Finished networks are kept in results.jsonl and not trained again. A UserError for bad flags, data
+    or synthetic set, or one of another size than --ipc says.
     """
     check_strategy(flags.dsa_strategy)
     recipe = flags.recipe().override(
@@ -80,18 +78,11 @@ def validate(flags: ValidateFlags) -> int:
             checkpoint.save(state, published / checkpoint_name(flags.dataset, name, epoch, kind))
 
     def score(name: str, seed: int, check: Callable[[], None]) -> dict[str, Any]:
-        found = score_network(
-            networks[name],
-            synthetic,
-            image_set,
-            recipe,
-            seed=seed,
-            device=device,
-            test_every=flags.save_every,
-            at_test=partial(save, name, seed) if flags.save_model else None,
-            check=check,
+        given = (networks[name], synthetic, image_set, recipe)
+        tests = dict(
+            test_every=flags.save_every, at_test=partial(save, name, seed) if flags.save_model else None
         )
-        return asdict(found)
+        return asdict(score_network(*given, seed=seed, device=device, check=check, **tests))
 
     tasks = [
         ({**settings, "network": name, "seed": seed}, partial(score, name, seed))
@@ -116,11 +107,7 @@ def validate(flags: ValidateFlags) -> int:
 
 
 def synthetic_path(flags: ValidateFlags) -> Path:
-    """The set to read: a run folder stands for the one res file in it.
-
-    Raises:
-        UserError: nothing is there, or several res files.
-    """
+    """The set to read; the one res file in a run folder. A UserError if the default is not unique."""
     path = flags.synthesis_data_path
     if path is None:
         name = result_name(flags.method, flags.dataset, flags.model, flags.ipc or 1)
@@ -159,16 +146,13 @@ def load_synthetic(path: Path, image_set: ImageSet, experiment: int = 0) -> Synt
     Raises:
         UserError: unreadable, or channels, size, labels or targets that do not fit.
     """
-    form = detect_form(path)
-    bare = form == "png" and not (path / "meta.json").exists()
+    bare = detect_form(path) == "png" and not (path / "meta.json").exists()
     stats = image_set.stats if bare else None
-    synthetic = SyntheticSet.load(path, form=form, experiment=experiment, stats=stats)
+    synthetic = SyntheticSet.load(path, experiment=experiment, stats=stats)
     shape, targets, classes = tuple(synthetic.images.shape[1:]), synthetic.targets, image_set.num_classes
     if shape != image_set.img_shape:
-        raise UserError(
-            f"{path} holds images of {shape} (C, H, W), {image_set.name} has "
-            f"{tuple(image_set.img_shape)}; see --dataset and --img_size"
-        )
+        theirs = f"{image_set.name} has {image_set.img_shape}"
+        raise UserError(f"{path} holds images of {shape} (C, H, W), {theirs}; see --dataset and --img_size")
     if synthetic.soft:
         sums = targets.sum(1)
         if targets.shape[1] != classes or targets.min() < 0 or (sums - 1).abs().max() > 1e-3:
@@ -186,14 +170,8 @@ def summarize(cells: list[Cell]) -> tuple[list[dict[str, Any]], str]:
     summary, rows = [], []
     for name, own in grouped(cells, lambda cell: cell["network"]).items():
         best = spread(own, "best")
-        summary.append(
-            {
-                "network": name,
-                **spread(own, "final"),
-                "best_on_test_mean": best["mean"],
-                "best_on_test_std": best["std"],
-            }
-        )
-        finals, bests = ([cell[field] for cell in own] for field in ("final", "best"))
-        rows.append([name, format_mean_std(finals, 4), format_mean_std(bests, 4), str(len(own))])
+        chosen = {"best_on_test_mean": best["mean"], "best_on_test_std": best["std"]}
+        summary.append({"network": name, **spread(own, "final"), **chosen})
+        shown = [format_mean_std([cell[field] for cell in own], 4) for field in ("final", "best")]
+        rows.append([name, *shown, str(len(own))])
     return summary, markdown(["network", "last epoch", "best (on test)", "n"], rows)
