@@ -74,7 +74,9 @@ class CellFlags(SourceFlags):
     init: str | None = flag(None, "start of the images; default: noise (DM: real)", choices=("noise", "real"))
     save_every: Every = how(Every(100), "iterations between saves of the run, or seconds such as 300s")
 
-    models_pool: tuple[str, ...] = flag(("ConvNet",), "pre-trained: DC zoo, or hf:NAME_OR_FOLDER (cos)")
+    models_pool: tuple[str, ...] = flag(
+        ("ConvNet",), "pre-trained models: DC zoo, or hf:NAME_OR_FOLDER (cos)"
+    )
     model_num: int = flag(1, "pre-trained models of each architecture", minimum=1)
     epoch: int = flag(150, "their epoch", minimum=0)
     source_dataset: str | None = flag(None, "what they were trained on; default: dataset")
@@ -105,7 +107,9 @@ class DistillFlags(CellFlags, RunFlags, CommonFlags):
     eval_interval: int = flag(500, "iterations between evaluations (eval_mode S, SS)", minimum=1)
     lr_net: float = flag(0.01, "learning rate of the networks", above=0)
     batch_train: int = flag(256, "batch size of network training", minimum=1)
-    dsa_strategy: str | None = flag(None, f"operations joined by _, or None; DSA, DM: {DSA_STRATEGY}")
+    dsa_strategy: str | None = flag(
+        None, f"DSA operations joined by _, or None; default: DSA and DM {DSA_STRATEGY}"
+    )
     align_corners: bool = flag(False, "DSA samples with align_corners (the KRR-ST convention)")
     dis_metric: str = flag("ours", "distance of gradients", choices=tuple(METRICS))
     outer_loop: int | None = flag(None, "image updates per iteration (DC, DSA); default: by ipc", minimum=1)
@@ -124,7 +128,7 @@ class DistillFlags(CellFlags, RunFlags, CommonFlags):
 
     CLoM: bool = flag(False, "add the CLoM loss")
     CLoM_distance: str = flag("ce", "distance of CLoM", choices=DISTANCES)
-    CLoM_ce_form: str = flag("contrastive", "ce as in the paper, or the released code", choices=CE_FORMS)
+    CLoM_ce_form: str = flag("contrastive", "ce as in the paper or in the released code", choices=CE_FORMS)
     alphas: tuple[float, ...] = flag((1000.0,), "weight of CLoM: one, or one per architecture", minimum=0)
 
 

@@ -1,8 +1,7 @@
 """Published numbers of the DC family that could be verified, for the tables to print beside ours.
 
 ConvNet-3 at the data set's own size, test accuracy in % as mean and standard deviation over all
-networks of all experiments. CLoM's own tables were not readable: its rows stay empty and can be
-filled from a file of the user's (`--published FILE`).
+networks of all experiments. CLoM's own rows stay empty: `--published FILE` fills them.
 
 Sources: the readme of the DC, DSA and DM authors; for random images and full data the table of PAD.
 """
@@ -36,11 +35,8 @@ _NUMBERS: dict[tuple[str, str], str] = {
 
 FULL_DATA: dict[str, Number] = {"CIFAR10": (84.8, 0.1), "CIFAR100": (56.2, 0.3), "tinyimagenet": (37.6, 0.4)}
 
-
-def published_numbers() -> Published:
-    """All of them, by (data set, row, ipc)."""
-    return {
-        (dataset, row, str(ipc)): tuple(map(float, text.split()))
-        for (dataset, row), cells in _NUMBERS.items()
-        for ipc, text in zip(_IPCS, cells.split(", "), strict=False)
-    }
+PUBLISHED: Published = {
+    (dataset, row, str(ipc)): tuple(map(float, text.split()))
+    for (dataset, row), cells in _NUMBERS.items()
+    for ipc, text in zip(_IPCS, cells.split(", "), strict=False)
+}

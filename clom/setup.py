@@ -82,10 +82,8 @@ class MatchingSetup(Setup):
         if flags.num_images is not None:
             ipc, rest = divmod(flags.num_images, classes := count_classes(flags))
             if rest:
-                raise UserError(
-                    f"--num_images {flags.num_images}: expected a multiple of the {classes} "
-                    f"classes of {flags.dataset}"
-                )
+                wanted = f"a multiple of the {classes} classes of {flags.dataset}"
+                raise UserError(f"--num_images {flags.num_images}: expected {wanted}")
             flags = dataclasses.replace(flags, ipc=ipc)
         outer, inner = loops(flags.ipc)
         place = flags.save_path if flags.exp_name is None else Path("./results") / flags.exp_name
@@ -168,12 +166,11 @@ class MatchingSetup(Setup):
             networks.append({**entry, "augmentation": {"dsa": recipe.dsa, "dc": recipe.dc}})
         rows = [[r["network"], format_mean_std(r["accuracies"], 4), str(r["n"])] for r in networks]
         print(markdown(["network", "test accuracy", "n"], rows))
-        return {
-            "iterations": flags.Iteration,
-            "experiments": len(done),
-            "networks": networks,
-            "seconds_of_last_start": [r["seconds"] for r in done],
-        }
+        counts, seconds = (
+            dict(iterations=flags.Iteration, experiments=len(done)),
+            [r["seconds"] for r in done],
+        )
+        return dict(**counts, networks=networks, seconds_of_last_start=seconds)
 
     def run_experiment(self, run: RunFolder, experiment: int) -> dict[str, Any]:
         """images, labels (CPU), accuracies after the last iteration, seconds of this start."""
@@ -182,12 +179,9 @@ class MatchingSetup(Setup):
         problem = Problem(self.image_set, self.device, seed, real=self.real, extra=extra)
         plan = Plan(flags.Iteration, flags.print_every, flags.save_every, "iteration", experiment)
         distiller, found = self.distil(run, problem, plan)
-        return {
-            "images": distiller.x_syn.detach().cpu(),
-            "labels": distiller.y_syn.cpu(),
-            "accuracies": found["evaluations"][-1][NetworkObserver.key],
-            "seconds": found["seconds"],
-        }
+        images, labels = distiller.x_syn.detach().cpu(), distiller.y_syn.cpu()
+        accuracies = found["evaluations"][-1][NetworkObserver.key]
+        return dict(images=images, labels=labels, accuracies=accuracies, seconds=found["seconds"])
 
     def observer(self, run: RunFolder, plan: Plan, distiller: Distiller) -> NetworkObserver:
         return NetworkObserver(self, run, plan)

@@ -39,7 +39,7 @@ def find_data_dir(flags: CommonFlags) -> Path:
 
 
 def keeps_meaning_mirrored(flags: CommonFlags) -> bool:
-    """Whether a mirrored picture of the set means the same: the tables know, or its owner."""
+    """Whether a mirrored picture of the set means the same: the tables know, or its meta.json."""
     spec = DC_SPECS.get(flags.dataset) or KRR_SPECS.get(flags.dataset)
     if spec is not None:
         return spec.hflip
@@ -47,10 +47,7 @@ def keeps_meaning_mirrored(flags: CommonFlags) -> bool:
 
 
 def count_classes(flags: CommonFlags) -> int:
-    """Classes of the set: the tables know, or its meta.json, or its labels. Nothing is written.
-
-    A UserError where the set is missing, damaged or without labels.
-    """
+    """Classes of the set, from the table or the set; a UserError without labels. Nothing is written."""
     if flags.dataset in DC_SPECS:
         return DC_SPECS[flags.dataset].num_classes
     data_dir = find_data_dir(flags)

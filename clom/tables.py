@@ -25,7 +25,7 @@ from typing import Any
 
 from clom.config import PREFIX, CellFlags, DistillFlags
 from clom.pool import find_checkpoints
-from clom.published import FULL_DATA, RANDOM, published_numbers
+from clom.published import FULL_DATA, PUBLISHED, RANDOM
 from clom.setup import evaluation_recipe
 from clom.source import find_data_dir, load_data
 from data.prepared import find_spec
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         TablesFlags, argv, prog="python -m clom.tables", description=__doc__, choices={"methods": labelled()}
     )
     check_datasets(flags)
-    published = with_published_file(published_numbers(), flags.published)
+    published = with_published_file(PUBLISHED, flags.published)
     stem, cells = flags.log_dir / "table", spots(flags)
     missing = (lambda: missing_jobs(flags)) if flags.run else None
     _, code = make_table([spot.place(published) for spot in cells], flags.log_dir / RESULTS, stem, missing)
@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def caption(flags: TablesFlags, published: bool) -> str:
-    """What the numbers are."""
+    """What the numbers are; `published` says whether all have a place beside the published ones."""
     text = f"test accuracy in % of {flags.model} after the last iteration and epoch; {NOTE}"
     full = [f"{name} {FULL_DATA[name][0]}" for name in flags.datasets if name in FULL_DATA]
     if not published:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from collections.abc import Callable
@@ -57,16 +58,11 @@ def validate(flags: ValidateFlags) -> int:
     recipe = recipe.override(lr=flags.lr or synthetic.training.lr or TrainingFlags.lr)
     networks = {name: network_factory(name, image_set, device) for name in names}
     folder = Path(flags.save_path) / flags.dataset / f"{flags.method}_{flags.model}_ipc{ipc:g}"
-    settings = {
-        "dataset": flags.dataset,
-        "data": image_set.fingerprint,
-        "size": image_set.size,
-        "training": recipe.record(),
-        "test_every": flags.save_every,
-        "normalized": flags.normalize_data,
-        "synthetic_set": checkpoint.fingerprint(synthetic.images, synthetic.targets),
-        **({"how_to_train": synthetic.training.record()} if synthetic.training else {}),
-    }
+    settings = dict(dataset=flags.dataset, data=image_set.fingerprint, size=image_set.size)
+    settings |= dict(training=recipe.record(), test_every=flags.save_every, normalized=flags.normalize_data)
+    settings |= dict(synthetic_set=checkpoint.fingerprint(synthetic.images, synthetic.targets))
+    if synthetic.training:
+        settings |= dict(how_to_train=synthetic.training.record())
 
     def save(name: str, seed: int, epoch: int, model: nn.Module, accuracy: float) -> None:
         """Write a state dict; the first network's last one also as a pre-trained model."""
@@ -78,24 +74,18 @@ def validate(flags: ValidateFlags) -> int:
             checkpoint.save(state, published / checkpoint_name(flags.dataset, name, epoch, kind))
 
     def score(name: str, seed: int, check: Callable[[], None]) -> dict[str, Any]:
-        given = (networks[name], synthetic, image_set, recipe)
-        tests = dict(
-            test_every=flags.save_every, at_test=partial(save, name, seed) if flags.save_model else None
-        )
+        given, at_test = (networks[name], synthetic, image_set, recipe), partial(save, name, seed)
+        tests = dict(test_every=flags.save_every, at_test=at_test if flags.save_model else None)
         return asdict(score_network(*given, seed=seed, device=device, check=check, **tests))
 
-    tasks = [
-        ({**settings, "network": name, "seed": seed}, partial(score, name, seed))
-        for name in names
-        for seed in range(flags.seed, flags.seed + flags.num_eval)
-    ]
+    def shown(cell: Cell) -> str:
+        return f"{cell['network']}, seed {cell['seed']}: {cell['final']:.4f} after the last epoch"
+
+    each = itertools.product(names, range(flags.seed, flags.seed + flags.num_eval))
+    tasks = [({**settings, "network": name, "seed": seed}, partial(score, name, seed)) for name, seed in each]
+    store = CellStore(Path(flags.save_path) / "results.jsonl")
     with out_of_memory_says(device, "lower --batch_size"):
-        cells = CellStore(Path(flags.save_path) / "results.jsonl").measure_all(
-            tasks,
-            device,
-            lambda c: f"{c['network']}, seed {c['seed']}: {c['final']:.4f} after the last epoch",
-            again=flags.save_model,
-        )
+        cells = store.measure_all(tasks, device, shown, again=flags.save_model)
     summary, table = summarize(cells)
     text = (
         f"{table}\ntest accuracy in [0, 1] after {flags.epochs} epochs, {flags.num_eval} seeds, "

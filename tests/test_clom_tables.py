@@ -17,7 +17,7 @@ from test_cli import fails
 import train_original_models
 from clom import tables
 from clom.config import DistillFlags
-from clom.published import RANDOM, published_numbers
+from clom.published import PUBLISHED, RANDOM
 from clom.tables import (
     VARIANTS,
     TablesFlags,
@@ -97,15 +97,14 @@ def csv_rows():
 
 
 def test_published_numbers_and_their_places():
-    published = published_numbers()
-    assert published["CIFAR10", "DM", "10"] == (48.9, 0.6)
-    assert published["CIFAR100", "DSA", "50"] == (42.8, 0.4)
-    assert published["SVHN", "DC", "1"] == (31.2, 1.4)
-    assert published["tinyimagenet", RANDOM, "50"] == (15.0, 0.4)
-    assert ("CIFAR100", "DC", "50") not in published  # nobody printed it
+    assert PUBLISHED["CIFAR10", "DM", "10"] == (48.9, 0.6)
+    assert PUBLISHED["CIFAR100", "DSA", "50"] == (42.8, 0.4)
+    assert PUBLISHED["SVHN", "DC", "1"] == (31.2, 1.4)
+    assert PUBLISHED["tinyimagenet", RANDOM, "50"] == (15.0, 0.4)
+    assert ("CIFAR100", "DC", "50") not in PUBLISHED  # nobody printed it
     flags = TablesFlags(datasets=("MNIST", "CIFAR10", "CIFAR100"))
     shown = {(s.dataset, s.row, str(s.ipc)) for s in spots(flags)}
-    assert {k for k in published if k[0] in flags.datasets and int(k[2]) <= 50} <= shown
+    assert {k for k in PUBLISHED if k[0] in flags.datasets and int(k[2]) <= 50} <= shown
 
 
 def test_table_without_a_run(workspace, capsys):
@@ -236,7 +235,7 @@ def test_cells_have_the_published_settings():
 
     def settings(method, ipc, dataset="CIFAR10", **changes):
         *_, spot = spots(flags(methods=(method,), ipcs=(ipc,), datasets=(dataset,), **changes))
-        return spot.run.init, spot.run.lr_img, spot.place(published_numbers()).published
+        return spot.run.init, spot.run.lr_img, spot.place(PUBLISHED).published
 
     assert settings("DSA", 1) == ("real", 0.1, (28.8, 0.7))
     assert settings("DC", 1) == ("noise", 0.1, (28.3, 0.5))
@@ -250,7 +249,7 @@ def test_cells_have_the_published_settings():
     assert settings("DM", 10, lr_img=1.0, init="real") == ("real", 1.0, (48.9, 0.6))
     # The images before distillation do not depend on the rate.
     start, *_ = spots(flags(lr_img=2.0))
-    assert start.place(published_numbers()).published == (15.4, 0.3)
+    assert start.place(PUBLISHED).published == (15.4, 0.3)
 
 
 def flags(**changes):
