@@ -94,6 +94,8 @@ def load_hf(name: str) -> Foundation:
     local = folder.is_dir()
     if not local and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise UserError(f"{where}: the folder {folder} does not exist")
+    if local:
+        checkpoint.check_files(folder)
     source = str(folder) if local else name
     options = {"trust_remote_code": False, "local_files_only": local}
     # A config could name an attention kernel that would be fetched from the hub and run.

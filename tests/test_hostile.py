@@ -1,5 +1,6 @@
 """What untrusted files, odd folders and odd numbers meet: one clear line, nothing run, nothing lost."""
 
+import errno
 import json
 import os
 import zipfile
@@ -13,6 +14,7 @@ from torch import nn
 
 import train
 from data.load import load_set
+from data.prepare.sources import SOURCES
 from models.foundation import load_hf
 from utils import checkpoint
 from utils.cli import LARGEST
@@ -74,6 +76,72 @@ def test_an_archive_that_unpacks_to_more_is_not_unpacked(tmp_path):
 def test_numpy_floats_of_old_files(tmp_path):
     torch.save({"accs": [np.float32(0.5), np.float64(0.25)]}, tmp_path / "res.pt")
     assert checkpoint.load(tmp_path / "res.pt")["accs"] == [0.5, 0.25]
+
+
+def test_other_numbers_of_numpy_in_old_files(tmp_path):
+    kinds = (np.float16, np.int64, np.int32, np.uint8, np.bool_, np.complex64)
+    torch.save({"accs": [kind(1) for kind in kinds]}, tmp_path / "res.pt")
+    assert checkpoint.load(tmp_path / "res.pt")["accs"] == [1] * len(kinds)
+
+
+def test_what_numpy_holds_besides_is_said(tmp_path):
+    torch.save({"when": np.datetime64("2024-01-01")}, tmp_path / "res.pt")
+    with pytest.raises(
+        UserError, match=r"res.pt is refused: loading it would run numpy.*DateTime64"
+    ) as caught:
+        checkpoint.load(tmp_path / "res.pt")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_a_folder_of_a_model_with_code_or_pipes(tmp_path):
+    facts = dict(model_type="vit", image_size=8, patch_size=4, hidden_size=8, intermediate_size=8)
+    facts |= dict(num_hidden_layers=1, num_attention_heads=1)
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    torch.save({"weight": print}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load_hf(str(tmp_path))
+    assert "weights_only" not in str(caught.value) and "tensors" in str(caught.value)
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match=r"config.json is not a regular file"):
+        load_hf(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["variants.txt", "images_variant_test.txt"])
+def test_a_pipe_among_the_lists_of_a_raw_set(tmp_path, name):
+    data = tmp_path / "fgvc-aircraft-2013b" / "data"
+    (data / "images").mkdir(parents=True)
+    os.mkfifo(data / name)
+    with pytest.raises(UserError, match=rf"{name} is not a regular file"):
+        SOURCES["aircraft"](tmp_path, False)
+
+
+def test_advice_to_run_what_files_hold_is_not_passed_on(tmp_path):
+    (tmp_path / "MNIST/processed").mkdir(parents=True)
+    for name in ("training.pt", "test.pt"):
+        torch.save(print, tmp_path / "MNIST/processed" / name)
+    with pytest.raises(UserError, match=r"raw MNIST in .* is damaged .*more than tensors") as caught:
+        SOURCES["mnist"](tmp_path, False)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_full_disk_at_the_start(tiny, capsys, monkeypatch, reason):
+    """One line; the lock that could not be written, or is there empty, keeps nobody out."""
+    real = os.open
+
+    def full(path, flags, *args, **named):
+        if str(path).endswith(".lock"):
+            open(path, "w").close()
+            raise OSError(reason, os.strerror(reason), str(path))
+        return real(path, flags, *args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        line = refused(capsys)
+    assert line.startswith("error: cannot write ") and os.strerror(reason) in line
+    assert Path("results/.locks/a.lock").read_bytes() == b"" and not Path("results/a").exists()
+    assert train.main(FLAGS) == 0
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

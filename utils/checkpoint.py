@@ -28,8 +28,7 @@ _SAFE_GLOBALS = [
     (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
     np._core.multiarray.scalar,
     np.dtype,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdFD"},
 ]
 
 
@@ -112,9 +111,11 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
             mapped = mmap and zipfile.is_zipfile(path)  # the older torch format cannot be mapped
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        refused, why = re.search(r"GLOBAL ([\w.]+)", str(error)), "is not a torch file"
+        refused = re.search(r"GLOBAL ([\w.]+)|but got <class '([\w.]+)'", str(error))
+        why = "is not a torch file"
         if refused:
-            why = f"is refused: loading it would run {refused[1]}; expected tensors and plain containers only"
+            name = refused[1] or refused[2]
+            why = f"is refused: loading it would run {name}; expected tensors and plain containers only"
         raise UserError(f"{what} {path} {why}") from None
     except Exception as error:  # the readers below torch.load raise a dozen types on a torn file
         # EINVAL is one of them: a torn file makes a reader seek to an impossible place.
@@ -162,6 +163,14 @@ def check_sums(path: Path | str, *, what: str = "file") -> None:
         raise _damaged(f"{what} {path}", "is damaged", error) from None
     if torn is not None:
         raise UserError(f"{what} {path} is damaged: the checksum of {torn} is wrong")
+
+
+def check_files(folder: Path) -> None:
+    """Raise a UserError for pipes and devices below a folder that another library is going to read."""
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            if path.exists() and not path.is_file():  # reading it would wait forever
+                raise UserError(f"{path} is not a regular file")
 
 
 def load_tensor(path: Path | str, *, what: str = "tensor file", mmap: bool = False) -> torch.Tensor:

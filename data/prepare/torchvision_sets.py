@@ -12,7 +12,8 @@ import numpy as np
 from torchvision import datasets
 
 from data.prepare.raw import Part, Source, check_data_files, file_source, require_pictures
-from utils.errors import UserError
+from utils.checkpoint import check_files
+from utils.errors import UserError, message
 
 
 @dataclass(frozen=True)
@@ -53,31 +54,32 @@ class TorchvisionSet:
 
     def _open(self, root: Path, options: dict[str, Any], download: bool) -> Any:
         """Torchvision's object; whatever it raises becomes one line."""
+        check_files(root / self.inside if (root / self.inside).is_dir() else root)
         try:
             return self.build(root, **options, download=download)
         except MemoryError:
             raise
         except Exception as error:  # torchvision raises all sorts, down to AssertionError
             check_data_files(root)
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(message(error).split()) or type(error).__name__
             by_hand = f"give the folder that holds {self.inside} with --raw PATH"
             offline = isinstance(error, urllib.error.URLError | ConnectionError | TimeoutError)
             if offline or (download and "downloading" in reason):
                 reason = getattr(error, "reason", reason)
-                message = f"cannot fetch {self.name} ({reason}); try again later, or {by_hand}"
+                text = f"cannot fetch {self.name} ({reason}); try again later, or {by_hand}"
             elif download:
-                message = (
+                text = (
                     f"cannot fetch and unpack {self.name} into {root} ({reason}); delete what is there "
                     f"and try again, or {by_hand}"
                 )
             elif "not found" in reason:
-                message = (
+                text = (
                     f"no raw {self.name} in {root}, or it is incomplete: fetch (or unpack) it with "
                     f"--download, or {by_hand}"
                 )
             else:
-                message = f"raw {self.name} in {root} is damaged ({reason})"
-            raise UserError(message) from None
+                text = f"raw {self.name} in {root} is damaged ({reason})"
+            raise UserError(text) from None
 
 
 def _array_part(dataset: Any) -> Part:

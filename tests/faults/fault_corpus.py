@@ -135,6 +135,6 @@ def judge(code: object, lines: list[str], expected: list[str], changed: list[str
         return f"expected one line that begins with error: {lines}"
     if not any(word in lines[0] for word in expected):
         return f"expected one of {expected} in: {lines[0]}"
-    if "Traceback" in lines[0]:
+    if "Traceback" in lines[0] or "weights_only" in lines[0]:
         return lines[0]
     return f"written: {changed}" if changed else None

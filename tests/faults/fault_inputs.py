@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from fault_commands import COMMANDS, NET, write_cifar10, write_pictures, write_tiny
 from fault_corpus import Case
-from fault_damage import JSON_FILE, TORCH_FILE, store, write
+from fault_damage import JSON_FILE, PAYLOADS, TORCH_FILE, store, write
 
 from data.specs import Stats
 from data.synthetic import SyntheticSet
@@ -254,6 +254,10 @@ def train_cases() -> Iterator[Case]:
     yield Case("train.py", f"{GOING_ON} --outer_lr 0.5", "another run's folder", words=(RUN,))
 
 
+_VIT = dict(model_type="vit", image_size=8, patch_size=4, hidden_size=8, intermediate_size=8)
+_VIT |= dict(num_hidden_layers=1, num_attention_heads=1)
+
+
 def hugging_face_cases() -> Iterator[Case]:
     """Folders for --target_model hf: and weights for torchvision:."""
     flags = f"{TRAIN} --target_model hf:./model"
@@ -276,12 +280,18 @@ def hugging_face_cases() -> Iterator[Case]:
         "unknown kind": make(config_json='{"model_type": "zzz"}'),
         "code of its own": make(config_json=json.dumps(evil), evil_py=code),
     }
+    vit = json.dumps(_VIT)
+    configs["pipe"] = lambda path: path.mkdir() or os.mkfifo(path / "config.json")
+    configs["weights that are code"] = lambda path: (
+        make(config_json=vit)(path),
+        torch.save(PAYLOADS["system"](), path / "pytorch_model.bin"),
+    )
     for name, damage in configs.items():
 
         def place(path: Path, damage: object = damage) -> None:
             damage(path.parent / "model")
 
-        yield Case("train.py", flags, name, "file", place, ("hf:./model",))
+        yield Case("train.py", flags, name, "file", place, ("hf:./model", "model/config.json"))
     yield from over(
         "train.py",
         f"{TRAIN} --target_model torchvision:resnet18 --target_ckpt weights.pt",
@@ -344,6 +354,8 @@ def evaluation_cases() -> Iterator[Case]:
         ("--shots", "0"),
         ("--shots", "-1"),
         ("--shots", "all_ten"),
+        ("--shots 1 --label_fraction 0.5", "--label_fraction"),
+        ("--pre_iteration 3", "--pre_epoch"),
         ("--shots", "_"),
         ("--label_fraction", "0"),
         ("--label_fraction", "1.1"),

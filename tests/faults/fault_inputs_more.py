@@ -407,6 +407,27 @@ def prepare_cases() -> Iterator[Case]:
     }
     medical = "--data_name pathmnist --raw empty --size 8 --workers 1"
     yield from over("data.prepare", medical, "empty", arrays, guards="--raw", words=("pathmnist", "labels"))
+    text = {"variants.txt": "a", "images_variant_trainval.txt": "1 a", "images_variant_test.txt": "2 a"}
+    for name in text:
+
+        def aircraft(path: Path, odd: str = name) -> None:
+            data = path / "fgvc-aircraft-2013b/data"
+            (data / "images").mkdir(parents=True)
+            for file, content in text.items():
+                pipe(data / file) if file == odd else (data / file).write_text(content)
+
+        flags = "--data_name aircraft --raw empty --size 8"
+        yield Case("data.prepare", flags, f"{name} is a pipe", "empty", aircraft, (name,))
+
+    def legacy_mnist(path: Path) -> None:
+        (path / "MNIST/processed").mkdir(parents=True)
+        for file in ("training.pt", "test.pt"):
+            torch.save(PAYLOADS["system"](), path / "MNIST/processed" / file)
+
+    flags = "--data_name mnist --raw empty --size 28"
+    yield Case(
+        "data.prepare", flags, "code in MNIST's files of before", "empty", legacy_mnist, ("MNIST",), "--raw"
+    )
     for name, inner in {"batches": "cifar-10-batches-py", "archive": "cifar-10-python.tar.gz"}.items():
 
         def evil(path: Path, inner: str = inner) -> None:
