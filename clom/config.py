@@ -172,9 +172,7 @@ class ValidateFlags(TrainingFlags):
     """Flags of validate.py."""
 
     method: str = flag("DC", "distiller of the set: names the default path and the results")
-    ipc: int | None = flag(
-        None, "images per class of the set, checked against it; default: what it holds", minimum=1
-    )
+    ipc: int | None = flag(None, "images per class, which the set must hold; default: any", minimum=1)
     synthesis_data_path: Path | None = flag(
         None,
         "res_*.pt, a folder with x_syn.pt and y_syn.pt, a .safetensors file, a PNG folder, or a "
@@ -184,12 +182,7 @@ class ValidateFlags(TrainingFlags):
     eval_mode: str | None = flag(None, "networks (see models); default: only --model", choices=EVAL_MODES)
     num_eval: int = flag(3, "networks with different seeds, for mean and std", minimum=1)
     epochs: int = same_flag(TrainingFlags, "epochs", default=1000)
-    lr: float | None = same_flag(
-        TrainingFlags,
-        "lr",
-        default=None,
-        help="learning rate; default: the step size that was learned with the set, else 0.01",
-    )
+    lr: float | None = flag(None, "learning rate; default: the one learned with the set, else 0.01", above=0)
     weight_decay: float = same_flag(TrainingFlags, "weight_decay", default=5e-4)
     lr_decay_step: str = same_flag(TrainingFlags, "lr_decay_step", default="500")
     save_every: int = flag(50, "epochs between tests, and checkpoints", minimum=1)

@@ -12,7 +12,7 @@ import torch
 
 from clom.config import DistillFlags, default_run_folder, loops, pair_pool, result_name
 from clom.loss import CLoM
-from clom.plugin import RealFeatures, load_pool, pool_fingerprint
+from clom.pool import RealFeatures, load_pool, pool_fingerprint
 from clom.source import (
     count_classes,
     keeps_meaning_mirrored,

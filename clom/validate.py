@@ -38,9 +38,8 @@ def validate(flags: ValidateFlags) -> int:
     or synthetic set, or one of another size than --ipc says.
     """
     check_strategy(flags.dsa_strategy)
-    recipe = flags.recipe().override(
-        dsa=flags.dsa_strategy if flags.dsa else "none", align_corners=flags.align_corners
-    )
+    dsa = flags.dsa_strategy if flags.dsa else "none"
+    recipe = flags.recipe().override(dsa=dsa, align_corners=flags.align_corners)
     names = [flags.model] if flags.eval_mode is None else eval_pool(flags.eval_mode, flags.model)
     print(json.dumps(cli.as_json(flags), indent=2))
     device, gpus = resolve_gpus(flags.device, flags.gpu_id, flags.multigpu)
@@ -103,14 +102,12 @@ def synthetic_path(flags: ValidateFlags) -> Path:
         name = result_name(flags.method, flags.dataset, flags.model, flags.ipc or 1)
         folder = Path("./condensed") / flags.dataset / flags.method
         found = sorted(folder.glob(f"*/{name}"))
-        if not found:
+        if len(found) != 1:
+            shown = ", ".join(map(str, found)) or "none"
+            way = "" if found else f", or make it with: {set_command(flags)}"
             raise UserError(
-                f"looked for {folder}/*/{name} and found none; give --synthesis_data_path, or make it "
-                f"with: {set_command(flags)}"
+                f"looked for {folder}/*/{name} and found {shown}; give --synthesis_data_path{way}"
             )
-        if len(found) > 1:
-            shown = ", ".join(map(str, found))
-            raise UserError(f"looked for {folder}/*/{name} and found {shown}; give --synthesis_data_path")
         return found[0]
     if any((path / mark).exists() for mark in ("x_syn.pt", "labels.csv")):
         return path
@@ -131,10 +128,8 @@ def set_command(flags: ValidateFlags) -> str:
 def load_synthetic(path: Path, image_set: ImageSet, experiment: int = 0) -> SyntheticSet:
     """Read a set of any form and check that it fits the data set.
 
-    A set without stored statistics is taken to be in the data set's normalised space.
-
-    Raises:
-        UserError: unreadable, or channels, size, labels or targets that do not fit.
+    A set without stored statistics is taken to be in the data set's normalised space. A UserError where
+    it cannot be read, or its channels, size, labels or targets do not fit.
     """
     bare = detect_form(path) == "png" and not (path / "meta.json").exists()
     stats = image_set.stats if bare else None

@@ -15,7 +15,7 @@ from clom.dc import GradientMatching
 from clom.dm import DistributionMatching, embed_real
 from clom.loss import CLoM
 from clom.matching import gradient_distance
-from clom.plugin import RealFeatures
+from clom.pool import RealFeatures
 from clom.setup import MatchingSetup, NetworkObserver, evaluation_recipe
 from data.augment.dsa import diff_augment
 from data.load import load_set

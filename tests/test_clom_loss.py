@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from clom.loss import CLoM, ModelPool, clom_ce, clom_ce_mean, clom_cosine
-from clom.plugin import RealFeatures
+from clom.pool import RealFeatures
 from data.real_data import RealImages
 from data.specs import Stats
 from models import get_network

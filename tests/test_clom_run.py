@@ -7,7 +7,7 @@ import torch
 from conftest import read_log, write_set
 
 from clom.config import DistillFlags
-from clom.plugin import RealFeatures
+from clom.pool import RealFeatures
 from clom.setup import NetworkObserver
 from data.load import load_set
 from distillation.run import run_method
