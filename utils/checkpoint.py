@@ -55,6 +55,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
             temporary.replace(path)
+            _sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -68,6 +69,16 @@ def _remove_left_overs(path: Path) -> None:
     for name in os.listdir(path.parent):
         if pattern.fullmatch(name) and is_left_over(path.parent / name):
             (path.parent / name).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names that files have taken outlast a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_atomic(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
