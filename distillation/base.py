@@ -79,10 +79,15 @@ class Distiller:
     def begin(self) -> None:
         """Do what comes once, before the first step of a new run."""
 
+    def images(self) -> Tensor:
+        """The set's images (m, C, H, W) as networks see them."""
+        return self.x_syn
+
     def synthetic(self) -> SyntheticSet:
         """The set as it is now, in the source's normalised space: what is evaluated and written."""
         whitening = self.problem.whitening
-        images = self.x_syn if whitening is None else whitening.undo(self.x_syn.detach())
+        images = self.images().detach()
+        images = images if whitening is None else whitening.undo(images)
         return SyntheticSet(images, self.y_syn, training=TrainingSettings(whitening=whitening))
 
     def monitor(self) -> Monitor | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distillation.one_set import FeatureFlags
+from distillation.one_set import ZCA, ClassFlags, FeatureFlags
 from evaluation.epochs import EpochFlags
 from evaluation.target import TARGET_CKPT, TARGET_MODEL
 from utils.cli import SEED, DeviceFlags, flag, same_flag
@@ -97,6 +97,40 @@ class TrainFlags(FeatureFlags):
     pre_batch_size: int = flag(256, "batch of pre-training", minimum=1)
     pre_lr: float = flag(0.1, "learning rate of pre-training", above=0)
     pre_wd: float = flag(1e-3, "weight decay of pre-training", minimum=0)
+
+
+@dataclass(frozen=True)
+class FRePoFlags(ClassFlags):
+    """Flags of FRePo."""
+
+    outer_iteration: int = same_flag(ClassFlags, "outer_iteration", default=500000)
+    eval_every: int = same_flag(ClassFlags, "eval_every", default=50000)
+    outer_batch_size: int = flag(1024, "real images an outer step", minimum=1)
+    outer_lr: float = flag(3e-4, "learning rate of LAMB, falls to a tenth by a cosine", above=0)
+    learn_label: bool | None = flag(None, "learn the label vectors; default: yes")
+    use_flip: bool | None = flag(None, "mirrored copies of the set join the kernel; default: as published")
+    zca: bool | None = flag(None, ZCA)
+    num_models: int = same_flag(TrainFlags, "num_models")
+    online_opt: str = same_flag(TrainFlags, "online_opt", default="adam")
+    online_iteration: int = same_flag(TrainFlags, "online_iteration", default=100)
+    online_lr: float = same_flag(TrainFlags, "online_lr", default=3e-4)
+    online_wd: float = same_flag(TrainFlags, "online_wd", default=0.0)
+
+
+@dataclass(frozen=True)
+class KIPFlags(ClassFlags):
+    """Flags of KIP by random features."""
+
+    outer_batch_size: int = flag(1280, "real images per batch of an outer step", minimum=1)
+    num_batches: int = flag(4, "such batches an outer step", minimum=1)
+    num_models: int = flag(8, "random networks that estimate the kernel, new at every step", minimum=1)
+    outer_lr: float = flag(1e-3, "learning rate of the images (AdaBelief)", above=0)
+    outer_lr_y: float | None = flag(None, "of the label vectors; default: that of the images", above=0)
+    lr_transform: float = flag(5e-5, "of a linear map of all images; 0: none", minimum=0)
+    learn_label: bool | None = flag(None, "learn the label vectors; default: yes")
+    platt: bool = flag(False, "cross-entropy with a learned temperature, in place of the squared error")
+    lr_temperature: float = flag(1e-2, "learning rate of its logarithm", above=0)
+    zca: bool | None = flag(None, ZCA)
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,19 @@ def krr_predict(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-
     f_real, f_syn, y_syn = (t.to(dtype) for t in (f_real, f_syn, y_syn))
     with torch.autocast(f_syn.device.type, enabled=False):
         # <(f, 1), (g, 1)> = <f, g> + 1: the constant column without copying the features.
-        k_rs = f_real @ f_syn.mT + 1.0  # (b, m)
-        k_ss = f_syn @ f_syn.mT + 1.0  # (m, m)
-        lam = ridge * k_ss.detach().diagonal().sum()
-        exact = _solve_dtype(f_syn)
-        eye = torch.eye(len(f_syn), dtype=exact, device=f_syn.device)
-        weights = _SpdSolve.apply(k_ss.to(exact) + lam.to(exact) * eye, y_syn.to(exact))  # (m, D)
-        return k_rs @ weights.to(dtype)
+        return kernel_predict(f_real @ f_syn.mT + 1.0, f_syn @ f_syn.mT + 1.0, y_syn, ridge)
+
+
+def kernel_predict(k_rs: Tensor, k_ss: Tensor, y_syn: Tensor, ridge: float) -> Tensor:
+    """K_rs (K_ss + λI)⁻¹ Y_s with λ = ridge · trace(K_ss) without gradient; the solve is in float64.
+
+    Kernels (b, m) and (m, m), y_syn (m, D), all of one dtype; the result is (b, D).
+    """
+    lam = ridge * k_ss.detach().diagonal().sum()
+    exact = _solve_dtype(k_ss)
+    eye = torch.eye(len(k_ss), dtype=exact, device=k_ss.device)
+    weights = _SpdSolve.apply(k_ss.to(exact) + lam.to(exact) * eye, y_syn.to(exact))  # (m, D)
+    return k_rs @ weights.to(k_rs.dtype)
 
 
 def krr_loss(f_real: Tensor, y_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-6) -> Tensor:

@@ -46,6 +46,7 @@ class ModelPool:
         reset: a key of RESET_AGE.
         precision: of the networks in training.
         compile: whether their passes in training are compiled.
+        criterion: of their training, on outputs and targets.
 
     Raises:
         UserError: an unknown reset policy.
@@ -63,10 +64,11 @@ class ModelPool:
         reset: str = "paper",
         precision: str = "fp32",
         compile: bool = False,
+        criterion: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
     ) -> None:
         self._make_network, self.max_steps, self.generator = make_network, max_steps, generator
         self._age_after_reset = pick(RESET_AGE, reset, "pool_reset")
-        self.precision = precision
+        self.precision, self._criterion = precision, criterion
         self._forward = compiled(lambda model, x: model(x), compile)
         self.slots = [Slot(*make_network(draw_seed(generator))) for _ in range(size)]
 
@@ -75,6 +77,11 @@ class ModelPool:
         for slot in tqdm(self.slots, desc="model pool", disable=None if progress else True, leave=False):
             age = int(torch.randint(1, max(2, self.max_steps), (1,), generator=self.generator))
             self._train(slot, x_syn, y_syn, age)
+
+    def spread_ages(self) -> None:
+        """Let the untrained networks be replaced one after another: FRePo's start."""
+        for number, slot in enumerate(self.slots):
+            slot.age = number * self.max_steps // len(self.slots)
 
     def aged_copies(self, seed: int, ages: Sequence[int], x_syn: Tensor, y_syn: Tensor) -> list[nn.Module]:
         """One network outside of the pool at rising ages, frozen, in eval mode.
@@ -94,7 +101,7 @@ class ModelPool:
         return slot
 
     def update(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
-        """One SGD step on MSE(f(x_syn), y_syn), or a new network in place of one that took T."""
+        """One step of training on the set, or a new network in place of one that took T."""
         if slot.age < self.max_steps:
             self._train(slot, x_syn, y_syn, slot.age + 1)
             return
@@ -110,7 +117,7 @@ class ModelPool:
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with autocast(self.precision, x.device):
             outputs = self._forward(model, x)
-        return F.mse_loss(outputs.float(), y)
+        return self._criterion(outputs.float(), y)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: weights, optimisers, ages, generator."""

@@ -7,9 +7,10 @@ from clom.dc import GradientMatching
 from clom.dm import DistributionMatching
 from clom.setup import MatchingSetup
 from distillation.run import Method
-from krr_st.config import RECIPES, TrainFlags
+from krr_st import frepo, kip
+from krr_st.config import RECIPES, FRePoFlags, KIPFlags, TrainFlags
 from krr_st.krr_st import KRRST
-from krr_st.setup import KRRSTSetup
+from krr_st.setup import KernelSetup, KRRSTSetup
 from trajectory.mkdt import MKDT, MKDTFlags
 from trajectory.mtt import MTT, MTTFlags
 from trajectory.setup import TrajectorySetup
@@ -26,6 +27,22 @@ ROWS = (
         "kernel ridge regression to self-supervised targets (ICLR 2024)",
         recipes=RECIPES,
         labels="features",
+    ),
+    Method(
+        "FRePo",
+        frepo.FRePo,
+        KernelSetup,
+        FRePoFlags,
+        "kernel ridge regression on trained features to class labels (NeurIPS 2022)",
+        published=frepo.published,
+    ),
+    Method(
+        "KIP",
+        kip.KIP,
+        KernelSetup,
+        KIPFlags,
+        "kernel regression with random features: RFAD (NeurIPS 2022), after KIP",
+        published=kip.published,
     ),
     Method("DC", GradientMatching, MatchingSetup, DistillFlags, "gradient matching (ICLR 2021)", _MATCHING),
     Method(

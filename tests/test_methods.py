@@ -14,7 +14,7 @@ import train
 from clom.config import DistillFlags
 from distillation.base import Distiller, RunFlags
 from distillation.run import Setup
-from krr_st.config import TrainFlags
+from krr_st.config import FRePoFlags, KIPFlags, TrainFlags
 from methods import METHODS, find_method
 from trajectory.mkdt import MKDTFlags
 from trajectory.mtt import MTTFlags
@@ -37,6 +37,14 @@ SMALL = {
     TrainFlags: (
         f"--target_model {NET} --train_model {NET} --num_models 2 --online_iteration 3 "
         "--outer_batch_size 16 --eval_every 3 --pre_epoch 1 --test_iteration 1"
+    ),
+    FRePoFlags: (
+        f"--train_model {NET} --num_models 2 --online_iteration 3 --outer_batch_size 16 --eval_every 3 "
+        "--pre_iteration 2"
+    ),
+    KIPFlags: (
+        "--train_model convnet_4_none --num_models 2 --num_batches 2 --outer_batch_size 8 --eval_every 3 "
+        "--pre_iteration 2 --platt"
     ),
     DistillFlags: (
         "--model ConvNetD1 --batch_real 4 --num_eval 1 --epoch_eval_train 1 --eval_interval 3 "

@@ -88,9 +88,9 @@ def test_decay_of_adam_is_decoupled():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(UserError, match="adam, adamw, lars, sgd"):
+    with pytest.raises(UserError, match="adam, adamw, lamb, lars, sgd"):
         make_optimizer("rmsprop", [parameter([1.0])], lr=1)
-    with pytest.raises(UserError, match="constant, cosine, linear, tenth_at_half"):
+    with pytest.raises(UserError, match="constant, cosine, cosine_to_tenth, linear, tenth_at_half"):
         make_schedule("step", make_optimizer("sgd", [parameter([1.0])], lr=1), 10)
 
 

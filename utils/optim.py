@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -52,6 +52,83 @@ class LARS(torch.optim.Optimizer):
                 p.sub_(buffer, alpha=group["lr"])
 
 
+class LAMB(torch.optim.Optimizer):
+    """Adam whose step is scaled per tensor by ‖w‖ / ‖step + decay·w‖, 1 where either is zero.
+
+    Source: You et al., "Large Batch Optimization for Deep Learning", arXiv 1904.00962, alg. 2.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = _loss_of(closure)
+        for group, p, state, (m, v) in _moments(self):
+            first, second = group["betas"]
+            m.lerp_(p.grad, 1 - first)
+            v.mul_(second).addcmul_(p.grad, p.grad, value=1 - second)
+            m_hat, v_hat = m / (1 - first ** state["step"]), v / (1 - second ** state["step"])
+            update = (m_hat / (v_hat.sqrt() + group["eps"])).add(p, alpha=group["weight_decay"])
+            weight, size = p.norm(), update.norm()
+            ratio = torch.where((weight > 0) & (size > 0), weight / size.clamp_min(1e-30), 1.0)
+            p.sub_(update * ratio, alpha=group["lr"])
+        return loss
+
+
+class AdaBelief(torch.optim.Optimizer):
+    """Adam with the variance of the gradient about its running mean in place of its square.
+
+    Source: Zhuang et al., "AdaBelief Optimizer", arXiv 2010.07468, alg. 2.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-16
+    ) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = _loss_of(closure)
+        for group, p, state, (m, s) in _moments(self):
+            first, second = group["betas"]
+            m.lerp_(p.grad, 1 - first)
+            deviation = p.grad - m
+            s.mul_(second).addcmul_(deviation, deviation, value=1 - second).add_(group["eps"])
+            m_hat, s_hat = m / (1 - first ** state["step"]), s / (1 - second ** state["step"])
+            p.addcdiv_(m_hat, s_hat.sqrt().add_(group["eps"]), value=-group["lr"])
+        return loss
+
+
+def _loss_of(closure: Callable[[], Any] | None) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor, dict, tuple[Tensor, Tensor]]]:
+    """(group, parameter, its state, its two running moments), its step counted."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = optimizer.state[p]
+            if not state:
+                state |= {"step": 0, "first": torch.zeros_like(p), "second": torch.zeros_like(p)}
+            state["step"] += 1
+            yield group, p, state, (state["first"], state["second"])
+
+
 def _fused(params: list[Any]) -> bool | None:
     """One kernel for all tensors on CUDA; elsewhere torch's own choice."""
     tensors = [t for p in params for t in (p["params"] if isinstance(p, dict) else [p])]
@@ -66,7 +143,11 @@ def _sgd(params: list[Any], lr: float, momentum: float, wd: float) -> torch.opti
     return torch.optim.SGD(params, lr, momentum, weight_decay=wd, fused=_fused(params))
 
 
-OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "lars": LARS}
+def _lamb(params: list[Any], lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
+    return LAMB(params, lr, weight_decay=wd)
+
+
+OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "lars": LARS, "lamb": _lamb}
 
 
 def make_optimizer(
@@ -90,6 +171,7 @@ SCHEDULES: dict[str, Callable[[int, int, int], float]] = {
     "constant": lambda step, steps, warmup: 1.0,
     "linear": lambda step, steps, warmup: 1.0 + (1e-3 - 1.0) * min(step / steps, 1.0),
     "cosine": _cosine,
+    "cosine_to_tenth": lambda step, steps, warmup: 0.1 + 0.9 * _cosine(step, steps, warmup),
     "tenth_at_half": lambda step, steps, warmup: 1.0 if step < steps // 2 else 0.1,
 }
 
