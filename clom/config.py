@@ -79,13 +79,13 @@ class CellFlags(SourceFlags):
     )
     model_num: int = flag(1, "pre-trained models of each architecture", minimum=1)
     epoch: int = flag(150, "their epoch", minimum=0)
-    source_dataset: str | None = flag(None, "what they were trained on; default: dataset")
+    source_dataset: str | None = flag(None, "data set they were trained on; default: dataset")
     pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the pre-trained models")
     CLoM_batch_size: int = flag(8196, "real images of CLoM per step", minimum=1)
     CLoM_teacher_stats: str = flag(
         "own",
-        "normalise images for them as in their training (own), or as those of dataset, which the released "
-        "code does (target); hf: models: own",
+        "how images for them are normalised: as in their training (own), or as dataset, like the released "
+        "code (target); always own for hf: models",
         choices=TEACHER_STATS,
     )
 
@@ -120,7 +120,7 @@ class DistillFlags(CellFlags, RunFlags, CommonFlags):
     )
     print_every: int = same_flag(RunFlags, "print_every", default=10, help="iterations between log lines")
     resume: bool = how(
-        False, "insist on resuming (a run that is there is resumed in any case)", instead_of="overwrite"
+        False, "stop if there is no run to resume (an existing one is always resumed)", instead_of="overwrite"
     )
     export: str | None = how(
         None, "also write x_syn.pt, y_syn.pt for the KRR-ST tables, e.g. synthetic_data/{source}/{method}"
@@ -144,7 +144,7 @@ class TrainingFlags(CommonFlags):
     weight_decay: float = flag(0.005, "weight decay", minimum=0)
     lr_decay_step: str = flag("50,100", "epochs after which the rate falls to a tenth")
     seed: int | None = how(None, "seed; default: drawn and printed", minimum=0, also=("random_seed",))
-    multigpu: str | None = how(None, "GPUs that share each batch, such as 0,1; wins over --gpu")
+    multigpu: str | None = how(None, "GPUs that share each batch, such as 0,1; overrides --gpu")
     pretrained_path: Path = how(Path("./pretrained_model"), "folder of the models")
 
     def recipe(self) -> Recipe:
@@ -164,7 +164,7 @@ class OriginalFlags(TrainingFlags):
     num: int = how(1, "networks to train", minimum=1)
     save_every: int = how(1, "epochs between checkpoints", minimum=1)
     tensorboard: bool = how(False, TENSORBOARD)
-    resume: bool = how(False, "count networks that these flags have finished towards num")
+    resume: bool = how(False, "count finished networks of the same flags towards num")
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,12 @@ class ValidateFlags(TrainingFlags):
     lr: float | None = flag(None, "learning rate; default: the one learned with the set, else 0.01", above=0)
     weight_decay: float = same_flag(TrainingFlags, "weight_decay", default=5e-4)
     lr_decay_step: str = same_flag(TrainingFlags, "lr_decay_step", default="500")
-    save_every: int = flag(50, "epochs between tests, and checkpoints", minimum=1)
+    save_every: int = flag(50, "epochs between tests and checkpoints", minimum=1)
     dsa: bool = flag(False, "train with DSA")
     dsa_strategy: str = flag(DSA_STRATEGY, "DSA operations joined by _")
     align_corners: bool = same_flag(DistillFlags, "align_corners")
     save_model: bool = flag(
-        False, "save the networks at each test in save_path, the first one's last in pretrained_path, too"
+        False, "save networks at each test in save_path; the last of the first one also in pretrained_path"
     )
     save_path: Path = flag(Path("./test_log/validate"), "where results are written")
     seed: int = flag(0, "seed of the first network; the next ones add 1", also=("random_seed",), **SEED)

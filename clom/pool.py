@@ -1,4 +1,4 @@
-"""CLoM's pre-trained models, as they lie on disk, and what they make of images."""
+"""CLoM's pre-trained models, read from disk, and their features of real images."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ def source_space(path: Path, dataset: str) -> tuple[Space, int]:
         raise UserError(f"{config} is damaged; expected what train_original_models.py writes") from None
     if dataset not in DC_SPECS:
         known = ", ".join(sorted(DC_SPECS))
-        raise UserError(f"the image size of {dataset} is unknown: it is not in {config}, nor one of {known}")
+        missing = f"{config} does not give it, and {dataset} is none of {known}"
+        raise UserError(f"the image size of {dataset} is unknown: {missing}")
     spec = DC_SPECS[dataset]
     size = spec.sizes[0]
     return Space.of(spec.stats[size], (size, size)), spec.num_classes

@@ -45,7 +45,7 @@ from utils.table import format_mean_std, markdown, mean_std
 
 
 def evaluation_recipe(method: Method, flags: DistillFlags, network: str) -> Recipe:
-    """How an evaluation trains a network; with the older augmentation where DC is published so."""
+    """How an evaluation trains a network: with DSA, or with DC's older augmentation (`dc_strategy`)."""
     dsa = flags.dsa_strategy
     dc = "none" if method.augments else dc_strategy(flags.dataset, network)
     recipe = dc_evaluation(flags.epoch_eval_train, flags.lr_net, flags.batch_train, dsa=dsa, dc=dc)

@@ -29,7 +29,7 @@ def set_folder(dataset: str) -> str:
 
 
 def find_data_dir(flags: CommonFlags) -> Path:
-    """The parent of the set's folder: around or at --data_path, else ./data/[dataset] or ./datasets."""
+    """The folder that holds the set's own: --data_path or its parent, else ./data/[dataset] or ./datasets."""
     folder, spec = set_folder(flags.dataset), DC_SPECS.get(flags.dataset)
     places = [Path("./data") / flags.dataset, Path("./datasets")]
     if flags.data_path is not None:

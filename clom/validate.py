@@ -63,7 +63,7 @@ def validate(flags: ValidateFlags) -> int:
     if synthetic.training:
         settings |= dict(how_to_train=synthetic.training.record())
 
-    def save(name: str, seed: int, epoch: int, model: nn.Module, accuracy: float) -> None:
+    def save(name: str, seed: int, epoch: int, model: nn.Module) -> None:
         """Write a state dict; the first network's last one also as a pre-trained model."""
         state = {k: v.cpu() for k, v in model.state_dict().items()}
         checkpoint.save(state, folder / f"{name}_seed{seed}_epoch{epoch}.pth")

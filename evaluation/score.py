@@ -35,15 +35,14 @@ def score_network(
     seed: int,
     device: torch.device,
     test_every: int | None = None,
-    at_test: Callable[[int, nn.Module, float], None] | None = None,
+    at_test: Callable[[int, nn.Module], None] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Score:
     """Train the network `new_network(seed)` on a set and test it on real images.
 
     The synthetic images are normalised as `image_set.stats` says, with class indices or vectors
     (m, K), the largest entry the class's. Every `test_every` epochs (None: only after the last) the
-    network is tested and `at_test` called with (epoch, network, accuracy); `check` may raise after
-    each step.
+    network is tested and `at_test` called with (epoch, network); `check` may raise after each step.
     """
     network = new_network(derive_seed(seed, "network"))
     generator = make_generator(seed, "training")
@@ -57,7 +56,7 @@ def score_network(
         tests.append((share_correct(network, image_set, device), epoch))
         network.prepare = None
         if at_test is not None:
-            at_test(epoch, network, tests[-1][0])
+            at_test(epoch, network)
     best, best_epoch = max(tests, key=lambda test: test[0])
     return Score(tests[-1][0], best, best_epoch, trainer.window.mean())
 
