@@ -155,15 +155,17 @@ _FEATURES = Recipe("mse", "sgd", 0.1, 1e-3, "constant", 256, epochs=1000)
 SCRATCH = "scratch"  # no pre-training
 RANDOM_FEATURES = "random_features"
 GAUSSIAN = "gaussian"
+SELECTIONS = ("kmeans", "herding", "high_loss")  # of real images; each with labels or with features
 
 PRETRAIN: dict[str, Recipe] = {
-    **dict.fromkeys(("random", "kmeans", "dc", "dsa", "dm", "mtt"), _LABELS),
+    **dict.fromkeys(("random", *SELECTIONS, "dc", "dsa", "dm", "mtt"), _LABELS),
     **dict.fromkeys(("kip", "frepo"), _VECTORS),
-    **dict.fromkeys(("krr_st", "mkdt", RANDOM_FEATURES, "kmeans_features", GAUSSIAN), _FEATURES),
+    **dict.fromkeys(("krr_st", "mkdt", RANDOM_FEATURES, GAUSSIAN), _FEATURES),
+    **dict.fromkeys((f"{name}_features" for name in SELECTIONS), _FEATURES),
 }
 
 # Of these, sets of chosen or drawn images: `python -m krr_st.baselines` makes them.
-BASELINES = ("random", "kmeans", RANDOM_FEATURES, "kmeans_features", GAUSSIAN)
+BASELINES = ("random", *SELECTIONS, RANDOM_FEATURES, *(f"{name}_features" for name in SELECTIONS), GAUSSIAN)
 MATCHING = ("dc", "dsa", "dm")  # sets of several experiments, of which `--export` writes the first
 
 # Distillation from a teacher (Table 4), on the synthetic images of a method or on plain noise; the

@@ -73,8 +73,8 @@ class PretrainFlags:
     source_data_name: str = flag("tinyimagenet", "source: sets the image size and base network")
     method: str = flag(
         "krr_st",
-        "whose synthetic set: random, kmeans, dc, dsa, dm, mtt, kip, frepo, krr_st, mkdt, "
-        "random_features, kmeans_features, gaussian (in test_kd.py fresh noise, no set), in "
+        "whose synthetic set: random, kmeans, herding, high_loss, each also with _features, dc, dsa, dm, "
+        "mtt, kip, frepo, krr_st, mkdt, gaussian (in test_kd.py fresh noise, no set), in "
         "test_kd.py scratch (random_features without pre-training); it decides the recipe",
     )
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "folder that holds {source}/{method}/")

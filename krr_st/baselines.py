@@ -3,12 +3,15 @@
     python -m krr_st.baselines --method random_features --data_name digits --num_images 20
 
 random: real images with class labels, class-balanced. random_features: real images with the target
-model's features, what every KRR-ST result has to beat. kmeans, kmeans_features: the real image
-nearest to each k-means centre, with labels or features. gaussian: N(0, 1) noise with features.
+model's features, what every KRR-ST result has to beat. Of the other choices there are two forms each,
+NAME with labels (class by class, but for k-means) and NAME_features: kmeans, the real image nearest to
+each k-means centre; herding, the images whose mean is nearest to that of all; high_loss, those with the
+largest loss early in training (MKDT's start). gaussian: N(0, 1) noise with features.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,15 +23,24 @@ from torch import Tensor, nn
 from data.augment import normalize, to_float
 from data.load import ImageSet, load_set
 from data.synthetic import SyntheticSet
-from distillation.selection import balanced_indices, kmeans_indices, random_indices
+from distillation.selection import (
+    balanced_indices,
+    early_losses,
+    herding_indices,
+    kmeans_indices,
+    per_class,
+    random_indices,
+)
 from evaluation.fit import outputs
 from evaluation.presets import resolve_preset
+from evaluation.recipes import Recipe
 from evaluation.target import load_target
 from krr_st.config import BaselineFlags
+from models import get_model
 from utils import cli
-from utils.device import resolve_device
+from utils.device import place, resolve_device
 from utils.errors import UserError, entry_point, pick
-from utils.seed import derive_seed, make_generator, resolve_seed
+from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,9 @@ class Request:
 
     image_set: ImageSet
     count: int
-    space: str
+    space: str  # of distances
+    student: str  # network whose losses count
+    students: int
     seed: int
     device: torch.device
     target: Callable[[], nn.Module]  # loaded only where it is needed
@@ -47,8 +61,8 @@ class Request:
         train = self.image_set.train
         if train.labels is None:
             raise UserError(
-                f"{train.path.parent} has no labels; use a method with features: "
-                "random_features or kmeans_features"
+                f"{train.path.parent} has no labels; use a method with features: random_features, "
+                "kmeans_features, herding_features or high_loss_features"
             )
         return train.labels
 
@@ -62,13 +76,29 @@ class Request:
         """Normalised images and the target model's features of them."""
         return x, torch.cat([self.target()(chunk) for chunk in x.split(256)])
 
-    def centres(self) -> Tensor:
-        """Indices by k-means, in pixel space or in the target model's feature space."""
+    def points(self) -> Tensor:
+        """What distances are measured between: pixels, or the target model's features."""
         if self.space == "pixel":
-            points = to_float(self.image_set.train.images)
-        else:
-            points = outputs(self.target(), self.image_set.train.images, self.image_set, self.device)
-        return kmeans_indices(points, self.count, derive_seed(self.seed, "kmeans"))
+            return to_float(self.image_set.train.images)
+        return outputs(self.target(), self.image_set.train.images, self.image_set, self.device).float()
+
+    def centres(self) -> Tensor:
+        """Indices by k-means."""
+        return kmeans_indices(self.points(), self.count, derive_seed(self.seed, "kmeans"))
+
+    def losses(self, targets: Tensor) -> Tensor:
+        """Of each training image after an epoch of MKDT's experts, with labels or features as targets."""
+        width, loss = self.image_set.num_classes, "cross_entropy"
+        if targets.is_floating_point():
+            width, loss = targets.shape[1], "mse"
+        recipe = Recipe(loss, "sgd", 0.1, 1e-4, "constant", 256, epochs=1)
+
+        def network(seed: int) -> nn.Module:
+            with local_seed(seed):
+                return place(get_model(self.student, self.image_set.img_shape, width), self.device)
+
+        seeds = [derive_seed(self.seed, "student", n) for n in range(self.students)]
+        return early_losses(network, self.image_set, targets, recipe, seeds, self.device)
 
 
 def _random(request: Request) -> tuple[Tensor, Tensor]:
@@ -92,6 +122,32 @@ def _kmeans_features(request: Request) -> tuple[Tensor, Tensor]:
     return request.with_features(request.images(request.centres()))
 
 
+def _herding(request: Request) -> tuple[Tensor, Tensor]:
+    labels, points = request.labels(), request.points()
+    index = per_class(
+        labels, request.count, lambda mine, count: herding_indices(points[mine.to(points.device)], count)
+    )
+    return request.images(index), labels[index]
+
+
+def _herding_features(request: Request) -> tuple[Tensor, Tensor]:
+    return request.with_features(request.images(herding_indices(request.points(), request.count)))
+
+
+def _high_loss(request: Request) -> tuple[Tensor, Tensor]:
+    labels = request.labels()
+    losses = request.losses(labels)
+    index = per_class(labels, request.count, lambda mine, count: losses[mine].topk(count).indices)
+    return request.images(index), labels[index]
+
+
+def _high_loss_features(request: Request) -> tuple[Tensor, Tensor]:
+    images, image_set = request.image_set.train.images, request.image_set
+    features = outputs(request.target(), images, image_set, request.device).float()
+    index = request.losses(features).topk(request.count).indices
+    return request.with_features(request.images(index))
+
+
 def _gaussian(request: Request) -> tuple[Tensor, Tensor]:
     shape = (request.count, *request.image_set.img_shape)
     x = torch.randn(shape, generator=make_generator(request.seed, "gaussian"))
@@ -103,6 +159,10 @@ BASELINES: dict[str, Callable[[Request], tuple[Tensor, Tensor]]] = {
     "random_features": _random_features,
     "kmeans": _kmeans,
     "kmeans_features": _kmeans_features,
+    "herding": _herding,
+    "herding_features": _herding_features,
+    "high_loss": _high_loss,
+    "high_loss_features": _high_loss_features,
     "gaussian": _gaussian,
 }
 
@@ -123,11 +183,16 @@ def main(argv: list[str] | None = None) -> int:
         )
     name = flags.target_model or preset.target_model
 
+    @functools.cache
     def target() -> nn.Module:
         where = dict(data_name=flags.data_name, data_dir=flags.data_dir)
         return load_target(name, flags.target_ckpt, image_set, device, **where)
 
-    x, y = make(Request(image_set, count, flags.kmeans_space, seed, device, target))
+    student = flags.student or preset.network
+    get_model(student, image_set.img_shape)  # an unknown name fails now
+    x, y = make(
+        Request(image_set, count, flags.kmeans_space, student, flags.num_students, seed, device, target)
+    )
     folder = Path(flags.synthetic_data_dir) / flags.data_name / flags.method
     info = {"method": flags.method, "seed": seed}
     SyntheticSet(x, y, image_set.stats, flags.data_name, info).save(folder)

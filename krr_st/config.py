@@ -161,13 +161,17 @@ class BaselineFlags(DeviceFlags):
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
     seed: int | None = flag(0, "seed of the draw", **SEED, identity=False)
-    method: str = flag("random", "random, random_features, kmeans, kmeans_features or gaussian")
+    method: str = flag(
+        "random", "random, kmeans, herding or high_loss, each also with _features; or gaussian"
+    )
     data_name: str = flag("cifar100", "source data set")
     img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
     num_images: int | None = flag(None, "images in the set; default: preset", minimum=1)
     kmeans_space: str = flag(
-        "feature", "where distances are measured for k-means", choices=("pixel", "feature")
+        "feature", "where distances are measured for k-means and herding", choices=("pixel", "feature")
     )
+    student: str | None = flag(None, "network whose losses count for high_loss; default: preset")
+    num_students: int = flag(3, "such networks, over which losses are averaged", minimum=1)
     target_model: str | None = flag(None, TARGET_MODEL)
     target_ckpt: Path | None = flag(None, TARGET_CKPT)
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "where the set is written")

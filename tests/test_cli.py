@@ -141,17 +141,22 @@ def test_baselines(tiny):
         "random_features": (6, 8),
         "kmeans": (6,),
         "kmeans_features": (6, 8),
+        "herding": (6,),
+        "herding_features": (6, 8),
+        "high_loss": (6,),
+        "high_loss_features": (6, 8),
         "gaussian": (6, 8),
     }.items():
-        argv = [*common, "--method", method, "--num_images", "6"]
+        argv = [*common, "--method", method, "--num_images", "6", "--student", NET]
         assert baselines.main(argv) == 0
         folder = tiny / "synthetic_data" / "tiny" / method
         x, y = torch.load(folder / "x_syn.pt"), torch.load(folder / "y_syn.pt")
         assert x.shape == (6, 3, 8, 8) and y.shape == shape
         assert baselines.main(argv) == 0
         assert torch.equal(torch.load(folder / "x_syn.pt"), x)  # the default seed repeats
-    labels = torch.load(tiny / "synthetic_data" / "tiny" / "random" / "y_syn.pt")
-    assert sorted(labels.bincount(minlength=4).tolist()) == [1, 1, 2, 2]  # balanced
+    for method in ("random", "herding", "high_loss"):
+        labels = torch.load(tiny / "synthetic_data" / "tiny" / method / "y_syn.pt")
+        assert sorted(labels.bincount(minlength=4).tolist()) == [1, 1, 2, 2]  # balanced
 
 
 def test_random_features_are_the_targets_features(tiny):
