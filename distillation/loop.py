@@ -120,8 +120,8 @@ def run_loop(distiller: Distiller, run: Run, observer: Observer, plan: Plan) -> 
             done, rate = step + 1, distiller.rate()
             try:
                 losses = distiller.step()
-            except UserError as error:  # the training of a network diverged
-                raise UserError(f"{plan.label}, {unit} {done}: {error}") from None
+            except UserError as error:  # the training of a network diverged, or a process was lost
+                raise type(error)(f"{plan.label}, {unit} {done}: {error}") from None
             guard.check(sum(losses.values()), done)
             for name, window in windows.items():
                 window.add(losses[name])

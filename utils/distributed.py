@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from utils.errors import LostProcess
+from utils.memory import is_out_of_memory
+
 # The other ranks wait while the first one evaluates, which takes far longer than the default.
 _PATIENCE = timedelta(hours=12)
 
@@ -32,7 +35,8 @@ class Group(NamedTuple):
         if self.ranks == 1:
             return
         flat = torch.cat([t.reshape(-1) for t in tensors])  # one message instead of several
-        dist.all_reduce(flat)
+        with _all_there():
+            dist.all_reduce(flat)
         flat /= self.ranks
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
@@ -42,8 +46,22 @@ class Group(NamedTuple):
         if self.ranks == 1:
             return [value]
         values: list[Any] = [None] * self.ranks
-        dist.all_gather_object(values, value)
+        with _all_there():
+            dist.all_gather_object(values, value)
         return values
+
+
+@contextlib.contextmanager
+def _all_there() -> Iterator[None]:
+    """Within the block a broken connection means that another process was killed, or gave up."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo and NCCL raise it, or classes of their own below it
+        if is_out_of_memory(error):
+            raise
+        raise LostProcess(
+            "another process of this run has ended; the last save is kept, the same command resumes from it"
+        ) from None
 
 
 def _launched() -> bool:

@@ -17,6 +17,10 @@ class UserError(ValueError):
     """Bad input: the message is one line that names the file or flag and what was expected."""
 
 
+class LostProcess(UserError):
+    """Another process of the same run has ended: each that is left says so."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (message(error).splitlines() or [type(error).__name__])[0]
@@ -39,16 +43,18 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2.
 
     A run that was asked to stop exits with 128 + the signal's number. Of several processes under
-    torchrun only the first prints.
+    torchrun only the first prints, unless another one was lost.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
+        speaks = os.environ.get("RANK", "0") == "0"
         try:
             with terminable():
                 return main(argv) or 0
         except UserError as error:
             code, line = 2, f"error: {' '.join(str(error).split())}"
+            speaks = speaks or isinstance(error, LostProcess)
         except OSError as error:  # a name too long, a full disk, a folder that may not be read
             if error.strerror is None:
                 raise
@@ -57,7 +63,7 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
             code, line = stopped.exit_code, str(stopped)
         except KeyboardInterrupt:
             code, line = 130, "interrupted"
-        if os.environ.get("RANK", "0") == "0":
+        if speaks:
             print(line, file=sys.stderr)
         return code
 
