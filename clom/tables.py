@@ -253,12 +253,18 @@ def teacher_fingerprints(run: DistillFlags) -> list[str]:
             found.append(name)
         else:
             paths = find_checkpoints(*source, name, run.epoch, run.model_num)
-            found += [_digest(path, path.stat().st_mtime) for path in paths]
+            found += [_digest(path, _version(path)) for path in paths]
     return found
 
 
+def _version(path: Path) -> tuple[int, ...]:
+    """What tells a file from the one that it replaced, though a clock was set back in between."""
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+
+
 @functools.cache
-def _digest(path: Path, changed: float) -> str:
+def _digest(path: Path, version: tuple[int, ...]) -> str:
     return checkpoint.state_fingerprint(checkpoint.load_state(path, what="pre-trained model"))
 
 
