@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NET, write_set
+from conftest import NET, write_set, write_target
 from test_stop import CODES, COMMANDS, inputs, signal_at  # noqa: F401
 
+import train
 from clom.pool import checkpoint_name
 from data.specs import DC_SPECS
+from methods import find_method
 from models import get_network
+from trajectory import experts
 from utils import checkpoint
 from utils.seed import local_seed
 
@@ -154,3 +157,37 @@ def test_a_run_of_before_is_resumed_unchecked(inputs, monkeypatch, capsys):  # n
     capsys.readouterr()
     assert command.main(flags) == 0
     assert "resuming after step 5 of 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["mtt", "mkdt"])
+def test_other_experts_are_noticed(workspace, monkeypatch, capsys, method):
+    write_set("datasets", "tiny")
+    write_target()
+    shared = (
+        f"--data_name tiny --img_size 8 --train_model convnet_4_in --device cpu --seed 0 --target_model {NET}"
+    )
+    targets = "classes" if method == "mtt" else "features"
+    made = (
+        f"{shared} --targets {targets} --train_epochs 3 --num_experts 2 --batch_train 16 --buffer_dir experts"
+    )
+    assert experts.main(made.split()) == 0
+    if method == "mtt":
+        shared = shared.replace(f" --target_model {NET}", "")
+    argv = (
+        f"--method {method} {shared} --num_images 8 --outer_iteration 3 --syn_steps 2 --expert_epochs 1 "
+        "--max_start_epoch 2 --pre_epoch 1 --save_every 1 --buffer_dir experts --exp_name run"
+    ).split()
+    with monkeypatch.context() as patch:
+        signal_at(patch, find_method(method).distiller, "step", signal.SIGTERM, call=2)
+        assert train.main(argv) == CODES[signal.SIGTERM]
+    path = Path("experts/replay_buffer_1.pt")
+    kept = path.read_bytes()
+    trajectories = torch.load(path)
+    trajectories[0][1][0] = trajectories[0][1][0] * 1.01
+    torch.save(trajectories, path)
+    capsys.readouterr()
+    assert train.main(argv) == 2
+    assert "began with another set of experts" in capsys.readouterr().err
+    path.write_bytes(kept)
+    assert train.main(argv) == 0
+    assert "resuming after step 2 of 3" in capsys.readouterr().out

@@ -19,6 +19,7 @@ from trajectory import experts
 from trajectory.base import TrajectoryFlags
 from trajectory.experts import ExpertFlags, Experts, default_network, expert_files, make_experts
 from trajectory.published import published
+from utils.checkpoint import files_fingerprint
 from utils.distributed import Group
 from utils.errors import UserError
 from utils.run_folder import FollowedRun, RunFolder
@@ -73,6 +74,13 @@ class TrajectorySetup(SetSetup):
                     f"--buffer_dir {folder} has {known.last} epochs, {needed} are needed: lower "
                     f"--max_start_epoch {flags.max_start_epoch} or --expert_epochs {flags.expert_epochs}"
                 )
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Beside those of every run the experts, unless this run is going to make them."""
+        if self.missing is not None:
+            return super().inputs
+        return super().inputs | {"set of experts": files_fingerprint(expert_files(self.flags.buffer_dir))}
 
     def run(self, run: RunFolder | FollowedRun) -> dict[str, Any]:
         """Train experts if there are none yet, then distil."""

@@ -11,7 +11,7 @@ import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -244,3 +244,24 @@ def fingerprint(*tensors: torch.Tensor) -> str:
 def state_fingerprint(state: Mapping[str, torch.Tensor]) -> str:
     """`fingerprint` of the tensors of a state dict, by name: which weights a result belongs to."""
     return fingerprint(*(state[key] for key in sorted(state)))
+
+
+def files_fingerprint(paths: Iterable[Path]) -> str:
+    """A digest of the contents of torch files, by the checksums that they hold: they may be large.
+
+    Files in PyTorch's older format hold none and are read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        if not zipfile.is_zipfile(path):
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            continue
+        try:
+            with zipfile.ZipFile(path) as archive:
+                entries = [(e.filename.partition("/")[2], e.file_size, e.CRC) for e in archive.infolist()]
+        except Exception as error:  # zipfile raises half a dozen types on a damaged header
+            raise _damaged(f"file {path}", "is damaged", error) from None
+        digest.update(repr(entries).encode())
+    return digest.hexdigest()[:16]
