@@ -162,7 +162,9 @@ def _check_images(images: Tensor, path: Path, size: int, channels: int | None) -
         raise UserError(f"{path} has dtype {images.dtype}, expected uint8 or float32")
     for chunk in images.split(4096):
         low, high = chunk.aminmax()
-        if not (low >= -1e-3 and high <= 1 + 1e-3):  # also refuses NaN
+        if not (low.isfinite() and high.isfinite()):
+            raise UserError(f"{path} holds non-finite pixels, expected float32 in [0, 1]")
+        if low < -1e-3 or high > 1 + 1e-3:
             raise UserError(f"{path} holds pixels from {low:.3g} to {high:.3g}, expected float32 in [0, 1]")
 
 

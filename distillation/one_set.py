@@ -62,7 +62,7 @@ class SetFlags(RunFlags):
 
     pre_opt: str | None = _of_method("optimiser of a network on the set", choices=("sgd", "adam"))
     pre_epoch: int | None = _of_method("its epochs", minimum=1)
-    pre_iteration: int | None = _of_method("its steps, in place of epochs", minimum=1)
+    pre_iteration: int | None = _of_method("its steps, in place of epochs", minimum=1, instead_of="pre_epoch")
     pre_batch_size: int | None = _of_method("its batch", minimum=1)
     pre_lr: float | None = _of_method("its learning rate", above=0)
     pre_wd: float | None = _of_method("its weight decay", minimum=0)

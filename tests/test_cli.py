@@ -400,6 +400,8 @@ EXCLUSIVE = [
     ("train", "--method dm --ipc 2 --num_images 40"),
     ("train", "--method dc --exp_name run --save_path here"),
     ("train", "--method dsa --resume --overwrite"),
+    ("train", "--method krr_st --pre_epoch 3 --pre_iteration 3"),
+    ("train", "--method mtt --pre_iteration 3 --pre_epoch 3"),
     ("data.prepare.__main__", "--check cifar10 --from_folder pictures"),
 ]
 
