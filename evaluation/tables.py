@@ -123,7 +123,7 @@ class Job:
     """One piece of work; jobs of equal names are never run at the same time."""
 
     name: str
-    cost: float  # expected work in any unit, for the order and the time left
+    cost: float  # expected floating-point operations, for the order and the time left
     run: Callable[[], object]  # a UserError means that it cannot be done here
 
 
@@ -151,7 +151,8 @@ def run_missing(missing: Callable[[], list[Job]], claims: Claims) -> list[str]:
             tried.add(name)
             left = sum(j.cost for j in free) * spent / done / (1 + len(elsewhere)) if done else None
             shown = "" if left is None else f", about {duration(left)} left"
-            print(f"\n[{len(tried)}/{len(tried) + len(jobs) - 1}] {name}{shown}", flush=True)
+            size = f" ({job.cost:.1e} operations)" if job.cost else ""
+            print(f"\n[{len(tried)}/{len(tried) + len(jobs) - 1}] {name}{size}{shown}", flush=True)
             began = time.perf_counter()
             try:
                 job.run()

@@ -61,6 +61,11 @@ class KRRST(Distiller):
         self._embed_real = SplitBatches(lambda x, model: embed(model, x))
         self._batches = None
 
+    @classmethod
+    def cost(cls, flags: TrainFlags, classes: int) -> float:
+        """Real images through the target model and a network; the set forward, back, and in training."""
+        return 2 * flags.outer_batch_size + 6 * flags.num_images
+
     def begin(self) -> None:
         """Train each network of the pool to an age of its own."""
         self.pool.warm_up(self.x_syn.detach(), self.y_syn.detach(), progress=self.problem.group.first)

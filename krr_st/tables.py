@@ -2,7 +2,8 @@
 
 Collects finished cells of test.py, test_scratch.py and test_kd.py from {log_dir}/results.jsonl into
 Markdown, CSV and LaTeX, ours beside the published numbers. Cells that were not run show as a dash;
-with --run they are run first, cheapest first, and a restart skips what is finished. The same
+with --run they are run first, cheapest first, and a restart skips what is finished. What a row needs
+and is not there, its synthetic set or the target model of the source, is made before it. The same
 command in several shells or under torchrun (`torchrun --nproc_per_node 4 -m -- krr_st.tables ...`),
 on one node or several, shares the work.
 """
@@ -15,16 +16,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import krr_st.baselines
+import krr_st.target
+from data.specs import KRR_SPECS
 from data.synthetic import SyntheticSet
+from distillation.one_set import SetFlags
+from distillation.run import Method, resolved, run_method
 from evaluation.kd import KD_BN, Distillation, KdFlags
 from evaluation.measure import Cell, read_cells
 from evaluation.presets import FULL_TARGETS, PRESETS
 from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, finetune_recipe, pretrain_recipe
 from evaluation.tables import NOTE, Entry, Job, Place, make_table, with_published_file
+from evaluation.target import resolve_checkpoint
 from evaluation.transfer import ScratchFlags, TestFlags, Transfer
-from krr_st.config import shared_flags
+from krr_st.config import TargetFlags, TrainFlags, shared_flags
 from krr_st.published import PROBE_CELLS, PROBE_TABLES, PROBE_TARGETS
+from methods import METHODS
 from models import get_model
 from utils import cli, flops
 from utils.checkpoint import fingerprint
@@ -56,6 +66,8 @@ _TABLE_2 = tuple(m for m in _TABLE_1 if m != "kip")
 _FIVE = ("base", "vgg", "alexnet", "mobilenet", "resnet10")
 _FINE_GRAINED = ("aircraft", "cars", "cub2011", "dogs", "flowers")
 # Images that are only looked at, per target: a test split, or training features as well.
+_SOURCE_IMAGES = 50000  # of a training split, in estimates
+_KRR_ST_RATES = {"tinyimagenet": 1e-5, "imagenet": 1e-5, "imagenette": 1e-5}  # elsewhere 1e-4
 _MEASURED = {"finetune": 10000, "kd": 20000, "probe": 60000}
 
 
@@ -100,8 +112,112 @@ LAYOUTS: dict[str, Layout] = {
 }
 for _name in PROBE_TABLES:
     _, _source, _percent = _name.split("_")
-    _methods = (*_EXTRA, "krr_st", "mkdt")
+    _methods = (*_EXTRA, "high_loss_features", "krr_st", "mkdt")
     LAYOUTS[_name] = Layout(_source, _methods, ("base",), PROBE_TARGETS, "probe", int(_percent) / 100, 20)
+
+
+class Sets:
+    """The synthetic sets of a source and its target model: which are missing, and jobs that make them."""
+
+    def __init__(self, flags: TablesFlags, source: str) -> None:
+        self.flags, self.source, self.preset = flags, source, PRESETS[source]
+
+    def path(self, method: str) -> Path:
+        """Where test.py looks for a method's set."""
+        return self.flags.synthetic_data_dir / self.source / method
+
+    def is_missing(self, method: str) -> bool:
+        """No set is there, or one of a shortened distillation where longer ones are wanted."""
+        if not (self.path(method) / "x_syn.pt").exists():
+            return True
+        try:
+            made = SyntheticSet.load(self.path(method)).info.get("steps_scale", 1.0)
+        except UserError:  # damaged: whoever measures it says so
+            return False
+        return made < self.flags.steps_scale
+
+    def job(self, method: str) -> Job | None:
+        """What makes a missing set, or first the target model that it needs; None: it is there."""
+        if not self.is_missing(method):
+            return None
+        row, network = METHODS.get(method), self.preset.network
+        featured = row.labels == "features" if row else method not in ("random", "high_loss")
+        model, target = self.preset.target_model, functools.partial(_command, krr_st.target)
+        path = resolve_checkpoint(model, None, self.source)
+        if featured and path is not None and not path.exists():
+            images = _SOURCE_IMAGES * TargetFlags.epochs * 6  # two views, a training step each
+            argv = self._argv(target_model=model, epochs=self._scaled(TargetFlags.epochs))
+            cost = images * forward_flops(network, self.preset.size) * self.flags.steps_scale
+            return Job(f"{self.source}: target model", cost, functools.partial(target, argv))
+        name = f"{self.source}: set of {method}"
+        if row is None:
+            argv = self._argv(method=method, synthetic_data_dir=self.flags.synthetic_data_dir)
+            images = _SOURCE_IMAGES * (10 if "high_loss" in method else 1)  # three students, or one look
+            cost = float(images * forward_flops(network, self.preset.size))
+            return Job(name, cost, functools.partial(_command, krr_st.baselines, argv))
+        try:
+            cost = self.cost(row)
+        except UserError:  # the job will say it
+            cost = 0.0
+        return Job(name, cost, functools.partial(self.distil, row))
+
+    def _scaled(self, length: int) -> int:
+        return max(1, round(self.flags.steps_scale * length))
+
+    def _argv(self, **more: Any) -> list[str]:
+        """Flags of a command for this source."""
+        flags = self.flags
+        given = dict(data_name=self.source, data_dir=flags.data_dir, img_size=self.preset.size, **more)
+        given |= dict(seed=flags.seed, gpu_id=local_gpu(flags.gpu_id), device=flags.device)
+        return [part for k, v in given.items() if v is not None for part in (f"--{k}", str(v))]
+
+    def folder(self, row: Method) -> Path:
+        """The run folder of a distillation."""
+        name = f"{self.source}_{row.name.lower()}_{self.flags.steps_scale:g}"
+        return self.flags.log_dir / "sets" / name
+
+    def run_flags(self, row: Method) -> Any:
+        """Published flags of a method's run; evaluated once, at its end.
+
+        Raises:
+            UserError: missing data, or flags that do not fit.
+        """
+        flags, folder = self.flags, self.folder(row)
+        given = dict(method=row.name, seed=flags.seed, device=flags.device, gpu_id=local_gpu(flags.gpu_id))
+        given |= dict(img_size=self.preset.size, num_images=self.preset.num_images)
+        if issubclass(row.flags, SetFlags):
+            given |= dict(data_name=self.source, data_dir=flags.data_dir)
+            given |= dict(save_dir=folder.parent, exp_name=folder.name)
+            length, every = "outer_iteration", "eval_every"
+        else:
+            given |= dict(dataset=self.source, data_path=flags.data_dir, save_path=folder)
+            given |= dict(export=str(folder / "pair"), num_eval=1, epoch_eval_train=0)
+            length, every = "Iteration", "eval_interval"
+        if row.flags is TrainFlags:
+            given["outer_lr"] = _KRR_ST_RATES.get(self.source, 1e-4)
+        steps = self._scaled(getattr(resolved(row, row.flags(**given)), length))
+        return row.flags(**given, **{length: steps, every: steps})
+
+    def cost(self, row: Method) -> float:
+        """Operations of a distillation."""
+        flags = resolved(row, self.run_flags(row))
+        steps = flags.outer_iteration if issubclass(row.flags, SetFlags) else flags.Iteration
+        classes = KRR_SPECS[self.source].num_classes
+        image = forward_flops(self.preset.network, self.preset.size)
+        return steps * row.distiller.cost(flags, classes) * image
+
+    def distil(self, row: Method) -> None:
+        """Run the method, or resume it, and put its set where test.py looks for it."""
+        run_method(row, self.run_flags(row))
+        folder = self.folder(row)
+        pair = folder if issubclass(row.flags, SetFlags) else folder / "pair"
+        made, facts = SyntheticSet.load(pair), {"method": row.name, "steps_scale": self.flags.steps_scale}
+        replace(made, info={**made.info, **facts}).save(self.path(row.name.lower()))
+
+
+def _command(module: ModuleType, argv: list[str]) -> None:
+    """A command in this process; its errors are raised."""
+    module.main.__wrapped__(argv)
 
 
 class KernelTable:
@@ -117,14 +233,24 @@ class KernelTable:
         self.published = with_published_file(PROBE_CELLS, flags.published)
         self.results = flags.log_dir / "results.jsonl"
 
+    @property
+    def sets(self) -> Sets:
+        """Those of the layout's source."""
+        return Sets(self.flags, self.layout.source)
+
+    def owner(self, method: str) -> str | None:
+        """Whose synthetic set a row is measured with, if any."""
+        kd = self.layout.protocol == "kd"
+        if method == SCRATCH:  # distillation without pre-training uses real images
+            return RANDOM_FEATURES if kd else None
+        return None if kd and method == GAUSSIAN else method
+
     def present_sets(self) -> dict[str, str]:
         """Method -> the fingerprint that cells of its synthetic set carry, where there is one."""
         layout, found = self.layout, {}
         for method in layout.methods:
-            # Distillation without pre-training uses real images.
-            owner = RANDOM_FEATURES if method == SCRATCH and layout.protocol == "kd" else method
             with contextlib.suppress(UserError):  # none, or a damaged one: its job will say so
-                synthetic = SyntheticSet.load(self.flags.synthetic_data_dir / layout.source / owner)
+                synthetic = SyntheticSet.load(self.sets.path(self.owner(method) or method))
                 found[method] = fingerprint(synthetic.images, synthetic.targets)
         return found
 
@@ -160,7 +286,8 @@ class KernelTable:
     def missing_jobs(self) -> list[Job]:
         """One job for each method and network whose targets lack some of `num_test` seeds.
 
-        Cells of a synthetic set that has been replaced since do not count.
+        Where its synthetic set is missing, what makes that stands in its place. Cells of a set that has
+        been replaced since do not count.
         """
         flags, layout, sets = self.flags, self.layout, self.present_sets()
         cells = [
@@ -175,14 +302,21 @@ class KernelTable:
             if len(place.choose(cells)) < flags.num_test:
                 lacking.setdefault((method, model), []).append(target)
         budget = "" if layout.fraction is None else f" {100 * layout.fraction:g} % of labels"
-        return [
-            Job(
+        jobs = [
+            self.set_job(method)
+            or Job(
                 f"{layout.source} {layout.protocol}{budget}: {method}, {layout.network(model)}",
                 self.cost(method, model, targets),
                 functools.partial(self.run_job, method, model, targets),
             )
             for (method, model), targets in lacking.items()
         ]
+        return list({job.name: job for job in jobs}.values())
+
+    def set_job(self, method: str) -> Job | None:
+        """What makes the synthetic set of a row; None: it is there, or none is needed."""
+        owner = self.owner(method)
+        return owner and self.sets.job(owner)
 
     def cost(self, method: str, model: str, targets: Sequence[str]) -> float:
         """Operations of a job: three forward passes per trained image, one per measured one."""

@@ -42,7 +42,7 @@ BELOW = {
 
 
 # Commands inside packages: they may use everything, and no package imports them.
-COMMANDS = ("clom/tables.py", "krr_st/study.py")
+COMMANDS = ("clom/tables.py", "krr_st/study.py", "krr_st/tables.py")
 
 
 def sources():

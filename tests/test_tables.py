@@ -3,13 +3,16 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import NET, write_set, write_target
 
+from data.synthetic import SyntheticSet
 from evaluation.measure import CellStore, read_cells
-from evaluation.presets import FULL_TARGETS
+from evaluation.presets import FULL_TARGETS, PRESETS, Preset
 from evaluation.recipes import pretrain_recipe
 from evaluation.tables import run_missing, with_published_file
 from evaluation.transfer import TestFlags, load_pretraining
@@ -123,7 +126,7 @@ def test_published_numbers_of_the_probe():
     assert published["probe_cifar10_1", "random_features", "cifar10"] == (38.25, 0.69)
     assert published["probe_cifar100_5", "krr_st", "flowers"] == (4.85, 0.75)
     assert published["probe_tinyimagenet_5", "mkdt", "tinyimagenet"] == (13.47, 0.35)
-    assert len(published) == 5 * 3 * 7
+    assert len(published) == 5 * 3 * 7 + 3 + 7
     tables_of_all = {name: KernelTable(TablesFlags(table=name)).places() for name in LAYOUTS}
     shown = {(name, p.row, p.column) for name, ps in tables_of_all.items() for p in ps}
     assert published.keys() <= shown
@@ -242,7 +245,9 @@ def test_jobs_that_cannot_run_are_no_success(workspace, capsys):
     """Nothing is prepared here: every job of the table fails, and the command says so."""
     argv = ["--table", "probe_cifar10_1", "--device", "cpu", "--num_test", "1"]
     assert tables.main([*argv, "--run"]) == 1
-    assert "4 of the missing jobs could not be run" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 of the missing jobs could not be run" in printed
+    assert "cifar10: target model" in printed  # which the other rows wait for
     assert tables.main(argv) == 0  # a look at what is there
 
 
@@ -265,6 +270,7 @@ def stand_in(monkeypatch):
 
     def put(function):
         monkeypatch.setattr(KernelTable, "run_job", lambda self, *job: function(*job))
+        monkeypatch.setattr(KernelTable, "set_job", lambda self, method: None)
 
     return put
 
@@ -303,7 +309,8 @@ def test_costs_of_distillation_and_probe():
     assert cost(probe, "krr_st", "base", ("cifar10", "dogs"), 1) == untrained + twenty_epochs
 
 
-def test_shortened_cells_do_not_stand_for_whole_ones(log):
+def test_shortened_cells_do_not_stand_for_whole_ones(log, stand_in):
+    stand_in(lambda *job: None)
     folder = log(*(cell("scratch", t, 0, 1.0, steps_scale=0.1) for t in ("cifar10", "dogs")))
     names = [j.name for j in table_of(LAYOUT, log_dir=folder, num_test=1).missing_jobs()]
     assert len(names) == 4
@@ -407,3 +414,59 @@ def test_full_targets_are_known_sets():
 
     assert {t for row in FULL_TARGETS.values() for t in row} <= set(KRR_SPECS)
     assert torch.get_num_threads() == 1  # see conftest
+
+
+# ------------------------------------------------------------------ sets that are missing
+
+
+@pytest.fixture
+def small_source(workspace, monkeypatch):
+    """cifar10 at 8 pixels with the smallest networks."""
+    write_set("datasets", "cifar10", train=60, test=20, classes=10)
+    monkeypatch.setitem(PRESETS, "cifar10", Preset(8, 20, NET, NET))
+    return workspace
+
+
+def test_rows_from_nothing(small_source, capsys):
+    """The target model first, then the sets, then the measurements; a second call has nothing to do."""
+    methods = ("scratch", "random", "random_features", "high_loss_features", "frepo", "dm", "krr_st")
+    layout = Layout("cifar10", methods, ("base",), ("cifar10",), "probe", 0.5, 1)
+    table = table_of(layout, log_dir=Path("log"), num_test=1, steps_scale=1e-5, device="cpu")
+    assert run_all(table) == []
+    printed = capsys.readouterr().out
+    order = [line.split("] ")[1].split(" (")[0] for line in printed.splitlines() if line.startswith("[")]
+    measured = [f"cifar10 probe 50 % of labels: {method}, {NET}" for method in methods]
+    made = [f"cifar10: set of {method}" for method in methods[1:]]
+    assert sorted(order) == sorted([*measured, *made, "cifar10: target model"])
+    for method in methods[1:]:
+        if method not in ("random", "frepo", "dm"):
+            assert order.index("cifar10: target model") < order.index(f"cifar10: set of {method}")
+        assert order.index(f"cifar10: set of {method}") < order.index(measured[methods.index(method)])
+    assert printed.count("operations)") == len(order)
+    assert len(collect(layout, read_cells("log/results.jsonl"), log_dir=Path("log"))) == len(methods)
+    assert table.missing_jobs() == []
+    frepo = SyntheticSet.load("synthetic_data/cifar10/frepo")
+    assert frepo.training.whitening is not None and frepo.info["steps_scale"] == 1e-5
+    assert SyntheticSet.load("synthetic_data/cifar10/dm").targets.bincount().tolist() == [2] * 10
+
+
+def test_a_set_of_a_shortened_distillation_does_not_stand_for_a_whole_one(small_source):
+    sets = KernelTable(TablesFlags(table="probe_cifar10_1", steps_scale=0.5)).sets
+    assert sets.is_missing("frepo")
+    for scale, missing in ((0.1, True), (0.5, False), (1.0, False)):
+        made = SyntheticSet(torch.zeros(2, 3, 8, 8), torch.zeros(2, 10), info={"steps_scale": scale})
+        made.save(sets.path("frepo"))
+        assert sets.is_missing("frepo") == missing
+    (sets.path("frepo") / "y_syn.pt").write_bytes(b"")
+    assert not sets.is_missing("frepo")  # damaged: its measurement says so
+
+
+@pytest.mark.parametrize("method", ["krr_st", "frepo", "kip", "dm", "dsa", "mtt"])
+def test_costs_grow_with_the_length(small_source, method):
+    write_target("cifar10")
+
+    def cost(scale):
+        flags = TablesFlags(table="probe_cifar10_1", steps_scale=scale, device="cpu")
+        return KernelTable(flags).sets.job(method).cost
+
+    assert cost(0.2) == pytest.approx(2 * cost(0.1)) and cost(0.1) > 0
