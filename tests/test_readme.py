@@ -30,6 +30,8 @@ PLACES = {
 }
 TINY = "--device cpu"
 PRE = f"{TINY} --num_test 1 --finetune_iteration 2"
+SET = f"{TINY} --num_images 10 --outer_iteration 2 --pre_iteration 2"
+STUDENT = "--num_experts 1 --max_start_epoch 1 --expert_epochs 1 --syn_steps 2"
 SMALLER = {
     "data.prepare": "",
     "data.synthetic": "",
@@ -41,6 +43,15 @@ SMALLER = {
     "krr_st.kd_teacher": f"{TINY} --epochs 1",
     "train.py": f"{TINY} --num_images 10 --num_models 1 --outer_iteration 2 --outer_batch_size 8 "
     "--online_iteration 2 --pre_epoch 2 --test_iteration 2",
+    "train.py frepo": f"{SET} --num_models 1 --outer_batch_size 8",
+    "train.py kip": f"{SET} --num_models 1 --num_batches 1 --outer_batch_size 8 --no-zca --lr_transform 0",
+    "train.py mtt": f"{SET} {STUDENT}",
+    "train.py mkdt": f"{TINY} --num_images 10 --outer_iteration 2 {STUDENT} --pre_epoch 2 --test_iteration 2",
+    **dict.fromkeys(
+        ("train.py dc", "train.py dsa", "train.py dm"),
+        f"{TINY} --outer_iteration 2 --batch_real 4 --num_eval 1 --epoch_eval_train 2 --outer_loop 2 "
+        "--inner_loop 1",
+    ),
     "test_scratch.py": PRE,
     "test.py": f"{PRE} --pre_epoch 2",
     "test_kd.py": f"{TINY} --num_test 1 --pre_epoch 2 --kd_epoch 2",
@@ -72,9 +83,10 @@ def commands():
 
 
 def program(command):
-    """`krr_st.target` of `python -m krr_st.target --flags`."""
+    """`krr_st.target` of `python -m krr_st.target`, `train.py dm` of `python train.py --method dm`."""
     words = command.split()
-    return words[2] if words[1] == "-m" else words[1]
+    name = words[2] if words[1] == "-m" else words[1]
+    return f"{name} {words[3]}" if words[1:3] == ["train.py", "--method"] else name
 
 
 def is_elsewhere(command):
