@@ -51,11 +51,11 @@ class Labels(Protocol):
         """How the set is evaluated in a run of that seed; None: there is nothing to test with."""
 
 
-def set_recipe(method: Method, flags: Any, image_set: ImageSet) -> Recipe:
-    """How a network is trained on the method's set: the table's recipe with the flags put in."""
+def set_recipe(method: Method, flags: Any, image_set: ImageSet, synthetic: SyntheticSet) -> Recipe:
+    """How a network is trained on the method's set: the table's recipe, what the set says, the flags."""
     name, count = method.name.lower(), flags.num_images
     recipe = pretrain_recipe(name, flags.data_name, flags.test_model, count=count)
-    recipe = recipe.override(
+    recipe = recipe.fitted(synthetic.training).override(
         optimizer=flags.pre_opt,
         epochs=flags.pre_epoch,
         steps=flags.pre_iteration,
@@ -100,10 +100,10 @@ class FeatureLabels:
         flags, image_set = self.flags, self.image_set
         if not is_labelled(image_set):
             return None
-        recipes = set_recipe(self.method, flags, image_set), linear_recipe(flags)
-        linear = LinearEvaluation(image_set, flags.test_model, *recipes, self.device, seed)
 
         def evaluate(step: int, synthetic: SyntheticSet) -> float:
+            recipes = set_recipe(self.method, flags, image_set, synthetic), linear_recipe(flags)
+            linear = LinearEvaluation(image_set, flags.test_model, *recipes, self.device, seed)
             found = linear(step, synthetic)
             print(f"step {step}: linear accuracy {found:.2f} %", flush=True)
             return found
@@ -149,9 +149,10 @@ class ClassLabels:
     def evaluation(self, seed: int) -> Evaluation:
         """Test accuracies in % of `num_eval` networks."""
         flags, image_set = self.flags, self.image_set
-        recipe = set_recipe(self.method, flags, image_set)
 
         def evaluate(step: int, synthetic: SyntheticSet) -> list[float]:
+            recipe = set_recipe(self.method, flags, image_set, synthetic)
+
             def score(own: int, check: Callable[[], None]) -> float:
                 given = dict(seed=own, device=self.device, check=check)
                 return score_network(self.new_network, synthetic, image_set, recipe, **given).final

@@ -105,7 +105,7 @@ class Recipe:
 
     def fitted(self, training: TrainingSettings) -> Recipe:
         """A copy with what a synthetic set says about training on it."""
-        return self.override(lr=training.lr, dsa=training.dsa)
+        return self.override(lr=training.lr, momentum=training.momentum, dsa=training.dsa)
 
     def with_flags(self, flags: Any, prefix: str) -> Recipe:
         """A copy with the flags put in whose names begin with `prefix`, such as --pre_lr."""

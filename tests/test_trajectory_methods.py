@@ -1,6 +1,7 @@
 """MTT and MKDT as runs: files, resume, learned step size and labels, ranges, what is refused."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,15 +9,18 @@ import torch
 from conftest import CPU, NET, make_target, read_log, write_set, write_target
 
 import train
+from data.augment import normalize
 from data.load import load_set
 from data.real_data import RealImages
+from data.synthetic import SyntheticSet
+from data.whitening import Whitening
 from distillation.problem import Problem
 from evaluation.fit import outputs
 from methods import METHODS
 from models import get_model
 from trajectory import experts
 from trajectory.base import start_limit
-from trajectory.experts import Experts
+from trajectory.experts import ExpertFlags, Experts
 from trajectory.mkdt import MKDT, MKDTFlags
 from trajectory.mtt import MTT, MTTFlags
 from trajectory.published import published
@@ -104,7 +108,7 @@ def make_experts(*more, targets="classes"):
     return Path("experts")
 
 
-def make_mtt(**changes):
+def make_mtt(whitening=None, **changes):
     settings = dict(
         img_size=8,
         num_images=8,
@@ -121,7 +125,7 @@ def make_mtt(**changes):
         dsa_strategy="none",
     )
     image_set = load_set("tiny", 8, "datasets")
-    given = dict(target=make_target(), real=RealImages.from_set(image_set, CPU))
+    given = dict(target=make_target(), real=RealImages.from_set(image_set, CPU), whitening=whitening)
     problem = Problem(image_set, CPU, 0, **given)
     if "init" in changes:
         return MKDT(problem, MKDTFlags(**{**settings, **changes}))
@@ -232,6 +236,50 @@ def test_mkdt_starts_from_the_images_that_experts_fit_worst(tiny):
     assert all(not torch.equal(a, b) for a, b in zip(before, learned, strict=True))
     random = make_mtt(init="random", lr_y=1.0)
     assert not torch.allclose(random.y_syn, y[worst])
+
+
+def test_zca_and_the_set_says_how_to_train_on_it(tiny, capsys):
+    argv = [*RUNS["mtt"], "--zca", "--dsa_strategy", "flip_crop", "--lr_lr", "1e-7"]
+    assert train.main([*argv, "--exp_name", "white"]) == 0
+    shown = capsys.readouterr().out
+    assert Path("buffers/tiny_8/convnet_4_in_classes_2epochs_zca/replay_buffer_1.pt").exists()
+    synthetic = SyntheticSet.load("results/white")
+    training, last = synthetic.training, log("white")[-2]["step_size"]
+    assert (training.momentum, training.dsa) == (0.9, "flip_crop")
+    assert training.lr == pytest.approx(last, rel=0.2) and training.lr != last  # one step later
+    assert f"lr {training.lr}," in shown and "dsa flip_crop" in shown  # in the run's own evaluation
+    image_set = load_set("tiny", 8, "datasets")
+    fitted = Whitening.fit(image_set.train.images, image_set.stats, CPU)
+    assert torch.equal(training.whitening.matrix, fitted.matrix)
+    shutil.rmtree("results/white")
+    assert train.main([*argv, "--exp_name", "white", "--no-zca"]) == 0
+    assert SyntheticSet.load("results/white").training.whitening is None
+    assert train.main([*argv, "--exp_name", "own", "--inner_momentum", "0.5", "--pre_lr", "0.3"]) == 0
+    assert SyntheticSet.load("results/own").training.momentum == 0.5
+    assert "lr 0.3," in capsys.readouterr().out  # flags go before what the set says
+
+
+def test_a_whitened_set_starts_from_real_images_and_is_written_in_normalised_space(tiny):
+    make_experts("--zca")
+    image_set = load_set("tiny", 8, "datasets")
+    whitening = Whitening.fit(image_set.train.images, image_set.stats, CPU)
+    real = normalize(image_set.train.images, image_set.stats)
+    for settings in ({}, {"lr_y": 1.0}):
+        mtt = make_mtt(whitening=whitening, **settings)
+        for x in mtt.synthetic().images:
+            row = int((real - x).abs().flatten(1).amax(1).argmin())
+            assert torch.allclose(real[row], x, atol=1e-3)
+            assert (mtt.x_syn - whitening(real[row : row + 1])).abs().flatten(1).amax(1).min() < 1e-4
+
+
+def test_experts_with_zca_learn_whitened_images(tiny):
+    image_set = load_set("tiny", 8, "datasets")
+    flags = ExpertFlags(data_name="tiny", img_size=8, train_model=STUDENT, dsa_strategy="none", zca=True)
+    training = experts.ExpertTraining(experts.resolve(flags), image_set, CPU)
+    x, _ = next(training.trainer(0).loader.forever())
+    whitening = Whitening.fit(image_set.train.images, image_set.stats, CPU)
+    wanted = whitening(normalize(image_set.train.images, image_set.stats))
+    assert (x[:, None] - wanted[None]).abs().flatten(2).amax(2).min(1).values.max() < 1e-5
 
 
 def test_published_settings():

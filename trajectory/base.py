@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from data.augment.dsa import diff_augment, without_flip
 from data.loader import TensorLoader
+from data.synthetic import SyntheticSet, TrainingSettings
 from distillation.base import Distiller
 from distillation.problem import Problem
+from evaluation.presets import Preset
 from evaluation.recipes import no_augmentation
 from models import get_model
 from models.layout import arranged
-from trajectory.experts import Experts
+from trajectory.experts import Experts, default_network
 from trajectory.match import DISTANCES, UNROLLS, Batch, functional_loss, matching_distance, tensor_weights
 from utils.cli import flag
 from utils.errors import UserError
@@ -92,6 +94,13 @@ class TrajectoryFlags:
     vector_weight: float = flag(1.0, "weight of biases and norms in the distance", minimum=0)
     head_weight: float = flag(1.0, "weight of the head in the distance; 0: match the body alone", minimum=0)
     average_goals: int = flag(0, "a goal is the mean of the snapshots up to so many epochs away", minimum=0)
+    train_momentum: float | None = flag(
+        None,
+        "momentum with which the set asks to be trained on, at the learned step size; default: "
+        "--inner_momentum, for which that is learned, or where it is 0 the published 0.9",
+        minimum=0,
+        maximum=0.999,
+    )
     dsa_strategy: str | None = flag(
         None, "DSA operations for the student's batches joined by _, or none; default: the method's"
     )
@@ -142,7 +151,7 @@ class TrajectoryMatching(Distiller):
         device = problem.device
         with local_seed(0):  # only its form matters: the weights are the experts'
             network = get_model(flags.train_model, problem.image_set.img_shape, self.width)
-        self.network = arranged(network, device)
+        self.student_network = arranged(network, device)
         shapes = [p.shape for p in network.parameters()]
         self.experts = Experts(flags.buffer_dir, shapes, device, flags.num_experts)
         self.strategy = flags.dsa_strategy
@@ -169,14 +178,23 @@ class TrajectoryMatching(Distiller):
         self.loss_fn = functional_loss(network, self.criterion, flags.precision)
         self._turns = None
 
+    @staticmethod
+    def network(preset: Preset) -> str:
+        """The published ConvNet."""
+        return default_network(preset.size)
+
     @property
     def width(self) -> int:
         """Outputs of the network."""
         raise NotImplementedError
 
     def start(self) -> tuple[Tensor, Tensor]:
-        """Images (m, C, H, W) and targets to begin with."""
+        """Images (m, C, H, W), as networks see them, and targets to begin with."""
         raise NotImplementedError
+
+    def targets(self, y: Tensor) -> Tensor:
+        """What the set is labelled with, from `y_syn` or its moving average."""
+        return y
 
     @classmethod
     def cost(cls, flags: TrajectoryFlags, classes: int) -> float:
@@ -258,9 +276,15 @@ class TrajectoryMatching(Distiller):
                 "--max_start_epoch, or keep it positive with --clamp_lr"
             )
 
-    def learned(self) -> list[Tensor]:
-        """Images and, where they are learned, targets: as they are, or their moving average."""
-        return [t.detach() for t in (self.inputs if self.average is None else self.average.values)]
+    def synthetic(self) -> SyntheticSet:
+        """The set, its moving average if there is one, with the step size that was learned for it."""
+        learned = self.inputs if self.average is None else self.average.values
+        x, *y = (t.detach() for t in learned)
+        whitening, momentum = self.problem.whitening, self.flags.train_momentum
+        momentum = (self.flags.inner_momentum or 0.9) if momentum is None else momentum
+        training = TrainingSettings(self.student.lr.item(), self.strategy, whitening, momentum)
+        images = x if whitening is None else whitening.undo(x)
+        return SyntheticSet(images, self.targets(y[0] if y else self.y_syn), training=training)
 
 
 class Average:

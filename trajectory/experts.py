@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from data.augment.dsa import without_flip
 from data.load import ImageSet, load_set
 from data.loader import ImagePipeline, TensorLoader
+from data.whitening import Whitening
 from evaluation.fit import Trainer, outputs
 from evaluation.parallel import in_parallel
 from evaluation.presets import resolve_preset
@@ -89,6 +90,7 @@ class ExpertFlags(DeviceFlags):
     dsa_strategy: str | None = flag(
         None, f"DSA operations joined by _, or none; default: {DSA_STRATEGY}, or none for features"
     )
+    zca: bool = flag(False, "whiten images by ZCA (ridge 0.1), before the augmentation")
     snapshot_steps: int | None = flag(None, "steps between snapshots; default: an epoch's", minimum=1)
     dtype: str = flag("fp32", "of the parameters on disk; bf16 takes half", choices=tuple(DTYPES))
     buffer_dir: Path | None = flag(
@@ -120,8 +122,8 @@ def resolve(flags: ExpertFlags) -> ExpertFlags:
 
 
 def default_folder(flags: ExpertFlags) -> Path:
-    """./buffers/{data_name}_{img_size}/{train_model}_{targets}_{train_epochs}epochs."""
-    name = f"{flags.train_model}_{flags.targets}_{flags.train_epochs}epochs"
+    """./buffers/{data_name}_{img_size}/{train_model}_{targets}_{train_epochs}epochs[_zca]."""
+    name = f"{flags.train_model}_{flags.targets}_{flags.train_epochs}epochs{'_zca' if flags.zca else ''}"
     return Path("./buffers") / f"{flags.data_name}_{flags.img_size}" / name
 
 
@@ -290,6 +292,8 @@ class ExpertTraining:
             raise UserError(f"{image_set.train.path.parent} has no labels; use --targets features")
         else:
             self.y, self.width = image_set.train.labels, image_set.num_classes
+        images, stats = image_set.train.images, image_set.stats
+        self.whitening = Whitening.fit(images, stats, device).to(device) if flags.zca else None
         schedule = "tenth_at_half" if flags.decay else "constant"
         recipe = Recipe(loss, "sgd", flags.lr_teacher, flags.l2, schedule, flags.batch_train)
         self.recipe = recipe.override(
@@ -318,6 +322,7 @@ class ExpertTraining:
 
         def transform(x: Tensor, generator: torch.Generator) -> Tensor:
             x = pipeline(x, generator)
+            x = x if self.whitening is None else self.whitening(x)
             return x if augment is None else augment(x, generator)
 
         loader = TensorLoader(
@@ -354,6 +359,7 @@ class ExpertTraining:
         trajectory = train_expert(trainer, self.every, DTYPES[self.flags.dtype], name, check)
         facts = {"loss": trainer.window.mean()}
         if self.flags.targets == "classes":
+            trainer.model.prepare = self.whitening
             facts["test_accuracy"] = share_correct(trainer.model, self.image_set, self.device)
         return trajectory, facts
 

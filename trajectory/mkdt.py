@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.augment import normalize, to_float
-from data.synthetic import SyntheticSet
 from distillation.one_set import FeatureFlags
 from distillation.selection import random_indices
 from evaluation.fit import outputs
@@ -65,12 +64,7 @@ class MKDT(TrajectoryMatching):
         image_set, device = self.problem.image_set, self.problem.device
         total = torch.zeros(len(targets), device=device)
         for expert in range(len(self.experts)):
-            predict = functools.partial(apply, self.network, self.experts.snapshot(expert, 1))
+            predict = functools.partial(apply, self.student_network, self.experts.snapshot(expert, 1))
             found = outputs(predict, image_set.train.images, image_set, device)
             total += (found - targets).square().mean(1)
         return total / len(self.experts)
-
-    def synthetic(self) -> SyntheticSet:
-        """The images with their target vectors."""
-        x, *y = self.learned()
-        return SyntheticSet(x, y[0] if y else self.y_syn)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.synthetic import SyntheticSet
-from distillation.one_set import ClassFlags
+from distillation.one_set import ZCA, ClassFlags
 from evaluation.recipes import DSA_STRATEGY
 from trajectory.base import TrajectoryFlags, TrajectoryMatching
 from trajectory.match import apply
+from utils.cli import flag
 
 CANDIDATES = 4  # real images looked at for each one that a set with learned labels starts from
 
@@ -20,6 +20,8 @@ CANDIDATES = 4  # real images looked at for each one that a set with learned lab
 @dataclass(frozen=True)
 class MTTFlags(TrajectoryFlags, ClassFlags):
     """Flags of MTT; --lr_y above 0 learns soft labels, as DATM does."""
+
+    zca: bool | None = flag(None, ZCA)
 
 
 class MTT(TrajectoryMatching):
@@ -64,10 +66,10 @@ class MTT(TrajectoryMatching):
         training, the logits the mean over these experts (over all, where there is none).
         """
         real, generator = self.problem.real, self.stream("initial images")
-        x = real.at(real.draw_class(c, CANDIDATES * count, generator))
+        x = self.problem.whiten(real.at(real.draw_class(c, CANDIDATES * count, generator)))
         logits = torch.stack(
             [
-                apply(self.network, self.experts.snapshot(e, self.experts.last), x)
+                apply(self.student_network, self.experts.snapshot(e, self.experts.last), x)
                 for e in range(len(self.experts))
             ]
         )  # (experts, n, K)
@@ -78,7 +80,6 @@ class MTT(TrajectoryMatching):
         mean = (weight[..., None] * logits).sum(0) / weight.sum(0)[:, None]
         return x[best], mean[best]
 
-    def synthetic(self) -> SyntheticSet:
-        """The images with class indices, or with class probabilities."""
-        x, *y = self.learned()
-        return SyntheticSet(x, y[0].softmax(1) if self.soft else self.y_syn)
+    def targets(self, y: Tensor) -> Tensor:
+        """Class indices, or class probabilities."""
+        return y.softmax(1) if self.soft else y

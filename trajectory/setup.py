@@ -12,12 +12,11 @@ import torch
 
 from distillation.one_set import SetSetup
 from distillation.run import Method
-from evaluation.presets import resolve_preset
 from evaluation.recipes import check_strategy
 from models import get_model
 from trajectory import experts
 from trajectory.base import TrajectoryFlags
-from trajectory.experts import ExpertFlags, Experts, default_network, expert_files, make_experts
+from trajectory.experts import ExpertFlags, Experts, expert_files, make_experts
 from trajectory.published import published
 from utils.checkpoint import files_fingerprint
 from utils.distributed import Group
@@ -26,7 +25,7 @@ from utils.run_folder import FollowedRun, RunFolder
 
 ON_DEMAND = 10  # experts, where no number is given
 # Values of flags that neither the command line nor the published settings say.
-_REST = dict(min_start_epoch=0, lr_y=0.0, ema_decay=0.0)
+_REST = dict(min_start_epoch=0, lr_y=0.0, ema_decay=0.0, zca=False)
 
 
 class TrajectorySetup(SetSetup):
@@ -41,10 +40,7 @@ class TrajectorySetup(SetSetup):
         Raises:
             UserError: flags that do not fit each other.
         """
-        size = resolve_preset(flags.data_name, flags.data_dir, flags.img_size).size
-        flags = super().resolve(
-            method, replace(flags, train_model=flags.train_model or default_network(size))
-        )
+        flags = super().resolve(method, flags)
         recipe = method.name.lower() if flags.recipe == "published" else flags.recipe
         settings, origin = published(recipe, flags.data_name, flags.num_images)
         settings = {**_REST, "dsa_strategy": method.distiller.default_dsa, **settings}
@@ -80,7 +76,8 @@ class TrajectorySetup(SetSetup):
         """Beside those of every run the experts, unless this run is going to make them."""
         if self.missing is not None:
             return super().inputs
-        return super().inputs | {"set of experts": files_fingerprint(expert_files(self.flags.buffer_dir))}
+        used = expert_files(self.flags.buffer_dir)[: self.flags.num_experts]  # each has one or more
+        return super().inputs | {"set of experts": files_fingerprint(used)}
 
     def run(self, run: RunFolder | FollowedRun) -> dict[str, Any]:
         """Train experts if there are none yet, then distil."""

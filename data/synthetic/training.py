@@ -28,17 +28,20 @@ class TrainingSettings:
     lr: float | None = None  # learned step size of SGD
     dsa: str | None = None  # strategy of the differentiable augmentation, or "none"
     whitening: Whitening | None = None  # of synthetic, training and test images alike
+    momentum: float | None = None  # of SGD
 
     def __post_init__(self) -> None:
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise UserError(f"learned step size {self.lr}: expected a positive number")
+        if self.momentum is not None and not 0 <= self.momentum < 1:
+            raise UserError(f"momentum {self.momentum}: expected a number from 0 to below 1")
 
     def __bool__(self) -> bool:
         return any(value is not None for value in vars(self).values())
 
     def record(self) -> dict[str, Any]:
         """What identifies the settings, as plain JSON values; {} where there are none."""
-        values = {"lr": self.lr, "dsa": self.dsa}
+        values = {"lr": self.lr, "momentum": self.momentum, "dsa": self.dsa}
         if self.whitening is not None:
             values["whitening"] = checkpoint.fingerprint(self.whitening.mean, self.whitening.matrix)
         return {name: value for name, value in values.items() if value is not None}
@@ -65,15 +68,18 @@ class TrainingSettings:
     def unpack(cls, tensors: Mapping[str, Tensor], text: str, path: Path) -> TrainingSettings:
         """The inverse of `pack`; a UserError that names the file for what is none."""
         raw = parse_json(text, path)
-        lr, dsa = raw.get("lr"), raw.get("dsa")
-        usable = isinstance(lr, float | int | None) and isinstance(dsa, str | None)
+        lr, dsa, momentum = raw.get("lr"), raw.get("dsa"), raw.get("momentum")
+        usable = all(isinstance(v, float | int | None) for v in (lr, momentum)) and isinstance(
+            dsa, str | None
+        )
         found = [tensors.get(f"whitening.{name}") for name in ("mean", "matrix")]
         present = [t for t in found if t is not None]
         usable = usable and len(present) in (0, 2)
         if not usable or not all(t.is_floating_point() and bool(t.isfinite().all()) for t in present):
             raise UserError(f"{path} does not hold settings for training on a synthetic set")
         try:
-            return cls(lr, dsa, Whitening(*(t.float() for t in present)) if present else None)
+            whitening = Whitening(*(t.float() for t in present)) if present else None
+            return cls(lr, dsa, whitening, momentum)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
