@@ -1,7 +1,7 @@
 """`python -m krr_st.demo` (`make demo`): both families on scikit-learn's handwritten digits.
 
-Every step is an ordinary command of the project, printed as a user would type it. What is finished
-already is kept, so a second run only prints the tables.
+Every step is an ordinary command of the project, printed as a user would type it. Finished work is
+kept: a second run only prints the tables.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import runpy
 import shlex
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 
 from data.augment import denormalize
 from data.synthetic import SyntheticSet
-from evaluation.equivalent_images import Equivalent, equivalent_images
+from evaluation.equivalent_images import equivalent_images
+from evaluation.measure import grouped
+from evaluation.transfer import TARGET_ERROR, Measure
 from utils import cli
 from utils.cli import flag
-from utils.errors import UserError, entry_point
+from utils.errors import UserError
 from utils.plots import save_grid
 from utils.table import format_mean_std, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-# Networks of the labelled and of the unlabelled family.
+# The networks of either family.
 LABELLED, UNLABELLED = "ConvNetW32", "convnet_32_64_128_bn"
 RANDOM = (1, 2, 5, 10)  # real images per class that the ten distilled ones are compared with
 DISTILLED = {"dm": "DM", "dm_clom": "DM + CLoM"}
@@ -52,14 +52,7 @@ class DemoFlags:
     num_test: int = flag(3, "seeds a row", minimum=1)
 
 
-def commands(flags: DemoFlags) -> list[tuple[str, list[str]]]:
-    """(what it does, argv after `python`) for each step."""
-    steps = {
-        "The embedded images as prepared tensors": "-m data.prepare --data_name digits",
-        **labelled(flags),
-        **unlabelled(flags),
-    }
-    return [(title, shlex.split(command)) for title, command in steps.items()]
+# Of each step below: what it does -> what follows `python`.
 
 
 def labelled(flags: DemoFlags) -> dict[str, str]:
@@ -121,26 +114,23 @@ def unlabelled(flags: DemoFlags) -> dict[str, str]:
             f"--synthetic_data_dir synthetic_data/random_{count}"
         )
     for name, (label, command) in rows(flags).items():
-        pretraining = "" if name == "scratch" else f"--pre_epoch {flags.pre_epoch}"
+        pretraining = "" if name == "scratch" else f" --pre_epoch {flags.pre_epoch}"
         steps[f"Judged on real images: {label}"] = (
             f"{command} --source_data_name digits --protocol linear --shots 10_all "
             f"--num_test {flags.num_test} --probe_on both --target_error "
-            f"--target_model {UNLABELLED} --log_dir test_log/{name} {pretraining}"
+            f"--target_model {UNLABELLED} --log_dir test_log/{name}{pretraining}"
         )
     return steps
 
 
-def run_step(title: str, argv: list[str], folder: Path) -> None:
-    """Print the command and run it in `folder`.
+def run_step(title: str, command: str, folder: Path) -> None:
+    """Print a command and run it in `folder`; a UserError where it fails (it has said why).
 
     It runs in this process, as `python ...` would: a dozen starts of PyTorch would take half a minute.
-
-    Raises:
-        UserError: it failed (its own message stands above).
     """
-    print(f"\n# {title}\n$ python {shlex.join(argv)}", flush=True)
+    print(f"\n# {title}\n$ python {command}", flush=True)
     began, before, given = time.perf_counter(), Path.cwd(), sys.argv
-    code: object = 0
+    argv, code = shlex.split(command), None
     try:
         os.chdir(folder)
         if argv[0] == "-m":
@@ -159,61 +149,54 @@ def run_step(title: str, argv: list[str], folder: Path) -> None:
     print(f"({time.perf_counter() - began:.0f} s)", flush=True)
 
 
-def final_tables(flags: DemoFlags) -> str:
-    """Both tables and what they say, from the results files of the commands."""
-    what = f"mean ± std over {flags.num_test} seeds"
-    return (
-        f"What ten labelled images are worth: digits, test accuracy in %, {what}\n\n"
-        f"{labelled_table(flags.folder)}\n\n"
-        f"What {flags.num_images} unlabelled images are worth: digits, linear probe of frozen "
-        f"features, test accuracy in %, {what}\n\n{unlabelled_table(flags)}"
-    )
+def random_images(curve: dict[int, float], value: float, count: int) -> str:
+    """How many random images are as good as `count` images of a value, by `equivalent_images`."""
+    equal = equivalent_images(curve, value, count)
+    return f"{equal.bound} {equal.images:.0f}".strip()
 
 
 def labelled_table(folder: Path) -> str:
     """Real and distilled images: accuracy, and the number of random ones that is as good."""
-    found = {}
-    for name in [*(f"random_{count}" for count in RANDOM), *DISTILLED]:
-        (network,) = _read(folder / "condensed" / name / "results.json")["networks"]
-        found[name] = [100 * value for value in network["accuracies"]]
+
+    def accuracies(name: str) -> list[float]:
+        (network,) = json.loads((folder / "condensed" / name / "results.json").read_text())["networks"]
+        return [100 * value for value in network["accuracies"]]
+
     curve, lines = {}, []
     for count in RANDOM:
-        values = found[f"random_{count}"]
+        values = accuracies(f"random_{count}")
         curve[10 * count] = fmean(values)
         lines.append([f"{10 * count} random real images", format_mean_std(values), ""])
     for name, label in DISTILLED.items():
-        equal = equivalent_images(curve, fmean(found[name]), 10)
-        lines.append([f"10 images by {label}", format_mean_std(found[name]), _images(equal)])
-    header = ["a fresh network trained on", "test accuracy", "as good as so many random ones"]
-    return markdown(header, lines)
+        values = accuracies(name)
+        worth = random_images(curve, fmean(values), 10)
+        lines.append([f"10 images by {label}", format_mean_std(values), worth])
+    return markdown(["a fresh network trained on", "test accuracy", "as good as so many random ones"], lines)
 
 
-# Column -> the protocol, the labels per class and what is read of the network.
 COLUMNS = {
-    "error of target features": ("target_error", "all", "outputs"),
-    "outputs, 10 labels per class": ("linear", "10", "outputs"),
-    "body, 10 labels per class": ("linear", "10", "body"),
-    "outputs, all labels": ("linear", "all", "outputs"),
-    "body, all labels": ("linear", "all", "body"),
+    "error of target features": Measure(TARGET_ERROR, on="outputs"),
+    "outputs, 10 labels per class": Measure("linear", "10", "outputs"),
+    "body, 10 labels per class": Measure("linear", "10"),
+    "outputs, all labels": Measure("linear", on="outputs"),
+    "body, all labels": Measure("linear"),
 }
 
 
 def unlabelled_table(flags: DemoFlags) -> str:
     """Pre-trainings by their error of target features and their probes; what the seeds say."""
-    error, *probes = COLUMNS
+    error, *_ = COLUMNS
     values, lines = {}, []
     for name, (label, _) in rows(flags).items():
         (path,) = (flags.folder / "test_log" / name).glob("digits/*/*/linear/results.json")
-        cells: dict[tuple[str, ...], list[float]] = defaultdict(list)
-        for cell in _read(path)["cells"]:
-            key = cell["protocol"], cell["shots"], cell.get("probe_on", "body")
-            cells[key].append(cell.get("error", cell.get("accuracy")))
-        found = values[name] = {title: cells[key] for title, key in COLUMNS.items()}
-        accuracies = [format_mean_std(found[title]) for title in probes]
-        lines.append([label, format_mean_std(found[error], 3), *accuracies])
+        cells = grouped(json.loads(path.read_text())["cells"], Measure.of)
+        found = {title: [cell[m.field] for cell in cells[m]] for title, m in COLUMNS.items()}
+        values[name] = found
+        shown = (format_mean_std(found[title], 3 if title == error else 2) for title in COLUMNS)
+        lines.append([label, *shown])
     count = flags.num_images
     curve = {count: -fmean(values["random"][error]), MORE * count: -fmean(values["more"][error])}
-    equal = equivalent_images(curve, -fmean(values["krr_st"][error]), count)
+    worth = random_images(curve, -fmean(values["krr_st"][error]), count)
     ahead = []
     for title in COLUMNS:
         pairs = zip(values["krr_st"][title], values["random"][title], strict=True)
@@ -222,18 +205,13 @@ def unlabelled_table(flags: DemoFlags) -> str:
     return (
         f"{markdown(['pre-training', *COLUMNS], lines)}\n\n"
         "The error is that of the outputs on unseen images, in variances of the target's features "
-        "(1: predicting their mean); by it the "
-        f"{count} KRR-ST images are worth {_images(equal)} random ones.\n"
+        f"(1: predicting their mean); by it the {count} KRR-ST images are worth {worth} random ones.\n"
         f"Seeds on which they beat {count} random ones: {'; '.join(ahead)}."
     )
 
 
-def _images(equal: Equivalent) -> str:
-    return f"{equal.bound} {equal.images:.0f}".strip()
-
-
 def draw_digits(folder: Path, path: Path) -> None:
-    """Ten real images, and what each distillation made of them, one row each."""
+    """Ten real images and what each distillation made of them, a row each."""
     found = []
     for name in ("random_1", *DISTILLED):
         (res,) = (folder / "condensed" / name).glob("res_*.pt")
@@ -242,23 +220,23 @@ def draw_digits(folder: Path, path: Path) -> None:
     save_grid(torch.cat(found), path, columns=10, scale=4)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
-@entry_point
-def main(argv: list[str] | None = None) -> int:
+@cli.command(DemoFlags, prog="python -m krr_st.demo", description=__doc__)
+def main(flags: DemoFlags) -> int:
     """Run every step and print the tables."""
-    flags = cli.parse(DemoFlags, argv, prog="python -m krr_st.demo", description=__doc__)
     began = time.perf_counter()
     sys.path.insert(0, str(ROOT))  # whatever folder the commands run in
     flags.folder.mkdir(parents=True, exist_ok=True)
-    for title, command in commands(flags):
+    steps = {"The embedded images as prepared tensors": "-m data.prepare --data_name digits"}
+    for title, command in (steps | labelled(flags) | unlabelled(flags)).items():
         run_step(title, command, flags.folder)
     run, digits = flags.folder / "results" / "demo", flags.folder / "results" / "digits.png"
     draw_digits(flags.folder, digits)
+    what = f"mean ± std over {flags.num_test} seeds"
     print(
-        f"\n{final_tables(flags)}\n\n"
+        f"\nWhat ten labelled images are worth: digits, test accuracy in %, {what}\n\n"
+        f"{labelled_table(flags.folder)}\n\n"
+        f"What {flags.num_images} unlabelled images are worth: digits, linear probe of frozen "
+        f"features, test accuracy in %, {what}\n\n{unlabelled_table(flags)}\n\n"
         f"real images, DM, DM + CLoM: {digits}\n"
         f"KRR-ST images:              {run / 'x_syn.png'}\n"
         f"loss curve:                 {run / 'loss.png'}\n"

@@ -1,10 +1,10 @@
 """`python -m krr_st.study` (`make study`): what distilled images are worth, on a prepared set.
 
-Sets of `num_images` images are compared by probes of freshly pre-trained networks, all in one way:
-KRR-ST with each lever alone, random real images with target features, k-means, class labels,
-nothing. The curve of random images over their number turns an accuracy into an equivalence ratio.
-With --validation the probes see a held-out part of the training images in place of the test split:
-levers are chosen there. What is finished is kept; the same command resumes.
+Sets of `num_images` images are compared by the same probes of freshly pre-trained networks: KRR-ST
+with each lever alone, random real images with target features, k-means, class labels, nothing. The
+accuracy of random images by their number turns an accuracy into an equivalence ratio. With
+--validation the probes see a held-out part of the training images instead of the test split: choose
+levers there. Finished work is kept; the same command resumes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import gc
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,14 +34,14 @@ from krr_st.config import TrainFlags, shared_flags
 from methods import METHODS
 from utils import checkpoint, cli
 from utils.cli import flag
-from utils.errors import UserError, entry_point, pick
+from utils.errors import UserError, pick
 from utils.plots import save_lines
 from utils.precision import PRECISIONS
 from utils.run_folder import write_json
 from utils.seed import make_generator
-from utils.table import format_mean_std, markdown, mean_std
+from utils.table import format_mean_std, markdown
 
-# Each lever alone, as flags of train.py put in place of the study's common ones.
+# Each lever alone: flags of train.py that replace the study's common ones.
 LEVERS: dict[str, dict[str, Any]] = {
     "krr_st": {},
     "lr 1e-3": {"outer_lr": 1e-3},
@@ -84,7 +85,7 @@ class StudyFlags:
     levers: tuple[str, ...] = flag(("krr_st",), f"of: {', '.join(LEVERS)}, all, or none")
     seeds: int = flag(3, "repetitions, each with sets, networks and labels of its own", minimum=1)
     first_seed: int = flag(
-        0, "begin with this repetition, to share the work; the tables come without it", minimum=0
+        0, "start at this repetition, to share the work; run without it for the tables", minimum=0
     )
     outer_iteration: int = flag(3000, "outer steps", minimum=1)
     outer_lr: float = flag(1e-2, "learning rate of X_s and Y_s", above=0)
@@ -101,7 +102,7 @@ class StudyFlags:
 
 
 def validation_set(flags: StudyFlags) -> str:
-    """Split the training images into a set of their own, a fifth of them to test; returns its name."""
+    """Write the training images as a set of its own, a fifth of them as test split; returns its name."""
     name = f"{flags.data_name}_val"
     if not tensor_path(flags.data_dir, name, "Y", "test", flags.img_size).exists():
         whole = load_set(flags.data_name, flags.img_size, flags.data_dir).train
@@ -122,8 +123,7 @@ class Study:
         self.name = validation_set(flags) if flags.validation else flags.data_name
         self.folder = flags.folder / self.name
         self.checkpoint = default_checkpoint(flags.network, self.name, flags.folder / "teacher_ckpt")
-        self.names = (self.name, *flags.targets)
-        self.targets = load_targets(self.names, flags.img_size, flags.data_dir, None)
+        self.targets = load_targets((self.name, *flags.targets), flags.img_size, flags.data_dir, None)
         shots = () if flags.shots == "none" else parse_shots(flags.shots)
         self.probes = [Measure("linear", fraction=fraction) for fraction in FRACTIONS]
         self.few_shot = [Measure("linear", count) for count in shots]
@@ -134,72 +134,47 @@ class Study:
     def make_target(self) -> None:
         """Train the target model once."""
         if not self.checkpoint.exists():
-            self._run(
-                target.main,
-                "krr_st.target",
-                f"--epochs {self.flags.target_epochs} --projector_dim 512 --seed 0 "
-                f"--save_dir {self.checkpoint.parent}",
-            )
+            length = dict(epochs=self.flags.target_epochs, projector_dim=512, seed=0)
+            self._run(target, **length, save_dir=self.checkpoint.parent)
 
     def make_set(self, method: str, count: int, seed: int) -> Path:
         """One set of `krr_st.baselines`; returns its folder."""
         root = self.folder / "sets" / f"{count}-{seed}"
         folder = root / self.name / method
         if not (folder / "y_syn.pt").exists():
-            self._run(
-                baselines.main,
-                "krr_st.baselines",
-                f"--method {method} --num_images {count} --seed {seed} "
-                f"--target_ckpt {self.checkpoint} --synthetic_data_dir {root}",
-            )
+            which = dict(method=method, num_images=count, seed=seed)
+            self._run(baselines, **which, target_ckpt=self.checkpoint, synthetic_data_dir=root)
         return folder
 
-    def _run(self, main: Callable[[list[str]], int], module: str, more: str) -> None:
+    def _run(self, module: ModuleType, **more: Any) -> None:
         f = self.flags
-        on_device = f"--device {f.device}" if f.device else ""
-        arguments = (
-            f"--data_dir {f.data_dir} --data_name {self.name} --img_size {f.img_size} "
-            f"--target_model {f.network} {more} {on_device}"
-        )
-        print(f"\n$ python -m {module} {arguments}", flush=True)
-        if main(shlex.split(arguments)):
-            raise UserError(f"the study stopped: {module} failed")
+        given = dict(data_dir=f.data_dir, data_name=self.name, img_size=f.img_size, target_model=f.network)
+        given |= more | (dict(device=f.device) if f.device else {})
+        argv = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        print(f"\n$ python -m {module.__name__} {shlex.join(argv)}", flush=True)
+        if module.main(argv):
+            raise UserError(f"the study stopped: {module.__name__} failed")
 
     def distil(self, lever: str, seed: int) -> Path:
         """One KRR-ST run; returns its folder."""
-        f, run = self.flags, f"{lever.replace(' ', '_')}-{seed}"
-        settings = dict(
-            data_name=self.name,
-            seed=seed,
-            target_model=f.network,
-            target_ckpt=self.checkpoint,
-            train_model=f.network,
-            save_dir=self.folder / "runs",
-            exp_name=run,
-            eval_every=10**9,
-            test_iteration=500,
-            pre_epoch=100,
-            print_every=500,
-        )
-        run_method(METHODS["krr_st"], TrainFlags(**shared_flags(f, TrainFlags) | settings | LEVERS[lever]))
+        f, runs, name = self.flags, self.folder / "runs", f"{lever.replace(' ', '_')}-{seed}"
+        networks = dict(target_model=f.network, target_ckpt=self.checkpoint, train_model=f.network)
+        place = dict(data_name=self.name, seed=seed, save_dir=runs, exp_name=name)
+        length = dict(print_every=500, eval_every=10**9, test_iteration=500, pre_epoch=100)
+        settings = shared_flags(f, TrainFlags) | networks | place | length
+        run_method(METHODS["krr_st"], TrainFlags(**settings | LEVERS[lever]))
         gc.collect()  # the table of views is large
-        return self.folder / "runs" / run
+        return runs / name
 
     def measure(self, row: str, method: str, path: Path | None, seed: int) -> None:
         """All probes of one set (or of none) with one seed, on one pre-trained network."""
         f = self.flags
-        flags = ScratchFlags(
-            source_data_name=self.name,
-            data_dir=f.data_dir,
-            img_size=f.img_size,
-            test_model=f.network,
-            device=f.device,
-            seed=seed,
-            finetune_iteration=f.finetune_iteration or None,
-        )
+        given = shared_flags(f, ScratchFlags) | dict(source_data_name=self.name, test_model=f.network)
+        given |= dict(seed=seed, finetune_iteration=f.finetune_iteration or None)
+        flags = ScratchFlags(**given)
         if path is not None:
             steps = f.pre_iteration if PRETRAIN[method].loss == "mse" else None
-            flags = TestFlags(**vars(flags), method=method, synthetic_path=path, pre_iteration=steps)
+            flags = TestFlags(**given, method=method, synthetic_path=path, pre_iteration=steps)
         measures, targets = [*self.probes, *self.few_shot, *self.finetuning], self.targets
         if row.startswith("curve"):
             measures, targets = self.probes, targets[:1]
@@ -207,18 +182,17 @@ class Study:
         for cell in Transfer(flags, measures, targets).repetition(seed, store):
             self.found[row, cell["target"], Measure.of(cell)][seed] = cell["accuracy"]
 
-    def accuracies(self, row: str, measure: Measure, target: str | None = None) -> list[float]:
-        """What `measure` found for a row, by seed; on the source set unless another is named."""
-        found = self.found[row, target or self.name, measure]
-        return [found[seed] for seed in sorted(found)]
+    def mean(self, row: str, probe: Measure) -> float:
+        """The mean accuracy of a row on the source set."""
+        return fmean(self.found[row, self.name, probe].values())
 
-    def mean(self, row: str, measure: Measure) -> float:
-        """The mean of `accuracies` on the source set."""
-        return mean_std(self.accuracies(row, measure))[0]
+    def curve(self, probe: Measure) -> dict[int, float]:
+        """Number of random images -> their mean accuracy."""
+        return {count: self.mean(f"curve {count}", probe) for count in self.flags.curve}
 
-    def shown(self, row: str, measures: Sequence[Measure], target: str | None = None) -> list[str]:
+    def shown(self, row: str, measure: Measure, target: str) -> str:
         """The accuracies of a row as a table prints them."""
-        return [format_mean_std(self.accuracies(row, measure, target)) for measure in measures]
+        return format_mean_std([*self.found[row, target, measure].values()])
 
 
 def run_all(study: Study) -> list[str]:
@@ -227,8 +201,12 @@ def run_all(study: Study) -> list[str]:
     levers = {"all": tuple(LEVERS), "none": ()}.get(flags.levers[0], flags.levers)
     for lever in levers:
         pick(LEVERS, lever, "lever")
-    study.make_target()
     extra = [text.split("=", 2) for text in flags.extra_sets]
+    for parts in extra:
+        if len(parts) < 3:
+            raise UserError(f"--extra_sets {parts[0]}: expected NAME=METHOD=PATH")
+        pick(PRETRAIN, parts[1], "method in --extra_sets")
+    study.make_target()
     for seed in range(flags.first_seed, flags.seeds):
         study.measure("no pre-training", SCRATCH, None, seed)
         for row, method in SETS.items():
@@ -246,53 +224,50 @@ def run_all(study: Study) -> list[str]:
 def tables(study: Study, rows: list[str]) -> dict[str, str]:
     """The Markdown tables of a finished study: probes with equivalence ratios, few shots."""
     flags, images = study.flags, f"{study.flags.num_images} images"
-    shares = [f"{100 * fraction:g} % of labels" for fraction in FRACTIONS]
-    curves = [{m: study.mean(f"curve {m}", probe) for m in flags.curve} for probe in study.probes]
-    body, curve_body = [], []
-    for row in rows:
-        body.append([row])
-        for probe, curve in zip(study.probes, curves, strict=True):
-            ratio = equivalent_images(curve, study.mean(row, probe), flags.num_images)
-            body[-1] += [*study.shown(row, [probe]), str(ratio)]
-    for probe, share in zip(study.probes, shares, strict=True):
-        curve_body.append([share, *(study.shown(f"curve {m}", [probe])[0] for m in flags.curve)])
-    heads = [head for share in shares for head in (share, "worth")]
+    heads, body, curves = [images], [[row] for row in rows], []
+    for probe in study.probes:
+        curve = study.curve(probe)
+        heads += [probe.heading(), "worth"]
+        for line in body:
+            ratio = equivalent_images(curve, study.mean(line[0], probe), flags.num_images)
+            line += [study.shown(line[0], probe, study.name), str(ratio)]
+        numbers = [study.shown(f"curve {count}", probe, study.name) for count in flags.curve]
+        curves.append([probe.heading(), *numbers])
     found = {
-        "probe": markdown([images, *heads], body),
-        "curve": markdown(["random images + features", *map(str, flags.curve)], curve_body),
+        "probe": markdown(heads, body),
+        "curve": markdown(["random images + features", *map(str, flags.curve)], curves),
     }
-    for name in study.names:
+    for name in (image_set.name for image_set in study.targets):
         for title, measures in (("few-shot", study.few_shot), ("fine-tuning", study.finetuning)):
             if measures:
                 heads = [f"{images}, {name}", *(measure.heading() for measure in measures)]
-                lines = [[row, *study.shown(row, measures, name)] for row in rows]
+                lines = [[row, *(study.shown(row, measure, name) for measure in measures)] for row in rows]
                 found[f"{title} {name}"] = markdown(heads, lines)
     return found
 
 
 def draw(study: Study, rows: list[str]) -> None:
-    """worth.png: the curves of random images, and each row where its set stands."""
-    flags, lines = study.flags, {}
-    for fraction, probe in zip(FRACTIONS, study.probes, strict=True):
-        means = [study.mean(f"curve {m}", probe) for m in flags.curve]
-        lines[f"random + features, {100 * fraction:g} % of labels"] = (flags.curve, means)
+    """worth.png: the curves of random images, and each row's set beside them."""
+    lines: dict[str, tuple[Any, Any]] = {}
+    for probe in study.probes:
+        curve = study.curve(probe)
+        lines[f"random + features, {probe.heading()}"] = (list(curve), list(curve.values()))
     for row in rows:
-        lines[row] = ([flags.num_images], [study.mean(row, study.probes[-1])])
+        lines[row] = ([study.flags.num_images], [study.mean(row, study.probes[-1])])
     save_lines(lines, study.folder / "worth.png", x_label="images", y_label="probe accuracy in %", log_x=True)
 
 
-@entry_point
-def main(argv: list[str] | None = None) -> int:
+@cli.command(StudyFlags, prog="python -m krr_st.study", description=__doc__)
+def main(flags: StudyFlags) -> int:
     """Run what is missing, then write and print the tables."""
-    flags = cli.parse(StudyFlags, argv, prog="python -m krr_st.study", description=__doc__)
-    if len(flags.curve) < 2:
+    if len(set(flags.curve)) < 2:
         raise UserError("--curve needs two numbers of images or more")
     if flags.first_seed >= flags.seeds:
         raise UserError(f"--first_seed {flags.first_seed}: expected below --seeds {flags.seeds}")
     study = Study(flags)
     rows = run_all(study)
     if flags.first_seed:
-        print("the tables: the same command without --first_seed")
+        print("for the tables run the same command without --first_seed")
         return 0
     draw(study, rows)
     split = "a held-out part of the training images" if flags.validation else "the test split"

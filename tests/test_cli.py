@@ -334,12 +334,12 @@ def test_errors_as_a_process(argv, tmp_path):
 
 
 def test_demo_runs_ordinary_commands(tmp_path, capfd):
-    demo.run_step("A title", ["train.py", "--dry_run", "--data_name", "digits"], tmp_path)
+    demo.run_step("A title", "train.py --dry_run --data_name digits", tmp_path)
     printed = capfd.readouterr().out
     assert printed.startswith("\n# A title\n$ python train.py --dry_run --data_name digits\n")
     assert '"num_images": 20' in printed and not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="ended with 2"):
-        demo.run_step("A title", ["train.py", "--no_such_flag"], tmp_path)
+        demo.run_step("A title", "train.py --no_such_flag", tmp_path)
 
 
 def test_demo_at_tiny_size(tmp_path, capsys):

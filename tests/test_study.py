@@ -95,6 +95,8 @@ def test_validation_never_reads_the_test_split(quick, monkeypatch):
         (["--first_seed=1"], "--first_seed 1: expected below --seeds 1"),
         (["--curve", "4"], "--curve needs two"),
         (["--levers", "magic"], "unknown lever 'magic'"),
+        (["--extra_sets", "dm"], "--extra_sets dm: expected NAME=METHOD=PATH"),
+        (["--extra_sets", "dm=magic=sets/dm"], "unknown method in --extra_sets 'magic'"),
     ],
 )
 def test_bad_flags(quick, capsys, flags, message):
