@@ -140,9 +140,10 @@ class Recipe:
         device: torch.device,
         generator: torch.Generator,
         transform: Transform | None = None,
+        drop_last: bool = False,
     ) -> TensorLoader:
         """The recipe's batches; with its own augmentation (normalised images) without a `transform`."""
-        given = dict(batch_size=self.batch_size, device=device, generator=generator)
+        given = dict(batch_size=self.batch_size, device=device, generator=generator, drop_last=drop_last)
         return TensorLoader(images, targets, transform=transform or self.augment(), **given)
 
 

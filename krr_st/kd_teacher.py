@@ -5,6 +5,7 @@ The usual CIFAR recipe: SGD, cosine, crop and flip. The test split is read once,
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from data.augment.crop_flip import default_padding
 from data.load import ImageSet, load_set
-from data.loader import ImagePipeline, TensorLoader
+from data.loader import ImagePipeline
 from evaluation.epochs import make_checkpoint, train_epochs
 from evaluation.fit import Trainer, held_out_accuracy
 from evaluation.presets import resolve_preset
@@ -22,53 +23,45 @@ from krr_st.config import KdTeacherFlags
 from models import get_model
 from utils import cli
 from utils.device import place, resolve_device
-from utils.errors import UserError, entry_point
+from utils.errors import UserError
 from utils.run_folder import RunFolder
 from utils.seed import derive_seed, local_seed, make_generator
 
 
 def train_teacher(
-    flags: KdTeacherFlags, image_set: ImageSet, run: RunFolder, device: torch.device
-) -> nn.Module:
-    """Train a classifier on the training images, resuming where `run` stopped; in eval mode."""
+    flags: KdTeacherFlags, image_set: ImageSet, device: torch.device, run: RunFolder
+) -> tuple[nn.Module, dict[str, float | None]]:
+    """Train a classifier on the training images, resuming where `run` stopped.
+
+    Returns it and its test accuracy in %, None without labelled test images.
+    """
     with local_seed(derive_seed(run.seed, "teacher")):
         model = place(get_model(flags.arch, image_set.img_shape, image_set.num_classes), device)
-    pad = default_padding(image_set.size)
-    loader = TensorLoader(
-        image_set.train.images,
-        image_set.train.labels,
-        batch_size=flags.batch_size,
-        device=device,
-        generator=make_generator(run.seed, "batches"),
-        transform=ImagePipeline(image_set.stats, pad=pad, hflip=image_set.hflip),
-        drop_last=True,
-    )
     length = dict(epochs=flags.epochs, momentum=flags.momentum)
     recipe = Recipe("cross_entropy", "sgd", flags.lr, flags.wd, "cosine", flags.batch_size, **length)
+    pad, train = default_padding(image_set.size), image_set.train
+    pipeline = ImagePipeline(image_set.stats, pad=pad, hflip=image_set.hflip)
+    generator = make_generator(run.seed, "batches")
+    loader = recipe.loader(train.images, train.labels, device, generator, pipeline, drop_last=True)
     train_epochs(Trainer(model, loader, recipe), run, save_every=flags.save_every, what="teacher")
-    return model
+    if image_set.test is None or image_set.test.labels is None:
+        return model, {"test_accuracy": None}
+    found = held_out_accuracy(model, image_set, device)
+    print(f"test accuracy {found:.2f} %")
+    return model, {"test_accuracy": found}
 
 
-@entry_point
-def main(argv: list[str] | None = None) -> int:
-    """Parse the flags, train, write the checkpoint and the record of the run."""
-    flags = cli.parse(KdTeacherFlags, argv, prog="python -m krr_st.kd_teacher", description=__doc__)
+@cli.command(KdTeacherFlags, prog="python -m krr_st.kd_teacher", description=__doc__)
+def main(flags: KdTeacherFlags) -> int:
+    """Train, write the checkpoint and the record of the run."""
     device = resolve_device(flags.device, flags.gpu_id)
     size = resolve_preset(flags.data_name, flags.data_dir, flags.img_size).size
     image_set = load_set(flags.data_name, size, flags.data_dir)
     if image_set.num_classes is None:
         raise UserError(f"{image_set.train.path.parent} has no labels; a teacher needs them")
     get_model(flags.arch, image_set.img_shape)  # an unknown name fails before anything is written
-
-    def train(run: RunFolder) -> tuple[nn.Module, dict[str, float | None]]:
-        model = train_teacher(flags, image_set, run, device)
-        test, found = image_set.test, None
-        if test is not None and test.labels is not None:
-            found = held_out_accuracy(model, image_set, device)
-            print(f"test accuracy {found:.2f} %")
-        return model, {"test_accuracy": found}
-
     path = Path(flags.save_dir) / f"teacher_{flags.data_name}.pt"
+    train = functools.partial(train_teacher, flags, image_set, device)
     make_checkpoint(path, flags, image_set, device, train)
     return 0
 

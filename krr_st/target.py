@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import replace
 
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from data.augment import normalize, to_float
 from data.load import ImageSet, load_set
-from data.loader import TensorLoader
 from data.specs import Stats
 from evaluation.epochs import make_checkpoint, train_epochs
 from evaluation.fit import Trainer, outputs
@@ -21,7 +21,7 @@ from evaluation.target import Representation, default_checkpoint
 from krr_st.config import TargetFlags
 from utils import cli
 from utils.device import place, resolve_device
-from utils.errors import UserError, entry_point
+from utils.errors import UserError
 from utils.run_folder import RunFolder
 from utils.seed import derive_seed, draw_seed, local_seed, make_generator
 
@@ -33,7 +33,7 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, off_diagonal: float = 5e-3) -> Ten
 
         Σ_i (1 - C_ii)² + off_diagonal · Σ_{i≠j} C_ij²,  C = Z₁ᵀZ₂ / n
 
-    with each column of Z₁ and Z₂ (n, p), projections of two views of the same n ≥ 2 images,
+    where Z₁ and Z₂ (n, p) are projections of two views of the same n ≥ 2 images, each column
     standardised over the batch. The result is in float32 or the wider dtype of the inputs.
 
     Raises:
@@ -42,9 +42,8 @@ def barlow_twins_loss(z1: Tensor, z2: Tensor, off_diagonal: float = 5e-3) -> Ten
     Source: Zbontar et al., "Barlow Twins", arXiv 2103.03230, eq. 1-2.
     """
     if z1.dim() != 2 or z1.shape != z2.shape or len(z1) < 2:
-        raise ValueError(
-            f"expected two (n, p) matrices with n >= 2, got {tuple(z1.shape)}, {tuple(z2.shape)}"
-        )
+        found = f"{tuple(z1.shape)}, {tuple(z2.shape)}"
+        raise ValueError(f"expected two (n, p) matrices with n >= 2, got {found}")
     z1, z2 = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (z1, z2))
     z1, z2 = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z1, z2))
     c = z1.mT @ z2 / len(z1)  # (p, p)
@@ -67,16 +66,9 @@ def projector(features: int, hidden: int, layers: int = 3) -> nn.Sequential:
 class TwoViews:
     """Two random views of each image, by kornia, batched on the images' device.
 
-    Random resized crop, mirror, colour jitter, grey: what Barlow Twins uses at small sizes. The
-    colour operations need three channels and are left out for one.
-
-    Args:
-        img_shape: (C, H, W) of the images and of the views.
-        stats: normalisation, applied last.
-        hflip: whether mirroring keeps the meaning.
-        min_crop: smallest area of the crop as a share of the image.
-        jitter: strength of the colour jitter; 0 leaves colours alone.
-        degrees: largest rotation; 0 leaves the images upright.
+    Random resized crop, rotation, mirror, colour jitter, grey: what Barlow Twins uses at small sizes,
+    as strong as the flags of these names say. Colours of images without three channels are left
+    alone. Views have the images' shape and are normalised with `stats` last.
     """
 
     def __init__(
@@ -123,28 +115,21 @@ def knn_accuracy(model: Representation, image_set: ImageSet, device: torch.devic
 
 
 def train_target(
-    flags: TargetFlags, image_set: ImageSet, run: RunFolder, device: torch.device
-) -> Representation:
-    """Train a target model on the training images, resuming where `run` stopped; in eval mode.
+    flags: TargetFlags, image_set: ImageSet, device: torch.device, run: RunFolder
+) -> tuple[nn.Module, dict[str, float | None]]:
+    """Train a target model on the training images, resuming where `run` stopped.
 
-    Labels, where there are any, only serve the k-NN accuracy that is logged.
+    Returns its backbone and the last k-NN accuracy: labels, where there are any, serve that alone.
     """
     with local_seed(derive_seed(run.seed, "target")):
         model = Representation(flags.target_model, image_set.img_shape)
         head = projector(model.dim, flags.projector_dim, flags.projector_layers)
-    network = place(nn.Sequential(model, head), device)
-    views = dict(min_crop=flags.min_crop, jitter=flags.jitter, degrees=flags.degrees)
-    loader = TensorLoader(
-        image_set.train.images,
-        None,
-        batch_size=flags.batch_size,
-        device=device,
-        generator=make_generator(run.seed, "views"),
-        transform=TwoViews(image_set.img_shape, image_set.stats, hflip=image_set.hflip, **views),
-        drop_last=True,
-    )
-    length = dict(epochs=flags.epochs, warmup=round(flags.warmup_epochs * loader.steps_per_pass))
-    recipe = Recipe("mse", flags.opt, flags.lr, flags.wd, "cosine", flags.batch_size, **length)
+    how = dict(min_crop=flags.min_crop, jitter=flags.jitter, degrees=flags.degrees)
+    views = TwoViews(image_set.img_shape, image_set.stats, hflip=image_set.hflip, **how)
+    recipe = Recipe("mse", flags.opt, flags.lr, flags.wd, "cosine", flags.batch_size, flags.epochs)
+    generator = make_generator(run.seed, "views")
+    loader = recipe.loader(image_set.train.images, None, device, generator, views, drop_last=True)
+    recipe = recipe.override(warmup=round(flags.warmup_epochs * loader.steps_per_pass))
 
     def loss_fn(net: nn.Module, pair: tuple[Tensor, Tensor], _: None) -> Tensor:
         return barlow_twins_loss(net(pair[0]), net(pair[1]), flags.off_diagonal)
@@ -154,15 +139,15 @@ def train_target(
             return {}
         return {"knn_accuracy": knn_accuracy(model.eval(), image_set, device)}
 
-    trainer = Trainer(network, loader, recipe, loss_fn=loss_fn)
+    trainer = Trainer(place(nn.Sequential(model, head), device), loader, recipe, loss_fn=loss_fn)
     train_epochs(trainer, run, save_every=flags.save_every, what="Barlow Twins", measure=measure)
-    return model
+    print(f"features of {model.dim}")
+    return model.backbone, {"knn_accuracy": run.read_log()[-1].get("knn_accuracy")}
 
 
-@entry_point
-def main(argv: list[str] | None = None) -> int:
-    """Parse the flags, train, write the checkpoint and the record of the run."""
-    flags = cli.parse(TargetFlags, argv, prog="python -m krr_st.target", description=__doc__)
+@cli.command(TargetFlags, prog="python -m krr_st.target", description=__doc__)
+def main(flags: TargetFlags) -> int:
+    """Train, write the checkpoint and the record of the run."""
     device = resolve_device(flags.device, flags.gpu_id)
     preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
     flags = replace(flags, target_model=flags.target_model or preset.target_model)
@@ -170,13 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(image_set.train) < 2:
         raise UserError(f"{image_set.train.path} holds one image; Barlow Twins needs at least two")
     Representation(flags.target_model, image_set.img_shape)  # an unknown name fails before a write
-
-    def train(run: RunFolder) -> tuple[nn.Module, dict[str, float | None]]:
-        model = train_target(flags, image_set, run, device)
-        print(f"features of {model.dim}")
-        return model.backbone, {"knn_accuracy": run.read_log()[-1].get("knn_accuracy")}
-
     path = default_checkpoint(flags.target_model, flags.data_name, flags.save_dir)
+    train = functools.partial(train_target, flags, image_set, device)
     make_checkpoint(path, flags, image_set, device, train)
     return 0
 
