@@ -2,10 +2,9 @@
 
 Collects finished cells of test.py, test_scratch.py and test_kd.py from {log_dir}/results.jsonl into
 Markdown, CSV and LaTeX, ours beside the published numbers. Cells that were not run show as a dash;
-with --run they are run first, cheapest first, and a restart skips what is finished. What a row needs
-and is not there, its synthetic set or the target model of the source, is made before it. The same
-command in several shells or under torchrun (`torchrun --nproc_per_node 4 -m -- krr_st.tables ...`),
-on one node or several, shares the work.
+with --run they are run first, cheapest first, and a restart skips finished ones. A synthetic set or
+target model that a row lacks is made before it. The same command in several shells or under torchrun
+(`torchrun --nproc_per_node 4 -m -- krr_st.tables ...`), on one node or several, shares the work.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from utils import cli, flops
 from utils.checkpoint import fingerprint
 from utils.cli import SEED, DeviceFlags, flag
 from utils.distributed import local_gpu
-from utils.errors import UserError, entry_point, pick
+from utils.errors import UserError, pick
 from utils.plots import save_bar_groups
 from utils.table import mean_std
 
@@ -65,9 +64,9 @@ _TABLE_1 = ("random", "kmeans", "dsa", "dm", "mtt", "kip", "frepo", "krr_st")
 _TABLE_2 = tuple(m for m in _TABLE_1 if m != "kip")
 _FIVE = ("base", "vgg", "alexnet", "mobilenet", "resnet10")
 _FINE_GRAINED = ("aircraft", "cars", "cub2011", "dogs", "flowers")
-# Images that are only looked at, per target: a test split, or training features as well.
 _SOURCE_IMAGES = 50000  # of a training split, in estimates
 _KRR_ST_RATES = {"tinyimagenet": 1e-5, "imagenet": 1e-5, "imagenette": 1e-5}  # elsewhere 1e-4
+# Images per target that only pass through: a test split, or training images for their features, too.
 _MEASURED = {"finetune": 10000, "kd": 20000, "probe": 60000}
 
 
@@ -77,15 +76,14 @@ class Layout:
 
     source: str
     methods: tuple[str, ...]
-    models: tuple[str, ...]  # a single one is not shown
-    targets: tuple[str, ...]  # of a single one the columns are the models
+    models: tuple[str, ...]  # a single one is not named; `base` is the source's own network
+    targets: tuple[str, ...]  # with a single one the columns are the models
     protocol: str = "finetune"  # or kd, probe
     fraction: float | None = None  # of the labels, in the probe tables
     pre_epoch: int | None = None  # where the table sets a length of pre-training
-    kd_bn: str | None = None  # BatchNorm mode of table 4
 
     def network(self, model: str) -> str:
-        """`base` is the source's own network."""
+        """The name of a model in the zoo."""
         return PRESETS[self.source].network if model == "base" else model
 
     def triples(self) -> list[tuple[str, str, str]]:
@@ -100,14 +98,14 @@ class Layout:
         return (f"{method} ({model})" if len(self.models) > 1 else method), target
 
 
-# Every table has two rows more than the published ones: without them no gain can be read.
+# Every table has two rows beside the published ones: a gain is one over these.
 _EXTRA = (SCRATCH, RANDOM_FEATURES)
 
 LAYOUTS: dict[str, Layout] = {
     "1": Layout("cifar100", (*_EXTRA, *_TABLE_1), ("base",), FULL_TARGETS["cifar100"]),
     "2": Layout("tinyimagenet", (*_EXTRA, *_TABLE_2), ("base",), FULL_TARGETS["tinyimagenet"]),
     "3": Layout("imagenet", (*_EXTRA, "random", "frepo", "krr_st"), ("base",), FULL_TARGETS["imagenet"]),
-    "4": Layout("tinyimagenet", (GAUSSIAN, *_EXTRA, *_TABLE_2), _FIVE, ("cifar10",), "kd", kd_bn="running"),
+    "4": Layout("tinyimagenet", (GAUSSIAN, *_EXTRA, *_TABLE_2), _FIVE, ("cifar10",), "kd"),
     "fig3": Layout("tinyimagenet", (*_EXTRA, *_TABLE_2), _FIVE[1:], _FINE_GRAINED),
 }
 for _name in PROBE_TABLES:
@@ -221,15 +219,14 @@ def _command(module: ModuleType, argv: list[str]) -> None:
 
 
 class KernelTable:
-    """A layout met by the flags: its places and its jobs.
+    """The layout that the flags ask for, its places and its jobs.
 
     Raises:
         UserError: an unknown table, or a bad file of published numbers.
     """
 
     def __init__(self, flags: TablesFlags) -> None:
-        self.flags, layout = flags, pick(LAYOUTS, flags.table, "table")
-        self.layout = replace(layout, kd_bn=layout.kd_bn and flags.kd_bn)
+        self.flags, self.layout = flags, pick(LAYOUTS, flags.table, "table")
         self.published = with_published_file(PROBE_CELLS, flags.published)
         self.results = flags.log_dir / "results.jsonl"
 
@@ -246,30 +243,30 @@ class KernelTable:
         return None if kd and method == GAUSSIAN else method
 
     def present_sets(self) -> dict[str, str]:
-        """Method -> the fingerprint that cells of its synthetic set carry, where there is one."""
+        """Method -> fingerprint of its synthetic set, which its cells carry, where there is one."""
         layout, found = self.layout, {}
         for method in layout.methods:
-            with contextlib.suppress(UserError):  # none, or a damaged one: its job will say so
+            with contextlib.suppress(UserError):  # missing or damaged: its job will say so
                 synthetic = SyntheticSet.load(self.sets.path(self.owner(method) or method))
                 found[method] = fingerprint(synthetic.images, synthetic.targets)
         return found
 
     def places(self) -> list[Place]:
-        """All cells in reading order.
-
-        Cells of other synthetic sets, teachers, target data or lengths are not mixed: those of the method's
-        present set count, else of the latest cell, and of all lengths the one nearest to the
-        published.
-        """
+        """All cells in reading order."""
         sets = self.present_sets()
         return [self.place(*triple, sets.get(triple[0])) for triple in self.layout.triples()]
 
     def place(self, method: str, model: str, target: str, present: str | None) -> Place:
-        """One cell; `present` is the fingerprint of the method's synthetic set."""
+        """One cell; `present` is the fingerprint of the method's synthetic set.
+
+        Measurements on different synthetic sets, teachers, target data or lengths are not mixed: the
+        present set counts, else that of the latest, and the length nearest to the published one.
+        """
         layout = self.layout
         row, column = layout.headings(method, model, target)
+        kd_bn = self.flags.kd_bn if layout.protocol == "kd" else None
         wanted = dict(source=layout.source, method=method, model=layout.network(model), target=target)
-        wanted |= dict(protocol=layout.protocol, label_fraction=layout.fraction, kd_bn=layout.kd_bn)
+        wanted |= dict(protocol=layout.protocol, label_fraction=layout.fraction, kd_bn=kd_bn)
         wanted |= dict(shots="all", probe_on="body")
 
         def fits(cell: Cell) -> bool:
@@ -286,8 +283,8 @@ class KernelTable:
     def missing_jobs(self) -> list[Job]:
         """One job for each method and network whose targets lack some of `num_test` seeds.
 
-        Where its synthetic set is missing, what makes that stands in its place. Cells of a set that has
-        been replaced since do not count.
+        Where its synthetic set is missing, the job that makes it stands in its place. Cells of a set that
+        was replaced do not count.
         """
         flags, layout, sets = self.flags, self.layout, self.present_sets()
         cells = [
@@ -319,7 +316,7 @@ class KernelTable:
         return owner and self.sets.job(owner)
 
     def cost(self, method: str, model: str, targets: Sequence[str]) -> float:
-        """Operations of a job: three forward passes per trained image, one per measured one."""
+        """Operations of a job: three forward passes for an image in training, one for a measured one."""
         layout, flags = self.layout, self.flags
         preset, arch, recipes = PRESETS[layout.source], layout.network(model), []
         if method not in (SCRATCH, GAUSSIAN):
@@ -336,23 +333,17 @@ class KernelTable:
         return float(flags.num_test * images * forward_flops(arch, preset.size))
 
     def run_job(self, method: str, model: str, targets: Sequence[str]) -> None:
-        """Measure one method and network on its targets.
-
-        Raises:
-            UserError: no data or no synthetic set.
-        """
+        """Measure one method and network on its targets; a UserError without data or synthetic set."""
         layout = self.layout
         flags = replace(self.flags, gpu_id=local_gpu(self.flags.gpu_id))
         what = dict(source_data_name=layout.source, target_data_name="_".join(targets), test_model=model)
-        if layout.protocol == "kd":
-            Distillation(KdFlags(**shared_flags(flags, KdFlags), **what, method=method)).run()
-            return
-        what |= dict(protocol=layout.protocol, label_fraction=layout.fraction)
-        if method == SCRATCH:
-            Transfer(ScratchFlags(**shared_flags(flags, ScratchFlags), **what)).run()
-        else:
+        command, measure = (KdFlags, Distillation) if layout.protocol == "kd" else (TestFlags, Transfer)
+        if command is TestFlags:
+            what |= dict(protocol=layout.protocol, label_fraction=layout.fraction)
+            command = ScratchFlags if method == SCRATCH else TestFlags
+        if command is not ScratchFlags:
             what |= dict(method=method, pre_epoch=layout.pre_epoch)
-            Transfer(TestFlags(**shared_flags(flags, TestFlags), **what)).run()
+        measure(command(**shared_flags(flags, command), **what)).run()
 
 
 @functools.cache
@@ -362,16 +353,15 @@ def forward_flops(arch: str, size: int) -> int:
     return flops.forward_flops(lambda: get_model(arch, shape), shape)
 
 
-@entry_point
-def main(argv: list[str] | None = None) -> int:
+@cli.command(TablesFlags, prog="python -m krr_st.tables", description=__doc__)
+def main(flags: TablesFlags) -> int:
     """Run what is missing if asked, then write and print the table."""
-    flags = cli.parse(TablesFlags, argv, prog="python -m krr_st.tables", description=__doc__)
     table = KernelTable(flags)
     stem = flags.log_dir / f"table_{flags.table}"
     missing = table.missing_jobs if flags.run else None
     entries, code = make_table(table.places(), table.results, stem, missing)
     layout, picture = table.layout, stem.with_suffix(".png")
-    norms = f" (BatchNorm: {layout.kd_bn} statistics)" if layout.kd_bn else ""
+    norms = f" (BatchNorm: {flags.kd_bn} statistics)" if layout.protocol == "kd" else ""
     print(f"test accuracy in %, source {layout.source}, {layout.protocol}{norms}; {NOTE}")
     if flags.table == "fig3":
         draw_bars(layout, entries, picture)
