@@ -1,7 +1,6 @@
-"""The loss that can be read: held-out images under networks that stay as they are.
+"""A loss that compares step with step: held-out images under fixed networks.
 
-The running loss comes from the pool, whose networks age and follow the set, so that it may rise
-while the set gets better. Here nothing changes but the set.
+The training loss may rise while the set improves, as the pool's networks age and follow the set.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ MEASUREMENTS = 8  # in a run, after the one of its start
 class HeldOutLoss:
     """KRR loss of a synthetic set on fixed real images, under each of a few fixed networks.
 
-    The images are of the test split, or of the training split where there is none. The networks are
-    one network of the pool's kind at the ages 0, T/4, T/2 and T, trained on the initial set: a
-    resumed run makes the same ones again.
+    The images are of the test split, or the training split if there is none. The networks are one of
+    the pool's kind at the ages 0, T/4, T/2 and T, trained on the initial set, and the same again in
+    a resumed run.
     """
 
     def __init__(

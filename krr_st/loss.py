@@ -45,10 +45,8 @@ def krr_predict(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-
 
         K_rs (K_ss + λI)⁻¹ Y_s,  λ = ridge · trace(K_ss) without gradient,
 
-    with a linear kernel on features that each have a constant 1 appended (here, inside).
-
-    Features are (b, d) of the real and (m, d) of the synthetic images, y_syn is (m, D); the result is
-    (b, D), float32 or the wider dtype of the inputs. `ridge` is above 0.
+    with a linear kernel on features that each have a constant 1 appended (here, inside). From f_real
+    (b, d), f_syn (m, d), y_syn (m, D) and ridge > 0 to (b, D), float32 or the inputs' wider dtype.
 
     Source: Lee et al., arXiv 2310.06511, eq. 4-5 and alg. 1; kernel with bias as in FRePo.
     """

@@ -18,14 +18,14 @@ from utils.errors import pick
 from utils.precision import autocast, compiled
 from utils.seed import draw_seed
 
-# What a slot's counter is set to when its network is replaced. The released code forgets to set it
-# back, so that such a slot is replaced again at every draw and never ages.
+# A slot's age after its network was replaced. The released code forgets to reset it: such a slot is
+# replaced again at every draw.
 RESET_AGE: dict[str, Callable[[int], int]] = {"paper": lambda age: 0, "released": lambda age: age}
 
 
 @dataclass
 class Slot:
-    """One member: a network, its optimiser, and the SGD steps it has taken."""
+    """A network, its optimiser, and the SGD steps it has taken."""
 
     model: nn.Module
     optimizer: Optimizer
@@ -33,23 +33,15 @@ class Slot:
 
 
 class ModelPool:
-    """`size` networks trained on the current synthetic set, each at its own age below `max_steps`.
+    """`size` networks trained on the current synthetic set, each of its own age.
 
-    Invariant (reset "paper"): 0 <= age <= max_steps, and `age` equals the number of steps the
-    slot's present network has taken.
+    `make_network` gives a new network on its device, from an integer seed, and its optimiser. One
+    that has taken `max_steps` (T) steps is replaced at its next update. Draws, ages and seeds come
+    from the CPU `generator`; `reset` is a key of RESET_AGE; `precision`, `compile` and `criterion` (of
+    outputs and targets) are those of the networks in training.
 
-    Args:
-        make_network: a new network on its device, from an integer seed, and its optimiser.
-        size: number of networks.
-        max_steps: T; a network that has taken T steps is replaced at its next update.
-        generator: CPU generator for draws, ages and the networks' seeds.
-        reset: a key of RESET_AGE.
-        precision: of the networks in training.
-        compile: whether their passes in training are compiled.
-        criterion: of their training, on outputs and targets.
-
-    Raises:
-        UserError: an unknown reset policy.
+    Invariant (reset "paper"): 0 <= age <= T, and `age` is the number of steps the slot's network
+    has taken.
 
     Source: Lee et al., arXiv 2310.06511, alg. 1; the pool is FRePo's.
     """
@@ -84,10 +76,7 @@ class ModelPool:
             slot.age = number * self.max_steps // len(self.slots)
 
     def aged_copies(self, seed: int, ages: Sequence[int], x_syn: Tensor, y_syn: Tensor) -> list[nn.Module]:
-        """One network outside of the pool at rising ages, frozen, in eval mode.
-
-        Its weights are drawn from `seed`, the pool's generator is left alone.
-        """
+        """One network outside of the pool, made from `seed`, at rising ages; frozen, in eval mode."""
         slot, copies = Slot(*self._make_network(seed)), []
         for age in ages:
             self._train(slot, x_syn, y_syn, age)
@@ -120,7 +109,7 @@ class ModelPool:
         return self._criterion(outputs.float(), y)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: weights, optimisers, ages, generator."""
+        """Weights, optimisers, ages, generator: what a resumed run needs."""
         slots = [
             {"model": slot.model.state_dict(), "optimizer": slot.optimizer.state_dict(), "age": slot.age}
             for slot in self.slots

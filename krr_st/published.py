@@ -1,9 +1,9 @@
 """Published numbers that could be verified, for the tables to print beside ours.
 
-The paper's own Tables 1-4 and Figure 3 were not readable; their cells stay empty here and can be
-filled from a file of the user's (`--published FILE`). What could be read is the re-measurement by
-the MKDT authors under their own protocol: 20 epochs of pre-training on a set of 2 % of the source,
-then a probe on 1 % or 5 % of the target's labels, three seeds.
+The paper's own Tables 1-4 and Figure 3 were not readable: their cells are empty, for a file of the
+user's (`--published FILE`). Readable was the re-measurement by the MKDT authors under their own
+protocol: 20 epochs of pre-training on a set of 2 % of the source, then a probe on 1 % or 5 % of the
+target's labels, three seeds.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Targets of real batches: computed each time, or once for every view of every image.
 
-Crop offsets times flip give only V = (2·pad+1)²·2 views of an image (162 at the published padding),
-so that the target model's representation of each can be kept and looked up ever after. The
-distribution of batches and of their targets stays what it is.
+Crop offsets and flips give only V = (2·pad+1)²·2 views of an image (162 at the published padding):
+the target model's features of each can be kept and looked up. Batches and targets stay the same.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ from utils.device import free_memory
 from utils.errors import UserError
 from utils.precision import DTYPES
 
-TargetFunction = Callable[[Tensor], Tensor]  # (b, C, H, W) -> (b, D), frozen
-Flush = Callable[[Tensor], None]
+Function, Flush = Callable[[Tensor], Tensor], Callable[[Tensor], None]
 # With fewer rows in a batch some CPU kernels round differently: a view's value would depend on
-# which others were missing beside it, and a resumed run would differ in the last bit.
+# which others were missing with it, and a resumed run would differ in the last bit.
 _LEAST_ROWS = 16
 _FILL_ROWS = 2048
 
@@ -48,12 +46,9 @@ class RealBatch(NamedTuple):
 
 
 class OnlineTargets:
-    """The target model's forward pass at every step, as published.
+    """The frozen target model's features, computed at every step as published; rounded like a table's."""
 
-    Values are rounded to `dtype` as a table would round them, so that both give the same.
-    """
-
-    def __init__(self, target: TargetFunction, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, target: Function, dtype: torch.dtype = torch.float32) -> None:
         self.target, self.dtype = target, dtype
 
     def compute(self, x: Tensor) -> Tensor:
@@ -64,30 +59,25 @@ class OnlineTargets:
         return self.target(x)[: len(x) - filling]
 
     def __call__(self, batch: RealBatch) -> Tensor:
-        """Representations (b, D) of a batch, float32 on its device."""
+        """Targets (b, D) of a batch, float32 on its device."""
         return self.compute(batch.x).to(self.dtype).float()
 
     def flush(self) -> None:
-        """Make what was computed outlast this process, where it is meant to."""
+        """Keep what was computed for later processes (a mapped table only)."""
 
 
 class TargetViews(OnlineTargets):
-    """A table of representations, filled where a view is first drawn.
+    """A table of targets, each computed when its view is first drawn.
 
-    Which entries are there is known on the CPU, where views are drawn: looking up never makes the
-    host wait for the device.
-
-    Args:
-        target: the frozen target model.
-        table: (N·V, D) float32 or bfloat16: on the device, or a file mapped into memory.
-        views: V, number of views of an image.
-        known: (N·V,) bool on the CPU, which rows of the table are there; None: none.
-        on_flush: called with `known`, after entries were added to a mapped table.
+    `table` is (N·V, D) in float32 or bfloat16, on the device or a file mapped into memory, with V =
+    `views` of each image. `known` (N·V,) says which rows are there (None: none yet); it is on the CPU,
+    where views are drawn, so that looking up never makes the host wait for the device. `on_flush`
+    is called with `known` after entries were added to a mapped table.
     """
 
     def __init__(
         self,
-        target: TargetFunction,
+        target: Function,
         table: Tensor,
         views: int,
         known: Tensor | None = None,
@@ -111,26 +101,21 @@ class TargetViews(OnlineTargets):
         return found.to(batch.x.device, torch.float32, non_blocking=True)
 
     def flush(self) -> None:
-        """Write which entries are there, after the entries themselves (a mapped table only)."""
+        """Write new entries of a mapped table, then which ones are there."""
         if self._on_flush is not None and self._changed:
             self._on_flush(self.known)
             self._changed = False
         self.complete = self.complete or bool(self.known.all())
 
     @torch.no_grad()
-    def fill(self, images: Tensor, stats: Stats, pad: int, progress: bool = True) -> None:
-        """Compute all that is missing, from the training images (N, C, H, W) in pixel space."""
-        numbers = torch.arange(self.views)
-        todo = (~self.known.view(-1, self.views).all(1)).nonzero().flatten()
-        group = max(1, _FILL_ROWS // self.views)
-        for index in tqdm(todo.split(group), desc="target views", disable=None if progress else 1):
-            views = views_from_numbers(numbers.repeat(len(index)), pad)
-            x = images[index].to(self.table.device).repeat_interleave(self.views, 0)
-            x = normalize(apply_crop_flip(x, views, pad), stats)
-            rows = (index[:, None] * self.views + numbers).flatten()
-            for part, own in zip(x.split(_FILL_ROWS), rows.split(_FILL_ROWS), strict=True):
-                self._store(own, self.target(part))
-        self.complete = True
+    def fill(self, images: Tensor, stats: Stats, pad: int) -> None:
+        """Compute all missing entries from the training images (N, C, H, W) in pixel space."""
+        todo, device = (~self.known).nonzero().flatten(), self.table.device
+        for rows in tqdm(todo.split(_FILL_ROWS), desc="target views", disable=None):
+            index, place = (rows // self.views).unique(return_inverse=True)  # each image moves once
+            x = images[index].to(device)[place.to(device)]
+            x = apply_crop_flip(x, views_from_numbers(rows % self.views, pad), pad)
+            self._store(rows, self.compute(normalize(x, stats)))
         self.flush()
 
     def _store(self, rows: Tensor, y: Tensor) -> None:
@@ -143,10 +128,10 @@ class TargetViews(OnlineTargets):
 def plan_views(
     mode: str, dtype: torch.dtype, *, rows: int, dim: int, draws: int, free: int, keep: bool
 ) -> tuple[str, str]:
-    """Where targets come from: online, memory or file, and why. The values are the same in all.
+    """Where targets come from (online, memory or file) and why; their values are the same.
 
-    `rows` is N·V, `dim` D; the run draws `draws` views in all, the device has `free` bytes, and
-    `keep` says that a folder for the table was named.
+    The table has `rows` N·V of `dim` D, the run makes `draws`, the device has `free` bytes, and `keep`
+    says that a folder for the table was named.
     """
     size = rows * dim * dtype.itemsize
     shown = f"{rows} views x {dim} are {size / 1e9:.2f} GB as {str(dtype)[6:]}"
@@ -167,14 +152,11 @@ def plan_views(
 def mapped_table(
     folder: Path, rows: int, dim: int, dtype: torch.dtype, about: dict[str, object]
 ) -> tuple[Tensor, Tensor, Flush]:
-    """A table in a file that later runs with the same `about` fill further.
+    """A table in a file, which later runs with the same `about` fill further.
 
-    `about` holds everything an entry depends on, as plain values; the table has a sub-folder of
-    `folder` named after it. Beside it lies the checksum of each row; one that does not fit its own
-    counts as unknown.
-
-    Returns:
-        The (rows, dim) table, its `known` so far, and what makes both outlast a crash.
+    `about` holds everything an entry depends on, as plain values; it names the table's sub-folder. A
+    row that does not fit its checksum, kept beside the table, counts as unknown. Returns the (rows,
+    dim) table, which rows are known, and what makes both outlast a crash.
 
     Raises:
         UserError: the folder cannot be written or has no room.
@@ -232,20 +214,15 @@ def row_sums(rows: Tensor) -> Tensor:
 
 
 def targets_for(problem: Problem, flags: TrainFlags) -> OnlineTargets:
-    """Where a run's targets come from: a table of views, or the target model at every step.
-
-    Raises:
-        UserError: a table on disk cannot be made.
-    """
+    """A table of views, or the target model at every step; a UserError where no file can be made."""
     image_set, target, device = problem.image_set, problem.target, problem.device
-    images, stats, hflip = image_set.train.images, image_set.stats, image_set.hflip
-    pad = default_padding(image_set.size)
-    views = count_views(pad, hflip)
-    rows, dim = len(images) * views, target.dim
+    images, stats, pad = image_set.train.images, image_set.stats, default_padding(image_set.size)
+    views = count_views(pad, image_set.hflip)
+    rows, dim, free = len(images) * views, target.dim, free_memory(device)
     draws = flags.outer_iteration * min(flags.outer_batch_size, len(images))
     dtype = DTYPES[flags.views_dtype or ("bf16" if flags.precision == "bf16" else "fp32")]
-    free, keep = free_memory(device), flags.views_dir is not None
-    kind, why = plan_views(flags.target_views, dtype, rows=rows, dim=dim, draws=draws, free=free, keep=keep)
+    load = dict(rows=rows, dim=dim, draws=draws, free=free, keep=flags.views_dir is not None)
+    kind, why = plan_views(flags.target_views, dtype, **load)
     print(f"targets: {kind} ({why})")
     if kind == "online":
         return OnlineTargets(target, dtype)
@@ -258,7 +235,7 @@ def targets_for(problem: Problem, flags: TrainFlags) -> OnlineTargets:
             "images": checkpoint.fingerprint(images),
             "stats": [stats.mean, stats.std],
             "pad": pad,
-            "hflip": hflip,
+            "hflip": image_set.hflip,
             "precision": flags.precision,
         }
         if flags.target_ckpt is not None:
@@ -268,7 +245,7 @@ def targets_for(problem: Problem, flags: TrainFlags) -> OnlineTargets:
         targets = TargetViews(target, table, views, known, flush)
         if device.type == "cuda" and table.nbytes <= free_memory(device) // 2 and targets.complete:
             targets.table = table.to(device)
-    # On a GPU all at once: a view at a time leaves it idle. A CPU computes what is drawn.
+    # A GPU computes all at once, which keeps it busy; a CPU what is drawn.
     if device.type == "cuda" and draws >= rows and not targets.complete:
         targets.fill(images, stats, pad)
     return targets
