@@ -2,12 +2,17 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import CPU, resolved, write_set
 from torch import nn
 
+import train
 from data.augment import normalize
 from data.load import load_set
 from data.real_data import RealImages
@@ -17,6 +22,8 @@ from distillation.problem import Problem
 from krr_st.frepo import FRePo, centred, frepo_loss, label_margin
 from krr_st.kip import KIP, draw_weights, estimated_kernel
 from utils.optim import LAMB, AdaBelief, make_optimizer, make_schedule
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def generator(seed=0):
@@ -288,3 +295,32 @@ def test_a_cosine_to_a_tenth():
 def test_whitened_real_images_reach_the_networks(problem):
     x = normalize(problem.image_set.train.images[:4], problem.image_set.stats)
     assert torch.equal(problem.whiten(x), problem.whitening(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["frepo", "kip"])
+def test_two_processes_equal_one(workspace, method):
+    """The real batch is dealt to them; the set is the same up to rounding."""
+    write_set("datasets", "tiny", train=64, test=16)
+    flags = (
+        f"--method {method} --data_name tiny --img_size 8 --device cpu --seed 4 --num_images 8 "
+        "--outer_iteration 6 --outer_batch_size 16 --num_models 2 --pre_iteration 2 --print_every 2 "
+        "--train_model convnet_4_none"
+    ).split()
+    assert train.main([*flags, "--exp_name", "one"]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "train.py"), *flags, "--exp_name", "two"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (SyntheticSet.load(f"results/{name}") for name in ("one", "two"))
+    torch.testing.assert_close(one.images, two.images, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(one.targets, two.targets, rtol=1e-3, atol=1e-4)
+    start = normalize(load_set("tiny", 8, "datasets").train.images, load_set("tiny", 8, "datasets").stats)
+    gaps = (one.images[:, None] - start[None]).abs().amax((2, 3, 4)).amin(1)
+    assert gaps.min() > 1e-4  # it is no longer the real images that it began with
