@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import clom, krr_st, loader
+from benchmarks import clom, krr_st, loader, trajectory
 from benchmarks.common import machine, report
 from utils.device import resolve_device
 from utils.errors import entry_point
@@ -64,8 +64,12 @@ def main(argv: list[str] | None = None) -> None:
     results["clom"] = clom.measure(device, quick=args.quick, **few)
     print("loader ...", flush=True)
     results["loader"] = loader.measure(device, count=2048 if args.quick else 20000, **few)
+    print("unrolled training ...", flush=True)
+    few = dict(steps=(2, 4), m=8, model="convnet_8_in", size=16) if args.quick else {}
+    results["trajectory"] = trajectory.measure(device, **few)
     head = ["what", "times the plain form", "that with memory kept", "of the matmul rate"]
     print(markdown(head, rows(results)))
+    print(trajectory.table(results["trajectory"]))
     report(args.out, results)
 
 

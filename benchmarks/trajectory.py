@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,13 @@ def _alone(make: Callable[[], Callable[[], Any]], device: torch.device) -> tuple
 
 
 def measure(
-    device: torch.device, steps: tuple[int, ...] = (5, 10, 20), m: int = 50, model: str = "", size: int = 32
+    device: torch.device,
+    steps: Sequence[int] = (5, 10, 20),
+    m: int = 50,
+    model: str = "convnet_128_128_128_in",
+    size: int = 32,
 ) -> dict[str, Any]:
     """Bytes and seconds of one gradient: mode -> number of steps -> value."""
-    model = model or "convnet_128_128_128_in"
     found: dict[str, Any] = {"bytes": {}, "seconds": {}, "m": m, "size": size, "model": model}
     context = torch.multiprocessing.get_context("spawn")
     for mode in UNROLLS:
@@ -77,10 +80,10 @@ def measure(
             make = functools.partial(gradient, mode, count, m, model, size, device)
             if device.type == "cpu":  # so that no process finds memory that an earlier one has kept
                 with context.Pool(1) as pool:
-                    size_, taken = pool.apply(_alone, (make, device))
+                    taken_bytes, taken = pool.apply(_alone, (make, device))
             else:
-                size_, taken = _alone(make, device)
-            found["bytes"].setdefault(mode, {})[count] = size_
+                taken_bytes, taken = _alone(make, device)
+            found["bytes"].setdefault(mode, {})[count] = taken_bytes
             found["seconds"].setdefault(mode, {})[count] = taken
     return found
 
@@ -110,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
-    found = measure(device, tuple(args.steps), args.m, args.model, args.size)
+    found = measure(device, args.steps, args.m, args.model, args.size)
     print(table(found))
     report(args.out, {"machine": machine(device), "trajectory": found})
 

@@ -40,6 +40,8 @@ SMALLER = {
     "clom.tables": "",
     "krr_st.target": f"{TINY} --epochs 1 --batch_size 16",
     "krr_st.baselines": f"{TINY} --num_images 10",
+    "trajectory.experts": f"{TINY} --num_experts 1 --train_epochs 1 --batch_train 8 "
+    "--train_model convnet_4_in",
     "krr_st.kd_teacher": f"{TINY} --epochs 1",
     "train.py": f"{TINY} --num_images 10 --num_models 1 --outer_iteration 2 --outer_batch_size 8 "
     "--online_iteration 2 --pre_epoch 2 --test_iteration 2",

@@ -13,7 +13,8 @@ from data.load import load_set
 from evaluation.fit import outputs
 from models import get_model
 from trajectory import experts
-from trajectory.experts import ExpertFlags, Experts, ExpertTraining, expert_files, resolve
+from trajectory.buffers import Experts, expert_files
+from trajectory.experts import ExpertFlags, ExpertTraining, resolve
 from utils.errors import UserError
 
 TINY = ["--data_name", "tiny", "--img_size", "8", "--train_model", "convnet_4_in", "--device", "cpu"]

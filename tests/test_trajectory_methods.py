@@ -20,7 +20,8 @@ from methods import METHODS
 from models import get_model
 from trajectory import experts
 from trajectory.base import start_limit
-from trajectory.experts import ExpertFlags, Experts
+from trajectory.buffers import Experts
+from trajectory.experts import ExpertFlags
 from trajectory.mkdt import MKDT, MKDTFlags
 from trajectory.mtt import MTT, MTTFlags
 from trajectory.published import published

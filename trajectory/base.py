@@ -21,7 +21,8 @@ from evaluation.presets import Preset
 from evaluation.recipes import no_augmentation
 from models import get_model
 from models.layout import arranged
-from trajectory.experts import Experts, default_network
+from trajectory.buffers import Experts
+from trajectory.experts import default_network
 from trajectory.match import DISTANCES, UNROLLS, Batch, functional_loss, matching_distance, tensor_weights
 from utils.cli import flag
 from utils.errors import UserError
@@ -282,7 +283,8 @@ class TrajectoryMatching(Distiller):
         x, *y = (t.detach() for t in learned)
         whitening, momentum = self.problem.whitening, self.flags.train_momentum
         momentum = (self.flags.inner_momentum or 0.9) if momentum is None else momentum
-        training = TrainingSettings(self.student.lr.item(), self.strategy, whitening, momentum)
+        lr = float(f"{self.student.lr.item():.7g}")  # float32 has no more digits
+        training = TrainingSettings(lr, self.strategy, whitening, momentum)
         images = x if whitening is None else whitening.undo(x)
         return SyntheticSet(images, self.targets(y[0] if y else self.y_syn), training=training)
 

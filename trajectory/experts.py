@@ -3,10 +3,6 @@
     python -m trajectory.experts --data_name cifar10 --zca
     python -m trajectory.experts --data_name cifar10 --targets features
 
-A trajectory is a list of snapshots, the first one before training; a snapshot is a list of the
-network's parameters. `replay_buffer_{n}.pt` holds a list of trajectories, here one each, and is read
-by and from the released codes of MTT and MKDT (float32, the same network).
-
 Sources: Cazenavette et al., arXiv 2203.11932 (classes); Joshi et al., "Dataset Distillation via
 Knowledge Distillation", ICLR 2025 (features).
 """
@@ -14,11 +10,10 @@ Knowledge Distillation", ICLR 2025 (features).
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +33,7 @@ from evaluation.score import share_correct
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, resolve_checkpoint
 from models import get_model
 from models.layout import arranged
+from trajectory.buffers import Snapshot, Trajectory, expert_files, expert_path
 from utils import checkpoint, cli
 from utils.cli import SEED, DeviceFlags, flag
 from utils.device import resolve_device
@@ -47,10 +43,6 @@ from utils.precision import DTYPES
 from utils.run_folder import RunFolder, claim_run
 from utils.seed import derive_seed, local_seed, make_generator
 
-Snapshot = list[Tensor]
-Trajectory = list[Snapshot]
-
-_FILE = re.compile(r"replay_buffer_(\d+)\.pt")
 _TIMED_STEPS = 4
 
 # Published values of the flags that are not given.
@@ -125,137 +117,6 @@ def default_folder(flags: ExpertFlags) -> Path:
     """./buffers/{data_name}_{img_size}/{train_model}_{targets}_{train_epochs}epochs[_zca]."""
     name = f"{flags.train_model}_{flags.targets}_{flags.train_epochs}epochs{'_zca' if flags.zca else ''}"
     return Path("./buffers") / f"{flags.data_name}_{flags.img_size}" / name
-
-
-def expert_path(folder: Path, number: int) -> Path:
-    """The published name of a file of trajectories."""
-    return folder / f"replay_buffer_{number}.pt"
-
-
-def expert_files(folder: Path | str) -> list[Path]:
-    """The files of a buffer folder in the order of their numbers."""
-    found = {int(m[1]): p for p in Path(folder).glob("replay_buffer_*.pt") if (m := _FILE.fullmatch(p.name))}
-    return [found[n] for n in sorted(found)]
-
-
-class Experts:
-    """The trajectories of a folder, mapped into memory: only snapshots that are asked for are read.
-
-    Args:
-        folder: holds replay_buffer_0.pt, ... of any origin.
-        shapes: of the network's parameters, in order.
-        device: where snapshots are wanted, in float32.
-        count: trajectories to use, the first ones; None: all.
-
-    Raises:
-        UserError: no files, fewer trajectories than `count`, or what is no list of trajectories of
-            this network; one line that names the file.
-    """
-
-    def __init__(
-        self,
-        folder: Path | str,
-        shapes: Sequence[tuple[int, ...]],
-        device: torch.device,
-        count: int | None = None,
-    ) -> None:
-        self.folder, self.device = Path(folder), device
-        self._shapes = [tuple(shape) for shape in shapes]
-        self._known: list[tuple[Path, Trajectory]] = []
-        for path in expert_files(folder):
-            if count is None or len(self._known) < count:
-                self._known += [(path, trajectory) for trajectory in self._read(path)]
-        self._known = self._known[:count]
-        if not self._known:
-            raise UserError(
-                f"{folder} holds no replay_buffer_0.pt; make it with python -m trajectory.experts"
-            )
-        if count is not None and len(self._known) < count:
-            raise UserError(f"{folder} holds {len(self._known)} trajectories, --num_experts is {count}")
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    @property
-    def last(self) -> int:
-        """The number of the last snapshot that all trajectories have."""
-        return min(len(trajectory) for _, trajectory in self._known) - 1
-
-    def _read(self, path: Path) -> list[Trajectory]:
-        content = checkpoint.load(path, what="expert buffer", mmap=True)
-        if not isinstance(content, list | tuple) or not content:
-            raise UserError(f"expert buffer {path} holds {_kind(content)}, expected a list of trajectories")
-        for n, trajectory in enumerate(content):
-            if not isinstance(trajectory, list | tuple) or len(trajectory) < 2:
-                raise UserError(
-                    f"expert buffer {path}: trajectory {n} is {_kind(trajectory)}, expected a list of two or "
-                    "more snapshots"
-                )
-            for t, snapshot in enumerate(trajectory):
-                self._check(snapshot, f"expert buffer {path}: trajectory {n}, snapshot {t}")
-        return list(content)
-
-    def _check(self, snapshot: Any, where: str) -> None:
-        if not isinstance(snapshot, list | tuple) or not all(isinstance(p, Tensor) for p in snapshot):
-            raise UserError(f"{where} is {_kind(snapshot)}, expected a list of parameter tensors")
-        if len(snapshot) != len(self._shapes):
-            raise UserError(
-                f"{where} holds {len(snapshot)} tensors, the network has {len(self._shapes)} parameters"
-            )
-        for number, (p, shape) in enumerate(zip(snapshot, self._shapes, strict=True)):
-            if tuple(p.shape) != shape or not p.is_floating_point():
-                raise UserError(
-                    f"{where}, parameter {number} is {tuple(p.shape)} {p.dtype}, expected {shape} of floats; "
-                    "was it made with another network, image size or number of outputs?"
-                )
-
-    def snapshot(self, expert: int, t: int) -> Snapshot:
-        """The parameters of an expert after t snapshots, float32 on the device.
-
-        Raises:
-            UserError: NaN or infinity in them.
-        """
-        path, trajectory = self._known[expert]
-        found = [p.detach().to(self.device, torch.float32, copy=True) for p in trajectory[t]]
-        if not all(p.isfinite().all() for p in found):
-            raise UserError(f"expert buffer {path}: snapshot {t} holds NaN or infinity; the expert diverged")
-        return found
-
-    def pair(self, expert: int, t: int, ahead: int, radius: int = 0) -> tuple[Snapshot, Snapshot]:
-        """Snapshot t and the goal t + ahead, the mean over the snapshots within `radius` of it.
-
-        Raises:
-            UserError: they are the same, or not finite.
-        """
-        start, centre = self.snapshot(expert, t), t + ahead
-        near = range(max(0, centre - radius), min(centre + radius, self.last) + 1)
-        goals = [self.snapshot(expert, n) for n in near]
-        goal = [torch.stack(parts).mean(0) for parts in zip(*goals, strict=True)]
-        if all(torch.equal(a, b) for a, b in zip(start, goal, strict=True)):
-            raise UserError(
-                f"expert buffer {self._known[expert][0]}: snapshots {t} and {centre} are the same; they were "
-                "saved without copying the weights"
-            )
-        return start, goal
-
-    def state_dict(self) -> dict[str, Any]:
-        """A mark by which a saved run knows its experts."""
-        return {"mark": self._mark()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare; a ValueError where a run was saved with other experts."""
-        if state["mark"] != self._mark():
-            raise ValueError(f"the experts in {self.folder} are not those of before")
-
-    def _mark(self) -> str:
-        ends = [trajectory[-1][-1] for _, trajectory in self._known]
-        return checkpoint.fingerprint(torch.stack([p.detach().float() for p in ends]))
-
-
-def _kind(value: Any) -> str:
-    return (
-        f"{type(value).__name__} of {len(value)}" if isinstance(value, list | tuple) else type(value).__name__
-    )
 
 
 def train_expert(

@@ -16,7 +16,8 @@ from evaluation.recipes import check_strategy
 from models import get_model
 from trajectory import experts
 from trajectory.base import TrajectoryFlags
-from trajectory.experts import ExpertFlags, Experts, expert_files, make_experts
+from trajectory.buffers import Experts, expert_files
+from trajectory.experts import ExpertFlags, make_experts
 from trajectory.published import published
 from utils.checkpoint import files_fingerprint
 from utils.distributed import Group
