@@ -4,8 +4,6 @@ python train.py --exp_name NAME --data_name cifar100 --outer_lr 1e-4
 python train.py --method dm --data_name cifar10 --num_images 10
 """
 
-from __future__ import annotations
-
 from methods.command import distil
 from utils.errors import entry_point
 

@@ -1,7 +1,5 @@
 """What DC, DSA and DM share: images in class order, their optimiser, siamese augmentation, CLoM."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

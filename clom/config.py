@@ -1,7 +1,5 @@
 """Flags of the commands of this family, and what is filled in for them."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """DC and DSA: synthetic images whose gradient on a network is that of real images."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """DM: synthetic images whose mean features under random networks are those of real images."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -16,8 +16,6 @@ Source: Lu et al., "Dataset Distillation with Pre-trained Models: A Contrastive 
 arXiv 2310.03295.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the distillers match: gradients (DC, DSA) and mean features (DM). Pure functions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

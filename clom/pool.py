@@ -1,7 +1,5 @@
 """CLoM's pre-trained models, read from disk, and their features of real images."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

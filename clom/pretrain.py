@@ -1,7 +1,5 @@
 """The driver behind train_original_models.py: the pre-trained models that CLoM asks."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -6,8 +6,6 @@ networks of all experiments. CLoM's own rows stay empty: `--published FILE` fill
 Sources: the readme of the DC, DSA and DM authors; for random images and full data the table of PAD.
 """
 
-from __future__ import annotations
-
 from evaluation.tables import Number, Published
 
 RANDOM = "random real images"

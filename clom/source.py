@@ -1,7 +1,5 @@
 """What the commands of this family read: prepared sets in their normalisation, fresh networks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -12,8 +12,6 @@ all networks of all experiments together, as the published code prints it; n in 
 their number.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """The driver behind validate.py: what networks trained on a synthetic set reach on real images."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shlex

@@ -1,7 +1,5 @@
 """Loading a prepared set with the statistics of one family."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

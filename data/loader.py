@@ -1,7 +1,5 @@
 """Batches from whole tensors that live on the device: gather, augment and normalise in one go."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 {"source": ..., "class_names": [...], "sizes": {"32": {"mean": [...], "std": [...], ...}}}
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor

@@ -3,8 +3,6 @@
 Everything a later stage relies on is checked here once, so that no loop has to.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Reading files that somebody else made: regular files, JSON objects, pictures of known raster formats."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

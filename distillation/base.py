@@ -1,7 +1,5 @@
 """The contract of a distillation method."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """The two kinds of labels of a synthetic set: where they come from, and how such a set is judged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """The one outer loop: steps, log, saves, evaluations, stopping and resuming."""
 
-from __future__ import annotations
-
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass

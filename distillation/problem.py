@@ -1,7 +1,5 @@
 """What a method is given: real data, the target model, seed, device, and initial images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Protocol
 

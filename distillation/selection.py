@@ -1,7 +1,5 @@
 """Choosing real images: at random, in equal numbers per class, by k-means, by herding, by loss."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

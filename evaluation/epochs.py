@@ -1,7 +1,5 @@
 """Networks trained on a prepared set over epochs, each with a run folder beside its checkpoint."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a synthetic set is worth in real images."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The one training loop, and how what it trained is measured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

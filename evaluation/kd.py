@@ -4,8 +4,6 @@ A classifier of the target teaches a student on synthetic images alone. Of the t
 split is read, and only to measure.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Evaluation inside distillation: pre-train on the synthetic set, freeze, fit a linear layer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -3,8 +3,6 @@
 Several processes, on one node or several, may write the same file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

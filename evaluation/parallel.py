@@ -1,7 +1,5 @@
 """Independent trainings at the same time: on a CPU one network a core beats all cores on one."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The published settings of each source: what is filled in where no flag says it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Judging frozen features: linear probe, k-nearest neighbours, few-shot subsets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """What a labelled synthetic set is worth: random networks trained on it, tested on real images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Jobs run cheapest first; any number of processes may share them, and a restart skips what is there.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

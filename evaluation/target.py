@@ -1,7 +1,5 @@
 """The frozen target model g: what the synthetic set has to reproduce."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from shlex import quote

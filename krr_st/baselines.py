@@ -9,8 +9,6 @@ each k-means centre; herding, the images whose mean is nearest to that of all; h
 largest loss early in training (MKDT's start). gaussian: N(0, 1) noise with features.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Flags of the KRR-ST commands."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

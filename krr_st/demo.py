@@ -4,8 +4,6 @@ Every step is an ordinary command of the project, printed as a user would type i
 kept: a second run only prints the tables.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import runpy

@@ -1,7 +1,5 @@
 """FRePo: images and label vectors from which kernel regression on trained features predicts the classes."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -3,8 +3,6 @@
 The training loss may rise while the set improves, as the pool's networks age and follow the set.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

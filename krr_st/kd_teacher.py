@@ -3,8 +3,6 @@
 The usual CIFAR recipe: SGD, cosine, crop and flip. The test split is read once, at the end.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from pathlib import Path

@@ -4,8 +4,6 @@ The kernel of the infinitely wide network is estimated from a few random network
 drawn anew at every step, so that its cost grows linearly with the set and no exact kernel is needed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

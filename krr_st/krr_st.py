@@ -1,7 +1,5 @@
 """KRR-ST: images and target features from which kernel regression predicts a target model."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

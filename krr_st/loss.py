@@ -1,7 +1,5 @@
 """The kernel ridge regression loss of KRR-ST: what the outer loop minimises."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """The model pool: networks of all ages that the outer loop draws its features from."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ protocol: 20 epochs of pre-training on a set of 2 % of the source, then a probe 
 target's labels, three seeds.
 """
 
-from __future__ import annotations
-
 from evaluation.tables import Published
 
 PROBE_TARGETS = ("cifar10", "cifar100", "tinyimagenet", "aircraft", "cub2011", "dogs", "flowers")

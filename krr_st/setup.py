@@ -1,7 +1,5 @@
 """What the kernel regression family adds to runs of one set: real batches, several processes."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from typing import Any
 

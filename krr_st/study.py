@@ -7,8 +7,6 @@ accuracy of random images by their number turns an accuracy into an equivalence 
 levers there. Finished work is kept; the same command resumes.
 """
 
-from __future__ import annotations
-
 import gc
 import shlex
 import sys

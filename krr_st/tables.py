@@ -7,8 +7,6 @@ target model that a row lacks is made before it. The same command in several she
 (`torchrun --nproc_per_node 4 -m -- krr_st.tables ...`), on one node or several, shares the work.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import sys

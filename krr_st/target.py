@@ -1,7 +1,5 @@
 """`python -m krr_st.target`: train a self-supervised target model by Barlow Twins, label-free."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from dataclasses import replace

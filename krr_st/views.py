@@ -4,8 +4,6 @@ Crop offsets and flips give only V = (2·pad+1)²·2 views of an image (162 at t
 the target model's features of each can be kept and looked up. Batches and targets stay the same.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

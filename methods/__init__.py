@@ -1,7 +1,5 @@
 """The registry of distillation methods: one row each, and nowhere else is a method named."""
 
-from __future__ import annotations
-
 from clom.config import DistillFlags
 from clom.dc import GradientMatching
 from clom.dm import DistributionMatching

@@ -1,7 +1,5 @@
 """From a command line to a run: the method is named first, its flags follow."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import sys

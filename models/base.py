@@ -1,7 +1,5 @@
 """The contract of every network of both zoos, and the check of the image size."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Mapping
 

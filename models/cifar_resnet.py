@@ -3,8 +3,6 @@
 Source: He et al., "Deep Residual Learning for Image Recognition", 2016.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -5,8 +5,6 @@ BN(w * x + b) = (s·w) * x + s·b + t: one pass over the feature map less, forwa
 Values change by float rounding only.
 """
 
-from __future__ import annotations
-
 import copy
 from contextlib import ExitStack
 

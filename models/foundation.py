@@ -3,8 +3,6 @@
 With them comes the form of their images: the size, and mean and std for pixels in [0, 1].
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterable

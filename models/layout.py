@@ -1,7 +1,5 @@
 """The layout of networks and the size of batches with which they compute fast."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

@@ -4,8 +4,6 @@ The convolutional ones are tables of rows (convolution, norm, activation, poolin
 norms, in the padding of single-channel images and in the names of layers.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence

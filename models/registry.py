@@ -1,7 +1,5 @@
 """Published names -> networks, for both zoos, and the evaluation pools of the DC zoo."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """What MTT and MKDT share: their flags, the learned step size, one step of matching."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

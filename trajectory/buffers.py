@@ -6,8 +6,6 @@ here, any number in those of the released codes of MTT and MKDT, which read ours
 same network).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ Sources: Cazenavette et al., arXiv 2203.11932 (classes); Joshi et al., "Dataset 
 Knowledge Distillation", ICLR 2025 (features).
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -12,8 +12,6 @@ arXiv 2203.11932, alg. 1 (μ = w = 0); Cui et al., "Scaling Up Dataset Distillat
 with Constant Memory" (TESLA), arXiv 2211.10586.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """MKDT: images with target vectors on which a student follows experts of knowledge distillation."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """MTT: labelled images on which a student follows experts that were trained on real ones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Published settings of trajectory matching, by data set and number of images."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What trajectory matching adds to runs of one set: published settings, experts made on demand."""
 
-from __future__ import annotations
-
 import json
 from contextlib import ExitStack
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The one place that reads and writes tensor files: atomic writes, loading without running code."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

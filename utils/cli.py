@@ -1,7 +1,5 @@
 """Flags as frozen dataclasses: one field per flag, with its help text, range and choices."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

@@ -1,7 +1,5 @@
 """The one rule for where to compute."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One run over several processes of torchrun: their numbers, and how gradients are averaged."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Errors that a user can fix, and the one place that turns them into an exit code."""
 
-from __future__ import annotations
-
 import functools
 import os
 import sys

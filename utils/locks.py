@@ -4,8 +4,6 @@ The locks are the operating system's, by filelock: they end with their process, 
 is only suspended keeps its own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

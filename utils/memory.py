@@ -1,7 +1,5 @@
 """Memory: keeping what was freed, and what happens when a device has no more."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """Optimisers and learning-rate schedules by name, with the field's defaults in one place."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

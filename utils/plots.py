@@ -1,7 +1,5 @@
 """Pictures as PNGs, written whole or not at all: image grids, lines, bars, curves."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

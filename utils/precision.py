@@ -1,7 +1,5 @@
 """The precision of networks: fp32, tf32 or bf16; losses and optimisers take float32 at least."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 

@@ -3,8 +3,6 @@
 python -m utils.report results/EXP
 """
 
-from __future__ import annotations
-
 import base64
 import json
 from html import escape

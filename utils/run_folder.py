@@ -1,7 +1,5 @@
 """A run's folder: its flags, its environment, its log, its checkpoints, its results."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Randomness from explicit generators: every stream is derived from one seed and a name."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import secrets

@@ -1,7 +1,5 @@
 """Result tables: mean ± population standard deviation over seeds, in Markdown."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 

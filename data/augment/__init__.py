@@ -1,7 +1,5 @@
 """Augmentation of image batches on their device; here, normalisation and reading pixels at other places."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -4,8 +4,6 @@ Drawing and applying are separate so that a view can be named by its parameters:
 flip give (2·pad+1)²·2 distinct views of an image (162 at the published padding of 4).
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@ code loops over images on the CPU, with the same arithmetic (its draws come from
 state, here from a generator). It only feeds the training of evaluation networks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 

@@ -5,8 +5,6 @@ arXiv 2102.08259, mode S of the authors' code. The same integer seed gives the s
 that code run on the CPU; the global random state is never touched.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable

@@ -7,8 +7,6 @@ python -m data.prepare --data_name birds --size 64 --from_folder PATH --val_frac
 python -m data.prepare --check digits
 """
 
-from __future__ import annotations
-
 import re
 import time
 from dataclasses import dataclass

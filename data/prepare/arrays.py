@@ -1,7 +1,5 @@
 """Raw sets that come as arrays: the embedded digits, PathMNIST, down-sampled ImageNet batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Verifying a prepared set: shapes, ranges, labels, checksums, statistics against the tables."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Any folder of images as a data set: class sub-folders, a train/val pair, or loose pictures."""
 
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 A picture is scaled as a whole, without cropping, by PIL's bilinear filter, which antialiases.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

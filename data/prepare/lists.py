@@ -3,8 +3,6 @@
 Torchvision can fetch none of these: `--download` ends in one line that says where to get them.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -3,8 +3,6 @@
 A reader of a listed set is a function (raw folder, whether to download) -> Source.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

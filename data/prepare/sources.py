@@ -1,7 +1,5 @@
 """Which reader belongs to which prepared folder."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Source of the last four: Cazenavette et al., "Dataset Distillation by Matching T
 2022; the labels follow its lists.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

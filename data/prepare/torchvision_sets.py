@@ -1,7 +1,5 @@
 """Raw sets that torchvision has a class for; it fetches, unpacks and checks them."""
 
-from __future__ import annotations
-
 import urllib.error
 from collections.abc import Callable
 from dataclasses import dataclass, field

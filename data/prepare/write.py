@@ -4,8 +4,6 @@ The rows of a split are written to a nameless scratch file, which is then mapped
 split has to fit in memory. (Writing to a mapped file would kill the process on a full disk.)
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

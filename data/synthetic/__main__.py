@@ -4,8 +4,6 @@ python -m data.synthetic inspect PATH [--out grid.png]
 python -m data.synthetic convert SRC DST --form pair|res|safetensors|png
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

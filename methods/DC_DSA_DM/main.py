@@ -3,8 +3,6 @@
 python methods/DC_DSA_DM/main.py --method DC --dataset CIFAR10 --model ConvNet --ipc 10
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
