@@ -31,7 +31,9 @@ def make(soft=False, m=6, stats=STATS, **changes):
 
 
 def path_of(form, tmp_path):
-    return tmp_path / {"pair": "s", "png": "p", "res": "res_x.pt"}.get(form, f"s.{form}")
+    return tmp_path / {"pair": "s", "png": "p", "res": "res_x.pt", "compact": "c.safetensors"}.get(
+        form, f"s.{form}"
+    )
 
 
 def assert_same(a, b, tolerance=0.0):
@@ -215,7 +217,7 @@ def test_forms_say_what_they_cannot_hold(tmp_path):
         make().save(tmp_path / "a.pt", "safetensors")
     with pytest.raises(UserError, match="no experiment"):
         save_experiments(tmp_path / "res_x.pt", [], {})
-    with pytest.raises(UserError, match=r"'zip'; valid: npz, pair, png, res, safetensors"):
+    with pytest.raises(UserError, match=r"'zip'; valid: compact, npz, pair, png, res, safetensors"):
         make().save(tmp_path / "z", "zip")
     (tmp_path / "file").write_text("")
     for form in FORMS:

@@ -11,7 +11,8 @@ from torch import nn
 import test as test_command
 import test_scratch
 from data.loader import TensorLoader
-from data.synthetic import SyntheticSet
+from data.synthetic import SyntheticSet, save_compact
+from data.synthetic.compact import CompactFlags
 from evaluation import kd, transfer
 from evaluation.fit import Trainer
 from evaluation.kd import KdFlags
@@ -237,6 +238,20 @@ def test_recipes_are_printed(tiny, capsys):
     assert "pre-training: loss mse, optimizer sgd, lr 0.1, wd 0.001, schedule constant" in printed
     assert "fine-tuning on tiny: loss cross_entropy, optimizer sgd, lr 0.25" in printed
     assert "crop and flip" in printed
+
+
+def test_a_compact_set_trains_like_the_plain_set_it_decodes_to(tiny):
+    how = CompactFlags(x_size=4, x_dtype="uint8", y_rank=2, y_dtype="bf16")
+    save_compact(SyntheticSet.load("synthetic_data/tiny/krr_st"), "few.safetensors", how)
+    SyntheticSet.load("few.safetensors").save("decoded")
+    values = []
+    for path in ("few.safetensors", "decoded", "synthetic_data/tiny/krr_st"):
+        log = ["--synthetic_path", path, "--log_dir", f"log/{Path(path).stem}", "--protocol", "linear"]
+        assert test_command.main([*SHARED, *log, "--pre_epoch", "20"]) == 0
+        (cell,) = (log for log in Path(log[3], "results.jsonl").read_text().splitlines())
+        values.append({k: v for k, v in json.loads(cell).items() if k in ("id", "accuracy", "synthetic_set")})
+    assert values[0] == values[1]
+    assert values[0]["synthetic_set"] != values[2]["synthetic_set"]
 
 
 def test_gaussian_baseline_is_a_method(tiny):

@@ -104,7 +104,8 @@ def made(pictures, **changes):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_keeps_how_to_train(images, tmp_path, form):
-    names = {"res": "res_X.pt", "safetensors": "set.safetensors", "npz": "set.npz"}
+    one_file = dict.fromkeys(("safetensors", "compact"), "set.safetensors")
+    names = {"res": "res_X.pt", "npz": "set.npz", **one_file}
     path, synthetic = tmp_path / names.get(form, "set"), made(images)
     synthetic.save(path, form)
     again = SyntheticSet.load(path)

@@ -111,25 +111,13 @@ def _spelling(kind: type, allowed: tuple[str, ...] | None) -> Callable[[str], An
     return lambda text: known.get(text.lower()) or kind(text)
 
 
-def parse(
-    config_class: type[C],
-    argv: list[str] | None,
-    *,
-    prog: str,
-    description: str,
-    recipes: Mapping[str, Mapping[str, Any]] | None = None,
+def add_flags(
+    parser: argparse.ArgumentParser,
+    config_class: type,
     choices: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     defaults: Mapping[str, Any] = MappingProxyType({}),
-    no_effect: Mapping[str, str] = MappingProxyType({}),
-) -> C:
-    """Parse `argv` (default: the process's) into one frozen `config_class`.
-
-    `prog` and `description` are for --help. `recipes` are what each value of `--recipe` puts in place
-    of other flags' defaults; `choices` and `defaults` belong to flags whose declaration cannot know
-    them; `no_effect` are flags of published command lines that change nothing here, and why.
-    """
-    plain_help = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain_help)
+) -> None:
+    """Give a parser the flags of `config_class`; `choices` and `defaults` as for `parse`."""
     hints, groups = typing.get_type_hints(config_class), {}
     for field in dataclasses.fields(config_class):
         if other := field.metadata["instead_of"]:
@@ -151,6 +139,28 @@ def parse(
         names = [f"--{name}" for name in (field.name, *field.metadata["also"])]
         owner = groups.get(field.name, parser)
         owner.add_argument(*names, dest=field.name, default=default, help=help_text, **options)
+
+
+def parse(
+    config_class: type[C],
+    argv: list[str] | None,
+    *,
+    prog: str,
+    description: str,
+    recipes: Mapping[str, Mapping[str, Any]] | None = None,
+    choices: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    no_effect: Mapping[str, str] = MappingProxyType({}),
+) -> C:
+    """Parse `argv` (default: the process's) into one frozen `config_class`.
+
+    `prog` and `description` are for --help. `recipes` are what each value of `--recipe` puts in place
+    of other flags' defaults; `choices` and `defaults` belong to flags whose declaration cannot know
+    them; `no_effect` are flags of published command lines that change nothing here, and why.
+    """
+    plain_help = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain_help)
+    add_flags(parser, config_class, choices, defaults)
     for name, why in no_effect.items():
         parser.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=f"no effect: {why}")
     given = vars(parser.parse_args(argv))

@@ -1,7 +1,7 @@
 """Inspect or convert a synthetic set.
 
 python -m data.synthetic inspect PATH [--out grid.png]
-python -m data.synthetic convert SRC DST --form pair|res|safetensors|png
+python -m data.synthetic convert SRC DST --form pair|res|safetensors|compact|png|npz
 """
 
 import argparse
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from data.specs import DC_SPECS, KRR_SPECS
-from data.synthetic.forms import FORMS, detect_form
+from data.synthetic.compact import CompactFlags
+from data.synthetic.forms import FORMS, detect_form, save_compact, stored_bytes
 from data.synthetic.set import SyntheticSet
 from utils import cli
 from utils.errors import UserError, entry_point, pick
@@ -36,6 +37,22 @@ def summarize(synthetic: SyntheticSet) -> list[str]:
     lines.append(f"data     {synthetic.data_name or 'unknown'}")
     lines += [f"training {key}: {value}" for key, value in synthetic.training.record().items()]
     return lines + [f"info     {key}: {json.dumps(value)}" for key, value in synthetic.info.items()]
+
+
+def weigh(synthetic: SyntheticSet, path: Path, experiment: int) -> list[str]:
+    """The bytes of images X and targets Y as stored, and as float32 (classes: int64)."""
+    x_bytes, y_bytes, words = stored_bytes(path, experiment)
+    stored, plain = (x_bytes, y_bytes), (synthetic.images.nbytes, synthetic.targets.nbytes)
+    lines = [f"compact  {words}"] if words else []
+    for name, (x, y) in (("stored", stored), ("float32", plain)):
+        total = f"X {x} + Y {y} = {x + y} bytes"
+        lines.append(
+            f"{name:8} {total}, per image {' + '.join(f'{v / len(synthetic):.6g}' for v in (x, y))}"
+            f" = {(x + y) / len(synthetic):.6g}"
+        )
+    lines[-1] += f"; {sum(plain) / sum(stored):.3g} times the stored"
+    more = sum(t.nbytes for t in synthetic.training.pack()[0].values())
+    return lines + [f"training {more} bytes more"] * bool(more)
 
 
 def _range(values: Tensor) -> str:
@@ -89,20 +106,30 @@ def _load_flagged(args: argparse.Namespace, path: Path) -> SyntheticSet:
 def _inspect(args: argparse.Namespace) -> None:
     synthetic = _load_flagged(args, args.path)
     print(f"{args.path}: {detect_form(args.path)} form")
-    print("\n".join(summarize(synthetic)))
+    print("\n".join(summarize(synthetic) + weigh(synthetic, args.path, args.experiment)))
     if args.out is not None:
         print(draw(synthetic, args.out))
 
 
 def _convert(args: argparse.Namespace) -> None:
+    how = CompactFlags(**{name: getattr(args, name) for name in CompactFlags.__dataclass_fields__})
+    if args.form != "compact" and how != CompactFlags():
+        raise UserError(f"--form {args.form} has neither sizes nor types: --x_... and --y_... need compact")
     synthetic = _load_flagged(args, args.src)
     taken = args.dst / "x_syn.pt" if args.form == "pair" and args.dst.is_dir() else args.dst
     if args.form != "png" and taken.is_file() and not args.overwrite:  # png never replaces a folder
         raise UserError(f"{taken} exists already; pass --overwrite to replace it")
-    synthetic.save(args.dst, args.form)
+    if args.form == "compact":
+        save_compact(synthetic, args.dst, how)
+    else:
+        synthetic.save(args.dst, args.form)
     again = SyntheticSet.load(args.dst, form=args.form)
     worst = float((again.images - synthetic.images).abs().max())
     same = "equal" if torch.equal(again.targets, synthetic.targets) else "NOT equal"
+    if args.form == "compact":
+        print("\n".join(weigh(again, args.dst, 0)))
+        if synthetic.soft and same != "equal":
+            same = f"by at most {float((again.targets - synthetic.targets).abs().max()):.3g}"
     print(f"{args.dst}: {len(again)} images in {args.form} form")
     if args.form == "png":
         print(f"lost     {share_outside(synthetic):.2%} of pixels clamped to [0, 1], rest at 8 bits")
@@ -121,9 +148,10 @@ def main(argv: list[str] | None = None) -> None:
     inspect.add_argument("--out", type=Path, help="draw a grid of at most 100 images into this PNG")
     convert = commands.add_parser("convert", help="write a set in another form")
     convert.add_argument("src", type=Path, help="folder or file of any form")
-    convert.add_argument("dst", type=Path, help="folder (pair, png) or file (res, safetensors)")
+    convert.add_argument("dst", type=Path, help="folder (pair, png) or file (res, safetensors, compact, npz)")
     convert.add_argument("--form", required=True, choices=tuple(FORMS), help="form to write")
     convert.add_argument("--overwrite", action="store_true", help="replace a pair or file that is there")
+    cli.add_flags(convert, CompactFlags)
     for command in (inspect, convert):
         command.add_argument("--data_name", help="use the published mean and std of this data set")
         command.add_argument("--family", choices=("krr", "dc"), default="krr", help="whose [krr]")

@@ -3,6 +3,7 @@
 pair         folder with `x_syn.pt` and `y_syn.pt`, two plain tensors (KRR-ST's published form)
 res          `res_*.pt`: {"data": [[images, labels], ...], "accs_all_exps": {...}} (DC family)
 safetensors  one file: `images`, `targets`, and JSON in the metadata
+compact      one safetensors file in fewer bytes, decoded when read (data/synthetic/compact.py)
 png          folder of 8-bit `00000.png`, ... for people and other tools. `labels.csv` (file,label)
              says which files belong to the set and in which order, `meta.json` holds the mean and
              std that lead back to normalised space. Pixels are clamped to [0, 1] and rounded.
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from data.augment import normalize
 from data.specs import Stats
+from data.synthetic.compact import CompactFlags, count_bytes, decode, describe, encode
 from data.synthetic.training import (
     TRAINING_FILE,
     TrainingSettings,
@@ -180,20 +182,44 @@ def _write_res(synthetic: SyntheticSet, path: Path) -> None:
 
 
 def _read_safetensors(path: Path, stats: Stats | None, experiment: int) -> Fields:
+    """Read a plain or a compact file: the metadata says which it is."""
     tensors, metadata = read_safetensors(path)
-    fields = {key: tensors[key] for key in ("images", "targets") if key in tensors}
-    if len(fields) != 2:
-        raise UserError(f"{path} holds {sorted(tensors)}, expected images and targets")
+    fields = _parse_description(parse_json(metadata.get("synthetic_set", "{}"), path), path)
     fields["training"] = TrainingSettings.unpack(tensors, metadata.get("training", "{}"), path)
-    return fields | _parse_description(parse_json(metadata.get("synthetic_set", "{}"), path), path)
+    if "compact" in metadata:
+        return fields | decode(tensors, parse_json(metadata["compact"], path), fields.get("stats"), path)
+    if not {"images", "targets"} <= tensors.keys():
+        raise UserError(f"{path} holds {sorted(tensors)}, expected images and targets")
+    return fields | {key: tensors[key] for key in ("images", "targets")}
 
 
 def _write_safetensors(synthetic: SyntheticSet, path: Path) -> None:
+    tensors = {"images": _stored(synthetic.images), "targets": _stored(synthetic.targets)}
+    _write_one_file(tensors, synthetic, path)
+
+
+def _write_one_file(tensors: dict[str, Tensor], synthetic: SyntheticSet, path: Path, **metadata: str) -> None:
     if path.suffix != ".safetensors":
         raise UserError(f"cannot write {path}: expected a name ending in .safetensors")
     more, training = synthetic.training.pack()
-    tensors = {"images": _stored(synthetic.images), "targets": _stored(synthetic.targets), **more}
-    write_safetensors(tensors, path, synthetic_set=_describe(synthetic), training=training)
+    metadata |= dict(synthetic_set=_describe(synthetic), training=training)
+    write_safetensors({**tensors, **more}, path, **metadata)
+
+
+def save_compact(
+    synthetic: SyntheticSet,
+    path: Path | str,
+    how: CompactFlags | None = None,
+    views: Tensor | None = None,
+    pad: int = 0,
+) -> None:
+    """Write the compact form, without loss where `how` is not given.
+
+    With `views` (n, k) uint8 and their padding the set's images are those views of every k-th of them,
+    and these alone are stored. A UserError for a size or rank that the set does not have.
+    """
+    tensors, facts = encode(synthetic.images, synthetic.targets, how or CompactFlags(), views, pad)
+    _write_one_file(tensors, synthetic, Path(path), compact=json.dumps(facts))
 
 
 def _read_png(path: Path, stats: Stats | None, experiment: int) -> Fields:
@@ -202,17 +228,8 @@ def _read_png(path: Path, stats: Stats | None, experiment: int) -> Fields:
     stats = stats or fields.get("stats")
     if stats is None:
         raise UserError(f"{path / 'meta.json'} gives no mean and std, and none were passed")
-    check_regular(path / "labels.csv")
-    try:
-        with (path / "labels.csv").open(newline="", encoding="utf-8") as file:
-            rows = [(row["file"], int(row["label"])) for row in csv.DictReader(file)]
-        labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
-    except (OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError, csv.Error):
-        raise UserError(
-            f"{path / 'labels.csv'} is not a table with the columns file and label (an integer)"
-        ) from None
-    if not rows:
-        raise UserError(f"{path / 'labels.csv'} lists no image")
+    rows = _read_labels(path)
+    labels = torch.tensor([label for _, label in rows], dtype=torch.int64)
     pixels = [_read_image(path, name) for name, _ in rows]
     for (name, _), image in zip(rows, pixels, strict=True):
         if image.shape != pixels[0].shape:
@@ -224,6 +241,22 @@ def _read_png(path: Path, stats: Stats | None, experiment: int) -> Fields:
     stats.check_channels(images.shape[1], path)
     training = read_training(path / TRAINING_FILE)
     return fields | {"images": normalize(images, stats), "targets": labels, "training": training}
+
+
+def _read_labels(path: Path) -> list[tuple[str, int]]:
+    """File name and label of each image of a PNG folder."""
+    check_regular(path / "labels.csv")
+    try:
+        with (path / "labels.csv").open(newline="", encoding="utf-8") as file:
+            rows = [(row["file"], int(row["label"])) for row in csv.DictReader(file)]
+        torch.tensor([label for _, label in rows], dtype=torch.int64)
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError, csv.Error):
+        raise UserError(
+            f"{path / 'labels.csv'} is not a table with the columns file and label (an integer)"
+        ) from None
+    if not rows:
+        raise UserError(f"{path / 'labels.csv'} lists no image")
+    return rows
 
 
 def _read_image(folder: Path, name: str) -> Tensor:
@@ -317,6 +350,24 @@ FORMS = {
     "pair": Form(_read_pair, _write_pair),
     "res": Form(_read_res, _write_res),
     "safetensors": Form(_read_safetensors, _write_safetensors),
+    "compact": Form(_read_safetensors, save_compact),
     "png": Form(_read_png, _write_png),
     "npz": Form(_read_npz, _write_npz),
 }
+
+
+def stored_bytes(path: Path, experiment: int = 0) -> tuple[int, int, str]:
+    """Bytes of a set's images and of its targets as they are stored, and a compact set's tensors in words.
+
+    Bytes are those of the tensors' values; in a PNG folder, of the listed pictures and of labels.csv.
+    """
+    form = detect_form(path)
+    if form == "png":
+        pictures = {name for name, _ in _read_labels(path)}
+        return sum((path / n).stat().st_size for n in pictures), (path / "labels.csv").stat().st_size, ""
+    if form == "safetensors":
+        tensors, metadata = read_safetensors(path)
+        if "compact" in metadata:
+            return *count_bytes(tensors), describe(tensors)
+    fields = FORMS[form].read(path, None, experiment)
+    return fields["images"].nbytes, fields["targets"].nbytes, ""

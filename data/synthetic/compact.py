@@ -1,0 +1,285 @@
+"""Compact storage: a synthetic set in fewer bytes, decoded to ordinary images and targets when it is read.
+
+A safetensors file whose metadata `compact` is the JSON object {"version": 1, "size": [H, W], "pad": p}:
+
+x        (n, C, h, w) float32, bfloat16 or uint8: images, enlarged bilinearly to (H, W), corners not aligned
+x.map    (2, C) float32, with uint8 alone: slope and offset of each channel's values, slope * x + offset
+x.views  (n, k) uint8, where each image stands for k: numbers of crop-and-flip views at padding p; image
+         i * k + j of the set is view j of image i
+y        (n * k,) class indices or (n * k, D) target vectors, or in place of these
+y.mean, y.left, y.right   (D,), (n * k, r) and (r, D): the target vectors are mean + left @ right
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.augment import denormalize, normalize
+from data.augment.crop_flip import apply_crop_flip, count_views, views_from_numbers
+from data.specs import Stats
+from utils.cli import flag
+from utils.errors import UserError
+from utils.precision import DTYPES
+
+VERSION = 1
+LARGEST = 2**31  # values of the decoded images, and of the targets: a small file could ask for any number
+_X_DTYPES = {**DTYPES, "uint8": torch.uint8}
+_LOW_RANK = ("y.mean", "y.left", "y.right")
+_INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class CompactFlags:
+    """How compactly a set is stored."""
+
+    x_size: int | None = flag(
+        None,
+        "height in pixels at which images are stored, the width in proportion; default: theirs",
+        minimum=1,
+    )
+    x_dtype: str = flag(
+        "fp32",
+        "of stored images; uint8: 256 levels between the extremes of each channel",
+        choices=tuple(_X_DTYPES),
+    )
+    y_rank: int | None = flag(
+        None, "store target vectors as their mean and this many principal directions", minimum=1
+    )
+    y_variance: float | None = flag(
+        None,
+        "as many directions as keep this share of the target vectors' variance",
+        above=0,
+        maximum=1,
+        instead_of="y_rank",
+    )
+    y_dtype: str = flag("fp32", "of stored target vectors", choices=tuple(DTYPES))
+
+    def small_size(self, size: tuple[int, ...]) -> tuple[int, int]:
+        """Height and width at which images of `size` are stored; a UserError for an --x_size above it."""
+        height, width = size
+        if self.x_size is None:
+            return height, width
+        if self.x_size > height:
+            raise UserError(f"--x_size {self.x_size}: the images have {height} rows; expected at most that")
+        return self.x_size, max(1, round(width * self.x_size / height))
+
+
+def encode(
+    images: Tensor, targets: Tensor, how: CompactFlags, views: Tensor | None = None, pad: int = 0
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a compact file.
+
+    Args:
+        images: (m, C, H, W) float32.
+        targets: (m,) int64 or (m, D) float32.
+        how: sizes and number types.
+        views: (n, k) uint8 with m = n * k: `images` are the views `view_images` makes of n images, of
+            which the first shows each as it is.
+        pad: of the views.
+
+    Raises:
+        UserError: a size or rank that these images and targets do not have.
+    """
+    size = tuple(images.shape[2:])
+    x = images if views is None else images[:: views.shape[1]]
+    tensors = _encode_images(_shrink(x, how.small_size(size)), _X_DTYPES[how.x_dtype])
+    if views is not None:
+        tensors["x.views"] = views
+    tensors |= _encode_targets(targets, how)
+    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return stored, {"version": VERSION, "size": size, "pad": pad}
+
+
+def _shrink(x: Tensor, small: tuple[int, int]) -> Tensor:
+    """The images (n, C, h, w) whose enlargements are nearest to x: least squares, not an average.
+
+    So what was enlarged once is stored without further loss.
+    """
+    if small == tuple(x.shape[2:]):
+        return x
+    rows, columns = (
+        torch.linalg.pinv(_enlarging(s, large)).to(x) for s, large in zip(small, x.shape[2:], strict=True)
+    )
+    return rows @ x @ columns.T
+
+
+def _enlarging(small: int, large: int) -> Tensor:
+    """The matrix (large, small) of linear interpolation, float64."""
+    unit = torch.eye(small, dtype=torch.float64)
+    return F.interpolate(unit[None], large, mode="linear", align_corners=False)[0].T
+
+
+def _encode_images(x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    if dtype != torch.uint8:
+        return {"x": x.to(dtype)}
+    low, high = x.amin((0, 2, 3)), x.amax((0, 2, 3))
+    slope = torch.where(high > low, (high - low) / 255, 1)
+    levels = (x - low.view(-1, 1, 1)) / slope.view(-1, 1, 1)
+    return {"x": levels.round().clamp(0, 255).to(dtype), "x.map": torch.stack([slope, low])}
+
+
+def _encode_targets(y: Tensor, how: CompactFlags) -> dict[str, Tensor]:
+    """By the singular value decomposition of the centred vectors: no other rank r is nearer."""
+    low_rank = how.y_rank is not None or how.y_variance is not None
+    if not y.is_floating_point():
+        if low_rank:
+            raise UserError("--y_rank and --y_variance need target vectors; this set has class indices")
+        return {"y": y.to(next(d for d in _INTEGERS if int(y.max()) <= torch.iinfo(d).max))}
+    dtype = DTYPES[how.y_dtype]
+    if not low_rank:
+        return {"y": y.to(dtype)}
+    y = y.double()
+    mean = y.mean(0)
+    left, spectrum, right = torch.linalg.svd(y - mean, full_matrices=False)
+    rank = how.y_rank
+    if rank is None:
+        kept = spectrum.square().cumsum(0)
+        rank = min(int((kept < how.y_variance * kept[-1]).sum()) + 1, len(spectrum))
+    if rank > len(spectrum):
+        wanted = f"expected at most {len(spectrum)}"
+        raise UserError(f"--y_rank {rank}: {wanted} for {len(y)} target vectors of length {y.shape[1]}")
+    parts = (mean, left[:, :rank] * spectrum[:rank], right[:rank])
+    return {name: part.to(dtype) for name, part in zip(_LOW_RANK, parts, strict=True)}
+
+
+def view_images(x: Tensor, views: Tensor, pad: int, stats: Stats) -> Tensor:
+    """Views (n * k, C, H, W) of normalised images (n, C, H, W), by their numbers (n, k); black around."""
+    pixels = denormalize(x, stats).repeat_interleave(views.shape[1], dim=0)
+    parameters = views_from_numbers(views.flatten().long(), pad)
+    return normalize(apply_crop_flip(pixels, parameters, pad), stats)
+
+
+def draw_views(count: int, k: int, pad: int, hflip: bool, generator: torch.Generator) -> Tensor:
+    """(count, k) uint8: of each image the plain view, then k - 1 others; a UserError for too many."""
+    known, plain = count_views(pad, hflip), pad * (2 * pad + 1) + pad
+    if not k <= known <= 256:
+        raise UserError(f"--views {k}: an image has {known} different views; expected 1 to {min(known, 256)}")
+    others = torch.rand(count, known - 1, generator=generator).argsort(1)[:, : k - 1]
+    others = others + (others >= plain)
+    return torch.cat([torch.full((count, 1), plain), others], 1).to(torch.uint8)
+
+
+def decode(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], stats: Stats | None, path: Path
+) -> dict[str, Tensor]:
+    """The inverse of `encode`: `images` and `targets`, float32 or class indices.
+
+    Sizes, types and values are checked before anything is decoded; a UserError names the file.
+    """
+    size, pad = _checked_facts(facts, path)
+    _check_tensors(tensors, size, pad, path)
+    x, views, fixed = tensors["x"], tensors.get("x.views"), tensors.get("x.map")
+    images = x.float()
+    if fixed is not None:
+        slope, offset = fixed.view(2, -1, 1, 1)
+        images = images * slope + offset
+    if size != tuple(x.shape[2:]):
+        images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+    if views is not None:
+        if stats is None:
+            raise UserError(f"{path} holds views but no mean and std, which say what is black")
+        stats.check_channels(images.shape[1], path)
+        images = view_images(images, views, pad, stats)
+    if "y" in tensors:
+        return {"images": images, "targets": tensors["y"]}
+    mean, left, right = (tensors[name].float() for name in _LOW_RANK)
+    return {"images": images, "targets": mean + left @ right}
+
+
+def _checked_facts(facts: Mapping[str, Any], path: Path) -> tuple[tuple[int, int], int]:
+    version, size, pad = (facts.get(name) for name in ("version", "size", "pad"))
+    if version != VERSION:
+        raise UserError(f"{path} is a compact set of version {version}, expected {VERSION}")
+    sides = size if isinstance(size, list) and len(size) == 2 else [None, None]
+    if not all(type(v) is int and 1 <= v <= LARGEST for v in sides):
+        raise UserError(f"{path}: a compact set's size is {size}, expected height and width in pixels")
+    if type(pad) is not int or not 0 <= pad <= 5:  # more views than numbers of one byte
+        raise UserError(f"{path}: the padding of a compact set's views is {pad}, expected 0 to 5")
+    return (size[0], size[1]), pad
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], size: tuple[int, int], pad: int, path: Path) -> None:
+    """Raise a UserError for tensors that do not fit together or would be too many values."""
+
+    def check(holds: bool, what: str) -> None:
+        if not holds:
+            raise UserError(f"{path}: a compact set of {describe(tensors) or 'nothing'}; expected {what}")
+
+    floats = set(DTYPES.values())
+    x, fixed, views, y = (tensors.get(name) for name in ("x", "x.map", "x.views", "y"))
+    check(x is not None and x.dim() == 4 and 0 not in x.shape, "x of shape (n, C, h, w)")
+    check(x.dtype in _X_DTYPES.values(), "x in float32, bfloat16 or uint8")
+    check(x.shape[2] <= size[0] and x.shape[3] <= size[1], f"x of at most {size} pixels")
+    check((fixed is None) == (x.dtype != torch.uint8), "x.map with x in uint8, and only then")
+    if fixed is not None:
+        check(fixed.shape == (2, x.shape[1]) and fixed.dtype == torch.float32, "x.map of shape (2, C)")
+    count = len(x)
+    if views is not None:
+        check(
+            views.dim() == 2 and len(views) == count and views.dtype == torch.uint8, "x.views (n, k) in uint8"
+        )
+        count = views.numel()
+        check(count > 0 and int(views.max()) < count_views(pad, True), f"view numbers for padding {pad}")
+    check(count * x.shape[1] * size[0] * size[1] <= LARGEST, f"at most {LARGEST} decoded values")
+    found = [tensors.get(name) for name in _LOW_RANK]
+    check((y is None) == all(t is not None for t in found), "y, or y.mean, y.left and y.right")
+    if y is None:
+        mean, left, right = found
+        check([t.dim() for t in found] == [1, 2, 2], "y.mean (D,), y.left (n * k, r), y.right (r, D)")
+        check(left.shape == (count, len(right)) and right.shape[1] == len(mean), f"y.left for {count} images")
+        check({t.dtype for t in found} <= floats, "low-rank targets in float32 or bfloat16")
+        check(left.shape[1] <= min(count, len(mean)), "a rank of at most n * k and D")
+        check(count * len(mean) <= LARGEST, f"at most {LARGEST} target values")
+    else:
+        check(y.dtype in floats | set(_INTEGERS), "y in float32, bfloat16 or integers")
+    for part in (x, fixed, *found, y):
+        check(part is None or bool(part.isfinite().all()), "finite values")
+
+
+def _parts(tensors: Mapping[str, Tensor], kinds: str) -> dict[str, Tensor]:
+    """The tensors of images (x) or targets (y), not what says how to train."""
+    return {name: t for name, t in tensors.items() if name.split(".")[0] in tuple(kinds)}
+
+
+def describe(tensors: Mapping[str, Tensor]) -> str:
+    """A compact file's tensors in one line."""
+    return ", ".join(
+        f"{name} {' x '.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}"
+        for name, t in sorted(_parts(tensors, "xy").items())
+    )
+
+
+def count_bytes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Bytes of a compact file's images (with views and map) and of its targets."""
+    x, y = (sum(t.nbytes for t in _parts(tensors, kind).values()) for kind in "xy")
+    return x, y
+
+
+def images_within(
+    budget: int, img_shape: tuple[int, int, int], label: int | torch.dtype, how: CompactFlags, views: int = 1
+) -> int:
+    """How many images fit into `budget` bytes with their targets, each seen in `views` views.
+
+    `label` is the length of target vectors, or the number type of class indices. A UserError says what
+    one image takes where none fits, and that a rank has to be known.
+    """
+    if how.y_variance is not None:
+        raise UserError("--bytes needs a known rank; use --y_rank in place of --y_variance")
+    channels, *size = img_shape
+    height, width = how.small_size(tuple(size))
+    x_type, y_type = _X_DTYPES[how.x_dtype], DTYPES[how.y_dtype]
+    each = channels * height * width * x_type.itemsize + (views if views > 1 else 0)
+    once = 2 * channels * torch.float32.itemsize if x_type == torch.uint8 else 0
+    if isinstance(label, torch.dtype):
+        each += views * label.itemsize
+    else:
+        each += views * (how.y_rank or label) * y_type.itemsize
+        once += (how.y_rank + 1) * label * y_type.itemsize if how.y_rank else 0
+    if budget < once + each:
+        raise UserError(f"--bytes {budget}: the first image takes {once + each} bytes, each other {each}")
+    return (budget - once) // each

@@ -1,0 +1,353 @@
+"""Compact storage: decoding by independent formulas, bytes, hostile files."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from data.specs import Stats
+from data.synthetic import SyntheticSet, TrainingSettings, save_compact
+from data.synthetic.__main__ import main
+from data.synthetic.compact import CompactFlags, draw_views, encode, images_within, view_images
+from data.whitening import Whitening
+from utils.errors import UserError
+
+STATS = Stats((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+
+
+def make(m=12, size=8, width=20, training=None, stats=STATS):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(m, 3, size, size, generator=g)
+    y = torch.randn(m, width, generator=g) if width else torch.arange(m) % 4
+    return SyntheticSet(x, y, stats, "toy", {"method": "dm"}, training or TrainingSettings())
+
+
+def store(synthetic, path, **how):
+    save_compact(synthetic, path, CompactFlags(**how))
+    return safetensors.torch.load_file(path), SyntheticSet.load(path)
+
+
+def enlarge_by_hand(x, height, width):
+    """Bilinear interpolation, corners not aligned, pixel by pixel in float64."""
+    c, h, w = x.shape
+    out = np.zeros((c, height, width))
+
+    def place(i, small, large):
+        at = min(max((i + 0.5) * small / large - 0.5, 0), small - 1)
+        low = int(at)
+        return low, min(low + 1, small - 1), at - low
+
+    for i in range(height):
+        top, bottom, down = place(i, h, height)
+        for j in range(width):
+            left, right, along = place(j, w, width)
+            for k in range(c):
+                upper = x[k, top, left] * (1 - along) + x[k, top, right] * along
+                lower = x[k, bottom, left] * (1 - along) + x[k, bottom, right] * along
+                out[k, i, j] = upper * (1 - down) + lower * down
+    return out
+
+
+@pytest.mark.parametrize("x_size", [1, 3, 4, 7])
+def test_images_are_the_nearest_that_enlarge_by_hand(tmp_path, x_size):
+    x = torch.randn(2, 3, 8, 10, generator=torch.Generator().manual_seed(x_size))
+    stored, again = store(SyntheticSet(x, torch.randn(2, 4)), tmp_path / "a.safetensors", x_size=x_size)
+    width = round(10 * x_size / 8)
+    assert stored["x"].shape == (2, 3, x_size, width)
+    for small, decoded in zip(stored["x"].double().numpy(), again.images.numpy(), strict=True):
+        np.testing.assert_allclose(decoded, enlarge_by_hand(small, 8, 10), atol=1e-5)
+    # Least squares: what remains is orthogonal to the enlargement of every stored pixel.
+    unit = torch.eye(x_size * width, dtype=torch.float64).view(-1, 1, x_size, width)
+    basis = torch.stack([torch.from_numpy(enlarge_by_hand(u, 8, 10)) for u in unit.numpy()])
+    rest = (x - again.images).double()
+    products = torch.einsum("bchw,khw->bck", rest, basis[:, 0])
+    torch.testing.assert_close(products, torch.zeros_like(products), atol=1e-4, rtol=0)
+
+
+def test_what_was_enlarged_once_is_kept(tmp_path):
+    _, once = store(make(), tmp_path / "a.safetensors", x_size=4, y_rank=3)
+    _, twice = store(once, tmp_path / "b.safetensors", x_size=4, y_rank=3)
+    torch.testing.assert_close(once.images, twice.images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(once.targets, twice.targets, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_low_rank_targets_are_optimal(tmp_path, rank):
+    s = make()
+    stored, again = store(s, tmp_path / "a.safetensors", y_rank=rank)
+    assert stored["y.left"].shape == (12, rank) and stored["y.right"].shape == (rank, 20)
+    y = s.targets.double().numpy()
+    mean, left, right = (stored[f"y.{k}"].double().numpy() for k in ("mean", "left", "right"))
+    np.testing.assert_allclose(again.targets, mean + left @ right, atol=1e-6)
+    spectrum = np.linalg.svd(y - y.mean(0), compute_uv=False)
+    error = np.square(y - again.targets.numpy()).sum()
+    np.testing.assert_allclose(error, np.square(spectrum[rank:]).sum(), rtol=1e-5, atol=1e-9)
+
+
+def test_share_of_variance(tmp_path):
+    s = make()
+    y = s.targets.double().numpy()
+    kept = np.square(np.linalg.svd(y - y.mean(0), compute_uv=False)).cumsum()
+    for share in (1e-6, 0.5, 0.78, 0.999):
+        stored, _ = store(s, tmp_path / "a.safetensors", y_variance=share)
+        rank = stored["y.left"].shape[1]
+        assert kept[rank - 1] >= share * kept[-1] and (rank == 1 or kept[rank - 2] < share * kept[-1])
+    stored, _ = store(SyntheticSet(s.images, torch.ones(12, 5)), tmp_path / "a.safetensors", y_variance=0.9)
+    assert stored["y.left"].shape == (12, 1)
+
+
+@pytest.mark.parametrize("width", [20, 0])
+def test_without_options_nothing_is_lost(tmp_path, width):
+    s = make(width=width, training=TrainingSettings(0.1, "none", Whitening(torch.zeros(192), torch.eye(192))))
+    stored, again = store(s, tmp_path / "a.safetensors")
+    assert torch.equal(again.images, s.images) and torch.equal(again.targets, s.targets)
+    assert again.targets.dtype == s.targets.dtype
+    assert (again.stats, again.data_name, again.info) == (s.stats, s.data_name, s.info)
+    assert again.training.record() == s.training.record()
+    assert width or stored["y"].dtype == torch.uint8
+
+
+def test_class_indices_take_the_smallest_type_that_holds_them(tmp_path):
+    x = torch.zeros(1, 1, 2, 2)
+    for largest, dtype in (
+        (255, torch.uint8),
+        (256, torch.int16),
+        (40000, torch.int32),
+        (2**40, torch.int64),
+    ):
+        stored, again = store(SyntheticSet(x, torch.tensor([largest])), tmp_path / "a.safetensors")
+        assert stored["y"].dtype == dtype and again.targets.tolist() == [largest]
+
+
+def test_rounding(tmp_path):
+    s = make()
+    s = SyntheticSet(torch.cat([s.images[:, :2], torch.full((12, 1, 8, 8), 0.7)], 1), s.targets)
+    stored, again = store(s, tmp_path / "a.safetensors", x_dtype="uint8", y_dtype="bf16")
+    x = s.images.double().numpy()
+    low, high = x.min((0, 2, 3)), x.max((0, 2, 3))
+    worst = np.abs(again.images.numpy() - x).max((0, 2, 3))
+    assert (worst <= (high - low) / 510 + 1e-6).all()
+    slope, offset = stored["x.map"].double().numpy()[:, :, None, None]
+    np.testing.assert_allclose(again.images, slope * stored["x"].numpy() + offset, atol=1e-6)
+    assert torch.equal(again.targets, s.targets.bfloat16().float())
+    _, again = store(s, tmp_path / "a.safetensors", x_dtype="bf16")
+    assert torch.equal(again.images, s.images.bfloat16().float())
+
+
+def test_pixels_of_real_images_survive_in_one_byte(tmp_path):
+    pixels = torch.arange(256).view(1, 1, 16, 16).expand(2, 3, -1, -1) / 255
+    x = (pixels - torch.tensor(STATS.mean).view(-1, 1, 1)) / torch.tensor(STATS.std).view(-1, 1, 1)
+    stored, again = store(
+        SyntheticSet(x, torch.arange(2), STATS), tmp_path / "a.safetensors", x_dtype="uint8"
+    )
+    assert torch.equal(stored["x"][1, 2].flatten(), torch.arange(256).byte())
+    torch.testing.assert_close(again.images, x, atol=1e-5, rtol=0)
+
+
+def test_views_are_crops_and_flips_of_the_stored_images(tmp_path):
+    s, pad, k = make(m=4), 1, 6
+    views = draw_views(4, k, pad, True, torch.Generator().manual_seed(3))
+    assert all(len(set(row)) == k for row in views.tolist()) and int(views.max()) < 18
+    whole = view_images(s.images, views, pad, STATS)
+    targets = torch.randn(4 * k, 20)
+    how = CompactFlags(x_size=8)
+    save_compact(SyntheticSet(whole, targets, STATS), tmp_path / "a.safetensors", how, views, pad)
+    stored, again = safetensors.torch.load_file(tmp_path / "a.safetensors"), None
+    torch.testing.assert_close(stored["x"], s.images, atol=1e-6, rtol=0)  # each once
+    again = SyntheticSet.load(tmp_path / "a.safetensors")
+    assert again.images.shape == (24, 3, 8, 8) and torch.equal(again.targets, targets)
+    black = -np.array(STATS.mean) / np.array(STATS.std)
+    for i in range(4):
+        for j in range(k):
+            number = int(views[i, j])
+            flip, top, left = number // 9, number // 3 % 3 - 1, number % 3 - 1
+            expected = np.broadcast_to(black[:, None, None], (3, 8, 8)).copy()
+            for r in range(8):
+                for c in range(8):
+                    if 0 <= r + top < 8 and 0 <= c + left < 8:
+                        expected[:, r, 7 - c if flip else c] = s.images[i, :, r + top, c + left].numpy()
+            np.testing.assert_allclose(again.images[i * k + j], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "width, how, views",
+    [
+        (20, {}, 1),
+        (20, dict(x_size=4, x_dtype="uint8", y_rank=3, y_dtype="bf16"), 1),
+        (20, dict(x_size=5, x_dtype="bf16", y_rank=7), 4),
+        (20, dict(y_dtype="bf16"), 3),
+        (0, dict(x_dtype="uint8"), 1),
+    ],
+)
+def test_budget_and_what_inspect_prints_are_what_the_file_holds(tmp_path, capsys, width, how, views):
+    label = width or torch.uint8
+    sizes = []
+    for m in (9, 10):
+        s, numbers = make(m, width=width), None
+        if views > 1:
+            numbers = draw_views(m, views, 1, True, torch.Generator().manual_seed(0))
+            s = make(m * views, width=width)
+        path = tmp_path / "a.safetensors"
+        save_compact(s, path, CompactFlags(**how), numbers, 1)
+        held = safetensors.torch.load_file(path)
+        x, y = (sum(t.nbytes for k, t in held.items() if k[0] == kind) for kind in "xy")
+        sizes.append(x + y)
+    within = [images_within(b, (3, 8, 8), label, CompactFlags(**how), views) for b in (*sizes, sizes[1] - 1)]
+    assert within == [9, 10, 9]
+    assert main(["inspect", str(path)]) == 0
+    said = capsys.readouterr().out
+    plain = 4 * 192 * 10 * views, (4 * width or 8) * 10 * views
+    assert f"stored   X {x} + Y {y} = {x + y} bytes" in said
+    assert f"float32  X {plain[0]} + Y {plain[1]} = {sum(plain)} bytes" in said
+
+
+def test_plain_forms_are_weighed_too(tmp_path, capsys):
+    s = make(width=0)
+    for form, name in (
+        ("pair", "s"),
+        ("safetensors", "s.safetensors"),
+        ("npz", "s.npz"),
+        ("res", "res_s.pt"),
+    ):
+        s.save(tmp_path / name, form)
+        assert main(["inspect", str(tmp_path / name)]) == 0
+        assert "stored   X 9216 + Y 96 = 9312 bytes, per image 768 + 8 = 776" in capsys.readouterr().out
+    s.save(tmp_path / "p", "png")
+    assert main(["inspect", str(tmp_path / "p")]) == 0
+    pictures = sum(p.stat().st_size for p in (tmp_path / "p").glob("*.png"))
+    assert f"X {pictures} + Y {(tmp_path / 'p' / 'labels.csv').stat().st_size}" in capsys.readouterr().out
+
+
+def test_convert(tmp_path, capsys):
+    make(m=40).save(tmp_path / "s")
+    out = str(tmp_path / "c.safetensors")
+    argv = ["convert", str(tmp_path / "s"), out, "--form", "compact"]
+    options = ["--x_size", "4", "--x_dtype", "uint8", "--y_rank", "4", "--y_dtype", "bf16"]
+    assert main([*argv, *options]) == 0
+    said = capsys.readouterr().out
+    # x 40·3·4·4, its map 2·3·4; y (40·4 + 4·20 + 20) · 2
+    assert "X 1944 + Y 520 = 2464 bytes" in said and "targets by at most" in said
+    assert "x 40 x 3 x 4 x 4 uint8" in said
+    assert main(["inspect", out]) == 0 and "40 of 3 x 8 x 8" in capsys.readouterr().out
+    for more, word in (
+        (["--x_size", "9"], "--x_size 9"),
+        (["--y_rank", "21"], "--y_rank 21"),
+        (["--y_rank", "2", "--y_variance", "0.5"], "--y_variance"),
+        (["--y_variance", "2"], "--y_variance"),
+        (["--x_dtype", "int4"], "--x_dtype"),
+        (["--form", "npz", "--x_size", "4"], "--form npz"),
+    ):
+        refused = tmp_path / "new.safetensors"
+        try:
+            code = main([*argv[:2], str(refused), *argv[3:], *more])
+        except SystemExit as stop:
+            code = stop.code
+        (line,) = capsys.readouterr().err.splitlines()
+        assert code == 2 and word in line and not refused.exists()
+    with pytest.raises(UserError, match="class indices"):
+        save_compact(make(width=0), out, CompactFlags(y_rank=2))
+    with pytest.raises(UserError, match=r"ending in .safetensors"):
+        save_compact(make(), tmp_path / "a.pt")
+
+
+def test_budgets_that_cannot_be_met():
+    # 3·8·8·4 + 2·4 bytes an image; mean and two directions of 48·4 bytes once
+    with pytest.raises(UserError, match="first image takes 1352 bytes, each other 776"):
+        images_within(1000, (3, 8, 8), 48, CompactFlags(y_rank=2), 1)
+    with pytest.raises(UserError, match="--y_variance"):
+        images_within(10**6, (3, 8, 8), 48, CompactFlags(y_variance=0.5), 1)
+    with pytest.raises(UserError, match="--views 19: an image has 18"):
+        draw_views(3, 19, 1, True, torch.Generator())
+
+
+X, MAP = torch.zeros(2, 3, 4, 4), torch.ones(2, 3)
+Y = torch.zeros(2, 5)
+LOW = {"y.mean": torch.zeros(5), "y.left": torch.zeros(2, 1), "y.right": torch.zeros(1, 5)}
+FACTS = {"version": 1, "size": [8, 8], "pad": 1}
+BYTE = torch.zeros(2, 3).byte()
+
+
+@pytest.mark.parametrize(
+    "tensors, facts, message",
+    [
+        ({"x": X, "y": Y}, {"version": 2}, "version 2, expected 1"),
+        ({"x": X, "y": Y}, {"version": None}, "version None"),
+        ({"x": X, "y": Y}, {"size": [8]}, "size is"),
+        ({"x": X, "y": Y}, {"size": [8, "8"]}, "size is"),
+        ({"x": X, "y": Y}, {"size": [8, 10**30]}, "size is"),
+        ({"x": X, "y": Y}, {"size": [8, -1]}, "size is"),
+        ({"x": X, "y": Y}, {"pad": 99}, "padding"),
+        ({"x": X, "y": Y}, {"pad": 1.0}, "padding"),
+        ({"x": X, "y": Y}, {"size": [10**5, 10**5]}, "decoded values"),
+        ({"x": X, "y": Y}, {"size": [2, 8]}, "at most"),
+        ({"y": Y}, {}, r"x of shape \(n, C, h, w\)"),
+        ({"x": X[0], "y": Y}, {}, "x of shape"),
+        ({"x": X[:0], "y": Y}, {}, "x of shape"),
+        ({"x": X.double(), "y": Y}, {}, "float32, bfloat16 or uint8"),
+        ({"x": X.to(torch.complex64), "y": Y}, {}, "float32, bfloat16 or uint8"),
+        ({"x": X.to(torch.float8_e4m3fn), "y": Y}, {}, "float32, bfloat16 or uint8"),
+        ({"x": X + float("nan"), "y": Y}, {}, "finite"),
+        ({"x": X.byte(), "y": Y}, {}, "x.map"),
+        ({"x": X, "x.map": MAP, "y": Y}, {}, "x.map"),
+        ({"x": X.byte(), "x.map": MAP[:1].clone(), "y": Y}, {}, "x.map of shape"),
+        ({"x": X.byte(), "x.map": MAP / 0, "y": Y}, {}, "finite"),
+        ({"x": X.byte() + 255, "x.map": MAP * 3e38, "y": Y}, {}, "non-finite"),
+        ({"x": X}, {}, "y, or"),
+        ({"x": X, "y": Y, **LOW}, {}, "y, or"),
+        ({"x": X, "y": Y[:1].clone()}, {}, "2 images"),
+        ({"x": X, "y": Y.to(torch.float8_e5m2)}, {}, "y in float32"),
+        ({"x": X, **LOW, "y.mean": torch.zeros(4)}, {}, "y.left for 2"),
+        ({"x": X, **LOW, "y.mean": torch.zeros(())}, {}, "y.mean"),
+        ({"x": X, **LOW, "y.left": torch.zeros(3, 1)}, {}, "y.left for 2"),
+        ({"x": X, **LOW, "y.left": torch.zeros(2, 2)}, {}, "y.left for 2"),
+        ({"x": X, **LOW, "y.left": torch.zeros(2, 3), "y.right": torch.zeros(3, 5)}, {}, "a rank"),
+        ({"x": X, **LOW, "y.right": torch.ones(1, 5).double()}, {}, "low-rank targets in"),
+        ({"x": X, **LOW, "y.right": torch.full((1, 5), torch.inf)}, {}, "finite"),
+        (
+            {"x": X, **LOW, "y.left": torch.full((2, 1), 3e38), "y.right": torch.full((1, 5), 9.0)},
+            {},
+            "finite",
+        ),
+        ({"x": X, "x.views": BYTE[:1].clone(), "y": Y}, {}, "x.views"),
+        ({"x": X, "x.views": BYTE.int(), "y": Y}, {}, "x.views"),
+        ({"x": X, "x.views": BYTE + 18, "y": Y}, {}, "view numbers"),
+        ({"x": X, "x.views": BYTE[:, :0].clone(), "y": Y}, {}, "view numbers"),
+        ({"x": X, "x.views": BYTE, "y": Y.repeat(3, 1)}, {}, "no mean and std"),
+        ({"x": X, "x.views": BYTE, "y": Y.repeat(3, 1)}, {"mean": [0.5], "std": [1]}, "3 channels"),
+    ],
+)
+def test_hostile_files_are_one_line(tmp_path, capsys, tensors, facts, message):
+    path, facts = tmp_path / "bad.safetensors", FACTS | facts
+    stats = {k: facts.pop(k) for k in ("mean", "std") if k in facts}
+    metadata = {"compact": json.dumps(facts), "synthetic_set": json.dumps(stats)}
+    safetensors.torch.save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=rf"bad.safetensors.*{message}"):
+        SyntheticSet.load(path)
+    assert main(["inspect", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_small_file_cannot_ask_for_a_large_set(tmp_path):
+    wide = {"y.mean": torch.zeros(2**20), "y.left": torch.zeros(2**12, 1), "y.right": torch.zeros(1, 2**20)}
+    x = torch.zeros(2**12, 1, 1, 1)
+    safetensors.torch.save_file(
+        {"x": x, **wide},
+        tmp_path / "a.safetensors",
+        {"compact": json.dumps({"version": 1, "size": [1, 1], "pad": 0})},
+    )
+    with pytest.raises(UserError, match="at most 2147483648 target values"):
+        SyntheticSet.load(tmp_path / "a.safetensors")
+    for text in ("[]", "{", "1"):
+        safetensors.torch.save_file({"x": X, "y": Y}, tmp_path / "a.safetensors", {"compact": text})
+        with pytest.raises(UserError, match="JSON"):
+            SyntheticSet.load(tmp_path / "a.safetensors")
+
+
+def test_encoding_leaves_the_set_alone():
+    s = make()
+    before = s.images.clone(), s.targets.clone()
+    tensors, _ = encode(s.images, s.targets, CompactFlags())
+    tensors["x"].zero_(), tensors["y"].zero_()
+    assert torch.equal(s.images, before[0]) and torch.equal(s.targets, before[1])
