@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data.augment import normalize
 from data.augment.crop_flip import CropFlip, apply_crop_flip, draw_crop_flip, view_numbers
+from data.augment.mixup import mixup
 from data.specs import Stats
 from utils.device import free_memory
 from utils.seed import draw_seed
@@ -88,6 +89,7 @@ class TensorLoader:
         device: of the batches.
         generator: CPU generator; order and augmentation come from it alone.
         transform: maps (batch on the device, generator) to the network's input.
+        mix: mixup of inputs and targets, which are float vectors; after the transform.
         shuffle: a new order for each pass.
         drop_last: the endless stream leaves out the incomplete last batch of each pass (a split
             smaller than a batch is one batch).
@@ -97,7 +99,7 @@ class TensorLoader:
 
     Raises:
         ValueError: images and targets differ in length, the batch size is below 1, or the number of
-            ranks does not divide it.
+            ranks does not divide it; targets that cannot be mixed.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class TensorLoader:
         device: torch.device,
         generator: torch.Generator,
         transform: Transform | None = None,
+        mix: bool = False,
         shuffle: bool = True,
         drop_last: bool = False,
         max_device_bytes: int | None = None,
@@ -116,10 +119,13 @@ class TensorLoader:
     ) -> None:
         if targets is not None and len(targets) != len(images):
             raise ValueError(f"{len(images)} images but {len(targets)} targets")
+        if mix and (targets is None or not targets.is_floating_point()):
+            raise ValueError("mixup needs target vectors")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.device, self.generator = torch.device(device), generator
         self.transform, self.shuffle, self.drop_last = transform, shuffle, drop_last
+        self.mix = mix
         self.batch_size = min(batch_size, len(images))
         self.shard = shard
         if self.batch_size % shard[1]:
@@ -195,7 +201,8 @@ class TensorLoader:
             self._order_state, self._position = part.order_state, part.end
             if self.transform is not None:
                 x = self.transform(x, self.generator)
-            yield x, part.host_index if self.targets is None else self.targets[part.index.to(self.device)]
+            y = part.host_index if self.targets is None else self.targets[part.index.to(self.device)]
+            yield mixup(x, y, self.generator) if self.mix else (x, y)
 
     def _gather(self, slices: Iterator[_Slice]) -> Iterator[tuple[_Slice, Tensor]]:
         if self.resident:

@@ -169,20 +169,33 @@ def set_loader(
     """A recipe's batches of a synthetic set, whitened where the set says so; augmented after that.
 
     A network that is trained on them takes other images through the same whitening: its `prepare`.
+    Where the recipe says so the targets are standardised, and its outputs have to be undone.
+
+    Raises:
+        UserError: the recipe asks for what the targets of the set do not allow.
     """
-    images, whitening = synthetic.images.to(device), synthetic.training.whitening
-    if whitening is not None:
-        images = whitening.to(device)(images)
-    return recipe.loader(images, synthetic.targets, device, generator)
+    recipe.check_targets(synthetic)
+    targets, training = synthetic.targets, synthetic.training
+    images = synthetic.images.to(device)
+    if training.whitening is not None:
+        images = training.whitening.to(device)(images)
+    if recipe.target_scale == "std":
+        targets = training.targets(targets)
+    return recipe.loader(images, targets, device, generator)
 
 
 def pretrain(
     model: nn.Module, synthetic: SyntheticSet, recipe: Recipe, generator: torch.Generator, scale: float = 1.0
 ) -> nn.Module:
-    """Train `model` on a synthetic set, whose targets its outputs fit; `scale` is a factor on the length."""
+    """Train `model` on a synthetic set, whose targets its outputs fit; `scale` is a factor on the length.
+
+    Targets that were standardised for it are undone in its last layer.
+    """
     device = next(model.parameters()).device
     loader = set_loader(recipe, synthetic, device, generator)
     Trainer(model, loader, recipe, scale=scale).run(what="pre-training", progress=True)
     if synthetic.training.whitening is not None:
         model.prepare = synthetic.training.whitening.to(device)
+    if recipe.target_scale == "std":
+        synthetic.training.targets.undo_in(model.head)
     return model

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from data.augment.dc import dc_augment
 from data.augment.dsa import OPERATIONS, diff_augment
 from data.loader import TensorLoader, Transform
-from data.synthetic import TrainingSettings
-from utils.errors import pick
+from data.synthetic import SyntheticSet, TrainingSettings
+from utils.errors import UserError, pick
 from utils.optim import make_schedule
 
 
@@ -41,6 +41,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": F.mse_loss,
 }
 
+# Help of the flag --pre_mixup.
+PRE_MIXUP = (
+    "mixup of images and target vectors (shares ~ U(0, 1)) in pre-training; default: where the set says so"
+)
+
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
@@ -55,7 +60,8 @@ def check_strategy(strategy: str | None) -> None:
         pick(OPERATIONS, name, "DSA operation")
 
 
-_RARE = ("decay_epochs", "fresh_momentum", "dc", "align_corners", "rate_by_epoch")  # usually defaults
+# Usually defaults.
+_RARE = ("decay_epochs", "fresh_momentum", "dc", "align_corners", "rate_by_epoch", "target_scale", "mixup")
 _FLAGS = {"epoch": "epochs", "iteration": "steps", "opt": "optimizer"}  # names that differ from the field's
 
 
@@ -79,6 +85,8 @@ class Recipe:
     dc: str = "none"  # strategy of the older DC augmentation
     align_corners: bool = True  # in DSA's scale and rotate, as in the KRR-ST scripts
     rate_by_epoch: bool = False  # the schedule moves once per epoch, not once per step
+    target_scale: str = "none"  # "std": target vectors are learned standardised, by the set's statistics
+    mixup: bool = False  # of images and target vectors
 
     def __str__(self) -> str:
         return ", ".join(f"{k} {v}" for k, v in self.record().items() if v)
@@ -105,7 +113,24 @@ class Recipe:
 
     def fitted(self, training: TrainingSettings) -> Recipe:
         """A copy with what a synthetic set says about training on it."""
-        return self.override(lr=training.lr, momentum=training.momentum, dsa=training.dsa)
+        scale = None if training.targets is None else "std"
+        return self.override(
+            lr=training.lr,
+            momentum=training.momentum,
+            dsa=training.dsa,
+            target_scale=scale,
+            mixup=training.mixup,
+        )
+
+    def check_targets(self, synthetic: SyntheticSet) -> None:
+        """Raise a UserError where mixup or the scale of targets is not to be had with a set."""
+        if self.mixup and not synthetic.soft:
+            raise UserError("mixup needs target vectors; the synthetic set has class labels")
+        if self.target_scale == "std" and synthetic.training.targets is None:
+            raise UserError(
+                "target scale std: the synthetic set brings no statistics of its targets; make it with "
+                "--target_scale std"
+            )
 
     def with_flags(self, flags: Any, prefix: str) -> Recipe:
         """A copy with the flags put in whose names begin with `prefix`, such as --pre_lr."""
@@ -144,7 +169,7 @@ class Recipe:
     ) -> TensorLoader:
         """The recipe's batches; with its own augmentation (normalised images) without a `transform`."""
         given = dict(batch_size=self.batch_size, device=device, generator=generator, drop_last=drop_last)
-        return TensorLoader(images, targets, transform=transform or self.augment(), **given)
+        return TensorLoader(images, targets, transform=transform or self.augment(), mix=self.mixup, **given)
 
 
 _LABELS = Recipe("cross_entropy", "sgd", 0.01, 5e-4, "tenth_at_half", 256, epochs=1000, dsa=DSA_STRATEGY)

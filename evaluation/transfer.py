@@ -19,6 +19,7 @@ from data.loader import ImagePipeline
 from data.meta import read_meta
 from data.specs import KRR_SPECS
 from data.synthetic import SyntheticSet
+from data.target_scale import TARGET_SCALES
 from evaluation.fit import Trainer, held_out_accuracy, outputs, pretrain
 from evaluation.measure import Cell, CellStore, finish, grouped, spread
 from evaluation.presets import resolve_preset, resolve_targets
@@ -26,6 +27,7 @@ from evaluation.probe import feature_error, frozen_accuracy, labelled_subset
 from evaluation.recipes import (
     BASELINES,
     MATCHING,
+    PRE_MIXUP,
     PRETRAIN,
     SCRATCH,
     Recipe,
@@ -91,6 +93,13 @@ class PretrainFlags:
     pre_wd: float | None = _of_table("pre-training weight decay", minimum=0)
     pre_batch_size: int | None = _of_table("pre-training batch", minimum=1)
     pre_dsa: str | None = _of_table("pre-training DSA strategy or none")
+    pre_mixup: bool | None = flag(None, PRE_MIXUP)
+    pre_target_scale: str | None = flag(
+        None,
+        "learn the set's target vectors standardised (std), which is undone in the network's outputs, or as "
+        "they are; default: std where the set brings their statistics",
+        choices=TARGET_SCALES,
+    )
 
 
 @dataclass(frozen=True)
@@ -277,6 +286,10 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
     if synthetic.soft == by_class:
         wanted, found = kinds[by_class], kinds[not by_class]
         raise UserError(f"{path} holds {found}; method {flags.method} is pre-trained on {wanted}")
+    try:
+        recipe.check_targets(synthetic)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     if synthetic.soft:
         return Pretraining(synthetic, recipe, synthetic.targets.shape[1])
     seen = int(synthetic.targets.max()) + 1

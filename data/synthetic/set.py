@@ -46,6 +46,7 @@ class SyntheticSet:
         if self.stats is not None:
             self.stats.check_channels(images.shape[1], "synthetic set")
         self.training.check_images(images)
+        self.training.check_targets(self.targets)
         try:
             json.dumps(self.info)
         except (TypeError, ValueError) as error:

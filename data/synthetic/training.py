@@ -13,12 +13,14 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data.target_scale import TargetScale
 from data.untrusted import check_regular, parse_json
 from data.whitening import Whitening
 from utils import checkpoint
 from utils.errors import UserError, first_line
 
 TRAINING_FILE = "training.safetensors"
+_TENSORS = {"whitening": ("mean", "matrix"), "targets": ("mean", "std")}  # part -> its tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,8 @@ class TrainingSettings:
     dsa: str | None = None  # strategy of the differentiable augmentation, or "none"
     whitening: Whitening | None = None  # of synthetic, training and test images alike
     momentum: float | None = None  # of SGD
+    targets: TargetScale | None = None  # networks learn the targets standardised; their outputs are undone
+    mixup: bool | None = None  # of images and target vectors
 
     def __post_init__(self) -> None:
         if self.lr is not None and not 0 < self.lr < math.inf:
@@ -41,9 +45,11 @@ class TrainingSettings:
 
     def record(self) -> dict[str, Any]:
         """What identifies the settings, as plain JSON values; {} where there are none."""
-        values = {"lr": self.lr, "momentum": self.momentum, "dsa": self.dsa}
+        values = {"lr": self.lr, "momentum": self.momentum, "dsa": self.dsa, "mixup": self.mixup}
         if self.whitening is not None:
             values["whitening"] = checkpoint.fingerprint(self.whitening.mean, self.whitening.matrix)
+        if self.targets is not None:
+            values["targets"] = checkpoint.fingerprint(self.targets.mean, self.targets.std)
         return {name: value for name, value in values.items() if value is not None}
 
     def check_images(self, images: Tensor) -> None:
@@ -54,13 +60,27 @@ class TrainingSettings:
         if found != (size, size) or tuple(self.whitening.mean.shape) != (size,):
             raise UserError(f"the whitening's matrix is {found}, the images need {(size, size)}")
 
+    def check_targets(self, targets: Tensor) -> None:
+        """Raise a UserError for statistics or mixup of vectors (m, D) that the targets are not."""
+        vectors = targets.is_floating_point()
+        if self.mixup and not vectors:
+            raise UserError("mixup of class indices; expected target vectors")
+        if self.targets is None:
+            return
+        sizes = {tuple(t.shape) for t in (self.targets.mean, self.targets.std)}
+        if not vectors or sizes != {tuple(targets.shape[1:])}:
+            found = f"vectors of {targets.shape[1]}" if vectors else "class indices"
+            raise UserError(f"statistics of targets are {sorted(sizes)}, the targets are {found}")
+        if not bool((self.targets.std > 0).all()):
+            raise UserError("statistics of targets: expected positive standard deviations")
+
     def pack(self) -> tuple[dict[str, Tensor], str]:
         """Tensors and a JSON text, what a safetensors file holds."""
-        if self.whitening is None:
-            return {}, json.dumps(self.record())
+        parts = {"whitening": self.whitening, "targets": self.targets}
         tensors = {
-            "whitening.mean": self.whitening.mean.cpu().contiguous(),
-            "whitening.matrix": self.whitening.matrix.cpu().contiguous(),
+            f"{name}.{field}": getattr(part, field).cpu().contiguous()
+            for name, part in parts.items()
+            for field in (_TENSORS[name] if part is not None else ())
         }
         return tensors, json.dumps(self.record())
 
@@ -68,18 +88,21 @@ class TrainingSettings:
     def unpack(cls, tensors: Mapping[str, Tensor], text: str, path: Path) -> TrainingSettings:
         """The inverse of `pack`; a UserError that names the file for what is none."""
         raw = parse_json(text, path)
-        lr, dsa, momentum = raw.get("lr"), raw.get("dsa"), raw.get("momentum")
-        usable = all(isinstance(v, float | int | None) for v in (lr, momentum)) and isinstance(
-            dsa, str | None
-        )
-        found = [tensors.get(f"whitening.{name}") for name in ("mean", "matrix")]
-        present = [t for t in found if t is not None]
-        usable = usable and len(present) in (0, 2)
-        if not usable or not all(t.is_floating_point() and bool(t.isfinite().all()) for t in present):
+        lr, dsa, momentum, mixup = (raw.get(name) for name in ("lr", "dsa", "momentum", "mixup"))
+        usable = all(isinstance(v, float | int | None) for v in (lr, momentum))
+        usable = usable and isinstance(dsa, str | None) and isinstance(mixup, bool | None)
+        found = {}
+        for name, fields in _TENSORS.items():
+            present = [t for field in fields if (t := tensors.get(f"{name}.{field}")) is not None]
+            usable = usable and len(present) in (0, len(fields))
+            usable = usable and all(t.is_floating_point() and bool(t.isfinite().all()) for t in present)
+            found[name] = [t.float() for t in present]
+        if not usable:
             raise UserError(f"{path} does not hold settings for training on a synthetic set")
         try:
-            whitening = Whitening(*(t.float() for t in present)) if present else None
-            return cls(lr, dsa, whitening, momentum)
+            whitening = Whitening(*found["whitening"]) if found["whitening"] else None
+            targets = TargetScale(*found["targets"]) if found["targets"] else None
+            return cls(lr, dsa, whitening, momentum, targets, mixup)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
