@@ -86,7 +86,8 @@ class Distiller:
         whitening = self.problem.whitening
         images = self.images().detach()
         images = images if whitening is None else whitening.undo(images)
-        return SyntheticSet(images, self.y_syn, training=TrainingSettings(whitening=whitening))
+        training = TrainingSettings(whitening=whitening, targets=self.problem.target_scale)
+        return SyntheticSet(images, self.problem.unscaled(self.y_syn.detach()), training=training)
 
     def monitor(self) -> Monitor | None:
         """A loss that can be compared over steps, made from the initial state; None without one."""

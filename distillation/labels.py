@@ -61,6 +61,7 @@ def set_recipe(method: Method, flags: Any, image_set: ImageSet, synthetic: Synth
         lr=flags.pre_lr,
         wd=flags.pre_wd,
         dsa=flags.pre_dsa,
+        mixup=flags.pre_mixup,
     )
     if flags.pre_dsa is None and not image_set.hflip:
         recipe = recipe.override(dsa=without_flip(recipe.dsa))

@@ -14,15 +14,17 @@ from data.augment import denormalize
 from data.load import load_set
 from data.specs import Stats
 from data.synthetic.training import TRAINING_FILE, read_training, write_training
+from data.target_scale import TARGET_SCALES, TargetScale
 from data.whitening import Whitening
 from distillation.base import Distiller, RunFlags
 from distillation.labels import LABELS
 from distillation.loop import Plan
 from distillation.problem import Problem
 from distillation.run import Method, Setup
+from evaluation.fit import outputs
 from evaluation.presets import resolve_preset
-from evaluation.recipes import check_strategy
-from evaluation.target import TARGET_CKPT, TARGET_MODEL
+from evaluation.recipes import PRE_MIXUP, PRETRAIN, check_strategy
+from evaluation.target import TARGET_CKPT, TARGET_MODEL, ScaledTarget
 from models import get_model
 from utils import checkpoint
 from utils.cli import flag
@@ -32,6 +34,11 @@ from utils.errors import UserError, pick
 from utils.plots import save_grid
 from utils.precision import PRECISIONS, check_precision, float32_mode
 from utils.run_folder import Run, RunFolder
+
+TARGET_SCALE = (
+    "std: target features are learned standardised, with mean 0 and variance 1 over the training images; "
+    "the set says so to networks that are trained on it; default: none"
+)
 
 # For methods that whiten images: a flag `zca: bool | None`.
 ZCA = "whiten images by ZCA (ridge 0.1): networks see them so; default: as published"
@@ -67,6 +74,7 @@ class SetFlags(RunFlags):
     pre_lr: float | None = _of_method("its learning rate", above=0)
     pre_wd: float | None = _of_method("its weight decay", minimum=0)
     pre_dsa: str | None = _of_method("its DSA strategy, or none,")
+    pre_mixup: bool | None = flag(None, PRE_MIXUP)
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,7 @@ class FeatureFlags(SetFlags):
 
     target_model: str | None = flag(None, TARGET_MODEL)
     target_ckpt: Path | None = flag(None, TARGET_CKPT)
+    target_scale: str | None = flag(None, TARGET_SCALE, choices=TARGET_SCALES)
     test_opt: str = flag("sgd", "optimiser of the linear classifier", choices=("sgd", "adam"))
     test_iteration: int = flag(5000, "steps of the linear classifier", minimum=1)
     test_batch_size: int = flag(512, "batch of the linear classifier", minimum=1)
@@ -120,9 +129,11 @@ class SetSetup(Setup):
 
     @classmethod
     def check(cls, flags: SetFlags, device: torch.device) -> None:
-        """Raise a UserError for a precision that is not to be had here, or an unknown augmentation."""
+        """Raise a UserError for a precision that is not to be had here, or augmentation that cannot be."""
         check_precision(flags.precision, device)
         check_strategy(flags.pre_dsa)
+        if flags.pre_mixup and PRETRAIN[flags.method.lower()].loss == "cross_entropy":
+            raise UserError(f"--pre_mixup needs target vectors; sets of {flags.method} have class labels")
 
     def __init__(
         self, method: Method, flags: SetFlags, device: torch.device, group: Group, held: ExitStack
@@ -168,6 +179,8 @@ class SetSetup(Setup):
         elif image_set.test is None:
             print(f"{flags.data_name} has no test split: evaluations use the training images")
         given = {**self.labels.given, "whitening": self.whitening(run)}
+        if (scale := self.target_scale(run)) is not None:
+            given |= dict(target=ScaledTarget(given["target"], scale), target_scale=scale)
         problem = Problem(image_set, self.device, run.seed, self.group, **given)
         plan = Plan(flags.outer_iteration, flags.print_every, flags.save_every)
         distiller, results = self.distil(run, problem, plan)
@@ -186,6 +199,16 @@ class SetSetup(Setup):
             print("fitting the whitening", flush=True)
             images, stats = self.image_set.train.images, self.image_set.stats
             found = Whitening.fit(images, stats, self.device, self.method.distiller.whiten_normalized)
+        return found.to(self.device)
+
+    def target_scale(self, run: Run) -> TargetScale | None:
+        """That of the run, where --target_scale asks for one: an earlier start's, or fitted now."""
+        if getattr(self.flags, "target_scale", None) != "std":
+            return None
+        found = read_training(run.path / TRAINING_FILE).targets
+        if found is None:
+            images, target = self.image_set.train.images, self.labels.given["target"]
+            found = TargetScale.fit(outputs(target, images, self.image_set, self.device))
         return found.to(self.device)
 
     def drawn(self, run: RunFolder) -> dict[str, Any]:

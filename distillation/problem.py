@@ -9,6 +9,7 @@ from torch import Tensor
 from data.augment import normalize, to_float
 from data.load import ImageSet
 from data.real_data import RealImages
+from data.target_scale import TargetScale
 from data.whitening import Whitening
 from distillation.selection import kmeans_indices, random_indices
 from evaluation.fit import outputs
@@ -36,14 +37,19 @@ class Problem:
     device: torch.device
     seed: int  # of every random stream
     group: Group = Group()  # processes that share the work
-    target: Target | None = None  # None for methods that work with class labels
+    target: Target | None = None  # None for methods that work with class labels; see `target_scale`
     real: RealImages | None = None  # labelled, class by class; None for methods without labels
     extra: ExtraLoss | None = None
     whitening: Whitening | None = None  # networks see images whitened by it
+    target_scale: TargetScale | None = None  # by which the features of `target` are standardised
 
     def whiten(self, x: Tensor) -> Tensor:
         """Normalised images as networks see them: whitened, where there is a whitening."""
         return x if self.whitening is None else self.whitening(x)
+
+    def unscaled(self, y: Tensor) -> Tensor:
+        """Target vectors (m, D) as the target model itself gives them."""
+        return y if self.target_scale is None else self.target_scale.undo(y)
 
     @torch.no_grad()
     def start_with_features(

@@ -12,6 +12,7 @@ from data.augment import normalize, to_float
 from data.load import ImageSet
 from data.space import Space, convert
 from data.specs import Stats
+from data.target_scale import TargetScale
 from models import get_model
 from models.fold import fold_frozen
 from models.foundation import Foundation, load_hf, load_torchvision
@@ -159,6 +160,17 @@ class FrozenTarget:
         """Normalised images (b, C, H, W) -> features (b, dim)."""
         with autocast(self.precision, x.device):
             return self._in_parts(x)
+
+
+class ScaledTarget:
+    """A target model whose features are standardised."""
+
+    def __init__(self, target: Target, scale: TargetScale) -> None:
+        self.target, self.scale, self.dim = target, scale, target.dim
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalised images (b, C, H, W) -> features (b, dim), float32."""
+        return self.scale(self.target(x))
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from data.augment import normalize, to_float
 from data.load import ImageSet, load_set
-from data.synthetic import SyntheticSet
+from data.synthetic import SyntheticSet, TrainingSettings
+from data.target_scale import TargetScale
 from distillation.selection import (
     balanced_indices,
     early_losses,
@@ -31,7 +32,7 @@ from distillation.selection import (
 )
 from evaluation.fit import outputs
 from evaluation.presets import resolve_preset
-from evaluation.recipes import Recipe
+from evaluation.recipes import PRETRAIN, Recipe
 from evaluation.target import load_target
 from krr_st.config import BaselineFlags
 from models import get_model
@@ -170,6 +171,9 @@ def main(argv: list[str] | None = None) -> int:
     """Make one baseline set and write {synthetic_data_dir}/{data_name}/{method}/."""
     flags = cli.parse(BaselineFlags, argv, prog="python -m krr_st.baselines", description=main.__doc__)
     make = pick(BASELINES, flags.method, "method")
+    for asked, what in ((flags.target_scale == "std", "target_scale std"), (flags.mixup, "mixup")):
+        if asked and PRETRAIN[flags.method].loss == "cross_entropy":
+            raise UserError(f"--{what} needs target vectors; --method {flags.method} gives class labels")
     seed = resolve_seed(flags.seed)
     device = resolve_device(flags.device, flags.gpu_id)
     preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
@@ -191,9 +195,13 @@ def main(argv: list[str] | None = None) -> int:
     x, y = make(
         Request(image_set, count, flags.kmeans_space, student, flags.num_students, seed, device, target)
     )
+    scale = None
+    if flags.target_scale == "std":
+        scale = TargetScale.fit(outputs(target(), image_set.train.images, image_set, device))
+    training = TrainingSettings(targets=scale, mixup=flags.mixup or None)
     folder = Path(flags.synthetic_data_dir) / flags.data_name / flags.method
     info = {"method": flags.method, "seed": seed}
-    SyntheticSet(x, y, image_set.stats, flags.data_name, info).save(folder)
+    SyntheticSet(x, y, image_set.stats, flags.data_name, info, training).save(folder)
     print(f"{flags.method} of {flags.data_name}: {count} images in {folder}")
     return 0
 

@@ -1,13 +1,16 @@
 """KRR-ST: images and target features from which kernel regression predicts a target model."""
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data.augment.crop_flip import default_padding
+from data.augment.mixup import mixup
 from data.loader import TensorLoader, ViewPipeline
+from data.synthetic import SyntheticSet
 from distillation.base import Distiller
 from distillation.problem import Problem
 from krr_st.config import TrainFlags
@@ -47,6 +50,7 @@ class KRRST(Distiller):
             reset=flags.pool_reset,
             precision=flags.precision,
             compile=flags.compile,
+            mix=self.stream("pool's mixup") if flags.pool_mixup else None,
         )
         self.loader = real_loader(problem, flags.outer_batch_size, self.stream("real batches"))
         self.targets = targets_for(problem, flags)
@@ -72,9 +76,16 @@ class KRRST(Distiller):
         """The loss on held-out images under fixed networks."""
         return HeldOutLoss(self.problem, self.flags, self.pool, self.x_syn.detach(), self.y_syn.detach())
 
+    def synthetic(self) -> SyntheticSet:
+        """As any; a set that was learned in mixup is trained on in mixup."""
+        found = super().synthetic()
+        return replace(found, training=replace(found.training, mixup=self.flags.pool_mixup or None))
+
     def step(self) -> dict[str, Tensor]:
         """One outer step; the loss is that before it."""
-        flags, group = self.flags, self.problem.group
+        flags, group, x_syn, y_syn = self.flags, self.problem.group, self.x_syn, self.y_syn
+        if flags.pool_mixup:
+            x_syn, y_syn = mixup(x_syn, y_syn, self.stream("kernel's mixup"))
         if self._batches is None:
             self._batches = self.loader.forever()
         slot = self.pool.draw()
@@ -83,8 +94,8 @@ class KRRST(Distiller):
             with torch.no_grad():
                 y_real = self.targets(RealBatch(x, index, view))  # (b, D)
                 f_real = self._embed_real(x, slot.model)  # (b, d)
-            f_syn = self._embed(slot.model, self.x_syn)  # (m, d)
-        loss = krr_loss(f_real, y_real, f_syn, self.y_syn, flags.ridge)
+            f_syn = self._embed(slot.model, x_syn)  # (m, d)
+        loss = krr_loss(f_real, y_real, f_syn, y_syn, flags.ridge)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         loss = loss.detach()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from data.augment.mixup import mixup
 from evaluation.fit import train_step
 from utils.errors import pick
 from utils.precision import autocast, compiled
@@ -36,7 +37,8 @@ class ModelPool:
     `make_network` gives a new network on its device, from an integer seed, and its optimiser. One
     that has taken `max_steps` (T) steps is replaced at its next update. Draws, ages and seeds come
     from the CPU `generator`; `reset` is a key of RESET_AGE; `precision`, `compile` and `criterion` (of
-    outputs and targets) are those of the networks in training.
+    outputs and targets) are those of the networks in training. With a generator `mix` each of their
+    steps is on the set in mixup.
 
     Invariant (reset "paper"): 0 <= age <= T, and `age` is the number of steps the slot's network
     has taken.
@@ -55,10 +57,11 @@ class ModelPool:
         precision: str = "fp32",
         compile: bool = False,
         criterion: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
+        mix: torch.Generator | None = None,
     ) -> None:
         self._make_network, self.max_steps, self.generator = make_network, max_steps, generator
         self._age_after_reset = pick(RESET_AGE, reset, "pool_reset")
-        self.precision, self._criterion = precision, criterion
+        self.precision, self._criterion, self._mix = precision, criterion, mix
         self._forward = compiled(lambda model, x: model(x), compile)
         self.slots = [Slot(*make_network(draw_seed(generator))) for _ in range(size)]
 
@@ -66,7 +69,7 @@ class ModelPool:
         """Train each network t steps on (x_syn, y_syn), t uniform in [1, T) (1 when T is 1)."""
         for slot in tqdm(self.slots, desc="model pool", disable=None if progress else True, leave=False):
             age = int(torch.randint(1, max(2, self.max_steps), (1,), generator=self.generator))
-            self._train(slot, x_syn, y_syn, age)
+            self._train(slot, x_syn, y_syn, age, self._mix)
 
     def spread_ages(self) -> None:
         """Let the untrained networks be replaced one after another: FRePo's start."""
@@ -76,8 +79,9 @@ class ModelPool:
     def aged_copies(self, seed: int, ages: Sequence[int], x_syn: Tensor, y_syn: Tensor) -> list[nn.Module]:
         """One network outside of the pool, made from `seed`, at rising ages; frozen, in eval mode."""
         slot, copies = Slot(*self._make_network(seed)), []
+        mix = None if self._mix is None else torch.Generator().manual_seed(seed)
         for age in ages:
-            self._train(slot, x_syn, y_syn, age)
+            self._train(slot, x_syn, y_syn, age, mix)
             copies.append(copy.deepcopy(slot.model).eval().requires_grad_(False))
         return copies
 
@@ -90,15 +94,16 @@ class ModelPool:
     def update(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
         """One step of training on the set, or a new network in place of one that took T."""
         if slot.age < self.max_steps:
-            self._train(slot, x_syn, y_syn, slot.age + 1)
+            self._train(slot, x_syn, y_syn, slot.age + 1, self._mix)
             return
         slot.model, slot.optimizer = self._make_network(draw_seed(self.generator))
         slot.age = self._age_after_reset(slot.age)
 
-    def _train(self, slot: Slot, x_syn: Tensor, y_syn: Tensor, age: int) -> None:
+    def _train(self, slot: Slot, x_syn: Tensor, y_syn: Tensor, age: int, mix: torch.Generator | None) -> None:
         slot.model.train().requires_grad_(True)
         while slot.age < age:
-            train_step(slot.model, x_syn, y_syn, self._loss, slot.optimizer)
+            x, y = (x_syn, y_syn) if mix is None else mixup(x_syn, y_syn, mix)
+            train_step(slot.model, x, y, self._loss, slot.optimizer)
             slot.age += 1
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 
 from data.load import load_set
 from data.prepared import tensor_path
+from data.target_scale import TARGET_SCALES
 from distillation.run import run_method
 from evaluation.equivalent_images import equivalent_images
 from evaluation.measure import CellStore
@@ -90,6 +91,11 @@ class StudyFlags:
     outer_batch_size: int = flag(256, "real images an outer step", minimum=1)
     num_models: int = flag(5, "networks in the pool", minimum=1)
     online_iteration: int = flag(500, "age limit of the pool networks", minimum=1)
+    target_scale: str | None = flag(
+        None, "std: all sets of features are learned standardised", choices=TARGET_SCALES
+    )
+    pool_mixup: bool | None = flag(None, "mixup of the set in KRR-ST's pool and kernel")
+    pre_mixup: bool | None = flag(None, "mixup in pre-training on every set of features")
     precision: str = flag("fp32", "of distillation; all else is fp32", choices=tuple(PRECISIONS))
     device: str | None = flag(None, "cpu, cuda, cuda:N or mps; default: the best there is")
     pre_iteration: int = flag(200, "steps of pre-training on a set of features", minimum=1)
@@ -120,6 +126,7 @@ class Study:
         self.flags = flags
         self.name = validation_set(flags) if flags.validation else flags.data_name
         self.folder = flags.folder / self.name
+        self.suffix = "-std" if flags.target_scale == "std" else ""
         self.checkpoint = default_checkpoint(flags.network, self.name, flags.folder / "teacher_ckpt")
         self.targets = load_targets((self.name, *flags.targets), flags.img_size, flags.data_dir, None)
         shots = () if flags.shots == "none" else parse_shots(flags.shots)
@@ -137,10 +144,12 @@ class Study:
 
     def make_set(self, method: str, count: int, seed: int) -> Path:
         """One set of `krr_st.baselines`; returns its folder."""
-        root = self.folder / "sets" / f"{count}-{seed}"
+        root = self.folder / "sets" / f"{count}-{seed}{self.suffix}"
         folder = root / self.name / method
         if not (folder / "y_syn.pt").exists():
             which = dict(method=method, num_images=count, seed=seed)
+            if self.suffix and PRETRAIN[method].loss == "mse":
+                which |= dict(target_scale=self.flags.target_scale)
             self._run(baselines, **which, target_ckpt=self.checkpoint, synthetic_data_dir=root)
         return folder
 
@@ -155,7 +164,8 @@ class Study:
 
     def distil(self, lever: str, seed: int) -> Path:
         """One KRR-ST run; returns its folder."""
-        f, runs, name = self.flags, self.folder / "runs", f"{lever.replace(' ', '_')}-{seed}"
+        f, runs = self.flags, self.folder / "runs"
+        name = f"{lever.replace(' ', '_')}-{seed}{self.suffix}{'-mixup' if f.pool_mixup else ''}"
         networks = dict(target_model=f.network, target_ckpt=self.checkpoint, train_model=f.network)
         place = dict(data_name=self.name, seed=seed, save_dir=runs, exp_name=name)
         length = dict(print_every=500, eval_every=10**9, test_iteration=500, pre_epoch=100)
@@ -171,8 +181,10 @@ class Study:
         given |= dict(seed=seed, finetune_iteration=f.finetune_iteration or None)
         flags = ScratchFlags(**given)
         if path is not None:
-            steps = f.pre_iteration if PRETRAIN[method].loss == "mse" else None
-            flags = TestFlags(**given, method=method, synthetic_path=path, pre_iteration=steps)
+            features = PRETRAIN[method].loss == "mse"
+            length = dict(pre_iteration=f.pre_iteration if features else None)
+            mixup = dict(pre_mixup=f.pre_mixup if features else None)
+            flags = TestFlags(**given, **length, **mixup, method=method, synthetic_path=path)
         measures, targets = [*self.probes, *self.few_shot, *self.finetuning], self.targets
         if row.startswith("curve"):
             measures, targets = self.probes, targets[:1]

@@ -21,19 +21,25 @@ def distil(
     defaults: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> int:
-    """Parse the flags of the method that `--method` names (else `default`), run it, give the exit code.
+    """Parse the flags of the method that `--method` names, run it, give the exit code.
 
+    Without it that is `default`, or where `--recipe` names a recipe of other methods the first of these.
     `among` names the methods that the command offers, all of them when empty. The rest is as in
     `utils.cli.parse`.
     """
     argv = sys.argv[1:] if argv is None else argv
     offered = {name: row for name, row in METHODS.items() if not among or name in among}
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    peek.add_argument("--method", default=default)
+    peek.add_argument("--method")
+    peek.add_argument("--recipe")
     try:
-        name = peek.parse_known_args(argv)[0].method
+        peeked = peek.parse_known_args(argv)[0]
     except argparse.ArgumentError:  # no value: the real parser says so
-        name = default
+        peeked = argparse.Namespace(method=default, recipe=None)
+    if peeked.method is None and (peeked.recipe or "").lower() not in METHODS[default].recipes:
+        with_it = (known for known, r in offered.items() if (peeked.recipe or "").lower() in r.recipes)
+        default = next(with_it, default)
+    name = peeked.method or default
     row = offered.get(name.lower(), METHODS[default])
     names = tuple(r.name for r in offered.values()) if among else tuple(offered)
     about = "\n".join(f"  {known:8} {r.about}" for known, r in offered.items())

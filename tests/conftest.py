@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distillation.problem import Problem
-from evaluation.target import Representation
+from evaluation.target import Representation, ScaledTarget
 from krr_st.config import TrainFlags
 from krr_st.krr_st import KRRST
 from methods import find_method
@@ -64,7 +64,7 @@ def resolved(method, flags_class=None, **changes):
     return row.setup.resolve(row, dataclasses.replace(flags, **given))
 
 
-def make_krrst(image_set, *, seed=0, loader=None, **changes):
+def make_krrst(image_set, *, seed=0, loader=None, target_scale=None, **changes):
     """KRR-ST at its smallest; `loader` takes the place of that of the real batches."""
     settings = dict(
         num_images=6,
@@ -78,7 +78,8 @@ def make_krrst(image_set, *, seed=0, loader=None, **changes):
         outer_iteration=40,
         target_views="online",
     )
-    problem = Problem(image_set, CPU, seed, target=make_target())
+    target = make_target() if target_scale is None else ScaledTarget(make_target(), target_scale)
+    problem = Problem(image_set, CPU, seed, target=target, target_scale=target_scale)
     distiller = KRRST(problem, TrainFlags(**{**settings, **changes}))
     distiller.loader = loader or distiller.loader
     return distiller
