@@ -282,9 +282,10 @@ class TrajectoryMatching(Distiller):
         whitening, momentum = self.problem.whitening, self.flags.train_momentum
         momentum = (self.flags.inner_momentum or 0.9) if momentum is None else momentum
         lr = float(f"{self.student.lr.item():.7g}")  # float32 has no more digits
-        training = TrainingSettings(lr, self.strategy, whitening, momentum)
+        training = TrainingSettings(lr, self.strategy, whitening, momentum, self.problem.target_scale)
         images = x if whitening is None else whitening.undo(x)
-        return SyntheticSet(images, self.targets(y[0] if y else self.y_syn), training=training)
+        targets = self.problem.unscaled(self.targets(y[0] if y else self.y_syn))
+        return SyntheticSet(images, targets, training=training)
 
 
 class Average:

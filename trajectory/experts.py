@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from data.augment.dsa import without_flip
 from data.load import ImageSet, load_set
 from data.loader import ImagePipeline, TensorLoader
+from data.target_scale import TARGET_SCALES, TargetScale
 from data.whitening import Whitening
 from evaluation.fit import Trainer, outputs
 from evaluation.parallel import in_parallel
@@ -65,6 +66,11 @@ class ExpertFlags(DeviceFlags):
     )
     target_model: str | None = flag(None, TARGET_MODEL)
     target_ckpt: Path | None = flag(None, TARGET_CKPT)
+    target_scale: str | None = flag(
+        None,
+        "std: features with mean 0 and variance 1 over the training images; default: none",
+        choices=TARGET_SCALES,
+    )
     train_model: str | None = flag(
         None, "network (zoo A); default: three blocks of 128 with instance norm, four from 64 pixels on"
     )
@@ -104,6 +110,8 @@ def resolve(flags: ExpertFlags) -> ExpertFlags:
         flags, img_size=preset.size, train_model=flags.train_model or default_network(preset.size), **given
     )
     check_strategy(flags.dsa_strategy)
+    if flags.target_scale == "std" and flags.targets != "features":
+        raise UserError("--target_scale std standardises features; use --targets features")
     if flags.targets == "features":
         model = flags.target_model or preset.target_model
         path = resolve_checkpoint(model, flags.target_ckpt, flags.data_name)
@@ -112,8 +120,9 @@ def resolve(flags: ExpertFlags) -> ExpertFlags:
 
 
 def default_folder(flags: ExpertFlags) -> Path:
-    """./buffers/{data_name}_{img_size}/{train_model}_{targets}_{train_epochs}epochs[_zca]."""
-    name = f"{flags.train_model}_{flags.targets}_{flags.train_epochs}epochs{'_zca' if flags.zca else ''}"
+    """./buffers/{data_name}_{img_size}/{train_model}_{targets}_{train_epochs}epochs[_zca][_std]."""
+    more = ("_zca" if flags.zca else "") + ("_std" if flags.target_scale == "std" else "")
+    name = f"{flags.train_model}_{flags.targets}_{flags.train_epochs}epochs{more}"
     return Path("./buffers") / f"{flags.data_name}_{flags.img_size}" / name
 
 
@@ -167,7 +176,10 @@ class ExpertTraining:
         where = dict(data_name=flags.data_name, data_dir=flags.data_dir)
         target = load_target(flags.target_model, flags.target_ckpt, image_set, device, **where)
         self.inputs["target model"] = target.fingerprint
-        return outputs(target, image_set.train.images, image_set, device).float(), target.dim
+        features = outputs(target, image_set.train.images, image_set, device).float()
+        if flags.target_scale == "std":
+            features = TargetScale.fit(features)(features)
+        return features, target.dim
 
     def network(self, seed: int) -> nn.Module:
         """A new network, initialised from `seed` alone."""

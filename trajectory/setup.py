@@ -90,7 +90,7 @@ class TrajectorySetup(SetSetup):
 def expert_flags(method: Method, flags: TrajectoryFlags) -> ExpertFlags:
     """How the experts of a run are trained that names no folder: as published, as long as it needs them."""
     shared = ("data_dir", "data_name", "img_size", "target_model", "target_ckpt")
-    shared += ("train_model", "dsa_strategy", "zca")
+    shared += ("target_scale", "train_model", "dsa_strategy", "zca")
     wanted = {name: getattr(flags, name) for name in shared if hasattr(flags, name)}
     count = flags.num_experts or ON_DEMAND
     return experts.resolve(
@@ -112,6 +112,11 @@ def check_origin(folder: Path, method: Method, flags: TrajectoryFlags) -> None:
     wanted = {"data_name": flags.data_name, "img_size": flags.img_size, "targets": method.labels}
     if hasattr(flags, "zca"):
         wanted["zca"] = bool(flags.zca)
+    if not isinstance(made, dict):
+        return
+    if method.labels == "features":
+        wanted["target_scale"] = flags.target_scale or "none"
+        made = {**made, "target_scale": made.get("target_scale") or "none"}
     for name, value in wanted.items():
-        if isinstance(made, dict) and name in made and made[name] != value:
+        if name in made and made[name] != value:
             raise UserError(f"--buffer_dir {folder}: its experts have {name} {made[name]}, not {value}")
