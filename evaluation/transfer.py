@@ -81,7 +81,7 @@ class PretrainFlags:
     )
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "folder that holds {source}/{method}/")
     synthetic_path: Path | None = flag(
-        None, "folder of a set elsewhere (e.g. results/EXP)", instead_of="synthetic_data_dir"
+        None, "a set elsewhere: its folder (e.g. results/EXP) or file", instead_of="synthetic_data_dir"
     )
     pre_epoch: int | None = _of_table("pre-training epochs", minimum=1)
     pre_iteration: int | None = _of_table("pre-training steps", minimum=1, instead_of="pre_epoch")

@@ -7,20 +7,26 @@ model's features, what every KRR-ST result has to beat. Of the other choices the
 NAME with labels (class by class, but for k-means) and NAME_features: kmeans, the real image nearest to
 each k-means centre; herding, the images whose mean is nearest to that of all; high_loss, those with the
 largest loss early in training (MKDT's start). gaussian: N(0, 1) noise with features.
+
+With smaller sizes, types or ranks than usual (--x_size, --x_dtype, --y_rank, --y_dtype) or several --views of
+each image the set is one compact file. --bytes gives sets of equal storage.
 """
 
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from data.augment import normalize, to_float
+from data.augment.crop_flip import default_padding
 from data.load import ImageSet, load_set
-from data.synthetic import SyntheticSet, TrainingSettings
+from data.synthetic import CompactFlags, SyntheticSet, TrainingSettings, save_compact
+from data.synthetic.compact import draw_views, images_within, index_type, view_images
+from data.synthetic.forms import stored_bytes
 from data.target_scale import TargetScale
 from distillation.selection import (
     balanced_indices,
@@ -34,7 +40,7 @@ from evaluation.fit import outputs
 from evaluation.presets import resolve_preset
 from evaluation.recipes import PRETRAIN, Recipe
 from evaluation.target import load_target
-from krr_st.config import BaselineFlags
+from krr_st.config import BaselineFlags, shared_flags
 from models import get_model
 from utils import cli
 from utils.device import place, resolve_device
@@ -54,6 +60,12 @@ class Request:
     seed: int
     device: torch.device
     target: Callable[[], nn.Module]  # loaded only where it is needed
+    views: Tensor | None = None  # numbers (count, k) of views of the images; None: as they are
+
+    @property
+    def pad(self) -> int:
+        """Pixels by which views are shifted at most."""
+        return default_padding(self.image_set.size)
 
     def labels(self) -> Tensor:
         """Class labels of the training images."""
@@ -72,7 +84,9 @@ class Request:
 
     @torch.no_grad()
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images and the target model's features of them."""
+        """Normalised images, in each of their views, and the target model's features of them."""
+        if self.views is not None:
+            x = view_images(x, self.views, self.pad, self.image_set.stats)
         return x, torch.cat([self.target()(chunk) for chunk in x.split(256)])
 
     def points(self) -> Tensor:
@@ -168,21 +182,21 @@ BASELINES: dict[str, Callable[[Request], tuple[Tensor, Tensor]]] = {
 
 @entry_point
 def main(argv: list[str] | None = None) -> int:
-    """Make one baseline set and write {synthetic_data_dir}/{data_name}/{method}/."""
+    """Make one baseline set and write {synthetic_data_dir}/{data_name}/{method}/ (compact: .safetensors)."""
     flags = cli.parse(BaselineFlags, argv, prog="python -m krr_st.baselines", description=main.__doc__)
     make = pick(BASELINES, flags.method, "method")
-    for asked, what in ((flags.target_scale == "std", "target_scale std"), (flags.mixup, "mixup")):
-        if asked and PRETRAIN[flags.method].loss == "cross_entropy":
+    soft = PRETRAIN[flags.method].loss != "cross_entropy"
+    for asked, what in (
+        (flags.target_scale == "std", "target_scale std"),
+        (flags.mixup, "mixup"),
+        (flags.views > 1, f"views {flags.views}"),
+    ):
+        if asked and not soft:
             raise UserError(f"--{what} needs target vectors; --method {flags.method} gives class labels")
     seed = resolve_seed(flags.seed)
     device = resolve_device(flags.device, flags.gpu_id)
     preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
     image_set = load_set(flags.data_name, preset.size, flags.data_dir, splits=("train",))
-    count = flags.num_images or preset.num_images
-    if count > len(image_set.train) and make is not _gaussian:
-        raise UserError(
-            f"--num_images {count} is more than the {len(image_set.train)} images in {image_set.train.path}"
-        )
     name = flags.target_model or preset.target_model
 
     @functools.cache
@@ -190,19 +204,40 @@ def main(argv: list[str] | None = None) -> int:
         where = dict(data_name=flags.data_name, data_dir=flags.data_dir)
         return load_target(name, flags.target_ckpt, image_set, device, **where)
 
+    how = CompactFlags(**shared_flags(flags, CompactFlags))
+    compact = flags.views > 1 or how != CompactFlags()
+    classes = index_type(image_set.num_classes - 1) if compact and image_set.num_classes else torch.int64
+    count, given = flags.num_images or preset.num_images, "--num_images"
+    if flags.bytes is not None:
+        label, given = target().dim if soft else classes, f"--bytes {flags.bytes}: room for"
+        count = images_within(flags.bytes, image_set.img_shape, label, how, flags.views)
+    if count > len(image_set.train) and make is not _gaussian:
+        raise UserError(
+            f"{given} {count} is more than the {len(image_set.train)} images in {image_set.train.path}"
+        )
     student = flags.student or preset.network
     get_model(student, image_set.img_shape)  # an unknown name fails now
-    x, y = make(
-        Request(image_set, count, flags.kmeans_space, student, flags.num_students, seed, device, target)
-    )
+    request = Request(image_set, count, flags.kmeans_space, student, flags.num_students, seed, device, target)
+    if flags.views > 1:
+        draw = make_generator(seed, "views")
+        views = draw_views(count, flags.views, request.pad, image_set.hflip, draw)
+        request = replace(request, views=views)
+    x, y = make(request)
     scale = None
     if flags.target_scale == "std":
         scale = TargetScale.fit(outputs(target(), image_set.train.images, image_set, device))
     training = TrainingSettings(targets=scale, mixup=flags.mixup or None)
-    folder = Path(flags.synthetic_data_dir) / flags.data_name / flags.method
     info = {"method": flags.method, "seed": seed}
-    SyntheticSet(x, y, image_set.stats, flags.data_name, info, training).save(folder)
-    print(f"{flags.method} of {flags.data_name}: {count} images in {folder}")
+    synthetic = SyntheticSet(x, y, image_set.stats, flags.data_name, info, training)
+    path = Path(flags.synthetic_data_dir) / flags.data_name / flags.method
+    if compact:
+        path = path.with_name(f"{flags.method}.safetensors")
+        save_compact(synthetic, path, how, request.views, request.pad)
+    else:
+        synthetic.save(path)
+    x_bytes, y_bytes, _ = stored_bytes(path)
+    each = f" in {flags.views} views" if flags.views > 1 else ""
+    print(f"{flags.method} of {flags.data_name}: {count} images{each} in {path}, {x_bytes + y_bytes} bytes")
     return 0
 
 

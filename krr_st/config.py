@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.synthetic import CompactFlags
 from data.target_scale import TARGET_SCALES
 from distillation.one_set import ZCA, ClassFlags, FeatureFlags
 from evaluation.epochs import EpochFlags
@@ -176,7 +177,7 @@ class TargetFlags(EpochFlags):
 
 
 @dataclass(frozen=True)
-class BaselineFlags(DeviceFlags):
+class BaselineFlags(DeviceFlags, CompactFlags):
     """Flags of krr_st.baselines."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
@@ -187,6 +188,16 @@ class BaselineFlags(DeviceFlags):
     data_name: str = flag("cifar100", "source data set")
     img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
     num_images: int | None = flag(None, "images in the set; default: preset", minimum=1)
+    bytes: int | None = flag(
+        None,
+        "as many images as fit into these bytes with their targets, as they are stored",
+        minimum=1,
+        maximum=2**40,
+        instead_of="num_images",
+    )
+    views: int = flag(
+        1, "crops and flips of each stored image, itself the first, each with features of its own", minimum=1
+    )
     kmeans_space: str = flag(
         "feature", "where distances are measured for k-means and herding", choices=("pixel", "feature")
     )

@@ -14,6 +14,7 @@ from conftest import write_set
 import test as test_command
 import test_scratch
 import train
+from data.synthetic import SyntheticSet
 from evaluation.target import Representation
 from krr_st import baselines, demo, target
 from utils import checkpoint
@@ -167,6 +168,52 @@ def test_random_features_are_the_targets_features(tiny):
     model = Representation(NET, (3, 8, 8))
     model.backbone.load_state_dict(torch.load(f"teacher_ckpt/barlow_twins_{NET}_tiny.pt"))
     assert torch.allclose(model.eval()(x), y, atol=1e-6)
+
+
+def test_views_are_stored_once_with_features_of_each(tiny, capsys):
+    common = ["--data_name", "tiny", "--img_size", "8", "--target_model", NET, "--device", "cpu"]
+    model = Representation(NET, (3, 8, 8)).eval()
+    model.backbone.load_state_dict(torch.load(f"teacher_ckpt/barlow_twins_{NET}_tiny.pt"))
+    folder = tiny / "synthetic_data" / "tiny"
+    for method in ("random_features", "kmeans_features", "herding_features", "high_loss_features"):
+        argv = [*common, "--method", method, "--num_images", "6", "--student", NET]
+        assert baselines.main(argv) == 0
+        assert baselines.main([*argv, "--views", "5"]) == 0
+        plain = SyntheticSet.load(folder / method)
+        several = SyntheticSet.load(folder / f"{method}.safetensors")
+        assert several.images.shape == (30, 3, 8, 8) and several.targets.shape == (30, 8)
+        torch.testing.assert_close(several.images[::5], plain.images, atol=1e-5, rtol=0)
+        with torch.no_grad():
+            torch.testing.assert_close(model(several.images), several.targets, atol=1e-4, rtol=1e-4)
+        assert baselines.main([*argv, "--views", "5"]) == 0
+        assert torch.equal(SyntheticSet.load(folder / f"{method}.safetensors").images, several.images)
+    capsys.readouterr()
+    fails(capsys, baselines, [*common, "--method", "random", "--views", "2"], "--views 2", "labels")
+    argv = [*common, "--method", "random_features", "--num_images", "6"]
+    fails(capsys, baselines, [*argv, "--views", "19"], "--views 19", "18")
+    fails(capsys, baselines, [*argv, "--y_rank", "7"], "--y_rank 7", "6")
+
+
+def test_a_budget_of_bytes_says_how_many_images(tiny, capsys):
+    common = ["--data_name", "tiny", "--img_size", "8", "--target_model", NET, "--device", "cpu"]
+    compact = ["--x_size", "4", "--x_dtype", "uint8", "--y_rank", "3", "--y_dtype", "bf16", "--views", "2"]
+    one = 3 * 8 * 8 * 4
+    for method, more, each, once, name in (
+        ("random", [], one + 8, 0, "random"),
+        ("random_features", [], one + 8 * 4, 0, "random_features"),
+        ("random", ["--x_dtype", "bf16"], one // 2 + 1, 0, "random.safetensors"),
+        ("random_features", compact, 48 + 2 + 2 * 3 * 2, 24 + 4 * 8 * 2, "random_features.safetensors"),
+    ):
+        for budget, count in ((7 * each + once, 7), (7 * each + once - 1, 6)):
+            assert baselines.main([*common, "--method", method, *more, "--bytes", str(budget)]) == 0
+            assert f"{count * each + once} bytes" in capsys.readouterr().out
+            path = tiny / "synthetic_data" / "tiny" / name
+            assert len(SyntheticSet.load(path)) == count * (2 if "--views" in more else 1)
+    argv = [*common, "--method", "random_features"]
+    fails(capsys, baselines, [*argv, "--bytes", "100"], "--bytes 100", "800")
+    fails(capsys, baselines, [*argv, "--bytes", "800000"], "--bytes 800000", "1000", "48")
+    fails(capsys, baselines, [*argv, "--bytes", "8000", "--y_variance", "0.5"], "--y_variance", "--y_rank")
+    fails(capsys, baselines, [*argv, "--bytes", "800", "--num_images", "3"], "--num_images")
 
 
 def test_unknown_names_list_the_valid_ones(tiny, capsys):

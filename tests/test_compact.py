@@ -258,7 +258,7 @@ def test_budgets_that_cannot_be_met():
         images_within(1000, (3, 8, 8), 48, CompactFlags(y_rank=2), 1)
     with pytest.raises(UserError, match="--y_variance"):
         images_within(10**6, (3, 8, 8), 48, CompactFlags(y_variance=0.5), 1)
-    with pytest.raises(UserError, match="--views 19: an image has 18"):
+    with pytest.raises(UserError, match="--views 19: an image has 18 different views"):
         draw_views(3, 19, 1, True, torch.Generator())
 
 

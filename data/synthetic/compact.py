@@ -85,13 +85,13 @@ def encode(
     Raises:
         UserError: a size or rank that these images and targets do not have.
     """
-    size = tuple(images.shape[2:])
+    size, images = tuple(images.shape[2:]), images.cpu()
     x = images if views is None else images[:: views.shape[1]]
     tensors = _encode_images(_shrink(x, how.small_size(size)), _X_DTYPES[how.x_dtype])
     if views is not None:
         tensors["x.views"] = views
-    tensors |= _encode_targets(targets, how)
-    stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    tensors |= _encode_targets(targets.cpu(), how)
+    stored = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     return stored, {"version": VERSION, "size": size, "pad": pad}
 
 
@@ -123,13 +123,18 @@ def _encode_images(x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"x": levels.round().clamp(0, 255).to(dtype), "x.map": torch.stack([slope, low])}
 
 
+def index_type(largest: int) -> torch.dtype:
+    """The smallest number type for class indices from 0 to `largest`."""
+    return next(dtype for dtype in _INTEGERS if largest <= torch.iinfo(dtype).max)
+
+
 def _encode_targets(y: Tensor, how: CompactFlags) -> dict[str, Tensor]:
     """By the singular value decomposition of the centred vectors: no other rank r is nearer."""
     low_rank = how.y_rank is not None or how.y_variance is not None
     if not y.is_floating_point():
         if low_rank:
             raise UserError("--y_rank and --y_variance need target vectors; this set has class indices")
-        return {"y": y.to(next(d for d in _INTEGERS if int(y.max()) <= torch.iinfo(d).max))}
+        return {"y": y.to(index_type(int(y.max())))}
     dtype = DTYPES[how.y_dtype]
     if not low_rank:
         return {"y": y.to(dtype)}
@@ -155,10 +160,13 @@ def view_images(x: Tensor, views: Tensor, pad: int, stats: Stats) -> Tensor:
 
 
 def draw_views(count: int, k: int, pad: int, hflip: bool, generator: torch.Generator) -> Tensor:
-    """(count, k) uint8: of each image the plain view, then k - 1 others; a UserError for too many."""
+    """(count, k) uint8: of each image the plain view, then k - 1 others; a UserError for too many.
+
+    `pad` is at most 5.
+    """
     known, plain = count_views(pad, hflip), pad * (2 * pad + 1) + pad
-    if not k <= known <= 256:
-        raise UserError(f"--views {k}: an image has {known} different views; expected 1 to {min(known, 256)}")
+    if k > known:
+        raise UserError(f"--views {k}: an image has {known} different views, shifted by up to {pad} pixels")
     others = torch.rand(count, known - 1, generator=generator).argsort(1)[:, : k - 1]
     others = others + (others >= plain)
     return torch.cat([torch.full((count, 1), plain), others], 1).to(torch.uint8)
