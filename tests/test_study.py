@@ -30,6 +30,8 @@ FLAGS = [
     "--device=cpu",
 ]
 
+ROWS = ("random + features", "random + class labels", "krr_st", "curve 8")
+
 
 @pytest.fixture
 def quick(workspace, monkeypatch):
@@ -61,6 +63,24 @@ def test_study(quick, monkeypatch, capsys):
     assert study.main(argv) == 0
     assert Path("study/tiny/tables.md").read_text() == text
     assert Path("study/tiny/test_log/krr_st/results.jsonl").read_text() == log  # nothing again
+
+
+def test_standardised_and_mixed(quick):
+    """Sets and runs of their own, every set of features learned so, labels as ever."""
+    wanted = ["--target_scale", "std", "--pool_mixup", "--pre_mixup"]
+    assert study.main(FLAGS) == 0
+    assert study.main([*FLAGS, *wanted]) == 0
+    log = {row: Path(f"study/tiny/test_log/{row}/results.jsonl").read_text() for row in ROWS}
+    for row, text in log.items():
+        first, last = (json.loads(text.splitlines()[n])["pretraining"] for n in (0, -1))
+        assert not first.keys() & {"mixup", "target_scale"}
+        if row != "random + class labels":
+            assert last == {**first, "mixup": True, "target_scale": "std"}, row
+        else:
+            assert last == first
+    assert Path("study/tiny/runs/krr_st-0-std-mixup/training.safetensors").exists()
+    plain, scaled = (Path(f"study/tiny/sets/4-0{s}/tiny/random_features") for s in ("", "-std"))
+    assert (plain / "y_syn.pt").read_bytes() == (scaled / "y_syn.pt").read_bytes()
 
 
 def test_repetitions_shared_by_processes(quick, capsys):

@@ -20,6 +20,7 @@ from evaluation.fit import outputs, pretrain
 from evaluation.recipes import KD, PRETRAIN
 from evaluation.transfer import TestFlags, Transfer
 from krr_st import baselines
+from krr_st.krr_st import KRRST
 from models import get_model
 from utils import checkpoint
 from utils.errors import UserError
@@ -217,6 +218,28 @@ def test_a_step_of_krr_st_in_standardised_space_by_hand(tiny):
     kernel += 1e-6 * kernel.trace() * torch.eye(len(f_s), dtype=torch.float64)
     wanted = (f_r @ f_s.T @ torch.linalg.inv(kernel) @ y.double() - real).square().mean()
     assert float(distiller.step()["loss"]) == pytest.approx(float(wanted), rel=1e-3)
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_an_interrupted_run_is_an_uninterrupted_one(tiny, monkeypatch, at):
+    argv = [*RUN, "--target_scale", "std", "--pool_mixup", "--exp_name"]
+    assert train.main([*argv, "whole"]) == 0
+    step, calls = KRRST.step, []
+
+    def fragile(self):
+        calls.append(1)
+        if len(calls) > at:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KRRST, "step", fragile)
+        assert train.main([*argv, "parts"]) == 130
+    assert train.main([*argv, "parts"]) == 0
+    assert read_log("results/whole") == read_log("results/parts")
+    a, b = (SyntheticSet.load(f"results/{name}") for name in ("whole", "parts"))
+    assert torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets)
+    assert a.training.record() == b.training.record()
 
 
 def test_best_is_krr_st_with_both(tiny, capsys):

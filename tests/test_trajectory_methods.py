@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU, NET, make_target, read_log, write_set, write_target
+from test_cli import fails
 
 import train
 from data.augment import normalize
@@ -47,6 +48,7 @@ RUNS = {
     "mkdt": ["--method", "mkdt", "--num_images", "6", *SHARED, *SHORT, "--target_model", NET],
 }
 RUNS["mkdt"] += ["--test_iteration", "2"]
+RUNS["mkdt std"] = [*RUNS["mkdt"], "--target_scale", "std", "--lr_y", "1"]
 RUNS["datm"] = [*RUNS["mtt"], "--lr_y", "1", "--ema_decay", "0.9", "--batch_syn", "5"]
 
 
@@ -271,6 +273,33 @@ def test_a_whitened_set_starts_from_real_images_and_is_written_in_normalised_spa
             row = int((real - x).abs().flatten(1).amax(1).argmin())
             assert torch.allclose(real[row], x, atol=1e-3)
             assert (mtt.x_syn - whitening(real[row : row + 1])).abs().flatten(1).amax(1).min() < 1e-4
+
+
+def test_standardised_targets(tiny, capsys):
+    """What experts learn, where the set begins, what is written, which experts are refused."""
+    image_set = load_set("tiny", 8, "datasets")
+    rows = outputs(make_target(), image_set.train.images, image_set, CPU).double()
+    mean, std = rows.mean(0), rows.std(0, correction=0)
+    folder = make_experts("--target_scale", "std", targets="features")
+    made = dict(data_name="tiny", img_size=8, train_model=STUDENT, targets="features", target_model=NET)
+    flags = experts.resolve(ExpertFlags(**made, target_scale="std"))
+    assert str(flags.buffer_dir).endswith("_features_20epochs_std")
+    learned = experts.ExpertTraining(flags, image_set, CPU).y
+    torch.testing.assert_close(learned.double(), (rows - mean) / std, rtol=1e-4, atol=1e-4)
+
+    argv = [*RUNS["mkdt"], "--buffer_dir", str(folder), "--exp_name", "std"]
+    fails(capsys, train, argv, "target_scale std, not none")
+    fixed = ["--lr_y", "0", "--init", "random"]
+    assert train.main([*argv, "--target_scale", "std", *fixed]) == 0
+    synthetic = SyntheticSet.load("results/std")
+    torch.testing.assert_close(synthetic.training.targets.std.double(), std, rtol=1e-5, atol=1e-6)
+    assert synthetic.training.lr is not None
+    gaps = (synthetic.targets[:, None].double() - rows[None]).abs().amax(2).min(1).values
+    assert gaps.max() < 1e-4  # each is the target model's feature of a training image
+    shutil.rmtree("experts")
+    make_experts(targets="features")
+    fails(capsys, train, [*argv, "--target_scale", "std", "--overwrite"], "target_scale none, not std")
+    fails(capsys, experts, ["--data_name", "tiny", "--target_scale", "std"], "--targets features")
 
 
 def test_experts_with_zca_learn_whitened_images(tiny):
