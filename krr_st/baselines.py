@@ -45,6 +45,7 @@ from models import get_model
 from utils import cli
 from utils.device import place, resolve_device
 from utils.errors import UserError, entry_point, pick
+from utils.memory import out_of_memory_says
 from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
 
 
@@ -222,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
         draw = make_generator(seed, "views")
         views = draw_views(count, flags.views, request.pad, image_set.hflip, draw)
         request = replace(request, views=views)
-    x, y = make(request)
+    with out_of_memory_says(device, "lower --num_images, --bytes or --views"):
+        x, y = make(request)
     scale = None
     if flags.target_scale == "std":
         scale = TargetScale.fit(outputs(target(), image_set.train.images, image_set, device))

@@ -194,7 +194,7 @@ def test_views_are_stored_once_with_features_of_each(tiny, capsys):
     fails(capsys, baselines, [*argv, "--y_rank", "7"], "--y_rank 7", "6")
 
 
-def test_a_budget_of_bytes_says_how_many_images(tiny, capsys):
+def test_a_budget_of_bytes_says_how_many_images(tiny, capsys, monkeypatch):
     common = ["--data_name", "tiny", "--img_size", "8", "--target_model", NET, "--device", "cpu"]
     compact = ["--x_size", "4", "--x_dtype", "uint8", "--y_rank", "3", "--y_dtype", "bf16", "--views", "2"]
     one = 3 * 8 * 8 * 4
@@ -214,6 +214,12 @@ def test_a_budget_of_bytes_says_how_many_images(tiny, capsys):
     fails(capsys, baselines, [*argv, "--bytes", "800000"], "--bytes 800000", "1000", "48")
     fails(capsys, baselines, [*argv, "--bytes", "8000", "--y_variance", "0.5"], "--y_variance", "--y_rank")
     fails(capsys, baselines, [*argv, "--bytes", "800", "--num_images", "3"], "--num_images")
+
+    def full(request):
+        raise MemoryError
+
+    monkeypatch.setitem(baselines.BASELINES, "random_features", full)
+    fails(capsys, baselines, [*argv, "--bytes", "8000"], "--bytes", "out of memory")
 
 
 def test_unknown_names_list_the_valid_ones(tiny, capsys):

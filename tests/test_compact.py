@@ -11,6 +11,7 @@ from data.specs import Stats
 from data.synthetic import SyntheticSet, TrainingSettings, save_compact
 from data.synthetic.__main__ import main
 from data.synthetic.compact import CompactFlags, draw_views, encode, images_within, view_images
+from data.target_scale import TargetScale
 from data.whitening import Whitening
 from utils.errors import UserError
 
@@ -74,15 +75,20 @@ def test_what_was_enlarged_once_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize("rank", [1, 5, 12])
-def test_low_rank_targets_are_optimal(tmp_path, rank):
-    s = make()
+@pytest.mark.parametrize("standardised", [False, True])
+def test_low_rank_targets_are_optimal(tmp_path, rank, standardised):
+    s, unit = make(), np.ones(20)
+    if standardised:  # then errors count in standard deviations, as in the loss
+        unit = np.logspace(-1, 2, 20)
+        scale = TargetScale(torch.zeros(20), torch.from_numpy(unit).float())
+        s = SyntheticSet(s.images, s.targets, training=TrainingSettings(targets=scale))
     stored, again = store(s, tmp_path / "a.safetensors", y_rank=rank)
     assert stored["y.left"].shape == (12, rank) and stored["y.right"].shape == (rank, 20)
     y = s.targets.double().numpy()
     mean, left, right = (stored[f"y.{k}"].double().numpy() for k in ("mean", "left", "right"))
     np.testing.assert_allclose(again.targets, mean + left @ right, atol=1e-6)
-    spectrum = np.linalg.svd(y - y.mean(0), compute_uv=False)
-    error = np.square(y - again.targets.numpy()).sum()
+    spectrum = np.linalg.svd((y - y.mean(0)) / unit, compute_uv=False)
+    error = np.square((y - again.targets.numpy()) / unit).sum()
     np.testing.assert_allclose(error, np.square(spectrum[rank:]).sum(), rtol=1e-5, atol=1e-9)
 
 

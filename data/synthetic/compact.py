@@ -48,7 +48,10 @@ class CompactFlags:
         choices=tuple(_X_DTYPES),
     )
     y_rank: int | None = flag(
-        None, "store target vectors as their mean and this many principal directions", minimum=1
+        None,
+        "store target vectors as their mean and this many principal directions, of the standardised ones "
+        "where the set is learned so",
+        minimum=1,
     )
     y_variance: float | None = flag(
         None,
@@ -70,7 +73,12 @@ class CompactFlags:
 
 
 def encode(
-    images: Tensor, targets: Tensor, how: CompactFlags, views: Tensor | None = None, pad: int = 0
+    images: Tensor,
+    targets: Tensor,
+    how: CompactFlags,
+    views: Tensor | None = None,
+    pad: int = 0,
+    unit: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of a compact file.
 
@@ -81,6 +89,7 @@ def encode(
         views: (n, k) uint8 with m = n * k: `images` are the views `view_images` makes of n images, of
             which the first shows each as it is.
         pad: of the views.
+        unit: (D,) above 0, in which errors of the target vectors count; None: equally.
 
     Raises:
         UserError: a size or rank that these images and targets do not have.
@@ -90,7 +99,7 @@ def encode(
     tensors = _encode_images(_shrink(x, how.small_size(size)), _X_DTYPES[how.x_dtype])
     if views is not None:
         tensors["x.views"] = views
-    tensors |= _encode_targets(targets.cpu(), how)
+    tensors |= _encode_targets(targets.cpu(), how, 1 if unit is None else unit.cpu().double())
     stored = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     return stored, {"version": VERSION, "size": size, "pad": pad}
 
@@ -128,8 +137,8 @@ def index_type(largest: int) -> torch.dtype:
     return next(dtype for dtype in _INTEGERS if largest <= torch.iinfo(dtype).max)
 
 
-def _encode_targets(y: Tensor, how: CompactFlags) -> dict[str, Tensor]:
-    """By the singular value decomposition of the centred vectors: no other rank r is nearer."""
+def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[str, Tensor]:
+    """By the singular value decomposition of the centred vectors: no other rank r is nearer in `unit`."""
     low_rank = how.y_rank is not None or how.y_variance is not None
     if not y.is_floating_point():
         if low_rank:
@@ -140,7 +149,7 @@ def _encode_targets(y: Tensor, how: CompactFlags) -> dict[str, Tensor]:
         return {"y": y.to(dtype)}
     y = y.double()
     mean = y.mean(0)
-    left, spectrum, right = torch.linalg.svd(y - mean, full_matrices=False)
+    left, spectrum, right = torch.linalg.svd((y - mean) / unit, full_matrices=False)
     rank = how.y_rank
     if rank is None:
         kept = spectrum.square().cumsum(0)
@@ -148,7 +157,7 @@ def _encode_targets(y: Tensor, how: CompactFlags) -> dict[str, Tensor]:
     if rank > len(spectrum):
         wanted = f"expected at most {len(spectrum)}"
         raise UserError(f"--y_rank {rank}: {wanted} for {len(y)} target vectors of length {y.shape[1]}")
-    parts = (mean, left[:, :rank] * spectrum[:rank], right[:rank])
+    parts = (mean, left[:, :rank] * spectrum[:rank], right[:rank] * unit)
     return {name: part.to(dtype) for name, part in zip(_LOW_RANK, parts, strict=True)}
 
 

@@ -218,7 +218,9 @@ def save_compact(
     With `views` (n, k) uint8 and their padding the set's images are those views of every k-th of them,
     and these alone are stored. A UserError for a size or rank that the set does not have.
     """
-    tensors, facts = encode(synthetic.images, synthetic.targets, how or CompactFlags(), views, pad)
+    scale = synthetic.training.targets
+    unit = None if scale is None else scale.std
+    tensors, facts = encode(synthetic.images, synthetic.targets, how or CompactFlags(), views, pad, unit)
     _write_one_file(tensors, synthetic, Path(path), compact=json.dumps(facts))
 
 
