@@ -79,6 +79,21 @@ def herding_indices(points: Tensor, count: int) -> Tensor:
     return torch.tensor(chosen)
 
 
+@torch.no_grad()
+def image_losses(
+    predict: Callable[[Tensor], Tensor], image_set: ImageSet, targets: Tensor, device: torch.device
+) -> Tensor:
+    """Each training image's own loss: (N,) on the device.
+
+    Cross-entropy of `predict`'s outputs against class indices (N,), or the mean squared error of
+    vectors (N, D); targets on the device.
+    """
+    predicted = outputs(predict, image_set.train.images, image_set, device)
+    if targets.is_floating_point():
+        return (predicted - targets).square().mean(1)
+    return nn.functional.cross_entropy(predicted, targets, reduction="none")
+
+
 def early_losses(
     new_network: Callable[[int], nn.Module],
     image_set: ImageSet,
@@ -91,7 +106,7 @@ def early_losses(
 
     For each seed a network is trained by the recipe (MKDT: one epoch) on all training images and
     their targets, class indices (N,) or vectors (N, D), without augmentation. The value is the mean
-    over networks of an image's own loss: cross-entropy, or the mean squared error of its entries.
+    over networks of its loss.
 
     Source: Joshi et al., "Dataset Distillation via Knowledge Distillation", ICLR 2025, sec. 4 (the
     images of high loss that MKDT starts from).
@@ -103,10 +118,7 @@ def early_losses(
         pipeline, generator = ImagePipeline(image_set.stats), make_generator(seed, "training")
         trainer = Trainer(network, recipe.loader(images, goals, device, generator, pipeline), recipe)
         trainer.run(what="student", on_step=lambda *_: check())
-        predicted = outputs(network, images, image_set, device)
-        if goals.is_floating_point():
-            return (predicted - goals).square().mean(1).cpu()
-        return nn.functional.cross_entropy(predicted, goals, reduction="none").cpu()
+        return image_losses(network, image_set, goals, device).cpu()
 
     tasks = [lambda check, own=own: losses(own, check) for own in seeds]
     return torch.stack(list(in_parallel(tasks, device))).mean(0)

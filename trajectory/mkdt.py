@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.augment import normalize, to_float
 from distillation.one_set import FeatureFlags
-from distillation.selection import random_indices
+from distillation.selection import image_losses
 from evaluation.fit import outputs
 from trajectory.base import TrajectoryFlags, TrajectoryMatching
 from trajectory.match import apply
@@ -45,24 +45,15 @@ class MKDT(TrajectoryMatching):
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Real images and the target model's features of them."""
-        image_set, device = self.problem.image_set, self.problem.device
-        count, images = self.flags.num_images, image_set.train.images
+        problem, count = self.problem, self.flags.num_images
         if self.flags.init == "random":
-            index = random_indices(image_set, count, self.stream("initial images"))
-            y = outputs(self.problem.target, images[index], image_set, device).float()
-        else:
-            targets = outputs(self.problem.target, images, image_set, device).float()
-            index = self.errors(targets).topk(count).indices.cpu()
-            y = targets[index.to(device)]
-        return normalize(to_float(images[index].to(device)), image_set.stats), y
-
-    @torch.no_grad()
-    def errors(self, targets: Tensor) -> Tensor:
-        """Mean squared error (N,) of each training image, averaged over the experts after an epoch."""
-        image_set, device = self.problem.image_set, self.problem.device
-        total = torch.zeros(len(targets), device=device)
+            return problem.start_with_features(count)
+        image_set, device = problem.image_set, problem.device
+        targets = outputs(problem.target, image_set.train.images, image_set, device).float()
+        loss = torch.zeros(len(targets), device=device)
         for expert in range(len(self.experts)):
             predict = functools.partial(apply, self.student_network, self.experts.snapshot(expert, 1))
-            found = outputs(predict, image_set.train.images, image_set, device)
-            total += (found - targets).square().mean(1)
-        return total / len(self.experts)
+            loss += image_losses(predict, image_set, targets, device)
+        index = loss.topk(count).indices
+        pixels = to_float(image_set.train.images[index.cpu()].to(device))
+        return normalize(pixels, image_set.stats), targets[index]
