@@ -5,10 +5,9 @@ from torch import Tensor, nn
 
 from clom.config import DistillFlags
 from clom.source import network_factory
-from data.augment.dsa import diff_augment
+from data.augment.dsa import diff_augment, no_augmentation
 from distillation.base import Distiller
 from distillation.problem import Problem
-from evaluation.recipes import no_augmentation
 from utils.seed import draw_seed
 
 IMAGE_MOMENTUM = 0.5

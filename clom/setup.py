@@ -23,7 +23,7 @@ from clom.source import (
 )
 from data.augment import denormalize
 from data.augment.dc import dc_strategy
-from data.augment.dsa import without_flip
+from data.augment.dsa import check_strategy, no_augmentation, without_flip
 from data.real_data import RealImages
 from data.specs import DC_SPECS, KRR_SPECS
 from data.synthetic import SyntheticSet, save_experiments
@@ -32,7 +32,7 @@ from distillation.loop import Observer, Plan
 from distillation.problem import Problem, check_start
 from distillation.run import Method, Setup
 from evaluation.parallel import in_parallel
-from evaluation.recipes import DSA_STRATEGY, Recipe, check_strategy, dc_evaluation, no_augmentation
+from evaluation.recipes import DSA_STRATEGY, Recipe, dc_evaluation
 from evaluation.score import score_network
 from models import eval_pool
 from utils import checkpoint

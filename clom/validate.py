@@ -15,11 +15,11 @@ from clom.config import TrainingFlags, ValidateFlags, result_name
 from clom.pool import checkpoint_name, model_folder
 from clom.pretrain import in_space
 from clom.source import load_data, network_factory, to_space
+from data.augment.dsa import check_strategy
 from data.load import ImageSet
 from data.synthetic import SyntheticSet
 from data.synthetic.forms import detect_form
 from evaluation.measure import Cell, CellStore, finish, grouped, spread
-from evaluation.recipes import check_strategy
 from evaluation.score import score_network
 from models import eval_pool
 from utils import checkpoint, cli

@@ -124,6 +124,8 @@ class ClassLabels:
             raise UserError(
                 f"{folder} has no labels; --method {method.name} works with classes (krr_st does without)"
             )
+        if classes < 2:
+            raise UserError(f"{flags.data_name} has one class; --method {method.name} needs two or more")
         if flags.num_images is None:
             return dict(num_images=max(1, preset.num_images // classes) * classes)
         if flags.num_images % classes:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from data.augment import denormalize
+from data.augment.dsa import check_strategy
 from data.load import load_set
 from data.specs import Stats
 from data.synthetic.training import TRAINING_FILE, read_training, write_training
@@ -23,7 +24,7 @@ from distillation.problem import Problem
 from distillation.run import Method, Setup
 from evaluation.fit import outputs
 from evaluation.presets import resolve_preset
-from evaluation.recipes import PRE_MIXUP, PRETRAIN, check_strategy
+from evaluation.recipes import PRE_MIXUP, PRETRAIN
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, ScaledTarget
 from models import get_model
 from utils import checkpoint
@@ -41,12 +42,12 @@ TARGET_SCALE = (
 )
 
 # For methods that whiten images: a flag `zca: bool | None`.
-ZCA = "whiten images by ZCA (ridge 0.1): networks see them so; default: as published"
+ZCA = "whiten images by ZCA (ridge 0.1) before networks see them; default: as published"
 
 
 def _of_method(what: str, **limits: Any) -> Any:
     """A flag of the evaluations whose default is the method's published recipe."""
-    return flag(None, f"{what} in evaluations; default: the method's", **limits)
+    return flag(None, f"{what}; default: the method's", **limits)
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,24 @@ class SetFlags(RunFlags):
     exp_name: str | None = flag(None, "name of the run folder; default: {data_name}")
     img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
     num_images: int | None = flag(None, "synthetic images m; default: preset", minimum=1)
-    train_model: str | None = flag(None, "network of the method (zoo A); default: preset")
+    train_model: str | None = flag(
+        None, "network of the method (zoo A); default: the preset's, or the method's own"
+    )
     test_model: str | None = flag(None, "network of the evaluation; default: train_model")
     outer_iteration: int = flag(5000, "outer steps", minimum=1)
     eval_every: int = flag(1000, "steps between evaluations", minimum=1)
-    precision: str = flag("fp32", "of the networks (tf32: CUDA only)", choices=PRECISIONS)
+    precision: str = flag("fp32", "precision of the networks (tf32: CUDA only)", choices=PRECISIONS)
     layout: str = flag("channels_last", "memory layout of images in the networks", choices=tuple(LAYOUTS))
 
-    pre_opt: str | None = _of_method("optimiser of a network on the set", choices=("sgd", "adam"))
-    pre_epoch: int | None = _of_method("its epochs", minimum=1)
-    pre_iteration: int | None = _of_method("its steps, in place of epochs", minimum=1, instead_of="pre_epoch")
-    pre_batch_size: int | None = _of_method("its batch", minimum=1)
-    pre_lr: float | None = _of_method("its learning rate", above=0)
-    pre_wd: float | None = _of_method("its weight decay", minimum=0)
-    pre_dsa: str | None = _of_method("its DSA strategy, or none,")
+    pre_opt: str | None = _of_method("optimiser in evaluations", choices=("sgd", "adam"))
+    pre_epoch: int | None = _of_method("epochs of training in evaluations", minimum=1)
+    pre_iteration: int | None = _of_method(
+        "steps of training in evaluations, in place of epochs", minimum=1, instead_of="pre_epoch"
+    )
+    pre_batch_size: int | None = _of_method("batch size in evaluations", minimum=1)
+    pre_lr: float | None = _of_method("learning rate in evaluations", above=0)
+    pre_wd: float | None = _of_method("weight decay in evaluations", minimum=0)
+    pre_dsa: str | None = _of_method("DSA strategy in evaluations, or none")
     pre_mixup: bool | None = flag(None, PRE_MIXUP)
 
 
@@ -87,7 +92,7 @@ class FeatureFlags(SetFlags):
     test_opt: str = flag("sgd", "optimiser of the linear classifier", choices=("sgd", "adam"))
     test_iteration: int = flag(5000, "steps of the linear classifier", minimum=1)
     test_batch_size: int = flag(512, "batch of the linear classifier", minimum=1)
-    test_lr: float = flag(0.2, "its learning rate, falls to 0 by a cosine", above=0)
+    test_lr: float = flag(0.2, "learning rate of the linear classifier, falls to 0 by a cosine", above=0)
     test_wd: float = flag(0.0, "weight decay of the linear classifier", minimum=0)
 
 
@@ -100,7 +105,7 @@ class ClassFlags(SetFlags):
         "synthetic images m, a multiple of the number of classes; default: about the preset's",
         minimum=1,
     )
-    init: str = flag("real", "start of the images", choices=("real", "noise"))
+    init: str = flag("real", "initial images: real ones, or noise N(0, 1)", choices=("real", "noise"))
     num_eval: int = flag(1, "networks per evaluation", minimum=1)
 
 

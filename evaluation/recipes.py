@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.augment.dc import dc_augment
-from data.augment.dsa import OPERATIONS, diff_augment
+from data.augment.dsa import diff_augment, no_augmentation
 from data.loader import TensorLoader, Transform
 from data.synthetic import SyntheticSet, TrainingSettings
 from utils.errors import UserError, pick
@@ -47,17 +47,6 @@ PRE_MIXUP = (
 )
 
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
-
-
-def no_augmentation(strategy: str | None) -> bool:
-    """Whether a strategy means none; the published default is the word None."""
-    return strategy in (None, "", "none", "None")
-
-
-def check_strategy(strategy: str | None) -> None:
-    """Raise a UserError for a DSA operation that does not exist."""
-    for name in () if no_augmentation(strategy) else strategy.split("_"):
-        pick(OPERATIONS, name, "DSA operation")
 
 
 # Usually defaults.

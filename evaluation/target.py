@@ -39,8 +39,8 @@ TARGET_MODEL = (
     "(imagenette: resnet50)"
 )
 TARGET_CKPT = (
-    "its checkpoint; default: teacher_ckpt/barlow_twins_{target_model}_{data_name}.pt, with "
-    "torchvision:NAME torchvision's weights"
+    "checkpoint of the target model; default: teacher_ckpt/barlow_twins_{target_model}_{data_name}.pt, or "
+    "torchvision's weights of torchvision:NAME"
 )
 
 

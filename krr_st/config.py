@@ -88,14 +88,16 @@ class TrainFlags(FeatureFlags):
         "adam", "optimiser of X_s and Y_s: AdamW, or SGD with momentum 0.5", choices=("adam", "sgd")
     )
     outer_iteration: int = same_flag(FeatureFlags, "outer_iteration", default=160000)
-    outer_batch_size: int = flag(1024, "real images an outer step", minimum=1)
+    outer_batch_size: int = flag(1024, "real images per outer step", minimum=1)
     outer_lr: float = flag(1e-3, "learning rate of X_s and Y_s, decays linearly to 1e-3 of it", above=0)
     outer_lr_y: float | None = flag(None, "learning rate of Y_s where it is not that of X_s", above=0)
     outer_wd: float = flag(0.0, "weight decay of X_s and Y_s", minimum=0)
     outer_grad_norm: float = flag(0.0, "clip the gradient norm of each tensor; 0: off", minimum=0)
 
     precision: str = flag(
-        "fp32", "of the networks (tf32: CUDA only); kernel solves take at least float32", choices=PRECISIONS
+        "fp32",
+        "precision of the networks (tf32: CUDA only); kernel solves take at least float32",
+        choices=PRECISIONS,
     )
     compile: bool = flag(False, "compile the pool network's passes with torch.compile")
     target_views: str = flag(
@@ -106,7 +108,9 @@ class TrainFlags(FeatureFlags):
         identity=False,
     )
     views_dtype: str | None = flag(
-        None, "of looked-up targets; default: bf16 if --precision bf16, else fp32", choices=tuple(DTYPES)
+        None,
+        "dtype of looked-up targets; default: bf16 if --precision bf16, else fp32",
+        choices=tuple(DTYPES),
     )
     views_dir: Path | None = flag(
         None, "keep looked-up targets in this folder, for runs with this target and data", identity=False
@@ -126,8 +130,10 @@ class FRePoFlags(ClassFlags):
 
     outer_iteration: int = same_flag(ClassFlags, "outer_iteration", default=500000)
     eval_every: int = same_flag(ClassFlags, "eval_every", default=50000)
-    outer_batch_size: int = flag(1024, "real images an outer step", minimum=1)
-    outer_lr: float = flag(3e-4, "learning rate of LAMB, falls to a tenth by a cosine", above=0)
+    outer_batch_size: int = flag(1024, "real images per outer step", minimum=1)
+    outer_lr: float = flag(
+        3e-4, "learning rate of images and label vectors (LAMB), falls to a tenth by a cosine", above=0
+    )
     learn_label: bool | None = flag(None, "learn the label vectors; default: yes")
     use_flip: bool | None = flag(None, "mirrored copies of the set join the kernel; default: as published")
     zca: bool | None = flag(None, ZCA)
@@ -142,15 +148,17 @@ class FRePoFlags(ClassFlags):
 class KIPFlags(ClassFlags):
     """Flags of KIP by random features."""
 
-    outer_batch_size: int = flag(1280, "real images per batch of an outer step", minimum=1)
-    num_batches: int = flag(4, "such batches an outer step", minimum=1)
-    num_models: int = flag(8, "random networks that estimate the kernel, new at every step", minimum=1)
+    outer_batch_size: int = flag(1280, "real images per batch", minimum=1)
+    num_batches: int = flag(4, "batches of real images per outer step", minimum=1)
+    num_models: int = flag(8, "random networks that estimate the kernel, drawn anew at every step", minimum=1)
     outer_lr: float = flag(1e-3, "learning rate of the images (AdaBelief)", above=0)
-    outer_lr_y: float | None = flag(None, "of the label vectors; default: that of the images", above=0)
-    lr_transform: float = flag(5e-5, "of a linear map of all images; 0: none", minimum=0)
+    outer_lr_y: float | None = flag(
+        None, "learning rate of the label vectors; default: that of the images", above=0
+    )
+    lr_transform: float = flag(5e-5, "learning rate of a linear map of all images; 0: no map", minimum=0)
     learn_label: bool | None = flag(None, "learn the label vectors; default: yes")
-    platt: bool = flag(False, "cross-entropy with a learned temperature, in place of the squared error")
-    lr_temperature: float = flag(1e-2, "learning rate of its logarithm", above=0)
+    platt: bool = flag(False, "cross-entropy with a learned temperature in place of the squared error")
+    lr_temperature: float = flag(1e-2, "learning rate of the logarithm of this temperature", above=0)
     zca: bool | None = flag(None, ZCA)
 
 
@@ -202,7 +210,7 @@ class BaselineFlags(DeviceFlags, CompactFlags):
         "feature", "where distances are measured for k-means and herding", choices=("pixel", "feature")
     )
     student: str | None = flag(None, "network whose losses count for high_loss; default: preset")
-    num_students: int = flag(3, "such networks, over which losses are averaged", minimum=1)
+    num_students: int = flag(3, "students whose losses are averaged for high_loss", minimum=1)
     target_model: str | None = flag(None, TARGET_MODEL)
     target_ckpt: Path | None = flag(None, TARGET_CKPT)
     target_scale: str = flag(

@@ -24,6 +24,13 @@ class KernelSetup(SetSetup):
     knobs = "lower --outer_batch_size, --num_images or --num_models, or use --precision bf16"
     several_processes = True
 
+    @classmethod
+    def check(cls, flags: Any, device: torch.device) -> None:
+        """As any; a learning rate of labels that are not learned is refused."""
+        super().check(flags, device)
+        if getattr(flags, "learn_label", None) is False and getattr(flags, "outer_lr_y", None):
+            raise UserError("--outer_lr_y is the learning rate of labels that --no-learn_label keeps")
+
     def __init__(
         self, method: Method, flags: Any, device: torch.device, group: Group, held: ExitStack
     ) -> None:

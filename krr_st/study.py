@@ -88,7 +88,7 @@ class StudyFlags:
     )
     outer_iteration: int = flag(3000, "outer steps", minimum=1)
     outer_lr: float = flag(1e-2, "learning rate of X_s and Y_s", above=0)
-    outer_batch_size: int = flag(256, "real images an outer step", minimum=1)
+    outer_batch_size: int = flag(256, "real images per outer step", minimum=1)
     num_models: int = flag(5, "networks in the pool", minimum=1)
     online_iteration: int = flag(500, "age limit of the pool networks", minimum=1)
     target_scale: str | None = flag(

@@ -163,16 +163,13 @@ def test_a_run_of_before_is_resumed_unchecked(inputs, monkeypatch, capsys):  # n
 def test_other_experts_are_noticed(workspace, monkeypatch, capsys, method):
     write_set("datasets", "tiny")
     write_target()
-    shared = (
-        f"--data_name tiny --img_size 8 --train_model convnet_4_in --device cpu --seed 0 --target_model {NET}"
-    )
+    shared = "--data_name tiny --img_size 8 --train_model convnet_4_in --device cpu --seed 0"
+    shared += f" --target_model {NET}" if method == "mkdt" else ""
     targets = "classes" if method == "mtt" else "features"
     made = (
         f"{shared} --targets {targets} --train_epochs 3 --num_experts 2 --batch_train 16 --buffer_dir experts"
     )
     assert experts.main(made.split()) == 0
-    if method == "mtt":
-        shared = shared.replace(f" --target_model {NET}", "")
     argv = (
         f"--method {method} {shared} --num_images 8 --outer_iteration 3 --syn_steps 2 --expert_epochs 1 "
         "--max_start_epoch 2 --pre_epoch 1 --save_every 1 --buffer_dir experts --exp_name run"

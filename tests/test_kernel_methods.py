@@ -324,3 +324,11 @@ def test_two_processes_equal_one(workspace, method):
     start = normalize(load_set("tiny", 8, "datasets").train.images, load_set("tiny", 8, "datasets").stats)
     gaps = (one.images[:, None] - start[None]).abs().amax((2, 3, 4)).amin(1)
     assert gaps.min() > 1e-4  # it is no longer the real images that it began with
+
+
+def test_a_learning_rate_of_labels_that_are_kept_is_refused(workspace, capsys):
+    write_set("datasets", "tiny")
+    argv = ["--method", "kip", "--data_name", "tiny", "--img_size", "8", "--num_images", "8", "--dry_run"]
+    assert train.main([*argv, "--outer_lr_y", "0.1", "--no-learn_label"]) == 2
+    assert "--outer_lr_y is the learning rate of labels" in capsys.readouterr().err
+    assert train.main([*argv, "--outer_lr_y", "0.1"]) == 0

@@ -200,6 +200,11 @@ def test_errors_come_before_anything_is_written(tiny, capsys, monkeypatch):
     assert "has no labels; use --targets features" in capsys.readouterr().err
     assert experts.main([*TINY, "--snapshot_steps", "7"]) == 2
     assert "--snapshot_steps 7 is more than the 6 steps" in capsys.readouterr().err
+    assert experts.main([*TINY, "--target_model", NET]) == 2
+    assert "a target model gives features; use --targets features" in capsys.readouterr().err
+    Path("file").touch()
+    assert experts.main([*TINY, "--buffer_dir", "file"]) == 2
+    assert "--buffer_dir file is a file; expected a folder" in capsys.readouterr().err
     monkeypatch.setattr(experts.shutil, "disk_usage", lambda path: type("", (), {"free": 10}))
     assert experts.main(TINY) == 2
     assert "are needed, 10 B are free" in capsys.readouterr().err

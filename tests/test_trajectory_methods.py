@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, NET, make_target, read_log, write_set, write_target
+from conftest import CPU, NET, make_target, read_log, resolved, write_set, write_target
 from test_cli import fails
 
 import train
@@ -348,10 +348,56 @@ def test_what_does_not_fit_is_refused_before_a_run_folder(tiny, capsys):
     assert "holds no replay_buffer_0.pt" in refused("--buffer_dir", "nowhere")
     assert "--min_start_epoch 2 is not below --max_start_epoch 2" in refused("--min_start_epoch", "2")
     assert "unknown DSA operation 'blur'" in refused("--dsa_strategy", "blur")
+    rise = ["--current_max_start_epoch", "9"]
+    assert "--expansion_end_epoch: give both or neither" in refused(*own, *rise)
+    assert "--current_max_start_epoch and" in refused(*own, "--expansion_end_epoch", "5")
+    above = "--current_max_start_epoch 9 is above --max_start_epoch 2"
+    assert above in refused(*own, *rise, "--expansion_end_epoch", "5")
+    other = "its experts have train_model convnet_4_in, not convnet_4_bn"  # of the same shapes
+    assert other in refused(*own, "--train_model", "convnet_4_bn")
+    write_set("datasets", "one", classes=1)
+    assert "one has one class; --method MTT needs two" in refused("--data_name", "one")
     Path("experts/config.json").unlink()  # of another origin: only the shapes speak
     assert "parameter 0 is (4, 3, 3, 3)" in refused(*own, "--train_model", "convnet_8_in")
     write_set("datasets", "bare", labelled=False)
     assert "has no labels" in refused("--data_name", "bare")
+
+
+def test_a_published_rise_ends_where_the_flags_say(tiny, monkeypatch):
+    settings = dict(published("datm", "cifar10", 100)[0])
+    monkeypatch.setattr("trajectory.setup.published", lambda *_: (settings, "a table"))
+    given = dict(data_name="tiny", img_size=8, train_model=STUDENT, num_images=8)
+    found = resolved("mtt", **given, max_start_epoch=5, expert_epochs=1)
+    assert found.current_max_start_epoch == 5 and settings["current_max_start_epoch"] == 10
+    assert {start_limit(found, i) for i in range(0, 2000, 100)} == {5}
+
+
+def test_experts_of_another_target_model_are_refused(tiny, capsys):
+    argv = [*RUNS["mkdt"], "--exp_name"]
+    assert train.main([*argv, "first"]) == 0
+    state = torch.load(f"teacher_ckpt/barlow_twins_{NET}_tiny.pt", weights_only=True)
+    torch.save({k: v + 0.1 if v.is_floating_point() else v for k, v in state.items()}, "other.pt")
+    capsys.readouterr()
+    assert train.main([*argv, "second", "--target_ckpt", "other.pt"]) == 2
+    assert "its experts began with another target model; make others" in capsys.readouterr().err
+    assert not Path("results/second/config.json").exists()
+    write_set("datasets", "tiny", seed=1)
+    assert train.main([*argv, "second"]) == 2
+    assert "its experts began with another data set" in capsys.readouterr().err
+
+
+def test_experts_that_moved_nothing_that_counts_are_one_line(tiny, capsys):
+    folder = make_experts()
+    for path in folder.glob("*.pt"):
+        (trajectory,) = torch.load(path, weights_only=True)
+        still = [
+            [q if q.dim() == 1 else p for p, q in zip(trajectory[0], s, strict=True)] for s in trajectory
+        ]
+        torch.save([still], path)
+    for form in ("whole", "layer"):
+        more = ["--buffer_dir", "experts", "--vector_weight", "0", "--distance", form, "--exp_name", form]
+        assert train.main([*RUNS["mtt"], *more]) == 2
+        assert "step 1: the expert moved no tensor that counts; raise --vector" in capsys.readouterr().err
 
 
 def test_state_of_other_experts_is_refused(tiny):

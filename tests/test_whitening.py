@@ -11,7 +11,7 @@ from data.augment import normalize
 from data.load import load_set
 from data.specs import Stats
 from data.synthetic import FORMS, SyntheticSet, TrainingSettings
-from data.synthetic.training import TRAINING_FILE
+from data.synthetic.training import TRAINING_FILE, write_safetensors
 from data.whitening import RIDGE, Whitening
 from evaluation.fit import pretrain
 from evaluation.recipes import PRETRAIN
@@ -130,6 +130,20 @@ def test_settings_that_do_not_fit_are_one_line(images, tmp_path):
         (tmp_path / TRAINING_FILE).write_bytes(content)
         with pytest.raises(UserError, match=TRAINING_FILE):
             SyntheticSet.load(tmp_path)
+    mean, matrix = torch.zeros(48), torch.eye(48)
+    for text, tensors in (
+        ('{"lr": true}', {}),
+        ('{"lr": "0.1"}', {}),
+        (f'{{"lr": 1{"0" * 400}}}', {}),
+        (f'{{"momentum": -1{"0" * 400}}}', {}),
+        ('{"dsa": "blur"}', {}),
+        ("{}", {"whitening.mean": mean, "whitening.matrix": 1e300 * matrix.double()}),
+        ("{}", {"whitening.mean": mean, "whitening.matrix": matrix.to(torch.float8_e4m3fn)}),
+    ):
+        write_safetensors(tensors, tmp_path / TRAINING_FILE, training=text)
+        with pytest.raises(UserError, match=TRAINING_FILE) as error:
+            SyntheticSet.load(tmp_path)
+        assert len(str(error.value)) < 400
 
 
 def test_a_network_is_trained_and_tested_in_whitened_space(workspace):

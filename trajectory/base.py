@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.augment.dsa import diff_augment, without_flip
+from data.augment.dsa import diff_augment, no_augmentation, without_flip
 from data.loader import TensorLoader
 from data.synthetic import SyntheticSet, TrainingSettings
 from distillation.base import Distiller
 from distillation.problem import Problem
 from evaluation.presets import Preset
-from evaluation.recipes import no_augmentation
 from models import get_model
 from models.layout import arranged
 from trajectory.buffers import Experts
@@ -41,67 +40,76 @@ class TrajectoryFlags:
     outer_iteration: int | None = _published("outer steps", minimum=1)
     buffer_dir: Path | None = flag(
         None,
-        "folder of replay_buffer_0.pt, ... (python -m trajectory.experts, or the released code); "
-        "default: made in ./buffers when the run begins",
+        "folder of the experts, replay_buffer_0.pt, ... (of python -m trajectory.experts or a released "
+        "code); default: made in ./buffers when the run begins",
     )
     num_experts: int | None = flag(
-        None,
-        "trajectories to match; default: all of --buffer_dir, or 10 that are made (MKDT's released code "
-        "uses 1)",
-        minimum=1,
+        None, "experts to match; default: all in --buffer_dir, or 10 where they are made", minimum=1
     )
     expert_epochs: int | None = _published("epochs from an expert's start to its goal", minimum=1)
-    syn_steps: int | None = _published("steps of the student", minimum=1)
-    batch_syn: int | None = _published("images per step of the student, or all", minimum=1)
+    syn_steps: int | None = _published("steps of the student per outer step", minimum=1)
+    batch_syn: int | None = flag(
+        None, "images per step of the student; default: published, or all", minimum=1
+    )
     min_start_epoch: int | None = flag(None, "first epoch to start from; default: published, or 0", minimum=0)
-    max_start_epoch: int | None = _published("starts are drawn below this epoch", minimum=1)
+    max_start_epoch: int | None = _published("starts are drawn from the epochs below this one", minimum=1)
     current_max_start_epoch: int | None = flag(
-        None, "they are drawn below this one at first, which rises linearly; default: published", minimum=1
+        None,
+        "value of --max_start_epoch at the first outer step, from which it rises linearly; default: "
+        "published, or no rise",
+        minimum=1,
     )
     expansion_end_epoch: int | None = flag(
-        None, "iterations until it has risen to max_start_epoch; default: published", minimum=1
+        None, "outer steps of this rise; default: published, or no rise", minimum=1
     )
     lr_img: float | None = _published("learning rate of the images", above=0)
     lr_y: float | None = flag(
-        None, "learning rate of the labels; 0: they stay as they are; default: published", minimum=0
+        None, "learning rate of the labels; 0: they are not learned; default: published, or 0", minimum=0
     )
-    lr_lr: float | None = _published("learning rate of the step size", minimum=0)
-    lr_teacher: float | None = _published("the student's step size at the start", above=0)
+    lr_lr: float | None = _published("learning rate of the student's step size", minimum=0)
+    lr_teacher: float | None = _published("initial step size of the student", above=0)
     clamp_lr: float | None = flag(
-        None, "smallest step size; default: a run stops where it is not positive", above=0
+        None,
+        "lower bound of the learned step size; default: none, and a run stops when it reaches 0",
+        above=0,
     )
     threshold: float | None = flag(
-        None, "iterations with a larger loss change nothing; default: published, or none", above=0
+        None, "skip outer steps with a loss above this value; default: published, or none", above=0
     )
     ema_decay: float | None = flag(
         None,
-        "the set is the moving average of its images and labels; default: published, or 0: off",
+        "decay of the moving average of images and labels that is written and evaluated; 0: no average; "
+        "default: published, or 0",
         minimum=0,
         maximum=0.99999,
     )
     unroll: str = flag(
         "full",
-        "one graph of all steps; the same gradient with one step's graph at a time (checkpoint: memory "
-        "for more time); or TESLA's, which takes earlier steps as constant",
+        "how gradients go through the student's steps: full keeps one graph of all steps, checkpoint gives "
+        "the same gradient with less memory in more time, tesla takes earlier steps as constant",
         choices=tuple(UNROLLS),
     )
     inner_momentum: float = flag(0.0, "momentum of the student's steps", minimum=0, maximum=0.999)
     inner_wd: float = flag(0.0, "weight decay of the student's steps", minimum=0)
     distance: str = flag(
-        "whole", "normalise by all parameters together, or each tensor by its own", choices=tuple(DISTANCES)
+        "whole",
+        "normalise the distance over all parameters together (whole) or in each tensor (layer)",
+        choices=tuple(DISTANCES),
     )
     vector_weight: float = flag(1.0, "weight of biases and norms in the distance", minimum=0)
     head_weight: float = flag(1.0, "weight of the head in the distance; 0: match the body alone", minimum=0)
-    average_goals: int = flag(0, "a goal is the mean of the snapshots up to so many epochs away", minimum=0)
+    average_goals: int = flag(
+        0, "average each goal with the snapshots up to this many epochs before and after it", minimum=0
+    )
     train_momentum: float | None = flag(
         None,
-        "momentum with which the set asks to be trained on, at the learned step size; default: "
-        "--inner_momentum, for which that is learned, or where it is 0 the published 0.9",
+        "momentum that is written with the set, for training on it at the learned step size; default: "
+        "--inner_momentum, or the published 0.9 where that is 0",
         minimum=0,
         maximum=0.999,
     )
     dsa_strategy: str | None = flag(
-        None, "DSA operations for the student's batches joined by _, or none; default: the method's"
+        None, "DSA operations on the student's batches, joined by _, or none; default: the method's"
     )
 
     @property
@@ -281,7 +289,7 @@ class TrajectoryMatching(Distiller):
         x, *y = (t.detach() for t in learned)
         whitening, momentum = self.problem.whitening, self.flags.train_momentum
         momentum = (self.flags.inner_momentum or 0.9) if momentum is None else momentum
-        lr = float(f"{self.student.lr.item():.7g}")  # float32 has no more digits
+        lr = float(f"{self.student.lr.item():.7g}")  # no digits that float32 does not have
         training = TrainingSettings(lr, self.strategy, whitening, momentum, self.problem.target_scale)
         images = x if whitening is None else whitening.undo(x)
         targets = self.problem.unscaled(self.targets(y[0] if y else self.y_syn))

@@ -129,8 +129,8 @@ class Experts:
         goal = [torch.stack(parts).mean(0) for parts in zip(*goals, strict=True)]
         if all(torch.equal(a, b) for a, b in zip(start, goal, strict=True)):
             raise UserError(
-                f"expert buffer {self._known[expert][0]}: snapshots {t} and {centre} are the same; they were "
-                "saved without copying the weights"
+                f"expert buffer {self._known[expert][0]}: snapshots {t} and {centre} are the same: the "
+                "expert learned nothing, or they were saved without copying the weights"
             )
         return start, goal
 

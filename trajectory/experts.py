@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.augment.dsa import without_flip
+from data.augment.dsa import check_strategy, without_flip
 from data.load import ImageSet, load_set
 from data.loader import ImagePipeline, TensorLoader
 from data.target_scale import TARGET_SCALES, TargetScale
@@ -27,8 +27,9 @@ from data.whitening import Whitening
 from evaluation.fit import Trainer, outputs
 from evaluation.parallel import in_parallel
 from evaluation.presets import resolve_preset
-from evaluation.recipes import DSA_STRATEGY, Recipe, check_strategy
+from evaluation.recipes import DSA_STRATEGY, Recipe
 from evaluation.score import share_correct
+from evaluation.tables import duration
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, resolve_checkpoint
 from models import get_model
 from models.layout import arranged
@@ -74,23 +75,29 @@ class ExpertFlags(DeviceFlags):
     train_model: str | None = flag(
         None, "network (zoo A); default: three blocks of 128 with instance norm, four from 64 pixels on"
     )
-    num_experts: int = flag(100, "trajectories", minimum=1, identity=False)
+    num_experts: int = flag(100, "experts to train", minimum=1, identity=False)
     train_epochs: int | None = flag(
-        None, "epochs of each; default: 50 for classes, 20 for features", minimum=1
+        None, "epochs per expert; default: 50 for classes, 20 for features", minimum=1
     )
-    lr_teacher: float | None = flag(None, "learning rate of SGD; default: 0.01, or 0.1", above=0)
-    mom: float | None = flag(None, "its momentum; default: 0, or 0.9", minimum=0, maximum=0.999)
-    l2: float | None = flag(None, "its weight decay; default: 0, or 1e-4", minimum=0)
-    decay: bool = flag(False, "the learning rate falls to a tenth at half of the epochs")
+    lr_teacher: float | None = flag(
+        None, "learning rate of SGD; default: 0.01 for classes, 0.1 for features", above=0
+    )
+    mom: float | None = flag(
+        None, "momentum of SGD; default: 0 for classes, 0.9 for features", minimum=0, maximum=0.999
+    )
+    l2: float | None = flag(None, "weight decay; default: 0 for classes, 1e-4 for features", minimum=0)
+    decay: bool = flag(False, "lower the learning rate to a tenth after half of the epochs")
     batch_train: int = flag(256, "images per step", minimum=1)
     dsa_strategy: str | None = flag(
         None, f"DSA operations joined by _, or none; default: {DSA_STRATEGY}, or none for features"
     )
-    zca: bool = flag(False, "whiten images by ZCA (ridge 0.1), before the augmentation")
-    snapshot_steps: int | None = flag(None, "steps between snapshots; default: an epoch's", minimum=1)
-    dtype: str = flag("fp32", "of the parameters on disk; bf16 takes half", choices=tuple(DTYPES))
+    zca: bool = flag(False, "whiten images by ZCA (ridge 0.1) before they are augmented")
+    snapshot_steps: int | None = flag(None, "steps between snapshots; default: those of an epoch", minimum=1)
+    dtype: str = flag("fp32", "dtype of the parameters on disk; bf16 halves the files", choices=tuple(DTYPES))
     buffer_dir: Path | None = flag(
-        None, "where they are written; default: ./buffers/{data_name}_{img_size}/...", identity=False
+        None,
+        "folder that the experts are written to; default: ./buffers/{data_name}_{img_size}/...",
+        identity=False,
     )
     seed: int | None = flag(None, "seed; default: drawn and printed", **SEED, identity=False)
     overwrite: bool = flag(False, "start again in a folder that holds another run", identity=False)
@@ -112,6 +119,8 @@ def resolve(flags: ExpertFlags) -> ExpertFlags:
     check_strategy(flags.dsa_strategy)
     if flags.target_scale == "std" and flags.targets != "features":
         raise UserError("--target_scale std standardises features; use --targets features")
+    if flags.targets == "classes" and (flags.target_model or flags.target_ckpt):
+        raise UserError("a target model gives features; use --targets features, or leave out --target_model")
     if flags.targets == "features":
         model = flags.target_model or preset.target_model
         path = resolve_checkpoint(model, flags.target_ckpt, flags.data_name)
@@ -218,7 +227,7 @@ class ExpertTraining:
         trainer, taken = self.trainer(0), []
         for step in range(1, min(_TIMED_STEPS, trainer.steps) + 1):
             began = time.perf_counter()
-            trainer.run(step, what="timing")
+            trainer.run(step, what="timing an expert")
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             taken.append(time.perf_counter() - began)
@@ -242,6 +251,8 @@ def make_experts(flags: ExpertFlags, device: torch.device) -> Path:
         UserError: bad flags or data, experts of other flags in the folder, or too little disk space.
     """
     folder, count = Path(flags.buffer_dir), flags.num_experts
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--buffer_dir {folder} is a file; expected a folder")
     with claim_run(folder), out_of_memory_says(device, "lower --batch_train"):
         if not (folder / "config.json").exists() and expert_files(folder):
             raise UserError(f"{folder} holds experts of another origin; choose another --buffer_dir")
@@ -291,7 +302,7 @@ def announce(training: ExpertTraining, folder: Path, count: int) -> None:
     snapshots = 1 + training.recipe.steps_on(len(training.y)) // training.every
     print(
         f"training {count} experts for {flags.train_epochs} epochs, {snapshots} snapshots each: "
-        f"{_size(size * count)} in {folder}, about {_duration(taken)}",
+        f"{_size(size * count)} in {folder}, about {duration(taken)}",
         flush=True,
     )
     place = next(p for p in (folder, *folder.resolve().parents) if p.exists())
@@ -308,13 +319,6 @@ def _size(count: float) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("h", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 @entry_point

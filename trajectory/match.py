@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from utils.errors import pick
+from utils.errors import UserError, pick
 from utils.precision import autocast
 
 Parameters = Sequence[Tensor]
@@ -31,6 +31,7 @@ Gradients = tuple[Tensor, list[Tensor], Tensor]  # loss, of each input, of the s
 # A tensor that an expert moved by less than this share of its norm has rounding for a direction,
 # such as the bias of a convolution before a norm.
 UNMOVED = 1e-5
+_UNMOVED = "the expert moved no tensor that counts; raise --vector_weight or --head_weight"
 
 
 def apply(network: nn.Module, parameters: Parameters, x: Tensor) -> Tensor:
@@ -206,7 +207,7 @@ def layer_distance(end: Parameters, start: Parameters, goal: Parameters, weights
         if w and moved > UNMOVED**2 * s.square().sum():
             total, weight = total + w * (e - g).square().sum() / moved, weight + w
     if not weight:
-        raise ValueError("the expert moved no tensor with a weight")
+        raise UserError(_UNMOVED)
     return total / weight
 
 
@@ -217,7 +218,7 @@ def whole_distance(end: Parameters, start: Parameters, goal: Parameters, weights
         for side in (end, start)
     )
     if not before > 0:
-        raise ValueError("the expert moved no tensor with a weight")
+        raise UserError(_UNMOVED)
     return after / before
 
 

@@ -1,6 +1,7 @@
 """What trajectory matching adds to runs of one set: published settings, experts made on demand."""
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any
 
 import torch
 
+from data.augment.dsa import check_strategy
 from distillation.one_set import SetSetup
 from distillation.run import Method
-from evaluation.recipes import check_strategy
 from models import get_model
 from trajectory import experts
 from trajectory.base import TrajectoryFlags
@@ -20,7 +21,7 @@ from trajectory.published import published
 from utils.checkpoint import files_fingerprint
 from utils.distributed import Group
 from utils.errors import UserError
-from utils.run_folder import FollowedRun, RunFolder
+from utils.run_folder import FollowedRun, RunFolder, changed_inputs
 
 ON_DEMAND = 10  # experts, where no number is given
 # Values of flags that neither the command line nor the published settings say.
@@ -47,6 +48,13 @@ class TrajectorySetup(SetSetup):
         print(f"settings: {origin}")
         flags = replace(flags, **unset)
         check_strategy(flags.dsa_strategy)
+        first, last = flags.current_max_start_epoch, flags.max_start_epoch
+        if (first is None) != (flags.expansion_end_epoch is None):
+            raise UserError("--current_max_start_epoch and --expansion_end_epoch: give both or neither")
+        if first is not None and first > last:
+            if "current_max_start_epoch" not in unset:
+                raise UserError(f"--current_max_start_epoch {first} is above --max_start_epoch {last}")
+            flags = replace(flags, current_max_start_epoch=last)
         if flags.min_start_epoch >= flags.max_start_epoch:
             raise UserError(
                 f"--min_start_epoch {flags.min_start_epoch} is not below --max_start_epoch "
@@ -61,7 +69,7 @@ class TrajectorySetup(SetSetup):
         folder, self.missing = Path(flags.buffer_dir), expert_flags(method, flags)
         if self.missing.buffer_dir != folder or len(expert_files(folder)) >= self.missing.num_experts:
             self.missing = None
-            check_origin(folder, method, flags)
+            check_origin(folder, method, flags, super().inputs)
             network = get_model(flags.train_model, self.image_set.img_shape, self.labels.outputs)
             known = Experts(folder, [p.shape for p in network.parameters()], device, flags.num_experts)
             if known.last < (needed := flags.last_epoch):
@@ -103,13 +111,18 @@ def expert_flags(method: Method, flags: TrajectoryFlags) -> ExpertFlags:
     )
 
 
-def check_origin(folder: Path, method: Method, flags: TrajectoryFlags) -> None:
-    """Raise a UserError where experts are known to be of other data; of foreign ones nothing is known."""
+def check_origin(folder: Path, method: Method, flags: TrajectoryFlags, inputs: Mapping[str, str]) -> None:
+    """Raise a UserError where experts are known to be of another network, other data or targets.
+
+    `inputs` are the fingerprints of this run's data and target model. Of foreign experts nothing is known.
+    """
     try:
-        made = json.loads((folder / "config.json").read_text())["flags"]
+        config = json.loads((folder / "config.json").read_text())
+        made = config["flags"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     wanted = {"data_name": flags.data_name, "img_size": flags.img_size, "targets": method.labels}
+    wanted["train_model"] = flags.train_model
     if hasattr(flags, "zca"):
         wanted["zca"] = bool(flags.zca)
     if not isinstance(made, dict):
@@ -120,3 +133,8 @@ def check_origin(folder: Path, method: Method, flags: TrajectoryFlags) -> None:
     for name, value in wanted.items():
         if name in made and made[name] != value:
             raise UserError(f"--buffer_dir {folder}: its experts have {name} {made[name]}, not {value}")
+    if other := changed_inputs(config, inputs):
+        raise UserError(
+            f"--buffer_dir {folder}: its experts began with {other}; make others with python -m "
+            "trajectory.experts"
+        )

@@ -55,7 +55,7 @@ def diff_augment(
         raise ValueError("give diff_augment either seed or generator, not both")
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f"x is {tuple(x.shape)} {x.dtype}, expected B x C x H x W float")
-    if strategy in ("", "none", "None"):
+    if no_augmentation(strategy):
         return x
     operations = [pick(OPERATIONS, name, "DSA operation") for name in strategy.split("_")]
     if seed is None and generator is None:
@@ -64,6 +64,17 @@ def diff_augment(
         raise ValueError(f"seed is {seed}, expected an integer >= 0")
     draw = Draws(seed, generator, siamese, x.device)
     return operations[int(draw.integers(0, len(operations), 1))](x, draw, align_corners)
+
+
+def no_augmentation(strategy: str | None) -> bool:
+    """Whether a strategy means none; the published default is the word None."""
+    return strategy in (None, "", "none", "None")
+
+
+def check_strategy(strategy: str | None) -> None:
+    """Raise a UserError for an operation that does not exist; the message lists the valid ones."""
+    for name in () if no_augmentation(strategy) else strategy.split("_"):
+        pick(OPERATIONS, name, "DSA operation")
 
 
 def without_flip(strategy: str) -> str:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data.augment.dsa import check_strategy
 from data.target_scale import TargetScale
 from data.untrusted import check_regular, parse_json
 from data.whitening import Whitening
@@ -20,6 +22,7 @@ from utils import checkpoint
 from utils.errors import UserError, first_line
 
 TRAINING_FILE = "training.safetensors"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TENSORS = {"whitening": ("mean", "matrix"), "targets": ("mean", "std")}  # part -> its tensors
 
 
@@ -89,22 +92,33 @@ class TrainingSettings:
         """The inverse of `pack`; a UserError that names the file for what is none."""
         raw = parse_json(text, path)
         lr, dsa, momentum, mixup = (raw.get(name) for name in ("lr", "dsa", "momentum", "mixup"))
-        usable = all(isinstance(v, float | int | None) for v in (lr, momentum))
-        usable = usable and isinstance(dsa, str | None) and isinstance(mixup, bool | None)
+        usable = isinstance(dsa, str | None) and isinstance(mixup, bool | None)
         found = {}
         for name, fields in _TENSORS.items():
             present = [t for field in fields if (t := tensors.get(f"{name}.{field}")) is not None]
             usable = usable and len(present) in (0, len(fields))
-            usable = usable and all(t.is_floating_point() and bool(t.isfinite().all()) for t in present)
-            found[name] = [t.float() for t in present]
+            usable = usable and all(t.dtype in _FLOATS for t in present)
+            found[name] = [t.float() for t in present] if usable else []
+            usable = usable and all(bool(t.isfinite().all()) for t in found[name])  # as float32
         if not usable:
             raise UserError(f"{path} does not hold settings for training on a synthetic set")
         try:
             whitening = Whitening(*found["whitening"]) if found["whitening"] else None
             targets = TargetScale(*found["targets"]) if found["targets"] else None
-            return cls(lr, dsa, whitening, momentum, targets, mixup)
+            check_strategy(dsa)
+            return cls(_number(lr), dsa, whitening, _number(momentum), targets, mixup)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
+
+
+def _number(value: Any) -> float | None:
+    """A JSON number or null as it is; infinity for a number too large, NaN for anything else."""
+    if value is None:
+        return None
+    try:
+        return float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return math.inf
 
 
 def read_training(path: Path) -> TrainingSettings:
