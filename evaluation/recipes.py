@@ -175,7 +175,8 @@ SELECTIONS = ("kmeans", "herding", "high_loss")  # of real images; each with lab
 PRETRAIN: dict[str, Recipe] = {
     **dict.fromkeys(("random", *SELECTIONS, "dc", "dsa", "dm", "mtt"), _LABELS),
     **dict.fromkeys(("kip", "frepo"), _VECTORS),
-    **dict.fromkeys(("krr_st", "mkdt", RANDOM_FEATURES, GAUSSIAN), _FEATURES),
+    **dict.fromkeys(("krr_st", RANDOM_FEATURES, GAUSSIAN), _FEATURES),
+    "mkdt": Recipe("mse", "sgd", 0.1, 1e-4, "constant", 256, epochs=20),
     **dict.fromkeys((f"{name}_features" for name in SELECTIONS), _FEATURES),
 }
 

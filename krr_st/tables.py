@@ -79,6 +79,7 @@ class Layout:
     protocol: str = "finetune"  # or kd, probe
     fraction: float | None = None  # of the labels, in the probe tables
     pre_epoch: int | None = None  # where the table sets a length of pre-training
+    pre_wd: float | None = None  # where it sets the weight decay of pre-training
 
     def network(self, model: str) -> str:
         """The name of a model in the zoo."""
@@ -109,7 +110,9 @@ LAYOUTS: dict[str, Layout] = {
 for _name in PROBE_TABLES:
     _, _source, _percent = _name.split("_")
     _methods = (*_EXTRA, "high_loss_features", "krr_st", "mkdt")
-    LAYOUTS[_name] = Layout(_source, _methods, ("base",), PROBE_TARGETS, "probe", int(_percent) / 100, 20)
+    LAYOUTS[_name] = Layout(
+        _source, _methods, ("base",), PROBE_TARGETS, "probe", int(_percent) / 100, 20, 1e-4
+    )
 
 
 class Sets:
@@ -269,7 +272,8 @@ class KernelTable:
 
         def fits(cell: Cell) -> bool:
             recipe = cell.get("pretraining")
-            return layout.pre_epoch is None or not recipe or recipe["epochs"] == layout.pre_epoch
+            set_here = {"epochs": layout.pre_epoch, "wd": layout.pre_wd}
+            return not recipe or all(v in (None, recipe.get(k, v)) for k, v in set_here.items())
 
         def rank(cell: Cell) -> tuple[bool, float]:
             return cell.get("synthetic_set") != present, abs(cell.get("steps_scale", 1.0) - 1)
@@ -340,7 +344,7 @@ class KernelTable:
             what |= dict(protocol=layout.protocol, label_fraction=layout.fraction)
             command = ScratchFlags if method == SCRATCH else TestFlags
         if command is not ScratchFlags:
-            what |= dict(method=method, pre_epoch=layout.pre_epoch)
+            what |= dict(method=method, pre_epoch=layout.pre_epoch, pre_wd=layout.pre_wd)
         measure(command(**shared_flags(flags, command), **what)).run()
 
 

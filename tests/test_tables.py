@@ -107,14 +107,15 @@ def test_cells_find_their_place_and_others_do_not():
     assert [c["accuracy"] for c in found["krr_st", "base", "cifar10"]] == [60.0, 70.0, 62.0]
 
 
-def test_probe_tables_need_their_own_pretraining_length():
+def test_probe_tables_need_their_own_pretraining():
     layout = LAYOUTS["probe_cifar10_1"]
-    recipe = {"epochs": 20}
+    recipe = {"epochs": 20, "wd": 1e-4}
     base = dict(source="cifar10", protocol="probe", label_fraction=0.01)
     short = cell("krr_st", "cifar10", 0, 42.0, pretraining=recipe, **base)
     long = cell("krr_st", "cifar10", 0, 50.0, pretraining={"epochs": 1000}, **base)
+    decayed = cell("krr_st", "cifar10", 1, 51.0, pretraining={"epochs": 20, "wd": 1e-3}, **base)
     untrained = cell("scratch", "cifar10", 0, 34.0, **base)
-    found = collect(layout, [short, long, untrained])
+    found = collect(layout, [short, long, decayed, untrained])
     assert {k: v[0]["accuracy"] for k, v in found.items()} == {
         ("krr_st", "base", "cifar10"): 42.0,
         ("scratch", "base", "cifar10"): 34.0,
@@ -145,7 +146,9 @@ def test_published_rows_stand_beside_ours(log, capsys):
     rows = {row[0].strip(): [text.strip() for text in row[1:]] for row in rows}
     assert rows["krr_st"][0] == "42.14 [22.14 ± 1.30, +20.00]"
     assert rows["mkdt"][:2] == ["– [41.42 ± 0.42]", "11.00 [10.97 ± 0.85, +0.03]"]
-    assert pretrain_recipe("mkdt", "cifar10", BASE) == pretrain_recipe("krr_st", "cifar10", BASE)
+    recipe = pretrain_recipe("mkdt", "cifar10", BASE)  # of MKDT's pretrain_mse.py
+    assert (recipe.loss, recipe.lr, recipe.momentum, recipe.wd) == ("mse", 0.1, 0.9, 1e-4)
+    assert (recipe.epochs, recipe.batch_size, recipe.dsa) == (20, 256, "none")
 
 
 def test_batchnorm_modes_of_table_4_are_not_mixed(log, capsys):
