@@ -44,11 +44,12 @@ def refused(capsys, *more):
     return line
 
 
-@pytest.mark.parametrize("kind", ["meta", "nested", "quantized"])
+@pytest.mark.parametrize("kind", ["meta", "nested", "quantized", "sparse"])
 def test_tensors_without_plain_values(tmp_path, kind):
     made = {
         "meta": lambda: torch.empty(3, device="meta"),
         "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "sparse": lambda: torch.eye(3).to_sparse_csr(),
         "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
     }[kind]()
     torch.save({"a": [torch.ones(2), made]}, tmp_path / "x.pt")

@@ -131,11 +131,16 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise UserError(f"{what} {path} cannot be read: {os.strerror(error.errno).lower()}") from None
         raise _damaged(f"{what} {path}", "is truncated or not a torch file", error) from None
-    odd = next((t for t in _tensors(value) if t.is_nested or t.is_meta or t.is_quantized), None)
-    if odd is not None:
-        kind = "nested" if odd.is_nested else "quantized" if odd.is_quantized else "meta"
+    if kind := next(filter(None, map(_oddity, _tensors(value))), None):
         raise UserError(f"{what} {path} holds a {kind} tensor; expected tensors with plain values")
     return value
+
+
+def _oddity(tensor: torch.Tensor) -> str | None:
+    """What keeps a tensor from being plain values, if anything."""
+    kinds = {"nested": tensor.is_nested, "quantized": tensor.is_quantized, "meta": tensor.is_meta}
+    kinds["sparse"] = tensor.layout != torch.strided
+    return next((kind for kind, found in kinds.items() if found), None)
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
