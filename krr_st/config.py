@@ -51,8 +51,7 @@ class TrainFlags(FeatureFlags):
     recipe: str = flag(
         "published",
         "settings in place of the defaults; explicit flags take precedence; best: standardised targets, "
-        "mixup in pool, kernel and evaluations, chosen on held-out images of CIFAR-10 at 16 pixels "
-        "(RESULTS.md)",
+        "and mixup in pool, kernel and evaluations (tried on one seed only: RESULTS.md)",
         choices=tuple(RECIPES),
     )
     train_model: str | None = flag(None, "network of the pool (zoo A); default: preset")
