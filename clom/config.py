@@ -58,7 +58,9 @@ class CellFlags(SourceFlags):
     """Flags of a run that a table gives all its runs."""
 
     num_eval: int = flag(20, "random networks per evaluation", minimum=1)
-    epoch_eval_train: int | None = flag(None, "their epochs; default: 300 (augmented: 1000)", minimum=0)
+    epoch_eval_train: int | None = flag(
+        None, "epochs of networks in an evaluation; default: 300 (augmented: 1000)", minimum=0
+    )
     Iteration: int | None = flag(
         None,
         "iterations; default: 1000 (DM: 20000); 0 evaluates the start (--init real: random real images)",
@@ -69,21 +71,21 @@ class CellFlags(SourceFlags):
         None, "learning rate of the images; default: 0.1 (DM: 1.0)", above=0, also=("outer_lr",)
     )
     batch_real: int = flag(256, "real images of each class per step (all, if it has fewer)", minimum=1)
-    init: str | None = flag(None, "start of the images; default: noise (DM: real)", choices=("noise", "real"))
+    init: str | None = flag(None, "initial images; default: noise (DM: real)", choices=("noise", "real"))
     save_every: Every = how(Every(100), "iterations between saves of the run, or seconds such as 300s")
 
     models_pool: tuple[str, ...] = flag(
         ("ConvNet",), "pre-trained models: DC zoo, or hf:NAME_OR_FOLDER (cos)"
     )
     model_num: int = flag(1, "pre-trained models of each architecture", minimum=1)
-    epoch: int = flag(150, "their epoch", minimum=0)
-    source_dataset: str | None = flag(None, "data set they were trained on; default: dataset")
+    epoch: int = flag(150, "epoch after which the pre-trained models were saved", minimum=0)
+    source_dataset: str | None = flag(None, "data set of the pre-trained models; default: dataset")
     pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the pre-trained models")
     CLoM_batch_size: int = flag(8196, "real images of CLoM per step", minimum=1)
     CLoM_teacher_stats: str = flag(
         "own",
-        "how images for them are normalised: as in their training (own), or as dataset, like the released "
-        "code (target); always own for hf: models",
+        "how images for the pre-trained models are normalised: as in their training (own), or as dataset, "
+        "like the released code (target); always own for hf: models",
         choices=TEACHER_STATS,
     )
 
@@ -111,7 +113,9 @@ class DistillFlags(CellFlags, RunFlags, CommonFlags):
     align_corners: bool = flag(False, "DSA samples with align_corners (the KRR-ST convention)")
     dis_metric: str = flag("ours", "distance of gradients", choices=tuple(METRICS))
     outer_loop: int | None = flag(None, "image updates per iteration (DC, DSA); default: by ipc", minimum=1)
-    inner_loop: int | None = flag(None, "network epochs between them (DC, DSA); default: by ipc", minimum=0)
+    inner_loop: int | None = flag(
+        None, "network epochs between image updates (DC, DSA); default: by ipc", minimum=0
+    )
     save_path: Path | None = how(None, "run folder; default: ./condensed/[dataset]/[method]/...")
     exp_name: str | None = how(
         None, "name of the run folder in ./results, in place of --save_path", instead_of="save_path"
@@ -125,8 +129,14 @@ class DistillFlags(CellFlags, RunFlags, CommonFlags):
     )
 
     CLoM: bool = flag(False, "add the CLoM loss")
-    CLoM_distance: str = flag("ce", "distance of CLoM", choices=DISTANCES)
-    CLoM_ce_form: str = flag("contrastive", "ce as in the paper or in the released code", choices=CE_FORMS)
+    CLoM_distance: str = flag(
+        "ce", "CLoM by cross-entropy (ce) or by cosine distance (cos)", choices=DISTANCES
+    )
+    CLoM_ce_form: str = flag(
+        "contrastive",
+        "cross-entropy of CLoM: contrastive as in the paper, or classification as in the released code",
+        choices=CE_FORMS,
+    )
     alphas: tuple[float, ...] = flag((1000.0,), "weight of CLoM: one, or one per architecture", minimum=0)
 
 

@@ -12,6 +12,7 @@ arXiv 2203.11932, alg. 1 (μ = w = 0); Cui et al., "Scaling Up Dataset Distillat
 with Constant Memory" (TESLA), arXiv 2211.10586.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -184,10 +185,7 @@ def stepwise_gradients(
     return loss.detach(), of_inputs, of_lr
 
 
-def tesla_gradients(*args: object, **named: object) -> Gradients:
-    """`stepwise_gradients` with every θ_i as a constant."""
-    return stepwise_gradients(*args, **named, exact=False)
-
+tesla_gradients = functools.partial(stepwise_gradients, exact=False)  # every θ_i is a constant
 
 UNROLLS: dict[str, Callable[..., Gradients]] = {
     "full": full_gradients,
