@@ -381,6 +381,14 @@ def test_experts_of_another_target_model_are_refused(tiny, capsys):
     assert train.main([*argv, "second", "--target_ckpt", "other.pt"]) == 2
     assert "its experts began with another target model; make others" in capsys.readouterr().err
     assert not Path("results/second/config.json").exists()
+    more = ["second", "--target_ckpt", "other.pt", "--num_experts", "4"]  # two are there, two are not
+    assert train.main([*argv, *more]) == 2
+    assert "its experts began with another target model; make others" in capsys.readouterr().err
+    for count in ("2", "4"):
+        more = ["second", "--dsa_strategy", "flip", "--num_experts", count]
+        assert train.main([*argv, *more]) == 2
+        assert "its experts have dsa_strategy none, not flip; make others" in capsys.readouterr().err
+    assert not Path("results/second/config.json").exists()
     write_set("datasets", "tiny", seed=1)
     assert train.main([*argv, "second"]) == 2
     assert "its experts began with another data set" in capsys.readouterr().err

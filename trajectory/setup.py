@@ -67,9 +67,10 @@ class TrajectorySetup(SetSetup):
     ) -> None:
         super().__init__(method, flags, device, group, held)
         folder, self.missing = Path(flags.buffer_dir), expert_flags(method, flags)
-        if self.missing.buffer_dir != folder or len(expert_files(folder)) >= self.missing.num_experts:
+        on_demand = self.missing.buffer_dir == folder
+        check_origin(folder, method, flags, super().inputs, on_demand)
+        if not on_demand or len(expert_files(folder)) >= self.missing.num_experts:
             self.missing = None
-            check_origin(folder, method, flags, super().inputs)
             network = get_model(flags.train_model, self.image_set.img_shape, self.labels.outputs)
             known = Experts(folder, [p.shape for p in network.parameters()], device, flags.num_experts)
             if known.last < (needed := flags.last_epoch):
@@ -111,10 +112,13 @@ def expert_flags(method: Method, flags: TrajectoryFlags) -> ExpertFlags:
     )
 
 
-def check_origin(folder: Path, method: Method, flags: TrajectoryFlags, inputs: Mapping[str, str]) -> None:
+def check_origin(
+    folder: Path, method: Method, flags: TrajectoryFlags, inputs: Mapping[str, str], on_demand: bool
+) -> None:
     """Raise a UserError where experts are known to be of another network, other data or targets.
 
-    `inputs` are the fingerprints of this run's data and target model. Of foreign experts nothing is known.
+    `inputs` are the fingerprints of this run's data and target model. Experts made `on_demand` learn with
+    the augmentation of the run, too. Of foreign experts nothing is known.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -123,6 +127,8 @@ def check_origin(folder: Path, method: Method, flags: TrajectoryFlags, inputs: M
         return
     wanted = {"data_name": flags.data_name, "img_size": flags.img_size, "targets": method.labels}
     wanted["train_model"] = flags.train_model
+    if on_demand:
+        wanted["dsa_strategy"] = flags.dsa_strategy
     if hasattr(flags, "zca"):
         wanted["zca"] = bool(flags.zca)
     if not isinstance(made, dict):
@@ -130,11 +136,9 @@ def check_origin(folder: Path, method: Method, flags: TrajectoryFlags, inputs: M
     if method.labels == "features":
         wanted["target_scale"] = flags.target_scale or "none"
         made = {**made, "target_scale": made.get("target_scale") or "none"}
+    more = "; make others with python -m trajectory.experts"
     for name, value in wanted.items():
         if name in made and made[name] != value:
-            raise UserError(f"--buffer_dir {folder}: its experts have {name} {made[name]}, not {value}")
+            raise UserError(f"--buffer_dir {folder}: its experts have {name} {made[name]}, not {value}{more}")
     if other := changed_inputs(config, inputs):
-        raise UserError(
-            f"--buffer_dir {folder}: its experts began with {other}; make others with python -m "
-            "trajectory.experts"
-        )
+        raise UserError(f"--buffer_dir {folder}: its experts began with {other}{more}")
