@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data.augment import normalize, to_float
 from data.load import ImageSet
+from data.loader import ImagePipeline, TensorLoader, Transform
 from data.real_data import RealImages
 from data.target_scale import TargetScale
 from data.whitening import Whitening
@@ -50,6 +51,24 @@ class Problem:
     def unscaled(self, y: Tensor) -> Tensor:
         """Target vectors (m, D) as the target model itself gives them."""
         return y if self.target_scale is None else self.target_scale.undo(y)
+
+    def loader(
+        self, batch_size: int, generator: torch.Generator, transform: Transform | None = None
+    ) -> TensorLoader:
+        """Batches (x, index) of the training images, dealt to the processes; by default normalised only.
+
+        `batch_size` is that over all processes; `generator` draws the order and what `transform`
+        draws. The last, smaller batch of each pass is kept.
+        """
+        return TensorLoader(
+            self.image_set.train.images,
+            None,
+            batch_size=batch_size,
+            device=self.device,
+            generator=generator,
+            transform=transform or ImagePipeline(self.image_set.stats),
+            shard=self.group,
+        )
 
     @torch.no_grad()
     def start_with_features(

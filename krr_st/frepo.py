@@ -4,22 +4,17 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from data.loader import ImagePipeline, TensorLoader
 from distillation.base import Distiller
 from distillation.problem import Problem
 from evaluation.recipes import half_squared_error
 from krr_st.config import FRePoFlags
 from krr_st.loss import krr_predict
-from krr_st.pool import ModelPool
-from models import get_model
-from utils.device import place
+from krr_st.pool import ModelPool, pool_network
 from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule
 from utils.precision import autocast
-from utils.seed import local_seed
 
 RIDGE = 1e-6  # of the mean of the kernel's diagonal
 ONLINE_BATCH = 1000  # images of the set that train a network of the pool in one step
@@ -69,27 +64,19 @@ class FRePo(Distiller):
 
     def __init__(self, problem: Problem, flags: FRePoFlags) -> None:
         super().__init__(problem, flags)
-        self.classes, device = problem.real.num_classes, problem.device
+        self.classes = problem.real.num_classes
         x_syn, labels = problem.start_by_class(flags.num_images // self.classes, flags.init)
         y_syn = centred(labels, self.classes) / (self.classes / 10) ** 0.5
         self.x_syn, self.y_syn = x_syn.clone().requires_grad_(), y_syn.requires_grad_(flags.learn_label)
         self.pool = ModelPool(
-            functools.partial(pool_network, problem, flags),
+            functools.partial(pool_network, problem, flags, self.classes),
             size=flags.num_models,
             max_steps=flags.online_iteration,
             generator=self.stream("pool"),
             precision=flags.precision,
             criterion=half_squared_error,
         )
-        self.loader = TensorLoader(
-            problem.image_set.train.images,
-            None,
-            batch_size=flags.outer_batch_size,
-            device=device,
-            generator=self.stream("real batches"),
-            transform=ImagePipeline(problem.image_set.stats),
-            shard=problem.group,
-        )
+        self.loader = problem.loader(flags.outer_batch_size, self.stream("real batches"))
         learned = [self.x_syn, self.y_syn] if flags.learn_label else [self.x_syn]
         self.optimizer = make_optimizer("lamb", learned, lr=flags.outer_lr)
         self.schedule = make_schedule("cosine_to_tenth", self.optimizer, flags.outer_iteration)
@@ -142,12 +129,3 @@ class FRePo(Distiller):
             x, y = x[rows], y[rows]
         self.pool.update(slot, x, y)
         return {"loss": loss}
-
-
-def pool_network(problem: Problem, flags: FRePoFlags, seed: int) -> tuple[nn.Module, Optimizer]:
-    """A new network of the pool, initialised from `seed` alone, and its optimiser."""
-    with local_seed(seed):
-        network = get_model(flags.train_model, problem.image_set.img_shape, problem.real.num_classes)
-    network = place(network, problem.device, flags.layout)
-    lr, wd = flags.online_lr, flags.online_wd
-    return network, make_optimizer(flags.online_opt, network.parameters(), lr=lr, wd=wd)

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data.loader import ImagePipeline, TensorLoader
 from distillation.base import Distiller
 from distillation.problem import Problem
 from evaluation.presets import Preset
@@ -84,15 +83,7 @@ class KIP(Distiller):
             self.learned["temperature"] = nn.Parameter(torch.zeros((), device=device))
             groups.append({"params": [self.learned["temperature"]], "lr": flags.lr_temperature})
         self.optimizer = AdaBelief(groups, lr=flags.outer_lr)
-        self.loader = TensorLoader(
-            problem.image_set.train.images,
-            None,
-            batch_size=flags.outer_batch_size,
-            device=device,
-            generator=self.stream("real batches"),
-            transform=ImagePipeline(problem.image_set.stats),
-            shard=problem.group,
-        )
+        self.loader = problem.loader(flags.outer_batch_size, self.stream("real batches"))
         with local_seed(0):  # their weights are drawn at every step
             shape = problem.image_set.img_shape
             found = [get_model(flags.train_model, shape, 1) for _ in range(flags.num_models)]

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from data.augment.crop_flip import default_padding
 from data.augment.mixup import mixup
@@ -16,14 +15,11 @@ from distillation.problem import Problem
 from krr_st.config import TrainFlags
 from krr_st.held_out import HeldOutLoss
 from krr_st.loss import krr_loss
-from krr_st.pool import ModelPool
+from krr_st.pool import ModelPool, pool_network
 from krr_st.views import RealBatch, targets_for
-from models import get_model
-from utils.device import place
 from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule
 from utils.precision import autocast, compiled
-from utils.seed import local_seed
 
 
 class KRRST(Distiller):
@@ -43,7 +39,7 @@ class KRRST(Distiller):
         x_syn, y_syn = problem.start_with_features(flags.num_images, flags.syn_init, flags.init_images)
         self.x_syn, self.y_syn = x_syn.clone().requires_grad_(), y_syn.clone().requires_grad_()
         self.pool = ModelPool(
-            functools.partial(pool_network, problem, flags),
+            functools.partial(pool_network, problem, flags, problem.target.dim),
             size=flags.num_models,
             max_steps=flags.online_iteration,
             generator=self.stream("pool"),
@@ -113,29 +109,13 @@ class KRRST(Distiller):
         self.targets.flush()
 
 
-def pool_network(problem: Problem, flags: TrainFlags, seed: int) -> tuple[nn.Module, Optimizer]:
-    """A new network of the pool, initialised from `seed` alone, and its optimiser."""
-    with local_seed(seed):
-        network = get_model(flags.train_model, problem.image_set.img_shape, problem.target.dim)
-    network = place(network, problem.device, flags.layout)
-    lr, wd = flags.online_lr, flags.online_wd
-    return network, make_optimizer(flags.online_opt, network.parameters(), lr=lr, wd=wd)
-
-
 def real_loader(problem: Problem, batch_size: int, generator: torch.Generator) -> TensorLoader:
     """Endless batches of the training images, crop, flip, normalise: ((x, views), index).
 
     `batch_size` is that over all processes; `generator` draws order and views. The last, smaller
     batch of each pass is kept, as in the released code.
     """
-    image_set, shard = problem.image_set, problem.group
-    pad = default_padding(image_set.size)
-    return TensorLoader(
-        image_set.train.images,
-        None,
-        batch_size=batch_size,
-        device=problem.device,
-        generator=generator,
-        transform=ViewPipeline(image_set.stats, pad=pad, hflip=image_set.hflip, shard=shard),
-        shard=shard,
-    )
+    image_set = problem.image_set
+    pad, hflip = default_padding(image_set.size), image_set.hflip
+    views = ViewPipeline(image_set.stats, pad=pad, hflip=hflip, shard=problem.group)
+    return problem.loader(batch_size, generator, views)

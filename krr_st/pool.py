@@ -12,10 +12,14 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from data.augment.mixup import mixup
+from distillation.problem import Problem
 from evaluation.fit import train_step
+from models import get_model
+from utils.device import place
 from utils.errors import pick
+from utils.optim import make_optimizer
 from utils.precision import autocast, compiled
-from utils.seed import draw_seed
+from utils.seed import draw_seed, local_seed
 
 # A slot's age after its network was replaced. The released code forgets to reset it: such a slot is
 # replaced again at every draw.
@@ -126,3 +130,12 @@ class ModelPool:
             slot.optimizer.load_state_dict(saved["optimizer"])
             slot.age = saved["age"]
         self.generator.set_state(state["generator"])
+
+
+def pool_network(problem: Problem, flags: Any, outputs: int, seed: int) -> tuple[nn.Module, Optimizer]:
+    """A new network of the pool, initialised from `seed` alone, and its optimiser, by the online flags."""
+    with local_seed(seed):
+        network = get_model(flags.train_model, problem.image_set.img_shape, outputs)
+    network = place(network, problem.device, flags.layout)
+    lr, wd = flags.online_lr, flags.online_wd
+    return network, make_optimizer(flags.online_opt, network.parameters(), lr=lr, wd=wd)
