@@ -6,6 +6,7 @@ import pickle
 import re
 import signal
 import stat
+import struct
 import subprocess
 import sys
 
@@ -276,3 +277,18 @@ def test_pictures(tmp_path):
     with pytest.raises(UserError, match=r"cannot draw images of shape \(0, 3, 4, 4\)"):
         save_grid(torch.zeros(0, 3, 4, 4), tmp_path / "no.png")
     assert not (tmp_path / "no.png").exists()
+
+
+def test_an_archive_that_says_to_span_two_disks_is_damaged(tmp_path):
+    """Python's own `is_zipfile` raises on such an end, which one flipped bit can make."""
+    path = tmp_path / "t.pt"
+    torch.save(torch.zeros(2), path)
+    raw = path.read_bytes()
+    end = raw.rindex(b"PK\5\6")
+    locator = struct.pack("<4sLQL", b"PK\6\7", 1, 0, 2)  # the disk, the offset, how many disks
+    before = raw[: end - len(locator)] if raw[end - len(locator) :].startswith(b"PK\6\7") else raw[:end]
+    path.write_bytes(before + locator + raw[end:])
+    with pytest.raises(UserError, match=r"file .*t\.pt is damaged \(zipfiles that span multiple disks"):
+        checkpoint.load(path)
+    with pytest.raises(UserError, match=r"t\.pt is damaged"):
+        checkpoint.files_fingerprint([path])

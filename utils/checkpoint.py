@@ -117,7 +117,7 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about tensors of kinds that are refused below
-            mapped = mmap and zipfile.is_zipfile(path)  # the older torch format cannot be mapped
+            mapped = mmap and _is_zip(path)  # the older torch format cannot be mapped
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)|but got <class '([\w.]+)'", str(error))
@@ -160,12 +160,20 @@ def _damaged(file: str, verdict: str, error: Exception) -> UserError:
     return UserError(f"{file} {verdict} ({first_line(error).split('. ')[0]})")
 
 
+def _is_zip(path: Path | str) -> bool:
+    """Whether a file is in PyTorch's zip format, damaged or not, rather than in the older one."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # its end says more than one archive can hold
+        return True
+
+
 def check_sums(path: Path | str, *, what: str = "file") -> None:
     """Raise a UserError if checksums in a torch file are wrong, which torch itself never reads.
 
     A file of another kind passes.
     """
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -256,7 +264,7 @@ def files_fingerprint(paths: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in paths:
-        if not zipfile.is_zipfile(path):
+        if not _is_zip(path):
             with path.open("rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
