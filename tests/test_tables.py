@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from evaluation.transfer import TestFlags, load_pretraining
 from krr_st import tables
 from krr_st.published import PROBE_CELLS
 from krr_st.tables import LAYOUTS, KernelTable, Layout, TablesFlags, forward_flops
+from methods import METHODS
 from utils import checkpoint
 from utils.errors import UserError
 from utils.locks import Claims
@@ -451,6 +453,22 @@ def test_rows_from_nothing(small_source, capsys):
     frepo = SyntheticSet.load("synthetic_data/cifar10/frepo")
     assert frepo.training.whitening is not None and frepo.info["steps_scale"] == 1e-5
     assert SyntheticSet.load("synthetic_data/cifar10/dm").targets.bincount().tolist() == [2] * 10
+
+
+@pytest.mark.slow
+def test_the_other_rows_from_nothing(small_source, monkeypatch):
+    """Methods whose sets take longer, experts included; published rates are too high for eight pixels."""
+    small = {"lr_img": 1e-6, "lr_lr": 0.0, "lr_y": 0.0, "lr_teacher": 1e-4}
+    for name in ("mtt", "mkdt"):
+        row = METHODS[name]
+        published = lambda data, count, row=row: {**row.published(data, count), **small}  # noqa: E731
+        monkeypatch.setitem(METHODS, name, replace(row, published=published))
+    methods = ("kip", "dsa", "mtt", "mkdt")
+    layout = Layout("cifar10", methods, ("base",), ("cifar10",), "probe", 0.5, 1)
+    table = table_of(layout, log_dir=Path("log"), num_test=1, steps_scale=1e-5, device="cpu")
+    assert run_all(table) == [] and table.missing_jobs() == []
+    assert {cell["method"] for cell in read_cells("log/results.jsonl")} == set(methods)
+    assert SyntheticSet.load("synthetic_data/cifar10/mtt").training.lr > 0
 
 
 def test_a_set_of_a_shortened_distillation_does_not_stand_for_a_whole_one(small_source):
