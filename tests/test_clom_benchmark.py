@@ -35,6 +35,7 @@ def die():
     return lambda: os._exit(3)
 
 
+@pytest.mark.slow
 def test_sides_in_processes_of_their_own():
     found = contest(sort, {"ours": nothing}, CPU, repeats=3)
     assert list(found) == ["plain", KEPT, "ours"]
@@ -51,6 +52,7 @@ def hold_memory():
     return lambda: torch.ones(50_000_000).sum()
 
 
+@pytest.mark.slow
 def test_each_side_has_a_peak_of_its_own():
     found = contest(nothing, {"large": hold_memory}, CPU, repeats=1)
     if found["plain"].peak is not None:

@@ -72,6 +72,7 @@ def res(tiny):
     return tiny / RES
 
 
+@pytest.mark.slow
 def test_the_published_commands_one_after_another(tiny):
     """Each as a process: models, DC with both distances, DSA, DM by both scripts, validation."""
 

@@ -55,6 +55,7 @@ def inputs(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_the_four_commands_repeat_bit_for_bit(inputs):
     commands = [
         f"train.py --exp_name run --data_name tiny --img_size 8 --seed 3 --device cpu "

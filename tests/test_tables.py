@@ -432,6 +432,7 @@ def small_source(workspace, monkeypatch):
     return workspace
 
 
+@pytest.mark.slow
 def test_rows_from_nothing(small_source, capsys):
     """The target model first, then the sets, then the measurements; a second call has nothing to do."""
     methods = ("scratch", "random", "random_features", "high_loss_features", "frepo", "dm", "krr_st")

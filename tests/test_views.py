@@ -370,6 +370,7 @@ def torchrun(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tiny):
     assert train.main(flags("one")) == 0
     done = torchrun(*flags("two"))
