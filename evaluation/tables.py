@@ -18,6 +18,7 @@ from evaluation.measure import Cell, grouped, read_cells
 from utils import checkpoint
 from utils.errors import UserError
 from utils.locks import Claims
+from utils.progress import duration
 from utils.table import format_mean_std, markdown, mean_std
 
 # (table, row, column) -> (mean, std), accuracies in %; std is None where the source prints none.
@@ -168,13 +169,6 @@ def run_missing(missing: Callable[[], list[Job]], claims: Claims) -> list[str]:
 def claim_name(name: str) -> str:
     """A job's name as a file name."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", name)[:200]
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `12 min`, `3.5 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 # What cells of older versions and other protocols do not say.

@@ -22,7 +22,6 @@ from evaluation.tables import (
     Place,
     claim_name,
     crossed,
-    duration,
     run_missing,
     to_csv,
     to_latex,
@@ -30,6 +29,7 @@ from evaluation.tables import (
 )
 from utils.errors import UserError
 from utils.locks import Claims
+from utils.progress import duration
 from utils.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -357,6 +357,8 @@ def test_what_does_not_fit_is_refused_before_a_run_folder(tiny, capsys):
     assert other in refused(*own, "--train_model", "convnet_4_bn")
     write_set("datasets", "one", classes=1)
     assert "one has one class; --method MTT needs two" in refused("--data_name", "one")
+    Path("experts/config.json").write_text('{"flags": ')
+    assert f"{Path('experts/config.json')} does not hold readable JSON" in refused(*own)
     Path("experts/config.json").unlink()  # of another origin: only the shapes speak
     assert "parameter 0 is (4, 3, 3, 3)" in refused(*own, "--train_model", "convnet_8_in")
     write_set("datasets", "bare", labelled=False)

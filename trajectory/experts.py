@@ -29,7 +29,6 @@ from evaluation.parallel import in_parallel
 from evaluation.presets import resolve_preset
 from evaluation.recipes import DSA_STRATEGY, Recipe
 from evaluation.score import share_correct
-from evaluation.tables import duration
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, resolve_checkpoint
 from models import get_model
 from models.layout import arranged
@@ -40,6 +39,7 @@ from utils.device import resolve_device
 from utils.errors import UserError, entry_point
 from utils.memory import out_of_memory_says
 from utils.precision import DTYPES
+from utils.progress import duration
 from utils.run_folder import RunFolder, claim_run
 from utils.seed import derive_seed, local_seed, make_generator
 

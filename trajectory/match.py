@@ -199,14 +199,14 @@ def layer_distance(end: Parameters, start: Parameters, goal: Parameters, weights
 
     Tensors that the expert did not move are left out.
     """
-    total, weight = end[0].new_zeros(()), 0.0
-    for e, s, g, w in zip(end, start, goal, weights, strict=True):
-        moved = (s - g).square().sum()
-        if w and moved > UNMOVED**2 * s.square().sum():
-            total, weight = total + w * (e - g).square().sum() / moved, weight + w
-    if not weight:
+    apart = torch.stack([(e - g).square().sum() for e, g in zip(end, goal, strict=True)])
+    moved = torch.stack([(s - g).square().sum() for s, g in zip(start, goal, strict=True)])
+    known = torch.stack([s.square().sum() for s in start])
+    used = moved > UNMOVED**2 * known
+    share = torch.where(used, torch.tensor(weights, dtype=moved.dtype, device=moved.device), 0.0)
+    if not share.any():  # the only wait for the device
         raise UserError(_UNMOVED)
-    return total / weight
+    return (share * apart / torch.where(used, moved, 1.0)).sum() / share.sum()
 
 
 def whole_distance(end: Parameters, start: Parameters, goal: Parameters, weights: Sequence[float]) -> Tensor:

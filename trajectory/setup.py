@@ -1,6 +1,5 @@
 """What trajectory matching adds to runs of one set: published settings, experts made on demand."""
 
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from data.augment.dsa import check_strategy
+from data.untrusted import read_json
 from distillation.one_set import SetSetup
 from distillation.run import Method
 from models import get_model
@@ -118,12 +118,11 @@ def check_origin(
     """Raise a UserError where experts are known to be of another network, other data or targets.
 
     `inputs` are the fingerprints of this run's data and target model. Experts made `on_demand` learn with
-    the augmentation of the run, too. Of foreign experts nothing is known.
+    the augmentation of the run, too. Of foreign experts nothing is known; a damaged config.json is an error.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        made = config["flags"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    config = read_json(folder / "config.json")
+    made = config.get("flags")
+    if not isinstance(made, dict):
         return
     wanted = {"data_name": flags.data_name, "img_size": flags.img_size, "targets": method.labels}
     wanted["train_model"] = flags.train_model
@@ -131,8 +130,6 @@ def check_origin(
         wanted["dsa_strategy"] = flags.dsa_strategy
     if hasattr(flags, "zca"):
         wanted["zca"] = bool(flags.zca)
-    if not isinstance(made, dict):
-        return
     if method.labels == "features":
         wanted["target_scale"] = flags.target_scale or "none"
         made = {**made, "target_scale": made.get("target_scale") or "none"}
