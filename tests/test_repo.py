@@ -98,7 +98,7 @@ def test_dependency_files_agree():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert tuple(settings["tool"]["setuptools"]["packages"]) == PACKAGES
     project = settings["project"]
-    ranges = _bounds(project["dependencies"] + project["optional-dependencies"]["dev"])
+    ranges = _bounds(project["dependencies"] + sum(project["optional-dependencies"].values(), []))
     pins = _pins()
     assert ranges.keys() == pins.keys()
     for name, bound in ranges.items():
