@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import itertools
 import re
 import subprocess
 import sys
@@ -98,7 +99,8 @@ def test_dependency_files_agree():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert tuple(settings["tool"]["setuptools"]["packages"]) == PACKAGES
     project = settings["project"]
-    ranges = _bounds(project["dependencies"] + sum(project["optional-dependencies"].values(), []))
+    extras = project["optional-dependencies"].values()
+    ranges = _bounds(itertools.chain(project["dependencies"], *extras))
     pins = _pins()
     assert ranges.keys() == pins.keys()
     for name, bound in ranges.items():
