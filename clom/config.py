@@ -197,6 +197,20 @@ class ValidateFlags(TrainingFlags):
     dsa: bool = flag(False, "train with DSA")
     dsa_strategy: str = flag(DSA_STRATEGY, "DSA operations joined by _")
     align_corners: bool = same_flag(DistillFlags, "align_corners")
+    scores: bool = flag(
+        False,
+        "also DD-Ranking's label-robust and augmentation-robust scores: more networks are trained, on the "
+        "set and on random images with and without DSA, on the set's classes where its labels are soft, and "
+        "on all real images",
+    )
+    full_epochs: int = flag(150, "with --scores: passes over all real images", minimum=1)
+    full_accuracy: float | None = flag(
+        None,
+        "with --scores: known test accuracy in [0, 1] of networks trained on all real images",
+        minimum=0,
+        maximum=1,
+        instead_of="full_epochs",
+    )
     save_model: bool = flag(
         False, "save networks at each test in save_path; the last of the first one also in pretrained_path"
     )

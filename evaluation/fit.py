@@ -184,6 +184,19 @@ def set_loader(
     return recipe.loader(images, targets, device, generator)
 
 
+def real_loader(
+    recipe: Recipe, image_set: ImageSet, device: torch.device, generator: torch.Generator
+) -> TensorLoader:
+    """A recipe's batches of all training images, normalised and then augmented, with their labels."""
+    pipeline, augment, train = ImagePipeline(image_set.stats), recipe.augment(), image_set.train
+
+    def transform(x: Tensor, draw: torch.Generator) -> Tensor:
+        x = pipeline(x, draw)
+        return x if augment is None else augment(x, draw)
+
+    return recipe.loader(train.images, train.labels, device, generator, transform)
+
+
 def pretrain(
     model: nn.Module, synthetic: SyntheticSet, recipe: Recipe, generator: torch.Generator, scale: float = 1.0
 ) -> nn.Module:

@@ -93,10 +93,10 @@ class CellStore:
         tasks: Sequence[tuple[dict[str, Any], Callable[[Callable[[], None]], dict[str, Any]]]],
         device: torch.device,
         shown: Callable[[Cell], str],
-        again: bool = False,
+        again: Sequence[dict[str, Any]] = (),
     ) -> list[Cell]:
-        """`measure` for several keys with tasks of `in_parallel`; `again` repeats what is finished."""
-        missing = [(key, task) for key, task in tasks if again or self.get(key) is None]
+        """`measure` for several keys with tasks of `in_parallel`; those in `again`, finished or not."""
+        missing = [(key, task) for key, task in tasks if key in again or self.get(key) is None]
         results = in_parallel([task for _, task in missing], device)
         for (key, _), found in zip(missing, results, strict=True):
             print(shown(self.add(key, **found)), flush=True)

@@ -8,7 +8,7 @@ from torch import nn
 
 from data.load import ImageSet
 from data.synthetic import SyntheticSet
-from evaluation.fit import PROBE_BATCH, Trainer, held_out_accuracy, set_loader
+from evaluation.fit import PROBE_BATCH, Trainer, held_out_accuracy, real_loader, set_loader
 from evaluation.recipes import Recipe
 from models.layout import images_at_once
 from utils.seed import derive_seed, make_generator
@@ -26,7 +26,7 @@ class Score:
 
 def score_network(
     new_network: Callable[[int], nn.Module],
-    synthetic: SyntheticSet,
+    synthetic: SyntheticSet | None,
     image_set: ImageSet,
     recipe: Recipe,
     *,
@@ -36,16 +36,21 @@ def score_network(
     at_test: Callable[[int, nn.Module], None] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Train the network `new_network(seed)` on a set and test it on real images.
+    """Train the network `new_network(seed)` on a set, or on all real images, and test it on real ones.
 
     The synthetic images are normalised as `image_set.stats` says, with class indices or vectors
-    (m, K), the largest entry the class's. Every `test_every` epochs (None: only after the last) the
-    network is tested and `at_test` called with (epoch, network); `check` may raise after each step.
+    (m, K), the largest entry the class's; None: all training images with their labels. Every
+    `test_every` epochs (None: only after the last) the network is tested and `at_test` called with
+    (epoch, network); `check` may raise after each step.
     """
     network = new_network(derive_seed(seed, "network"))
     generator = make_generator(seed, "training")
-    trainer = Trainer(network, set_loader(recipe, synthetic, device, generator), recipe)
-    whitening = synthetic.training.whitening and synthetic.training.whitening.to(device)
+    if synthetic is None:
+        loader, whitening = real_loader(recipe, image_set, device, generator), None
+    else:
+        loader, whitening = set_loader(recipe, synthetic, device, generator), synthetic.training.whitening
+        whitening = whitening and whitening.to(device)
+    trainer = Trainer(network, loader, recipe)
     tests: list[tuple[float, int]] = []
     epochs = -(-trainer.steps // trainer.per_epoch)
     for epoch in [*range(test_every or epochs, epochs, test_every or 1), epochs]:

@@ -78,7 +78,8 @@ def test_of_several_cells_the_missing_ones_are_measured(tmp_path, capsys):
     assert measure(2) == [(2, 21.0)]
     assert measure(1, 2, 3) == [(1, 12.0), (2, 21.0), (3, 33.0)] and calls == [2, 1, 3]
     assert capsys.readouterr().out.split() == ["2", "1", "3"]
-    assert measure(2, again=True) == [(2, 24.0)] and measure(2) == [(2, 24.0)]
+    again = {"again": [{**KEY, "seed": 2}]}
+    assert measure(1, 2, **again) == [(1, 12.0), (2, 24.0)] and measure(2) == [(2, 24.0)]
 
 
 def test_groups_keep_their_order_and_spread_is_over_the_field():
