@@ -1,5 +1,7 @@
 """What DC, DSA and DM share: images in class order, their optimiser, siamese augmentation, CLoM."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -44,9 +46,10 @@ class MatchingDistiller(Distiller):
         """A new random network in train mode."""
         return self.new_network(draw_seed(self.stream("networks"))).train()
 
-    def draw_class(self, c: int) -> Tensor:
-        """Real images of class c: `batch_real` of them, or all if it has fewer."""
-        return self.real.at(self.real.draw_class(c, self.flags.batch_real, self.stream("real images")))
+    def draw_classes(self, first: int = 0, end: int | None = None) -> Iterator[Tensor]:
+        """Real images of classes first to end - 1 in turn: `batch_real` each, or all if it has fewer."""
+        classes = range(first, self.real.num_classes if end is None else end)
+        return self.real.draw_classes(classes, self.flags.batch_real, self.stream("real images"))
 
     def images_of(self, first: int, end: int) -> Tensor:
         """A new leaf with the images of classes first to end - 1: its gradient has their size."""

@@ -54,9 +54,9 @@ class GradientMatching(MatchingDistiller):
     def _match(self, network: nn.Module) -> tuple[Tensor, Tensor]:
         """Gradient on the images and value of the distance summed over classes."""
         gradients, total = [], self.x_syn.new_zeros(())
-        for c in range(self.real.num_classes):
+        for c, x_real in enumerate(self.draw_classes()):
             x_c = self.images_of(c, c + 1)
-            x_real, x_syn = self.siamese(self.draw_class(c), x_c)
+            x_real, x_syn = self.siamese(x_real, x_c)
             grads_real = gradient_in_parts(network, x_real, c)
             grads_syn = network_gradient(network, x_syn, c, create_graph=True)
             distance = gradient_distance(grads_syn, grads_real, self.flags.dis_metric)

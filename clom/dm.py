@@ -43,9 +43,9 @@ class DistributionMatching(MatchingDistiller):
 
     def _distance(self, network: nn.Module, x_group: Tensor, first: int) -> Tensor:
         """Distance summed over the classes of `x_group`, which begin with class `first`."""
-        parts = enumerate(x_group.split(self.ipc), first)
-        pairs = [self.siamese(self.draw_class(c), x_c) for c, x_c in parts]
-        reals, syns = zip(*pairs, strict=True)
+        parts = x_group.split(self.ipc)
+        reals = self.draw_classes(first, first + len(parts))
+        reals, syns = zip(*map(self.siamese, reals, parts), strict=True)
         f_real, f_syn = embed_real(network, torch.cat(reals)), network.embed(torch.cat(syns))
         return distribution_distance(f_real, f_syn, [*map(len, reals)], [*map(len, syns)])
 

@@ -56,7 +56,8 @@ def clom_ce(logits_syn: Tensor, y_syn: Tensor, y_real: Tensor) -> Tensor:
     classes = _check_logits(logits_syn, y_syn)
     _check_labels(y_real, len(y_real), "y_real", classes)
     surprise = -F.log_softmax(logits_syn, dim=1)  # (m, K): D of a real image of each class
-    count = torch.bincount(y_real, minlength=classes).to(surprise.dtype)
+    # Not bincount, which makes the host wait for a GPU.
+    count = surprise.new_zeros(classes).index_add_(0, y_real, surprise.new_ones(len(y_real)))
     same = (surprise.gather(1, y_syn[:, None])[:, 0] * count[y_syn]).sum()
     return same / (surprise @ count).sum().clamp_min(SMALLEST_SUM)
 
@@ -128,14 +129,14 @@ class GivenReal:
 
     def labels_at(self, index: Tensor) -> Tensor:
         """Labels (n,) of the rows at `index`."""
-        return self.labels[index.to(self.labels.device)]
+        return self.labels[index.to(self.labels.device, non_blocking=True)]
 
     @torch.no_grad()
     def features(self, model: nn.Module, index: Tensor) -> Tensor:
         """Features (n, D) of the rows at `index` under `model`, without gradient."""
         if model not in self._features:
             self._features[model] = torch.cat([embed(model, x) for x in self.images.split(self.part)])
-        return self._features[model][index.to(self.images.device)]
+        return self._features[model][index.to(self.images.device, non_blocking=True)]
 
 
 def embed(model: nn.Module, x: Tensor) -> Tensor:

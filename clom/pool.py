@@ -22,6 +22,7 @@ from models import get_network
 from models.foundation import load_hf
 from models.layout import arranged, images_at_once
 from utils import checkpoint
+from utils.device import upload
 from utils.errors import UserError
 
 GPU_PART = 256
@@ -214,7 +215,7 @@ class RealFeatures:
                 return self._embed(model, index)
             self._left -= size
             self._features[model] = self._embed(model, torch.arange(len(self.real)))
-        return self._features[model][index.to(self.real.device)]
+        return self._features[model][upload(index, self.real.device)]
 
     def _embed(self, model: nn.Module, index: Tensor) -> Tensor:
         # Always the same groups of rows, so that a resumed run sees the same bits.

@@ -11,7 +11,7 @@ from data.augment import normalize
 from data.augment.crop_flip import CropFlip, apply_crop_flip, draw_crop_flip, view_numbers
 from data.augment.mixup import mixup
 from data.specs import Stats
-from utils.device import free_memory
+from utils.device import free_memory, upload
 from utils.seed import draw_seed
 
 Transform = Callable[[Tensor, torch.Generator], Any]
@@ -174,7 +174,7 @@ class TensorLoader:
         if self.shuffle:
             order = torch.randperm(len(order), generator=self._order_generator)
         # Moved once per pass, not once per batch.
-        return (order.to(self.device) if self.resident else order), order
+        return (upload(order, self.device) if self.resident else order), order
 
     def _endless(self) -> Iterator[_Slice]:
         position, order_state = self._position, self._order_state
@@ -201,7 +201,7 @@ class TensorLoader:
             self._order_state, self._position = part.order_state, part.end
             if self.transform is not None:
                 x = self.transform(x, self.generator)
-            y = part.host_index if self.targets is None else self.targets[part.index.to(self.device)]
+            y = part.host_index if self.targets is None else self.targets[upload(part.index, self.device)]
             yield mixup(x, y, self.generator) if self.mix else (x, y)
 
     def _gather(self, slices: Iterator[_Slice]) -> Iterator[tuple[_Slice, Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from data.augment import normalize, to_float
 from data.load import ImageSet
 from data.loader import fits
 from data.specs import Stats
+from utils.device import upload
 from utils.errors import UserError
 
 
@@ -60,18 +63,26 @@ class RealImages:
         return len(self.images)
 
     def at(self, index: Tensor) -> Tensor:
-        """Rows at `index` (CPU int64) as a float32 batch on the device, normalised."""
-        x = self.images[index.to(self.images.device)].to(self.device)
+        """Rows at `index` (int64 on the CPU, or where the images are) as a float32 batch, normalised."""
+        x = upload(self.images[upload(index, self.images.device)], self.device)
         return to_float(x) if self.stats is None else normalize(x, self.stats)
 
     def labels_at(self, index: Tensor) -> Tensor:
         """Labels at `index`, on the device."""
-        return self._on_device[index.to(self.device)]
+        return self._on_device[upload(index, self.device)]
 
     def draw_class(self, c: int, count: int, generator: torch.Generator) -> Tensor:
         """Indices of `count` images of class c without replacement, or all if it has fewer."""
         index = self.index_of_class[c]
         return index[torch.randperm(len(index), generator=generator)[:count]]
+
+    def draw_classes(
+        self, classes: Sequence[int], count: int, generator: torch.Generator
+    ) -> Iterator[Tensor]:
+        """A batch of each class in turn, as `draw_class` draws them; all rows move to the device at once."""
+        drawn = [self.draw_class(c, count, generator) for c in classes]
+        rows = upload(torch.cat(drawn), self.images.device)
+        yield from map(self.at, rows.split([len(index) for index in drawn]))
 
     def draw_all_classes(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[int]]:
         """A batch of every class in class order: images, and the number of images of each class."""

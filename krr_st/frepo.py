@@ -12,6 +12,7 @@ from evaluation.recipes import half_squared_error
 from krr_st.config import FRePoFlags
 from krr_st.loss import krr_predict
 from krr_st.pool import ModelPool, pool_network
+from utils.device import upload
 from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule
 from utils.precision import autocast
@@ -125,7 +126,8 @@ class FRePo(Distiller):
         self.schedule.step()
         x, y = self.x_syn.detach(), self.y_syn.detach()
         if len(x) > ONLINE_BATCH:
-            rows = torch.randperm(len(x), generator=self.stream("online batches"))[:ONLINE_BATCH].to(x.device)
+            rows = torch.randperm(len(x), generator=self.stream("online batches"))[:ONLINE_BATCH]
+            rows = upload(rows, x.device)
             x, y = x[rows], y[rows]
         self.pool.update(slot, x, y)
         return {"loss": loss}

@@ -19,7 +19,7 @@ from krr_st.config import KIPFlags
 from krr_st.frepo import centred
 from krr_st.loss import kernel_predict
 from models import get_model
-from utils.device import place
+from utils.device import place, upload
 from utils.optim import AdaBelief
 from utils.precision import autocast
 from utils.seed import local_seed
@@ -34,9 +34,9 @@ def draw_weights(network: nn.Module, generator: torch.Generator) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             fan_in = module.weight[0].numel()
-            drawn = torch.randn(module.weight.shape, generator=generator) * (WEIGHT_STD / fan_in**0.5)
-            module.weight.copy_(drawn)
-            module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * BIAS_STD)
+            for parameter, std in ((module.weight, WEIGHT_STD / fan_in**0.5), (module.bias, BIAS_STD)):
+                drawn = torch.randn(parameter.shape, generator=generator) * std
+                parameter.copy_(upload(drawn, parameter.device))
 
 
 def estimated_kernel(f_a: Sequence[Tensor], f_b: Sequence[Tensor]) -> Tensor:

@@ -55,8 +55,8 @@ class KRRST(Distiller):
         self.optimizer = make_optimizer(flags.outer_opt, groups, lr=lr, wd=wd, momentum=0.5)
         self.schedule = make_schedule("linear", self.optimizer, flags.outer_iteration)
         # Here and for the pool without `self`: a cycle would keep the table of views after the run.
-        embed = self._embed = compiled(lambda model, x: model.embed(x), flags.compile)
-        self._embed_real = SplitBatches(lambda x, model: embed(model, x))
+        self._embed = compiled(lambda x, model: model.embed(x), flags.compile)
+        self._embed_real = SplitBatches(compiled(lambda x, model: model.embed(x), flags.compile))
         self._batches = None
 
     @classmethod
@@ -90,7 +90,7 @@ class KRRST(Distiller):
             with torch.no_grad():
                 y_real = self.targets(RealBatch(x, index, view))  # (b, D)
                 f_real = self._embed_real(x, slot.model)  # (b, d)
-            f_syn = self._embed(slot.model, x_syn)  # (m, d)
+            f_syn = self._embed(x_syn, slot.model)  # (m, d)
         loss = krr_loss(f_real, y_real, f_syn, y_syn, flags.ridge)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

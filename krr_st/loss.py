@@ -14,11 +14,13 @@ class _SpdSolve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, y: Tensor) -> Tensor:
-        # _ex: no error check, so no host synchronisation; in float64 none is needed.
+        # _ex: no error check, so no host synchronisation.
         factor, failed = torch.linalg.cholesky_ex(k)
         if k.dtype == torch.float32 and bool(failed.any()):  # a device without float64
-            factor = torch.linalg.cholesky_ex(k.cpu().double())[0].to(k)
-        solution = torch.cholesky_solve(y, factor)
+            factor, failed = torch.linalg.cholesky_ex(k.cpu().double())
+            factor, failed = factor.to(k), failed.to(k.device)
+        # Of a matrix with NaN, say, half a factor is left: finite garbage on some devices.
+        solution = torch.cholesky_solve(y, factor).masked_fill_(failed > 0, torch.nan)
         ctx.save_for_backward(factor, solution)
         return solution
 

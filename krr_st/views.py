@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from data.augment import normalize
 from data.augment.crop_flip import apply_crop_flip, count_views, default_padding, views_from_numbers
+from data.loader import fits
 from data.specs import Stats
 from distillation.problem import Problem
 from evaluation.target import target_sample
 from krr_st.config import TrainFlags
 from utils import checkpoint
-from utils.device import free_memory
+from utils.device import free_memory, upload
 from utils.errors import UserError
 from utils.precision import DTYPES
 
@@ -32,7 +33,7 @@ Function, Flush = Callable[[Tensor], Tensor], Callable[[Tensor], None]
 # With fewer rows in a batch some CPU kernels round differently: a view's value would depend on
 # which others were missing with it, and a resumed run would differ in the last bit.
 _LEAST_ROWS = 16
-_FILL_ROWS = 2048
+_ROWS_AT_ONCE, _CUDA_ROWS_AT_ONCE = 2048, 8192
 
 
 class RealBatch(NamedTuple):
@@ -93,10 +94,10 @@ class TargetViews(OnlineTargets):
         if not self.complete:
             missing = (~self.known[rows]).nonzero().flatten()
             if len(missing):
-                x = batch.x[missing.to(batch.x.device, non_blocking=True)]
+                x = batch.x[upload(missing, batch.x.device)]
                 self._store(rows[missing], self.compute(x))
-        found = self.table[rows.to(self.table.device, non_blocking=True)]
-        return found.to(batch.x.device, torch.float32, non_blocking=True)
+        found = self.table[upload(rows, self.table.device)]
+        return upload(found, batch.x.device).float()
 
     def flush(self) -> None:
         """Write new entries of a mapped table, then which ones are there."""
@@ -106,19 +107,19 @@ class TargetViews(OnlineTargets):
         self.complete = self.complete or bool(self.known.all())
 
     @torch.no_grad()
-    def fill(self, images: Tensor, stats: Stats, pad: int) -> None:
-        """Compute all missing entries from the training images (N, C, H, W) in pixel space."""
-        todo, device = (~self.known).nonzero().flatten(), self.table.device
-        for rows in tqdm(todo.split(_FILL_ROWS), desc="target views", disable=None):
-            index, place = (rows // self.views).unique(return_inverse=True)  # each image moves once
-            x = images[index].to(device)[place.to(device)]
+    def fill(self, images: Tensor, stats: Stats, pad: int, device: torch.device) -> None:
+        """Compute all missing entries on `device` from the training images (N, C, H, W) in pixel space."""
+        todo = (~self.known).nonzero().flatten()
+        images = images.to(device) if fits(images, device) else images
+        size = _CUDA_ROWS_AT_ONCE if device.type == "cuda" else _ROWS_AT_ONCE
+        for rows in tqdm(todo.split(size), desc="target views", disable=None):
+            x = upload(images[upload(rows // self.views, images.device)], device)
             x = apply_crop_flip(x, views_from_numbers(rows % self.views, pad), pad)
             self._store(rows, self.compute(normalize(x, stats)))
         self.flush()
 
     def _store(self, rows: Tensor, y: Tensor) -> None:
-        where = rows.to(self.table.device, non_blocking=True)
-        self.table[where] = y.to(self.table.device, self.dtype)
+        self.table[upload(rows, self.table.device)] = y.to(self.dtype).to(self.table.device)
         self.known[rows] = True
         self._changed = True
 
@@ -187,7 +188,7 @@ def mapped_table(
         if sums.shape != (rows,) or sums.dtype != torch.int32:
             raise UserError(f"{sums_path} does not belong to {path}; delete {place}")
     damaged = 0
-    for index in sums.nonzero().flatten().split(_FILL_ROWS):
+    for index in sums.nonzero().flatten().split(_ROWS_AT_ONCE):
         wrong = index[row_sums(table[index]) != sums[index]]
         sums[wrong] = 0
         damaged += len(wrong)
@@ -197,7 +198,7 @@ def mapped_table(
     def flush(present: Tensor) -> None:
         with path.open("rb+") as file:
             os.fsync(file.fileno())  # entries first: what is said to be there must be there
-        for index in (present & (sums == 0)).nonzero().flatten().split(_FILL_ROWS):
+        for index in (present & (sums == 0)).nonzero().flatten().split(_ROWS_AT_ONCE):
             sums[index] = row_sums(table[index])
         checkpoint.save(sums, sums_path)
 
@@ -241,9 +242,9 @@ def targets_for(problem: Problem, flags: TrainFlags) -> OnlineTargets:
         folder = flags.views_dir or Path(flags.save_dir) / "target_views"
         table, known, flush = mapped_table(folder, rows, dim, dtype, about)
         targets = TargetViews(target, table, views, known, flush)
-        if device.type == "cuda" and table.nbytes <= free_memory(device) // 2 and targets.complete:
-            targets.table = table.to(device)
     # A GPU computes all at once, which keeps it busy; a CPU what is drawn.
     if device.type == "cuda" and draws >= rows and not targets.complete:
-        targets.fill(images, stats, pad)
+        targets.fill(images, stats, pad, device)
+    if device.type == "cuda" and targets.complete and fits(targets.table, device):
+        targets.table = targets.table.to(device)
     return targets

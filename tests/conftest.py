@@ -17,6 +17,7 @@ from krr_st.config import TrainFlags
 from krr_st.krr_st import KRRST
 from methods import find_method
 from utils import checkpoint
+from utils.device import place
 from utils.seed import local_seed
 
 torch.set_num_threads(1)
@@ -64,7 +65,7 @@ def resolved(method, flags_class=None, **changes):
     return row.setup.resolve(row, dataclasses.replace(flags, **given))
 
 
-def make_krrst(image_set, *, seed=0, loader=None, target_scale=None, **changes):
+def make_krrst(image_set, *, seed=0, loader=None, target_scale=None, device=CPU, **changes):
     """KRR-ST at its smallest; `loader` takes the place of that of the real batches."""
     settings = dict(
         num_images=6,
@@ -78,8 +79,9 @@ def make_krrst(image_set, *, seed=0, loader=None, target_scale=None, **changes):
         outer_iteration=40,
         target_views="online",
     )
-    target = make_target() if target_scale is None else ScaledTarget(make_target(), target_scale)
-    problem = Problem(image_set, CPU, seed, target=target, target_scale=target_scale)
+    target = place(make_target(), device)
+    target = target if target_scale is None else ScaledTarget(target, target_scale)
+    problem = Problem(image_set, device, seed, target=target, target_scale=target_scale)
     distiller = KRRST(problem, TrainFlags(**{**settings, **changes}))
     distiller.loader = loader or distiller.loader
     return distiller

@@ -179,14 +179,19 @@ def test_no_gradient_reaches_detached_real_features():
 
 
 def test_a_device_without_float64_falls_back(monkeypatch):
-    """Equal rows: in float32 K + λI is not positive definite in arithmetic."""
-    row = torch.randn(1, 400, generator=torch.Generator().manual_seed(0)) * 30
-    f_syn = (row + 1e-4 * torch.randn(60, 400, generator=torch.Generator().manual_seed(1))).float()
-    f_real, y_syn = f_syn[:5] + 0.1, torch.randn(60, 3)
-    wanted = krr_predict(f_real, f_syn, y_syn, 1e-9)
+    """A constant kernel: in float32 K + λI is not positive definite in arithmetic, in float64 it is."""
+    k, y_syn = torch.full((200, 200), 3.0), torch.arange(600.0).view(200, 3) / 600
+    lam = 1e-8 * k.trace() * torch.eye(200)
+    assert torch.linalg.cholesky_ex(k + lam)[1] != 0 == torch.linalg.cholesky_ex((k + lam).double())[1]
     monkeypatch.setattr(loss_module, "_solve_dtype", lambda x: torch.float32)
-    k = f_syn @ f_syn.T + 1
-    lam = 1e-9 * k.trace() * torch.eye(60)
-    assert torch.linalg.cholesky_ex(k + lam)[1] != 0  # plain float32 fails
-    found = krr_predict(f_real, f_syn, y_syn, 1e-9)
-    assert found.isfinite().all() and wanted.isfinite().all()
+    found = loss_module.kernel_predict(k[:5], k, y_syn, 1e-8)
+    assert found.isfinite().all()
+
+
+def test_a_failed_factorisation_is_nan():
+    """LAPACK stops half way and leaves finite numbers behind: the loop has to see that."""
+    k = torch.diag(torch.tensor([1.0, 1.0, -1.0])).double()
+    factor, failed = torch.linalg.cholesky_ex(k)
+    assert failed == 3 and factor.isfinite().all()
+    found = loss_module.kernel_predict(torch.ones(2, 3).double(), k, torch.ones(3, 1).double(), 1e-6)
+    assert found.isnan().all()

@@ -59,7 +59,7 @@ def test_every_view_equals_the_target_model(hflip, filled):
     assert views == 25 * (2 if hflip else 1)
     table = TargetViews(target, torch.full((5 * views, 4), torch.nan), views)
     if filled:
-        table.fill(IMAGES, STATS, pad)
+        table.fill(IMAGES, STATS, pad, CPU)
         assert target.seen == 5 * views
     number = 0
     for flip in [False, True][: 1 + hflip]:

@@ -22,6 +22,7 @@ from trajectory.buffers import Experts
 from trajectory.experts import default_network
 from trajectory.match import DISTANCES, UNROLLS, Batch, functional_loss, matching_distance, tensor_weights
 from utils.cli import flag
+from utils.device import upload
 from utils.errors import UserError
 from utils.seed import draw_seed, local_seed
 
@@ -248,8 +249,8 @@ class TrajectoryMatching(Distiller):
         flags, m, found, rows = self.flags, len(self.x_syn), [], []
         for _ in range(flags.syn_steps):
             if not rows:
-                order = torch.randperm(m, generator=self.stream("student's batches")).to(self.x_syn.device)
-                rows = list(order.split(min(flags.batch_syn or m, m)))
+                order = torch.randperm(m, generator=self.stream("student's batches"))
+                rows = list(upload(order, self.x_syn.device).split(min(flags.batch_syn or m, m)))
             seed = draw_seed(self.stream("augmentation"))
             found.append(functools.partial(self.batch, rows.pop(0), seed))
         return found

@@ -1,11 +1,12 @@
 """The one rule for where to compute."""
 
 import contextlib
+import itertools
 import os
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils.errors import UserError, pick
 from utils.memory import keep_freed_memory
@@ -79,7 +80,18 @@ def place(model: nn.Module, device: torch.device, layout: str = "channels_last")
     Channels last, a training step of convnet_32_64_128_bn on 128 images of 16 pixels took 0.64 of
     the time on a 2-core CPU. Values change by float rounding only.
     """
-    return model.to(device, memory_format=pick(LAYOUTS, layout, "layout"))
+    if device.type == "cuda":  # as in `upload`: some methods draw a new network at every step
+        for t in itertools.chain(model.parameters(), model.buffers()):
+            t.data = t.data.pin_memory() if t.device.type == "cpu" else t.data
+    how = dict(memory_format=pick(LAYOUTS, layout, "layout"), non_blocking=device.type != "mps")
+    return model.to(device, **how)
+
+
+def upload(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor on `device`; from the CPU to CUDA without making either wait for the other."""
+    if device.type == "cuda" and t.device.type == "cpu":
+        t = t.pin_memory()  # torch reuses the pinned memory only after the copy
+    return t.to(device, non_blocking=device.type != "mps")
 
 
 def free_memory(device: torch.device) -> int:

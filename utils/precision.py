@@ -40,8 +40,12 @@ def autocast(name: str, device: torch.device) -> contextlib.AbstractContextManag
 
 
 def compiled(function: Callable, wanted: bool) -> Callable:
-    """`torch.compile` it if wanted; one that takes the network as an argument is compiled once."""
-    return torch.compile(function) if wanted else function
+    """`torch.compile` it if wanted, for each batch size by itself.
+
+    One that takes the network as an argument is compiled once for all networks. Each pass needs a
+    function of its own: two batch sizes of one would be compiled again and again, or with symbolic sizes.
+    """
+    return torch.compile(function, dynamic=False, fullgraph=True) if wanted else function
 
 
 def check_compile(device: torch.device) -> None:

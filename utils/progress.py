@@ -65,7 +65,7 @@ class LossWindow:
         self._losses.append(loss.detach())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"losses": torch.stack(list(self._losses)).tolist() if self._losses else []}
+        return {"losses": self._stacked().tolist() if self._losses else []}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._losses.clear()
@@ -75,8 +75,11 @@ class LossWindow:
         """Mean over the window as a Python float; NaN while it is empty."""
         if not self._losses:
             return math.nan
+        return float(self._stacked().mean())
+
+    def _stacked(self) -> Tensor:
         device = self._losses[-1].device  # losses of an earlier start came back to the CPU
-        return float(torch.stack([loss.to(device) for loss in self._losses]).mean())
+        return torch.stack([loss.to(device) for loss in self._losses])
 
 
 class FiniteGuard:

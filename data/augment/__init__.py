@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from data.specs import Stats
+from utils.device import upload
 
 
 def to_float(x: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def _channel_rows(stats: Stats, dtype: torch.dtype, device: torch.device) -> tup
 
 def gather_pixels(x: Tensor, index: Tensor) -> Tensor:
     """Pixels of x (n, C, H, W) at flat positions `index` (n or 1, H', W'), for all channels."""
-    flat = index.to(x.device).flatten(1)[:, None].expand(*x.shape[:2], -1)
+    flat = upload(index, x.device).flatten(1)[:, None].expand(*x.shape[:2], -1)
     return x.flatten(2).gather(2, flat).view(*x.shape[:2], *index.shape[1:])
 
 
@@ -54,4 +55,4 @@ def read_pixels(x: Tensor, rows: Tensor, columns: Tensor, fill: Tensor | float =
     inside = ((rows >= 0) & (rows < height))[:, :, None]
     inside = inside & ((columns >= 0) & (columns < width))[:, None, :]
     index = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
-    return torch.where(inside[:, None].to(x.device), gather_pixels(x, index), fill)
+    return torch.where(upload(inside, x.device)[:, None], gather_pixels(x, index), fill)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.device import upload
+
 
 class CropFlip(NamedTuple):
     """Parameters of a batch of views: offsets in [0, 2·pad] and a flip flag, each of shape (B,)."""
@@ -57,7 +59,7 @@ def apply_crop_flip(x: Tensor, views: CropFlip, pad: int) -> Tensor:
     is differentiable in a floating-point x.
     """
     channels, height, width = x.shape[1:]
-    view = view_numbers(views, pad).to(x.device, non_blocking=True)
+    view = upload(view_numbers(views, pad), x.device)
     index = _view_table(height, width, pad, x.device).index_select(0, view)  # (B, H·W)
     padded = F.pad(x, (pad, pad, pad, pad)).flatten(2)
     return padded.gather(2, index[:, None].expand(-1, channels, -1)).view_as(x)

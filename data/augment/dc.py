@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.augment import gather_pixels, read_pixels
+from utils.device import upload
 from utils.errors import pick
 
 CROP_PIXELS = 4
@@ -60,7 +61,7 @@ def dc_augment(x: Tensor, strategy: str, generator: torch.Generator) -> Tensor:
     for number, operation in enumerate(operations):
         members = (drawn == number).nonzero().flatten()
         if len(members):
-            members = members.to(x.device)
+            members = upload(members, x.device)
             out[members] = operation(x[members], mean, generator)
     return out
 
@@ -102,16 +103,16 @@ def rotate(x: Tensor, degrees: Tensor, fill: Tensor) -> Tensor:
     towards the second; `fill` is the value outside the picture, a scalar tensor.
     """
     height, width = x.shape[2:]
-    to_coefficients = [_spline_filter(side).to(x) for side in (height, width)]
+    to_coefficients = [upload(_spline_filter(side).to(x.dtype), x.device) for side in (height, width)]
     coefficients = to_coefficients[0] @ x @ to_coefficients[1].mT
     rows, columns = _read_places(degrees, height, width)
     inside = (rows >= 0) & (rows <= height - 1) & (columns >= 0) & (columns <= width - 1)
     out = torch.zeros_like(x)
     for row, row_weight in _taps(rows, height):
         for column, column_weight in _taps(columns, width):
-            weight = (row_weight * column_weight)[:, None].to(x)
+            weight = upload((row_weight * column_weight)[:, None].to(x.dtype), x.device)
             out += weight * gather_pixels(coefficients, row * width + column)
-    return torch.where(inside[:, None].to(x.device), out, fill)
+    return torch.where(upload(inside, x.device)[:, None], out, fill)
 
 
 def _read_places(degrees: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -159,7 +160,7 @@ def _taps(at: Tensor, side: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _noise(x: Tensor, mean: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+    noise = upload(torch.randn(x.shape, generator=generator).to(x.dtype), x.device)
     return x + NOISE_STD * noise
 
 

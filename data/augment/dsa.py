@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.augment import read_pixels
+from utils.device import upload
 from utils.errors import pick
 
 BRIGHTNESS, SATURATION, CONTRAST = 1.0, 2.0, 0.5
@@ -63,7 +64,7 @@ def diff_augment(
     if seed is not None and seed < 0:
         raise ValueError(f"seed is {seed}, expected an integer >= 0")
     draw = Draws(seed, generator, siamese, x.device)
-    return operations[int(draw.integers(0, len(operations), 1))](x, draw, align_corners)
+    return operations[draw.number(len(operations))](x, draw, align_corners)
 
 
 def no_augmentation(strategy: str | None) -> bool:
@@ -100,16 +101,22 @@ class Draws:
     def _draw(self, sampler: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         if self._seeds is not None:
             self._generator.manual_seed(next(self._seeds))
-        values = sampler(*args, generator=self._generator, **kwargs)
-        return (values[:1] if self._siamese else values).to(self._device)
+        return sampler(*args, generator=self._generator, **kwargs)
+
+    def _move(self, values: Tensor) -> Tensor:
+        return upload(values[:1] if self._siamese else values, self._device)
+
+    def number(self, end: int) -> int:
+        """One whole number from 0 to end - 1; it never leaves the CPU."""
+        return int(self._draw(torch.randint, 0, end, (1,)))
 
     def uniform(self, *size: int) -> Tensor:
         """U(0, 1) in float32 whatever the images have, so that the parameters are the same."""
-        return self._draw(torch.rand, size, dtype=torch.float32)
+        return self._move(self._draw(torch.rand, size, dtype=torch.float32))
 
     def integers(self, low: int, high: int, *size: int) -> Tensor:
         """Whole numbers from low to high - 1."""
-        return self._draw(torch.randint, low, high, size)
+        return self._move(self._draw(torch.randint, low, high, size))
 
 
 # Each operation: (x, draw, align_corners) -> x. Its random values have batch size B, or 1 in

@@ -6,6 +6,8 @@ Source: Zhang et al., "mixup: Beyond Empirical Risk Minimization", arXiv 1710.09
 import torch
 from torch import Tensor
 
+from utils.device import upload
+
 
 def mixup(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """λ·x + (1 - λ)·x[partner] with a λ and a partner for each row; the same for y.
@@ -18,10 +20,10 @@ def mixup(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Ten
         generator: on the CPU.
     """
     share = torch.rand(len(x), generator=generator)
-    partner = torch.randperm(len(x), generator=generator).to(x.device)
+    partner = upload(torch.randperm(len(x), generator=generator), x.device)
 
     def blend(t: Tensor) -> Tensor:
-        part = share.to(t.device, t.dtype).view(-1, *[1] * (t.dim() - 1))
+        part = upload(share.to(t.dtype), t.device).view(-1, *[1] * (t.dim() - 1))
         return part * t + (1 - part) * t[partner]
 
     return blend(x), blend(y)
