@@ -20,7 +20,7 @@ from data.augment import normalize
 from data.augment.dsa import check_strategy, no_augmentation
 from data.load import ImageSet
 from data.synthetic import SyntheticSet, TrainingSettings
-from data.synthetic.forms import detect_form
+from data.synthetic.forms import detect_form, find_set
 from evaluation.measure import Cell, CellStore, finish, grouped, spread
 from evaluation.probe import shuffled_classes
 from evaluation.ranking import SCORES, scores, titled
@@ -190,10 +190,7 @@ def synthetic_path(flags: ValidateFlags) -> Path:
                 f"looked for {folder}/*/{name} and found {shown}; give --synthesis_data_path{way}"
             )
         return found[0]
-    if any((path / mark).exists() for mark in ("x_syn.pt", "labels.csv")):
-        return path
-    found = sorted(path.glob("res_*.pt"))
-    return found[0] if len(found) == 1 else path
+    return find_set(path) or path
 
 
 def set_command(flags: ValidateFlags) -> str:

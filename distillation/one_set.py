@@ -13,7 +13,6 @@ import torch
 from data.augment import denormalize
 from data.augment.dsa import check_strategy
 from data.load import load_set
-from data.specs import Stats
 from data.synthetic.training import TRAINING_FILE, read_training, write_training
 from data.target_scale import TARGET_SCALES, TargetScale
 from data.whitening import Whitening
@@ -159,17 +158,6 @@ class SetSetup(Setup):
     def folder(self) -> Path:
         """{save_dir}/{exp_name}."""
         return Path(self.flags.save_dir) / self.flags.exp_name
-
-    @property
-    def syn_stats(self) -> Stats:
-        """What undoes the normalisation of the set."""
-        return self.image_set.stats
-
-    @property
-    def extra(self) -> dict[str, Any]:
-        """The source and what undoes the normalisation of the set."""
-        stats = self.syn_stats
-        return {"data_name": self.flags.data_name, "mean": stats.mean, "std": stats.std}
 
     @property
     def inputs(self) -> dict[str, str]:

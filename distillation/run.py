@@ -12,16 +12,18 @@ from typing import Any
 
 import torch
 
+from data.augment import denormalize
 from data.load import ImageSet
+from data.specs import Stats
 from distillation.base import Distiller
 from distillation.loop import Observer, Plan, run_loop
 from distillation.problem import Problem
-from utils import cli
+from utils import checkpoint, cli
 from utils.device import resolve_device
 from utils.distributed import Group, local_gpu, process_group, quiet_unless_first
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
-from utils.run_folder import FollowedRun, Run, RunFolder, claim_run
+from utils.run_folder import START_FILE, FollowedRun, Run, RunFolder, claim_run
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,14 @@ class Setup:
         raise NotImplementedError
 
     @property
+    def syn_stats(self) -> Stats:
+        """What undoes the normalisation of the set."""
+        return self.image_set.stats
+
+    @property
     def extra(self) -> dict[str, Any]:
-        """More facts for config.json."""
-        stats = self.image_set.stats
+        """More facts for config.json: the source, and what undoes the normalisation of the set."""
+        stats = self.syn_stats
         return {"data_name": self.image_set.name, "mean": stats.mean, "std": stats.std}
 
     @property
@@ -104,8 +111,15 @@ class Setup:
         raise NotImplementedError
 
     def distil(self, run: Run, problem: Problem, plan: Plan) -> tuple[Distiller, dict[str, Any]]:
-        """One distillation to its end; returns the distiller and what `run_loop` gives."""
+        """One distillation to its end; returns the distiller and what `run_loop` gives.
+
+        Of a run's first one the images before the first step are kept, as pixels.
+        """
         distiller = self.method.distiller(problem, self.flags)
+        path = run.path / START_FILE
+        if self.group.first and not plan.experiment and not path.exists():
+            pixels = denormalize(distiller.synthetic().images, self.syn_stats).clamp(0, 1)
+            checkpoint.save(pixels.mul(255).round().byte().cpu(), path)
         observer = self.observer(run, plan, distiller)
         return distiller, run_loop(distiller, run, observer, plan)
 
@@ -146,6 +160,13 @@ def run_method(method: Method, flags: Any) -> int:
     return 0
 
 
+def repeating(method: Method, flags: Any) -> str:
+    """The command that repeats a run of these resolved flags, apart from its seed."""
+    recipe = {"method": None, **method.recipes.get(getattr(flags, "recipe", ""), {})}
+    given = dict(method=method.name.lower(), seed=None)
+    return cli.command_line("python train.py", flags, recipe, **given)
+
+
 def open_run(setup: Setup, held: ExitStack) -> Run:
     """The run folder, claimed and made by the first process, followed by the others.
 
@@ -165,6 +186,7 @@ def open_run(setup: Setup, held: ExitStack) -> Run:
             device=setup.device,
             overwrite=flags.overwrite,
             tensorboard=flags.tensorboard,
+            command=repeating(setup.method, flags),
             extra=setup.extra,
             inputs=setup.inputs,
         )

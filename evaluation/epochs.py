@@ -40,11 +40,12 @@ def make_checkpoint(
     image_set: ImageSet,
     device: torch.device,
     train: Callable[[RunFolder], tuple[nn.Module, dict[str, Any]]],
+    program: str,
 ) -> None:
     """Train a network on `image_set` and write its state dict, unless these flags have made it already.
 
     `train` gets the run folder beside the checkpoint and returns the network and what else goes into
-    results.json.
+    results.json; `program` is the command, such as `python -m krr_st.target`.
 
     Raises:
         UserError: the folder holds a run with other flags or data, `path` came from elsewhere, or the
@@ -62,6 +63,7 @@ def make_checkpoint(
             {**cli.identity(flags), "img_size": image_set.size},  # the flags may leave it to the preset
             seed=flags.seed,
             device=device,
+            command=cli.command_line(program, flags, seed=None),
             inputs={"data set": image_set.fingerprint},
             overwrite=flags.overwrite,
             tensorboard=flags.tensorboard,

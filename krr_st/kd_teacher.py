@@ -60,7 +60,7 @@ def main(flags: KdTeacherFlags) -> int:
     get_model(flags.arch, image_set.img_shape)  # an unknown name fails before anything is written
     path = Path(flags.save_dir) / f"teacher_{flags.data_name}.pt"
     train = functools.partial(train_teacher, flags, image_set, device)
-    make_checkpoint(path, flags, image_set, device, train)
+    make_checkpoint(path, flags, image_set, device, train, "python -m krr_st.kd_teacher")
     return 0
 
 

@@ -155,7 +155,7 @@ def main(flags: TargetFlags) -> int:
     Representation(flags.target_model, image_set.img_shape)  # an unknown name fails before a write
     path = default_checkpoint(flags.target_model, flags.data_name, flags.save_dir)
     train = functools.partial(train_target, flags, image_set, device)
-    make_checkpoint(path, flags, image_set, device, train)
+    make_checkpoint(path, flags, image_set, device, train, "python -m krr_st.target")
     return 0
 
 

@@ -186,4 +186,5 @@ def test_overwriting_leaves_nothing_of_the_old_run(tiny):
         "results.json",
         "vis_DM_tiny_ConvNetD1_1ipc_exp0_iter0.png",
         "vis_DM_tiny_ConvNetD1_1ipc_exp0_iter4.png",
+        "x_start.pt",
     ]

@@ -192,6 +192,7 @@ def test_run_folder(tiny):
         "log.jsonl",
         "loss.png",
         "results.json",
+        "x_start.pt",
         "x_syn.png",
         "x_syn.pt",
         "y_syn.pt",
@@ -343,7 +344,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(tiny, monkeypatch):
         stop_at(patch, 2)
         assert run("a", "--outer_lr", "0.5", "--overwrite") == 130
     names = {p.name for p in Path("results/a").iterdir()}
-    assert names == {"config.json", "log.jsonl"}  # no file of other flags beside this config
+    assert names == {"config.json", "log.jsonl", "x_start.pt"}  # no file of other flags beside this config
     assert run("a", "--outer_lr", "0.5") == 0
 
 

@@ -267,6 +267,7 @@ def make_experts(flags: ExpertFlags, device: torch.device) -> Path:
             seed=flags.seed,
             device=device,
             overwrite=flags.overwrite,
+            command=cli.command_line("python -m trajectory.experts", flags, seed=None),
             extra={"data_name": flags.data_name},
             inputs=training.inputs if training else {},
         )

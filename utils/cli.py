@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import operator
+import shlex
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -186,6 +187,36 @@ def command(config_class: type, **options: Any) -> Callable[[Callable[[Any], int
         return parsed
 
     return decorate
+
+
+# Flags that no command needs that repeats a run.
+_ONCE = ("dry_run", "overwrite", "resume")
+
+
+def command_line(
+    program: str, config: Any, defaults: Mapping[str, Any] = MappingProxyType({}), **given: Any
+) -> str:
+    """The command that gives `config`, in shell syntax; flags at their defaults are left out.
+
+    `program` is as one types it (`python train.py`), `defaults` are as for `parse`, and `given` takes the
+    place of values of `config`, None that of no value. A flag that has taken another's place stands alone.
+    """
+    values = {**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, **given}
+    words = shlex.split(program)
+    replaced = {
+        other
+        for field in dataclasses.fields(config)
+        if (other := field.metadata["instead_of"]) and values[field.name]
+    }
+    for field in dataclasses.fields(config):
+        name, value, default = field.name, values[field.name], defaults.get(field.name, field.default)
+        if value is None or value == default or name in replaced or name in _ONCE:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
 
 
 def as_json(config: Any) -> dict[str, Any]:

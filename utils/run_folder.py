@@ -22,7 +22,9 @@ from utils.seed import resolve_seed
 # What `--tensorboard` of every command that has a run folder says.
 TENSORBOARD = "also log for TensorBoard (package tensorboard), into {run folder}/tensorboard"
 
-_STALE = ("results.json", "state.pt", "state.prev.pt", "log.jsonl")
+START_FILE = "x_start.pt"  # the set's images before the first step: m×C×H×W uint8 pixels
+
+_STALE = ("results.json", "state.pt", "state.prev.pt", "log.jsonl", START_FILE)
 # Removed by --overwrite: no set may lie beside the configuration of another run.
 _ARTEFACTS = ("x_syn.pt", "y_syn.pt", "training.safetensors", "x_syn.png", "loss.png", "curves.png")
 
@@ -141,8 +143,9 @@ class RunFolder:
     seed. Others in the same folder are a UserError, unless `overwrite` starts from nothing.
 
     `flags` are those that say which run it is (utils.cli.identity), `inputs` name what it reads and
-    give its fingerprint, `extra` are more facts for config.json. `seed` None means the earlier start's
-    or a drawn one. `tensorboard` writes the log's numbers into {path}/tensorboard, too.
+    give its fingerprint, `extra` are more facts for config.json, `command` is the one that repeats the
+    run, apart from its seed. `seed` None means the earlier start's or a drawn one. `tensorboard` writes
+    the log's numbers into {path}/tensorboard, too.
     """
 
     def __init__(
@@ -152,6 +155,7 @@ class RunFolder:
         *,
         seed: int | None,
         device: torch.device,
+        command: str | None = None,
         extra: dict[str, Any] | None = None,
         inputs: Mapping[str, str] = MappingProxyType({}),
         overwrite: bool = False,
@@ -185,7 +189,9 @@ class RunFolder:
         if not self.resumed:
             for stale in _STALE + (_ARTEFACTS if overwrite else ()):
                 (self.path / stale).unlink(missing_ok=True)
-            record = {"seed": self.seed, **(extra or {}), "inputs": dict(inputs), "flags": flags}
+            repeat = {} if command is None else {"command": f"{command} --seed {self.seed}"}
+            facts = {"seed": self.seed, **repeat, **(extra or {})}
+            record = {**facts, "inputs": dict(inputs), "flags": flags}
             write_json(self.path / "config.json", {**record, "environment": environment(device)})
             checkpoint.write_text(self._log, "")
 

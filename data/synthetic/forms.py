@@ -71,6 +71,14 @@ def detect_form(path: Path) -> str:
     return path.suffix[1:] if path.suffix in (".safetensors", ".npz") else "res"
 
 
+def find_set(folder: Path) -> Path | None:
+    """The set in a run folder: a pair, a PNG folder, or the one res file; None without any."""
+    if any((folder / mark).exists() for mark in ("x_syn.pt", "labels.csv")):
+        return folder
+    found = sorted(folder.glob("res_*.pt"))
+    return found[0] if len(found) == 1 else None
+
+
 def _describe(synthetic: SyntheticSet) -> str:
     """What lies beside the tensors, as JSON."""
     stats = synthetic.stats
