@@ -1,14 +1,28 @@
-"""Curves, TensorBoard scalars and the HTML page of a run."""
+"""Curves, TensorBoard scalars and the HTML page of one run or many."""
 
 import base64
+import html
+import io
 import json
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import NET, write_set, write_target
+from PIL import Image
 
-from utils import report
+import train
+from data.specs import Stats
+from data.synthetic import SyntheticSet
+from distillation.run import repeating, resolved
+from evaluation.nearest import find_nearest, unseen_distances
+from methods import METHODS, command
+from utils import checkpoint, report
 from utils.run_folder import RunFolder, numbers, read_series
 
 
@@ -80,3 +94,181 @@ def test_tensorboard_shows_the_log_and_a_resumed_run_once(workspace):
     assert found["loss"] == losses
     logged = [json.loads(s)["step"] for s in Path("run/log.jsonl").read_text().splitlines()]
     assert logged == [1, 2, 3, 4]
+
+
+def decoded(page):
+    """Text for each image of a page -> its pixels in [0, 255]."""
+    found = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]+)"', page)
+    return {alt: np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))) for alt, data in found}
+
+
+def make_set(folder, name="tiny"):
+    """A run whose set, begun as the training pictures 0 and 1, is a copy of 5, mirrored, and a grey image."""
+    train = checkpoint.load(f"datasets/{name}/X_tr_8.pth")
+    stats = Stats((0.5,) * 3, (0.25,) * 3)
+    run = make_run(
+        folder, extra={"data_name": name, "mean": stats.mean, "std": stats.std}, command="python a.py"
+    )
+    pixels = torch.stack([train[5].flip(-1) / 255, torch.full((3, 8, 8), 0.5)])
+    SyntheticSet((pixels - 0.5) / 0.25, torch.tensor([1, 3]), stats, name).save(folder)
+    checkpoint.save(train[:2], Path(folder) / "x_start.pt")
+    return run, train
+
+
+def test_nearest_pictures_against_a_loop_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (40, 3, 5, 5), generator=generator).byte()
+    queries = torch.rand(6, 3, 5, 5, generator=generator)
+    queries[2] = images[11].flip(-1) / 255
+    found = find_nearest(queries, images, mirror=True)
+    for q, query in enumerate(queries.double()):
+        distance, index, mirrored = min(
+            ((query - p).square().mean().sqrt().item(), i, m)
+            for i, image in enumerate(images.double() / 255)
+            for m, p in ((False, image), (True, image.flip(-1)))
+        )
+        assert (found.index[q], found.mirrored[q]) == (index, mirrored)
+        assert found.distance[q] == pytest.approx(distance, abs=1e-6)
+    assert found.distance[2] < 1e-6 and found.index[2] == 11  # no digits lost in a small difference
+    real = images.double().flatten(1) / 255
+    apart = torch.cdist(real, real).fill_diagonal_(torch.inf).amin(1) / 75**0.5
+    torch.testing.assert_close(unseen_distances(images, None), apart.float())
+    assert unseen_distances(images, images[:7]).abs().max() < 1e-6
+
+
+def test_a_set_is_shown_beside_its_start_and_the_nearest_training_pictures(workspace):
+    write_set("datasets", "tiny")
+    (Path("datasets/tiny") / "meta.json").write_text(json.dumps({"class_names": ["<a>", "b", "c", "d"]}))
+    run, train = make_set("results/one")
+    page = report.report(Path("results/one")).read_text()
+    tiles = decoded(page)
+    assert (tiles["start of image 1"] == train[1].permute(1, 2, 0).numpy()).all()
+    copy = train[5].flip(-1).permute(1, 2, 0).numpy()
+    assert (tiles["image 0"] == copy).all()
+    assert (tiles["nearest training picture to image 0"] == copy).all()  # mirrored as the image is
+    assert "0, b · 0.000<" in page and "1 equal one to 8 bits" in page and "<a>" not in page
+    assert "0 are nearest to the very training picture" in page
+    assert f"python a.py --seed {run.seed}" in page
+    checkpoint.save(train[5:7], Path("results/one/x_start.pt"))
+    assert "1 are nearest to the very training picture" in report.report(Path("results/one")).read_text()
+
+
+def test_without_its_data_or_its_start_a_set_is_shown_all_the_same(workspace):
+    write_set("datasets", "tiny")
+    make_set("results/one")
+    shutil.rmtree("datasets")
+    Path("results/one/x_start.pt").write_bytes(b"PK")
+    page = html.unescape(report.report(Path("results/one")).read_text())
+    assert {"image 0", "image 1"} == {alt for alt in decoded(page) if "image" in alt}
+    assert "tiny at 8 pixels is not prepared" in page and "x_start.pt" in page and "data.prepare" in page
+
+
+def test_many_runs_on_one_page(workspace, capsys):
+    write_set("datasets", "tiny")
+    make_set("results/a")[0].finish({"seconds": 12.0})
+    make_set("results/b")
+    log = Path("results/b/log.jsonl")
+    log.write_text(log.read_text() + '{"step": 6, "loss": 1' + "0" * 400 + '}\n{"step"')
+    Path("results/b/x_syn.pt").write_bytes(b"damaged")
+    for name, text in (("damaged", "{"), ("model", '{"hidden_size": 8}')):
+        Path("results", name).mkdir()
+        Path("results", name, "config.json").write_text(text)
+    Path("test_log").mkdir()
+    score = {"network": "ConvNet", "n": 3, "mean": 0.5, "label_robust_score": 0.25}
+    record = {"synthetic_set": "results/a", "summary": [score]}
+    Path("test_log/results.json").write_text(json.dumps(record))
+    assert report.main(["results"]) == 0
+    assert capsys.readouterr().out.strip() == "results/report.html"
+    page = html.unescape(Path("results/report.html").read_text())
+    table, rest = page.split("</thead>", 1)
+    assert table.count("<button>") == 11 and "LRS" in table and "ARS" not in table
+    rows = rest.split("</tbody>")[0].split("<tr>")[1:]
+    assert len(rows) == 3  # the network of another program is no run
+    assert "1 of 2" in rows[0] and "0.2500" in rows[0] and "finished (" not in rows[0]
+    assert "not finished (see there)" in rows[1] and "damaged (see there)" in rows[2]
+    assert "results/b/log.jsonl holds numbers" in page and "results/b/x_syn.pt" in page
+    assert "results/damaged/config.json does not hold readable JSON" in page
+    assert decoded(page)["curves of all runs"].shape[2] == 4
+
+
+def test_the_command_of_a_run_gives_its_flags(workspace, monkeypatch):
+    write_set("datasets", "tiny")
+    write_target()
+    parsed = []
+    monkeypatch.setattr(command, "run_method", lambda method, flags: parsed.append((method, flags)))
+    for name, row in METHODS.items():
+        for recipe in row.recipes or (None,):
+            argv = ["--data_name", "tiny", "--img_size", "8", "--num_images", "8", "--exp_name", "it's"]
+            argv += ["--method", name] + (["--recipe", recipe] if recipe else [])
+            argv += ["--target_model", NET] * (row.labels == "features")
+            argv += ["--CLoM", "--alphas", "3", "--align_corners"] * (row.setup.__name__ == "MatchingSetup")
+            train.main(argv)
+            flags = resolved(row, parsed.pop()[1])
+            train.main(shlex.split(repeating(row, flags))[2:])
+            method, again = parsed.pop()
+            assert method is row and resolved(row, again) == flags
+
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+)
+# Appended to the page: it clicks, looks, and leaves what it found in the document.
+CHECK = """<script>
+addEventListener("load", async () => {
+  const found = {errors: [], orders: {}};
+  addEventListener("error", event => found.errors.push(event.message));
+  const images = [...document.images];
+  const seen = await Promise.allSettled(images.map(image => image.decode()));
+  found.images = images.length;
+  found.undecoded = images.filter((image, i) => seen[i].status !== "fulfilled").length;
+  for (const button of document.querySelectorAll("#runs button")) for (const turn of [1, 2]) {
+    button.click();
+    const heading = button.parentNode, rows = [...document.querySelectorAll("#runs tbody tr")];
+    const shown = rows.map(row => row.cells[heading.cellIndex].textContent.trim());
+    found.orders[button.textContent + turn] = [heading.ariaSort, ...shown];
+  }
+  for (const button of document.querySelectorAll(".copy")) button.click();
+  found.copied = getSelection().toString();
+  const names = performance.getEntriesByType("resource").map(entry => entry.name);
+  found.fetched = names.filter(name => !name.startsWith("data:"));
+  const place = document.createElement("output");
+  place.id = "found";
+  place.textContent = JSON.stringify(found);
+  document.body.append(place);
+});
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed to open the page with")
+def test_the_page_in_a_browser(workspace):
+    write_set("datasets", "tiny")
+    for name, seconds in (("b", 9.0), ("a", 100.0), ("c", 20.5)):
+        make_set(f"results/{name}")[0].finish({"seconds": seconds})
+    make_set("results/d")
+    page = report.report(Path("results"))
+    page.write_text(page.read_text().replace("</body>", f"{CHECK}</body>"))
+    argv = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={workspace / 'profile'}",
+    ]
+    argv += [
+        "--virtual-time-budget=20000",
+        "--enable-logging=stderr",
+        "--v=0",
+        "--dump-dom",
+        page.resolve().as_uri(),
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=150)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    found = json.loads(html.unescape(re.search(r'<output id="found">(.*?)</output>', done.stdout)[1]))
+    assert found["errors"] == [] and found["undecoded"] == 0 and found["fetched"] == []
+    assert found["images"] == 1 + 4 * 2 + 4 * 2 * 3  # the curves, strips of two, cards of three
+    orders = found["orders"]
+    assert orders["seconds1"] == ["ascending", "9", "20", "100", "–"]  # as numbers; what is unknown is last
+    assert orders["seconds2"] == ["descending", "100", "20", "9", "–"]
+    assert orders["run1"] == ["ascending", "a", "b", "c", "d"]
+    assert found["copied"].startswith("python a.py --seed ")

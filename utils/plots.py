@@ -109,12 +109,31 @@ def save_bar_groups(
     _save(figure, path)
 
 
-def save_curves(series: Lines, path: Path) -> None:
+def save_curves(series: Lines, path: Path | str) -> None:
     """Draw one panel per series; positive losses on a logarithmic axis."""
-    figure, grid = _panels(len(series), min(3, len(series)), 4.2, 2.8, dpi=100)
-    for axes, (name, (steps, values)) in zip(grid, series.items(), strict=True):
-        axes.plot(steps, values, linewidth=1.2, marker="." if len(steps) < 30 else None)
-        logarithmic = "loss" in name and min(values) > 0
+    save_shared_curves({"": series}, path)
+
+
+def save_shared_curves(runs: Mapping[str, Lines], path: Path | str) -> None:
+    """Draw one panel per name of a series with all runs, which keep their colours, on its axes."""
+    names = list(dict.fromkeys(name for series in runs.values() for name in series))
+    figure, grid = _panels(len(names), min(3, len(names)), 4.2, 2.8, dpi=100)
+    handles: dict[str, Any] = {}
+    for axes, name in zip(grid, names, strict=True):
+        for number, (run, series) in enumerate(runs.items()):
+            if name not in series:
+                continue
+            steps, values = series[name]
+            style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":", "-.")[number // 10 % 4])
+            marker = "." if len(steps) < 30 else None
+            (handles[run],) = axes.plot(steps, values, linewidth=1.2, marker=marker, **style)
+        lowest = min(min(series[name][1]) for series in runs.values() if name in series)
+        logarithmic = "loss" in name and lowest > 0
         axes.set(title=name, xlabel="step", yscale="log" if logarithmic else "linear")
         axes.grid(alpha=0.3)
+    if len(runs) > 1:
+        shown = [run for run in runs if run in handles]
+        figure.legend(
+            [handles[run] for run in shown], shown, loc="outside lower center", ncols=min(3, len(shown))
+        )
     _save(figure, path)

@@ -1,0 +1,565 @@
+"""One HTML page of one run or of many: table, curves, pictures, nearest real images, commands.
+
+The page holds all that it shows and opens from a disk; nothing is fetched.
+"""
+
+import base64
+import contextlib
+import io
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.augment import to_float
+from data.prepared import file_name, prepare_command
+from data.specs import find_row
+from data.synthetic import SyntheticSet
+from data.synthetic.forms import find_set
+from data.untrusted import check_regular, read_json
+from evaluation.nearest import EXPLAINED, Pictures, describe, find_nearest, near_training, read_pictures
+from utils import checkpoint
+from utils.cli import flag
+from utils.errors import UserError
+from utils.plots import Lines, save_curves, save_shared_curves
+from utils.run_folder import START_FILE, read_log, read_series
+from utils.table import format_mean_std, mean_std
+
+COMPARED = 1000  # images of a set that are compared with the training pictures
+_SIDE = 64  # pixels of a picture in the page at most
+_STRIP = 5  # images of a set in the table
+COLUMNS = (
+    "state",
+    "method",
+    "data set",
+    "images",
+    "side",
+    "accuracy, %",
+    "measured by",
+    "LRS",
+    "ARS",
+    "near training pictures",
+    "last loss",
+    "seconds",
+    "GPU memory, GiB",
+)
+_CHARTS = ("loss.png", "curves.png")
+_NOT_SHARED = ("lr", "steps_per_second")  # series that say nothing beside those of other runs
+_ACCURACIES = {"linear_accuracy": "linear probe", "test_accuracy": "trained on the set"}
+
+
+@dataclass(frozen=True)
+class ReportFlags:
+    """What a report shows."""
+
+    images: int = flag(
+        40, "synthetic images shown of each run, evenly spaced over its set", minimum=1, maximum=1000
+    )
+    data_dir: Path | None = flag(
+        None, "folder of the prepared sets, where the nearest real images are; default: as the run says"
+    )
+    test_log: Path = flag(
+        Path("./test_log"), "folder with results of validate.py: those of a run's set are shown beside it"
+    )
+
+
+class Value(NamedTuple):
+    """A cell of the table: what is read, and what it is sorted by."""
+
+    text: str
+    key: float | str = ""
+
+
+@dataclass
+class Card:
+    """One synthetic image; pictures are data URIs."""
+
+    number: int
+    label: str
+    end: str
+    start: str = ""
+    nearest: str = ""
+    nearest_label: str = ""
+    distance: str = ""
+
+    @property
+    def caption(self) -> str:
+        own = ", ".join(part for part in (str(self.number), self.label) if part)
+        near = f", {self.nearest_label}" if self.nearest_label not in ("", self.label) else ""
+        return f"{own} · {self.distance}{near}" if self.nearest else own
+
+
+@dataclass
+class Run:
+    """What the page says about one folder."""
+
+    path: Path
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    series: Lines = field(default_factory=dict)
+    synthetic: SyntheticSet | None = None
+    scores: list[dict[str, Any]] = field(default_factory=list)  # of validate.py, one per network
+    nearness: str = ""  # how near the set is to its training pictures, in words
+    near: tuple[int, int] | None = None  # so many of so many images are near to one
+    notes: list[str] = field(default_factory=list)  # what is damaged or not there
+    cards: list[Card] = field(default_factory=list)
+    pictures: list[tuple[str, str]] = field(default_factory=list)  # file name, data URI
+    cells: dict[str, Value] = field(default_factory=dict)
+
+    @cached_property
+    def flags(self) -> dict[str, Any]:
+        flags = self.config.get("flags")
+        return flags if isinstance(flags, dict) else {}
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The resolved configuration."""
+        left_out = ("flags", "environment", "command")
+        facts = {k: v for k, v in self.config.items() if k not in left_out}
+        return shown_values({**facts, **self.flags})
+
+    @property
+    def environment(self) -> dict[str, str]:
+        found = self.config.get("environment")
+        return shown_values(found if isinstance(found, dict) else {})
+
+    @property
+    def command(self) -> str:
+        command = self.config.get("command")
+        return command if isinstance(command, str) else ""
+
+    @property
+    def data_name(self) -> str:
+        """The source's name, or "" if it is unknown."""
+        names = (self.flags.get("data_name"), self.flags.get("dataset"), self.config.get("data_name"))
+        names += (self.synthetic and self.synthetic.data_name,)
+        return next((name for name in names if isinstance(name, str)), "")
+
+    @property
+    def state(self) -> str:
+        if self.results:
+            return "finished"
+        if not self.flags:
+            return "damaged" if self.notes else "a set without its run"
+        done = self.log[-1] if self.log else {}
+        step = done.get("iteration", done.get("step", 0))
+        steps = self.flags.get("outer_iteration", self.flags.get("Iteration"))
+        of = f" of {steps}" if isinstance(steps, int) else ""
+        return f"not finished: there is no results.json yet; step {step}{of} is logged"
+
+    @property
+    def shown_results(self) -> dict[str, str]:
+        return shown_values(self.results)
+
+    @property
+    def score_names(self) -> list[str]:
+        return list(dict.fromkeys(str(name) for row in self.scores for name in row))
+
+    @property
+    def shown_scores(self) -> list[dict[str, str]]:
+        return [shown_values(row) for row in self.scores]
+
+    @property
+    def strip(self) -> list[Card]:
+        """The set in the table: a few images, evenly spaced."""
+        return [self.cards[i] for i in spaced(len(self.cards), _STRIP).tolist()]
+
+    @property
+    def legend(self) -> str:
+        """What a card shows."""
+        first, total = self.cards[0], len(self.synthetic)
+        count = f"All {total} images" if total == len(self.cards) else f"{len(self.cards)} of {total} images"
+        parts = ["before the first step"] * bool(first.start) + ["at the end"]
+        parts += ["the nearest training picture, with its distance"] * bool(first.nearest)
+        return f"{count}. From left to right: {'; '.join(parts)}." if parts[1:] else f"{count}."
+
+    @property
+    def files(self) -> str:
+        return ", ".join(sorted(p.name for p in self.path.iterdir() if p.is_file()))
+
+    @property
+    def anchor(self) -> str:
+        return f"run-{self.name}"
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """What goes wrong with a file becomes a note of the page."""
+        try:
+            yield
+        except UserError as error:
+            self.notes.append(str(error))
+        except OSError as error:
+            self.notes.append(f"{error.filename or self.path}: {error.strerror or error}")
+
+
+def shown_values(values: dict[str, Any]) -> dict[str, str]:
+    """Values as the page's tables show them."""
+    return {str(name): _plain(value) for name, value in values.items()}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+        text = "\n".join(", ".join(f"{k}: {_plain(v)}" for k, v in row.items()) for row in value)
+    else:
+        text = value if isinstance(value, str) else json.dumps(_rounded(value))
+    return text if len(text) < 2000 else text[:2000] + " ..."
+
+
+def _rounded(value: Any) -> Any:
+    """A JSON value whose numbers have six digits."""
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def report(folder: Path, flags: ReportFlags | None = None) -> Path:
+    """Write `report.html` into a run folder, or into a folder that holds runs; returns its path.
+
+    What is damaged or missing in a run is said in the page. Curves of all runs go into `curves.png`, too.
+    A UserError says that there is no run, or that the page cannot be written.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only a report needs it
+
+    flags = flags or ReportFlags()
+    folders = run_folders(folder)
+    alone = folders == [folder]
+    sources, scores = Sources(flags.data_dir), read_scores([folder, flags.test_log])
+    runs = [read_run(p, folder.name if alone else p.relative_to(folder).as_posix()) for p in folders]
+    for run in runs:
+        run.scores = [row for path in own_paths(run.path) for row in scores.get(path, ())]
+        if run.synthetic is not None:
+            with run.noting():
+                show_set(run, sources, flags.images)
+        run.cells = summary(run)
+    curves = draw_curves(folder, runs, alone)
+    for run in runs:
+        run.pictures = pictures_of(run, alone)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html").render(
+        title=folder.resolve().name or str(folder),
+        runs=runs,
+        columns=[name for name in COLUMNS if any(name in run.cells for run in runs)],
+        alone=alone,
+        curves=curves,
+        nothing=Value("–"),
+        charts=_CHARTS,
+        explained=EXPLAINED,
+    )
+    path = folder / "report.html"
+    checkpoint.write_text(path, page)
+    return path
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The folder itself if it holds a run or a set, else those below that do; a UserError without any."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; expected one that holds runs")
+    if is_run(folder):
+        return [folder]
+    marks = ("config.json", "x_syn.pt")
+    places = {path.parent for mark in marks for path in folder.rglob(mark)}
+    hidden = {p for p in places if any(part.startswith(".") for part in p.relative_to(folder).parts)}
+    found = sorted(p for p in places - hidden if is_run(p))
+    if not found:
+        raise UserError(f"{folder} holds no run: expected folders with config.json or x_syn.pt")
+    return found
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, damaged or not, or a set; other programs' config.json has no flags."""
+    try:
+        config = read_json(folder / "config.json")
+    except UserError:
+        return True
+    return "flags" in config or (folder / "x_syn.pt").exists()
+
+
+def read_run(path: Path, name: str) -> Run:
+    """Read what a run folder holds."""
+    run = Run(path, name)
+    with run.noting():
+        run.config = read_json(path / "config.json")
+    with run.noting():
+        run.results = read_json(path / "results.json")
+    with run.noting():
+        check_regular(path / "log.jsonl")
+        run.log = read_log(path / "log.jsonl")
+        try:
+            run.series = {
+                name: kept for name, s in read_series(path / "log.jsonl").items() if (kept := finite(s))
+            }
+        except (OverflowError, RecursionError):
+            run.notes.append(
+                f"{path / 'log.jsonl'} holds numbers that no run writes; its curves are left out"
+            )
+    with run.noting():
+        place = find_set(path)
+        run.synthetic = None if place is None else SyntheticSet.load(place)
+    return run
+
+
+def finite(series: tuple[list[float], list[float]]) -> tuple[list[float], list[float]] | None:
+    """The points of a curve that can be drawn; None without any."""
+    points = [(x, y) for x, y in zip(*series, strict=True) if abs(x) < 2**53 and math.isfinite(y)]
+    return ([x for x, _ in points], [y for _, y in points]) if points else None
+
+
+# ---- evaluations
+
+
+def read_scores(places: list[Path]) -> dict[Path, list[dict[str, Any]]]:
+    """Synthetic set -> the rows that validate.py has written about it, one per network."""
+    found: dict[Path, list[dict[str, Any]]] = {}
+    for path in sorted({p for place in places if place.is_dir() for p in place.rglob("results.json")}):
+        with contextlib.suppress(UserError, OSError):  # a run's own is read again, and noted there
+            record = read_json(path)
+            rows, of = record.get("summary"), record.get("synthetic_set")
+            if isinstance(rows, list) and isinstance(of, str):
+                found.setdefault(Path(of).resolve(), []).extend(r for r in rows if isinstance(r, dict))
+    return found
+
+
+def own_paths(folder: Path) -> list[Path]:
+    """The names by which a run's set is known to evaluations."""
+    return [p.resolve() for p in (folder, folder / "x_syn.pt", *sorted(folder.glob("res_*.pt")))]
+
+
+def accuracy(run: Run) -> tuple[list[float], str] | None:
+    """The last accuracies of a run in %, and what they are of."""
+    networks = run.results.get("networks")
+    if isinstance(networks, list) and networks and isinstance(networks[0], dict):
+        found = _numbers(networks[0].get("accuracies"))
+        if found:
+            return [100 * v for v in found], f"{_ACCURACIES['test_accuracy']}: {networks[0].get('network')}"
+    for entry in reversed(run.log):
+        for name, what in _ACCURACIES.items():
+            if found := _numbers(entry.get(name)):
+                return found, f"{what}: {run.flags.get('test_model')}"
+        tested = entry.get("test")
+        if isinstance(tested, dict) and tested:
+            network, values = next(iter(tested.items()))
+            if found := _numbers(values):
+                return [100 * v for v in found], f"{_ACCURACIES['test_accuracy']}: {network}"
+    return None
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers of a JSON list, or a number alone; [] for anything else."""
+    values = value if isinstance(value, list) else [value]
+    plain = all(type(v) in (int, float) and abs(v) < 1e300 for v in values)
+    return [float(v) for v in values] if plain else []
+
+
+def summary(run: Run) -> dict[str, Value]:
+    """The run's row of the table."""
+    cells: dict[str, Value] = {}
+
+    def put(name: str, value: Any, text: str = "") -> None:
+        if isinstance(value, (str, int, float)) and value != "":
+            cells[name] = Value(text or _plain(value), value)
+
+    put("state", run.state.partition(":")[0] + " (see there)" * bool(run.notes))
+    info = {} if run.synthetic is None else run.synthetic.info
+    put("method", run.flags.get("method", info.get("method")))
+    spec = find_row(run.data_name)
+    put("data set", spec.folder if spec else run.data_name)
+    if run.synthetic is not None:
+        put("images", len(run.synthetic))
+        put("side", run.synthetic.images.shape[-1])
+    if found := accuracy(run):
+        values, what = found
+        put("accuracy, %", mean_std(values)[0], format_mean_std(values))
+        put("measured by", what)
+    for row in run.scores[:1]:
+        for short, name in (("LRS", "label_robust_score"), ("ARS", "augmentation_robust_score")):
+            if value := _numbers(row.get(name)):
+                put(short, value[0], f"{value[0]:.4f}")
+    if run.near is not None:
+        count, of = run.near
+        put("near training pictures", count / of, f"{count} of {of}")
+    if "loss" in run.series:
+        put("last loss", run.series["loss"][1][-1])
+    seconds = run.results.get("seconds", run.results.get("seconds_of_last_start"))
+    if spent := _numbers(seconds):
+        put("seconds", sum(spent), f"{sum(spent):.0f}")
+    if memory := _numbers(run.results.get("peak_memory_bytes")):
+        put("GPU memory, GiB", memory[0] / 2**30, f"{memory[0] / 2**30:.1f}")
+    return cells
+
+
+# ---- curves
+
+
+def draw_curves(folder: Path, runs: list[Run], alone: bool) -> str:
+    """Draw curves.png; returns the shared curves of several runs as a data URI, "" without any."""
+    if alone:
+        if runs[0].series:
+            save_curves(runs[0].series, folder / "curves.png")
+        return ""
+    shared = {run.name: found for run in runs if (found := shared_series(run))}
+    if not shared:
+        return ""
+    save_shared_curves(shared, folder / "curves.png")
+    return data_uri((folder / "curves.png").read_bytes())
+
+
+def shared_series(run: Run) -> Lines:
+    """The series that compare between runs; accuracies of all methods in %, under one name."""
+    found: Lines = {}
+    for name, (steps, values) in run.series.items():
+        if name.startswith("test "):  # of the first network
+            found.setdefault("test accuracy, %", (steps, [100 * v for v in values]))
+        elif name in _ACCURACIES:
+            found[f"{name.replace('_', ' ')}, %"] = (steps, values)
+        elif name not in _NOT_SHARED and any(values):
+            found[name.replace("_", " ")] = (steps, values)
+    return found
+
+
+# ---- pictures
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG as the source of an <img>."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def tile(pixels: Tensor) -> str:
+    """A C×H×W float image in [0, 1] as a data URI, at most _SIDE pixels wide and high."""
+    from PIL import Image
+
+    image = pixels.mul(255).round().byte().permute(1, 2, 0)
+    image = image.expand(-1, -1, 3) if image.shape[2] == 1 else image
+    picture = Image.fromarray(image.contiguous().numpy())
+    picture.thumbnail((_SIDE, _SIDE))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return data_uri(file.getvalue())
+
+
+def pictures_of(run: Run, alone: bool) -> list[tuple[str, str]]:
+    """The PNGs of a run folder; beside other runs only what the page does not draw itself."""
+    found = []
+    for path in sorted(run.path.glob("*.png")):
+        drawn = path.name in ("x_syn.png", "curves.png") or path.name.startswith("vis_")
+        if alone or not drawn:
+            with run.noting():
+                check_regular(path)
+                found.append((path.name, data_uri(path.read_bytes())))
+    return found
+
+
+class Sources:
+    """The prepared sets of the runs, each read once."""
+
+    def __init__(self, data_dir: Path | None) -> None:
+        self.data_dir = data_dir
+        self._known: dict[tuple[Path, int], Pictures] = {}
+
+    def of(self, run: Run) -> Pictures:
+        """The pictures of a run's source; a UserError that says why there are none."""
+        name, shape = run.data_name, tuple(run.synthetic.images.shape[1:])
+        if not name:
+            raise UserError("the set does not say what it was made from: no nearest real images")
+        spec, size = find_row(name), shape[-1]
+        folder = spec.folder if spec else name
+        for place in self._places(run, folder):
+            if (place / folder / file_name("X", "train", size)).exists():
+                break
+        else:
+            raise UserError(
+                f"{name} at {size} pixels is not prepared in {place}: no nearest real images; give "
+                f"--data_dir, or make it with: {prepare_command(folder, size, place)}"
+            )
+        key = place / folder, size
+        if key not in self._known:
+            self._known[key] = read_pictures(*key)
+        if self._known[key].train.shape[1:] != shape:
+            found = tuple(self._known[key].train.shape[1:])
+            raise UserError(f"{key[0]} holds pictures of {found}, the set {shape}: no nearest real images")
+        return self._known[key]
+
+    def _places(self, run: Run, folder: str) -> list[Path]:
+        """The folders that may hold the set's own."""
+        if self.data_dir is not None:
+            return [self.data_dir]
+        given = (run.flags.get("data_dir"), run.flags.get("data_path"))
+        places = [Path(p) for p in given if isinstance(p, str)]
+        places += [p.parent for p in places if p.name == folder]
+        return [*places, Path("./data") / run.data_name, Path("./datasets")]
+
+
+def show_set(run: Run, sources: Sources, count: int) -> None:
+    """Fill in the run's cards: start, end and nearest real image of `count` images of its set."""
+    synthetic = run.synthetic
+    pixels = synthetic.to_pixels().cpu()
+    if pixels.shape[1] not in (1, 3):
+        raise UserError(f"images of {pixels.shape[1]} channels cannot be shown")
+    start = None
+    with run.noting():
+        start = read_start(run.path / START_FILE, pixels)
+    pictures = nearest = None
+    # What is compared is spread evenly over the set, and so is what is shown of that.
+    compared = spaced(len(pixels), COMPARED)
+    chosen = spaced(len(compared), count).tolist()
+    with run.noting():
+        pictures = sources.of(run)
+        nearest = find_nearest(pixels[compared], pictures.train, mirror=pictures.mirror)
+        begun = None if start is None else start[compared]
+        run.near = near_training(nearest, pictures), len(compared)
+        run.nearness = describe(nearest, pictures, begun, of=len(pixels))
+    classes = None if synthetic.soft else synthetic.targets.tolist()
+    names = pictures.class_names if pictures else []
+    for place in chosen:
+        number = int(compared[place])
+        card = Card(
+            number, "" if classes is None else class_name(classes[number], names), tile(pixels[number])
+        )
+        if start is not None:
+            card.start = tile(to_float(start[number]))
+        if nearest is not None:
+            index = int(nearest.index[place])
+            real = to_float(pictures.train[index]).clamp(0, 1)
+            card.nearest = tile(real.flip(-1) if nearest.mirrored[place] else real)
+            card.distance = f"{float(nearest.distance[place]):.3f}"
+            if pictures.labels is not None:
+                card.nearest_label = class_name(int(pictures.labels[index]), names)
+        run.cards.append(card)
+
+
+def spaced(total: int, count: int) -> Tensor:
+    """At most `count` of `total` rows, evenly spaced."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long()
+
+
+def class_name(index: int, names: list[Any]) -> str:
+    """The name of a class, as far as it is known."""
+    return str(names[index]) if 0 <= index < len(names) else f"class {index}"
+
+
+def read_start(path: Path, pixels: Tensor) -> Tensor | None:
+    """The images before the first step, uint8 like `pixels` in shape; None of a run that kept none."""
+    if not path.exists():
+        return None
+    start = checkpoint.load_tensor(path, what="images before the first step")
+    if start.shape != pixels.shape or start.dtype != torch.uint8:
+        raise UserError(
+            f"{path} holds {start.dtype} {tuple(start.shape)}, expected uint8 {tuple(pixels.shape)}"
+        )
+    return start
