@@ -13,6 +13,7 @@ from distillation.base import RunFlags
 from evaluation.recipes import DSA_STRATEGY, Recipe, sgd_by_epochs
 from models import EVAL_MODES, NETWORKS
 from utils.cli import SEED, DeviceFlags, flag, same_flag
+from utils.cost import DryRunFlags
 from utils.errors import UserError, pick
 from utils.progress import Every
 from utils.run_folder import TENSORBOARD
@@ -40,11 +41,10 @@ class SourceFlags(DeviceFlags):
 
 
 @dataclass(frozen=True)
-class CommonFlags(SourceFlags):
+class CommonFlags(SourceFlags, DryRunFlags):
     """Flags of every command that works on one data set."""
 
     dataset: str = flag("CIFAR10", "data set: a listed name or a prepared set of yours", also=("data_name",))
-    dry_run: bool = how(False, "print the resolved configuration and stop")
 
     def __post_init__(self) -> None:
         """Names of listed sets get their published spelling: files and folders carry it."""

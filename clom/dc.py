@@ -24,6 +24,8 @@ class GradientMatching(MatchingDistiller):
     Source: Zhao et al., arXiv 2006.05929, alg. 1; Zhao and Bilen, arXiv 2102.08259, alg. 1.
     """
 
+    ticks = True
+
     def __init__(self, problem: Problem, flags: DistillFlags) -> None:
         super().__init__(problem, flags)
         # Plain SGD on the current synthetic set, each image augmented by itself.
@@ -33,10 +35,13 @@ class GradientMatching(MatchingDistiller):
     @classmethod
     def cost(cls, flags: DistillFlags, classes: int) -> float:
         """The matching goes through the gradient once more."""
-        real, synthetic = flags.batch_real * classes, flags.ipc * classes
-        per_update = 3 * real + (6 + 3 * flags.CLoM) * synthetic
-        inner = 3 * (flags.outer_loop - 1) * flags.inner_loop * synthetic
-        return flags.outer_loop * per_update + inner
+        inner = 3 * (flags.outer_loop - 1) * flags.inner_loop * flags.ipc * classes
+        return flags.outer_loop * cls.update_cost(flags, classes) + inner
+
+    @classmethod
+    def update_cost(cls, flags: DistillFlags, classes: int) -> float:
+        """That of one update of the images."""
+        return 3 * flags.batch_real * classes + (6 + 3 * flags.CLoM) * flags.ipc * classes
 
     def step(self) -> dict[str, Tensor]:
         network, loops = self.draw_network(), self.flags.outer_loop
@@ -47,6 +52,7 @@ class GradientMatching(MatchingDistiller):
             gradient, distance = self._match(network)
             clom = clom + self.update_images(gradient)
             total = total + distance
+            self.forecast.tick(self.update_cost(self.flags, self.real.num_classes))
             if outer < loops - 1:
                 self._train_network(network)
         return {"loss": total / (self.real.num_classes * loops), "clom": clom / loops}
@@ -79,7 +85,12 @@ class GradientMatching(MatchingDistiller):
         if self.flags.inner_loop:
             x, generator = self.x_syn.detach().clone(), self.stream("inner loop")
             loader = self.inner.loader(x, self.y_syn, x.device, generator)
-            Trainer(network, loader, self.inner).run(what="inner loop").train()
+            work = 3 * loader.batch_size
+
+            def tick(*_: object) -> None:
+                self.forecast.tick(work)
+
+            Trainer(network, loader, self.inner).run(what="inner loop", on_step=tick).train()
 
 
 def gradient_in_parts(network: nn.Module, x: Tensor, label: int) -> list[Tensor]:

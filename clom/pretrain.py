@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from clom.config import OriginalFlags
@@ -11,8 +12,9 @@ from clom.pool import checkpoint_name, index_folders, model_folder, pixel_stats
 from clom.source import load_data, network_factory
 from data.load import ImageSet
 from data.loader import ImagePipeline
-from evaluation.epochs import train_epochs
+from evaluation.epochs import epoch_cost, train_epochs
 from evaluation.fit import Trainer
+from evaluation.recipes import Recipe
 from evaluation.score import share_correct
 from utils import checkpoint, cli
 from utils.device import resolve_gpus
@@ -30,12 +32,16 @@ def train_originals(flags: OriginalFlags) -> int:
     recipe = flags.recipe()
     print(json.dumps(cli.as_json(flags), indent=2))
     device, gpus = resolve_gpus(flags.device, flags.gpu_id, flags.multigpu)
-    if flags.dry_run:
+    if flags.dry_run and not flags.cost:
         return 0
     image_set = in_space(load_data(flags), flags.normalize_data)
     if not flags.normalize_data:
         print("images stay in [0, 1]; the published command has --normalize_data")
     new_network = network_factory(flags.model, image_set, device)
+    if flags.cost:
+        trainer = original_trainer(new_network(0), recipe, image_set, device, 0)
+        print(epoch_cost(trainer, flags.num))
+        return 0
     seed = resolve_seed(flags.seed)
     folder = model_folder(flags.pretrained_path, flags.dataset, flags.model)
     identity = cli.identity(flags)
@@ -68,11 +74,19 @@ def train_originals(flags: OriginalFlags) -> int:
             )
             model = new_network(derive_seed(run.seed, "network"))
             parallel = nn.DataParallel(model, list(gpus)) if len(gpus) > 1 else model
-            train, generator = image_set.train, make_generator(run.seed, "batches")
-            pipeline = ImagePipeline(image_set.stats)
-            loader = recipe.loader(train.images, train.labels, device, generator, pipeline)
-            train_one(model, Trainer(parallel, loader, recipe), image_set, run, flags)
+            train_one(
+                model, original_trainer(parallel, recipe, image_set, device, run.seed), image_set, run, flags
+            )
     return 0
+
+
+def original_trainer(
+    model: nn.Module, recipe: Recipe, image_set: ImageSet, device: torch.device, seed: int
+) -> Trainer:
+    """A network before its first step on the real images."""
+    train, generator = image_set.train, make_generator(seed, "batches")
+    pipeline = ImagePipeline(image_set.stats)
+    return Trainer(model, recipe.loader(train.images, train.labels, device, generator, pipeline), recipe)
 
 
 def in_space(image_set: ImageSet, normalized: bool) -> ImageSet:

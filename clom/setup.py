@@ -70,6 +70,8 @@ class MatchingSetup(Setup):
     """Runs of DC, DSA and DM: several experiments, judged by random networks trained on the set."""
 
     knobs = "lower --batch_real, --CLoM_batch_size or --batch_train"
+    length = "Iteration"
+    shorter = "lower --num_eval, --epoch_eval_train, --num_exp or --batch_real"
 
     @classmethod
     def resolve(cls, method: Method, flags: DistillFlags) -> DistillFlags:
@@ -100,7 +102,7 @@ class MatchingSetup(Setup):
         self, method: Method, flags: DistillFlags, device: torch.device, group: Group, held: ExitStack
     ) -> None:
         super().__init__(method, flags, device, group, held)
-        self.image_set = load_data(flags)
+        self.image_set, self.repeats = load_data(flags), flags.num_exp
         pool = eval_pool(flags.eval_mode, flags.model)
         self.networks = {name: network_factory(name, self.image_set, device) for name in pool}
         network_factory(flags.model, self.image_set, device)  # one that does not fit fails now
@@ -174,14 +176,32 @@ class MatchingSetup(Setup):
 
     def run_experiment(self, run: RunFolder, experiment: int) -> dict[str, Any]:
         """images, labels (CPU), accuracies after the last iteration, seconds of this start."""
-        flags, seed = self.flags, derive_seed(run.seed, "experiment", experiment)
-        extra = self.new_clom and self.new_clom(generator=make_generator(seed, "CLoM"))
-        problem = Problem(self.image_set, self.device, seed, real=self.real, extra=extra)
-        plan = Plan(flags.Iteration, flags.print_every, flags.save_every, "iteration", experiment)
-        distiller, found = self.distil(run, problem, plan)
+        problem = self.problem(derive_seed(run.seed, "experiment", experiment))
+        distiller, found = self.distil(run, problem, self.plan(experiment))
         images, labels = distiller.x_syn.detach().cpu(), distiller.y_syn.cpu()
         accuracies = found["evaluations"][-1][NetworkObserver.key]
         return dict(images=images, labels=labels, accuracies=accuracies, seconds=found["seconds"])
+
+    def plan(self, experiment: int | None = 0) -> Plan:
+        """The length of an experiment."""
+        flags = self.flags
+        return Plan(flags.Iteration, flags.print_every, flags.save_every, "iteration", experiment)
+
+    def problem(self, seed: int) -> Problem:
+        """The data by class, and CLoM."""
+        extra = self.new_clom and self.new_clom(generator=make_generator(seed, "CLoM"))
+        return Problem(self.image_set, self.device, seed, real=self.real, extra=extra)
+
+    def evaluation_cost(self) -> float:
+        """Training and test of `num_eval` networks of each name."""
+        flags, image_set = self.flags, self.image_set
+        count, tested = flags.ipc * image_set.num_classes, len(image_set.test or image_set.train)
+        recipes = [evaluation_recipe(self.method, flags, name) for name in self.networks]
+        return flags.num_eval * sum(recipe.work_on(count) + tested for recipe in recipes)
+
+    def evaluations(self) -> int:
+        """Those of `NetworkObserver`."""
+        return sum(evaluation_due(self.flags, step) for step in range(self.flags.Iteration + 1))
 
     def observer(self, run: RunFolder, plan: Plan, distiller: Distiller) -> NetworkObserver:
         return NetworkObserver(self, run, plan)
@@ -201,6 +221,12 @@ class MatchingSetup(Setup):
             export(run.path / self.name, self.flags.export, self.flags.method, self.flags.overwrite)
 
 
+def evaluation_due(flags: DistillFlags, step: int) -> bool:
+    """With one name every `eval_interval` iterations from the start; in any case at the end."""
+    often = flags.eval_mode in ("S", "SS") and step % flags.eval_interval == 0
+    return often or step == flags.Iteration
+
+
 class NetworkObserver(Observer):
     """Draws the images of one experiment, then tests them with `num_eval` networks of each name."""
 
@@ -208,12 +234,11 @@ class NetworkObserver(Observer):
 
     def __init__(self, setup: MatchingSetup, run: RunFolder, plan: Plan) -> None:
         self.setup, self.folder, self.plan = setup, run.path, plan
+        self.cost = setup.evaluation_cost()
 
     def due(self, step: int) -> bool:
-        """With one name every `eval_interval` iterations from the start; in any case at the end."""
-        flags = self.setup.flags
-        often = flags.eval_mode in ("S", "SS") and step % flags.eval_interval == 0
-        return often or step == self.plan.steps
+        """See `evaluation_due`."""
+        return evaluation_due(self.setup.flags, step)
 
     def evaluate(self, step: int, distiller: Distiller) -> dict[str, list[float]]:
         """Network -> test accuracies in [0, 1]."""

@@ -28,6 +28,7 @@ from evaluation.recipes import Recipe
 from evaluation.score import score_network
 from models import eval_pool
 from utils import checkpoint, cli
+from utils.cost import Forecast
 from utils.device import resolve_gpus
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
@@ -62,7 +63,7 @@ def validate(flags: ValidateFlags) -> int:
     device, gpus = resolve_gpus(flags.device, flags.gpu_id, flags.multigpu)
     if len(gpus) > 1:
         print(f"--multigpu {flags.multigpu}: only GPU {gpus[0]} is used, the networks are small")
-    if flags.dry_run:
+    if flags.dry_run and not flags.cost:
         return 0
     image_set, path = load_data(flags), synthetic_path(flags)
     stored = load_synthetic(path, image_set, flags.experiment)
@@ -72,6 +73,12 @@ def validate(flags: ValidateFlags) -> int:
     image_set = in_space(image_set, flags.normalize_data)
     trainings = plan_trainings(flags, image_set, to_space(stored, image_set.stats))
     networks = {name: network_factory(name, image_set, device) for name in names}
+    if flags.cost:
+        forecast = Forecast(len(names) * flags.num_eval * recipe.steps_on(len(synthetic)), device)
+        given = (networks[names[0]], synthetic, image_set, recipe)
+        tick = partial(forecast.tick, 1)
+        print(forecast.trial(lambda: score_network(*given, seed=0, device=device, check=tick)))
+        return 0
     folder = Path(flags.save_path) / flags.dataset / f"{flags.method}_{flags.model}_ipc{ipc:g}"
 
     def save(name: str, seed: int, epoch: int, model: nn.Module) -> None:

@@ -10,18 +10,18 @@ from data.synthetic import SyntheticSet, TrainingSettings
 from distillation.problem import Problem
 from evaluation.presets import Preset
 from utils.cli import SEED, DeviceFlags, flag
+from utils.cost import DryRunFlags, Forecast
 from utils.progress import Every
 from utils.run_folder import TENSORBOARD
 from utils.seed import make_generator
 
 
 @dataclass(frozen=True)
-class RunFlags(DeviceFlags):
+class RunFlags(DeviceFlags, DryRunFlags):
     """Flags of every run of a method."""
 
     method: str = flag("krr_st", "distillation method")
     seed: int | None = flag(None, "seed; default: drawn and printed", **SEED, identity=False)
-    dry_run: bool = flag(False, "print the resolved configuration and stop", identity=False)
     overwrite: bool = flag(False, "start again in a folder that holds another run", identity=False)
     print_every: int = flag(100, "steps between log lines", minimum=1, identity=False)
     save_every: Every = flag(
@@ -50,9 +50,11 @@ class Distiller:
     whiten_normalized = False  # --zca is fitted to normalised images, not to pixels
     parts: tuple[str, ...] = ("optimizer",)  # attributes with a state of their own, or None
     losses: tuple[str, ...] = ("loss",)  # scalars that `step` returns
+    ticks = False  # a step is long: it tells `forecast` of its parts itself
 
     def __init__(self, problem: Problem, flags: Any) -> None:
         self.problem, self.flags = problem, flags
+        self.forecast = Forecast(0, problem.device)  # silent; the driver gives one that speaks
         self._streams: dict[str, torch.Generator] = {}
 
     def step(self) -> dict[str, Tensor]:
@@ -73,6 +75,18 @@ class Distiller:
     def cost(cls, flags: Any, classes: int) -> float:
         """Images through the network per step; a training step counts three times."""
         raise NotImplementedError
+
+    @classmethod
+    def start_cost(cls, flags: Any) -> float:
+        """The same, before the first step."""
+        return 0.0
+
+    def timed_step(self) -> dict[str, Tensor]:
+        """`step`, and the forecast told."""
+        losses = self.step()
+        if not self.ticks:
+            self.forecast.tick(self.cost(self.flags, self.problem.classes))
+        return losses
 
     def begin(self) -> None:
         """Do what comes once, before the first step of a new run."""

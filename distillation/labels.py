@@ -11,7 +11,7 @@ from data.augment.dsa import without_flip
 from data.load import ImageSet
 from data.prepared import labelled_classes
 from data.real_data import RealImages
-from data.synthetic import SyntheticSet
+from data.synthetic import SyntheticSet, TrainingSettings
 from distillation.problem import check_start
 from distillation.run import Method
 from evaluation.linear import LinearEvaluation, is_labelled
@@ -48,12 +48,15 @@ class Labels(Protocol):
     def evaluation(self, seed: int) -> Evaluation | None:
         """How the set is evaluated in a run of that seed; None: there is nothing to test with."""
 
+    def evaluation_cost(self) -> float:
+        """Images through networks in one evaluation, counted as in `Distiller.cost`."""
 
-def set_recipe(method: Method, flags: Any, image_set: ImageSet, synthetic: SyntheticSet) -> Recipe:
+
+def set_recipe(method: Method, flags: Any, image_set: ImageSet, training: TrainingSettings) -> Recipe:
     """How a network is trained on the method's set: the table's recipe, what the set says, the flags."""
     name, count = method.name.lower(), flags.num_images
     recipe = pretrain_recipe(name, flags.data_name, flags.test_model, count=count)
-    recipe = recipe.fitted(synthetic.training).override(
+    recipe = recipe.fitted(training).override(
         optimizer=flags.pre_opt,
         epochs=flags.pre_epoch,
         steps=flags.pre_iteration,
@@ -101,13 +104,22 @@ class FeatureLabels:
             return None
 
         def evaluate(step: int, synthetic: SyntheticSet) -> float:
-            recipes = set_recipe(self.method, flags, image_set, synthetic), linear_recipe(flags)
+            recipes = set_recipe(self.method, flags, image_set, synthetic.training), linear_recipe(flags)
             linear = LinearEvaluation(image_set, flags.test_model, *recipes, self.device, seed)
             found = linear(step, synthetic)
             print(f"step {step}: linear accuracy {found:.2f} %", flush=True)
             return found
 
         return evaluate
+
+    def evaluation_cost(self) -> float:
+        """Pre-training, features of all images."""
+        image_set = self.image_set
+        if not is_labelled(image_set):
+            return 0.0
+        recipe = set_recipe(self.method, self.flags, image_set, TrainingSettings())
+        read = sum(len(part) for part in (image_set.train, image_set.test) if part is not None)
+        return recipe.work_on(self.flags.num_images) + read
 
 
 class ClassLabels:
@@ -152,7 +164,7 @@ class ClassLabels:
         flags, image_set = self.flags, self.image_set
 
         def evaluate(step: int, synthetic: SyntheticSet) -> list[float]:
-            recipe = set_recipe(self.method, flags, image_set, synthetic)
+            recipe = set_recipe(self.method, flags, image_set, synthetic.training)
 
             def score(own: int, check: Callable[[], None]) -> float:
                 given = dict(seed=own, device=self.device, check=check)
@@ -166,6 +178,12 @@ class ClassLabels:
             return found
 
         return evaluate
+
+    def evaluation_cost(self) -> float:
+        """Training and test of each network."""
+        recipe = set_recipe(self.method, self.flags, self.image_set, TrainingSettings())
+        tested = len(self.image_set.test or self.image_set.train)
+        return self.flags.num_eval * (recipe.work_on(self.flags.num_images) + tested)
 
 
 # What a method's row calls them -> the kind.

@@ -40,12 +40,13 @@ class Plan:
 class Observer(Protocol):
     """Evaluates the set while it is distilled.
 
-    `evaluate`, after steps that are `due`, gives what is logged under `key`; `watch` gives cheap
-    numbers to log after a step, from 0, empty where none are due; `saved` writes what belongs beside
-    the state, which is saved next.
+    `evaluate`, after steps that are `due`, gives what is logged under `key`, for the price of `cost`,
+    counted as `Distiller.cost`; `watch` gives cheap numbers to log after a step, from 0, empty where none
+    are due; `saved` writes what belongs beside the state, which is saved next.
     """
 
     key: str
+    cost: float
 
     def due(self, step: int) -> bool: ...
 
@@ -68,6 +69,7 @@ def run_loop(distiller: Distiller, run: Run, observer: Observer, plan: Plan) -> 
     """
     steps, unit, group = plan.steps, plan.unit, distiller.problem.group
     guard = FiniteGuard(plan.label)
+    cost, forecast = distiller.cost(distiller.flags, distiller.problem.classes), distiller.forecast
     windows = {name: LossWindow(plan.print_every) for name in distiller.losses}
     parts = {"distiller": distiller, **windows}
     resumed = load_run(run.state_path, parts, experiment=plan.experiment)
@@ -78,6 +80,7 @@ def run_loop(distiller: Distiller, run: Run, observer: Observer, plan: Plan) -> 
         distiller.begin()
     else:
         print(f"{plan.label}: resuming after {unit} {start} of {steps}")
+        forecast.skip(start * cost)
     run.truncate_log(plan.log_step(start))
     evaluations = {e["step"]: e for e in run.read_log() if observer.key in e}
     began, timer, saved = time.perf_counter(), SaveTimer(plan.save_every), start
@@ -109,7 +112,8 @@ def run_loop(distiller: Distiller, run: Run, observer: Observer, plan: Plan) -> 
                 save(step)
                 where = f"in the evaluation after {unit} {step} of {steps}"
                 # Several processes stop together or not at all.
-                with progress.paused(), stop.at_once(where) if group.ranks == 1 else nullcontext():
+                at_once = stop.at_once(where) if group.ranks == 1 else nullcontext()
+                with progress.paused(), forecast.paused(observer.cost), at_once:
                     found = observer.evaluate(step, distiller)
                 evaluations[plan.log_step(step)] = entry = {**plan.where(step), observer.key: found}
                 run.log(**entry)
@@ -117,7 +121,7 @@ def run_loop(distiller: Distiller, run: Run, observer: Observer, plan: Plan) -> 
                 break
             done, rate = step + 1, distiller.rate()
             try:
-                losses = distiller.step()
+                losses = distiller.timed_step()
             except UserError as error:  # the training of a network diverged, or a process was lost
                 raise type(error)(f"{plan.label}, {unit} {done}: {error}") from None
             guard.check(sum(losses.values()), done)

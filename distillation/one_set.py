@@ -112,6 +112,8 @@ class SetSetup(Setup):
     """Runs of one set with features or classes as labels, whichever the method's row says."""
 
     knobs = "lower --num_images, or use --precision bf16"
+    length = "outer_iteration"
+    shorter = "lower --num_images, a smaller --train_model, --precision bf16"
 
     @classmethod
     def resolve(cls, method: Method, flags: SetFlags) -> SetFlags:
@@ -171,34 +173,48 @@ class SetSetup(Setup):
             print(f"{flags.data_name} has no labels: linear evaluation is skipped")
         elif image_set.test is None:
             print(f"{flags.data_name} has no test split: evaluations use the training images")
-        given = {**self.labels.given, "whitening": self.whitening(run)}
-        if (scale := self.target_scale(run)) is not None:
-            given |= dict(target=ScaledTarget(given["target"], scale), target_scale=scale)
-        problem = Problem(image_set, self.device, run.seed, self.group, **given)
-        plan = Plan(flags.outer_iteration, flags.print_every, flags.save_every)
-        distiller, results = self.distil(run, problem, plan)
+        distiller, results = self.distil(run, self.problem(run.seed), self.plan())
         if self.group.first:
             pixels = denormalize(distiller.synthetic().images[:400], self.syn_stats)
             save_grid(pixels.clamp(0, 1), run.path / "x_syn.png")
             results |= self.drawn(run)
         return results
 
-    def whitening(self, run: Run) -> Whitening | None:
+    def plan(self, experiment: int | None = None) -> Plan:
+        """A run has one set."""
+        return Plan(self.flags.outer_iteration, self.flags.print_every, self.flags.save_every)
+
+    def problem(self, seed: int) -> Problem:
+        """The data with what makes its labels, its whitening, the scale of its targets."""
+        given = {**self.labels.given, "whitening": self.whitening()}
+        if (scale := self.target_scale()) is not None:
+            given |= dict(target=ScaledTarget(given["target"], scale), target_scale=scale)
+        return Problem(self.image_set, self.device, seed, self.group, **given)
+
+    def evaluation_cost(self) -> float:
+        """That of the labels' evaluation."""
+        return self.labels.evaluation_cost()
+
+    def evaluations(self) -> int:
+        """Every `eval_every` steps and at the end."""
+        return -(-self.flags.outer_iteration // self.flags.eval_every)
+
+    def whitening(self) -> Whitening | None:
         """That of the run, where --zca asks for one: an earlier start's, or fitted to the training images."""
         if not getattr(self.flags, "zca", False):
             return None
-        found = read_training(run.path / TRAINING_FILE).whitening
+        found = read_training(self.folder / TRAINING_FILE).whitening
         if found is None:
             print("fitting the whitening", flush=True)
             images, stats = self.image_set.train.images, self.image_set.stats
             found = Whitening.fit(images, stats, self.device, self.method.distiller.whiten_normalized)
         return found.to(self.device)
 
-    def target_scale(self, run: Run) -> TargetScale | None:
+    def target_scale(self) -> TargetScale | None:
         """That of the run, where --target_scale asks for one: an earlier start's, or fitted now."""
         if getattr(self.flags, "target_scale", None) != "std":
             return None
-        found = read_training(run.path / TRAINING_FILE).targets
+        found = read_training(self.folder / TRAINING_FILE).targets
         if found is None:
             images, target = self.image_set.train.images, self.labels.given["target"]
             found = TargetScale.fit(outputs(target, images, self.image_set, self.device))
@@ -222,6 +238,7 @@ class SetObserver:
 
     def __init__(self, setup: SetSetup, run: Run, distiller: Distiller) -> None:
         self.flags, self.path, self.key = setup.flags, run.path, setup.labels.key
+        self.cost = setup.evaluation_cost()
         self.monitor = distiller.monitor() if setup.group.first else None
         if self.monitor is not None:
             print(f"held-out loss: {self.monitor}")

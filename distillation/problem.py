@@ -44,6 +44,11 @@ class Problem:
     whitening: Whitening | None = None  # networks see images whitened by it
     target_scale: TargetScale | None = None  # by which the features of `target` are standardised
 
+    @property
+    def classes(self) -> int:
+        """Their number; 1 for a source without labels."""
+        return self.image_set.num_classes or 1
+
     def whiten(self, x: Tensor) -> Tensor:
         """Normalised images as networks see them: whitened, where there is a whitening."""
         return x if self.whitening is None else self.whitening(x)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from distillation.base import Distiller
 from distillation.loop import Observer, Plan, run_loop
 from distillation.problem import Problem
 from utils import checkpoint, cli
+from utils.cost import Cost, Forecast, tensor_bytes
 from utils.device import resolve_device
 from utils.distributed import Group, local_gpu, process_group, quiet_unless_first
 from utils.errors import UserError
@@ -53,12 +56,16 @@ class Setup:
 
     image_set: ImageSet  # the source
     knobs = ""  # flags that need less memory, in words
+    length = ""  # the flag that says how long a run is
+    shorter = ""  # more flags that shorten it, in words
+    repeats = 1  # distillations of a run
     several_processes = False  # whether the family's methods run under torchrun
 
     def __init__(
         self, method: Method, flags: Any, device: torch.device, group: Group, held: ExitStack
     ) -> None:
         self.method, self.flags, self.device, self.group = method, flags, device, group
+        self.told = not group.first  # what the run takes
         if group.ranks > 1 and not self.several_processes:
             raise UserError(f"{method.name} runs in one process; start it without torchrun")
 
@@ -106,6 +113,46 @@ class Setup:
     def after(self, run: Run) -> None:
         """Do what follows a finished run, now or earlier."""
 
+    def plan(self, experiment: int | None = None) -> Plan:
+        """The length of one distillation."""
+        raise NotImplementedError
+
+    def problem(self, seed: int) -> Problem:
+        """What a distillation is given."""
+        raise NotImplementedError
+
+    def evaluation_cost(self) -> float:
+        """Images through networks in one evaluation, counted as in `Distiller.cost`."""
+        raise NotImplementedError
+
+    def evaluations(self) -> int:
+        """How many of them a distillation has."""
+        raise NotImplementedError
+
+    def forecast(self, distiller: Distiller, plan: Plan) -> Forecast:
+        """Of this distillation and those of the run that come after it."""
+        flags, seen = self.flags, weakref.proxy(distiller)  # no cycle that would keep its tables
+        work = plan.steps * distiller.cost(flags, distiller.problem.classes) + distiller.start_cost(flags)
+        work += self.evaluations() * self.evaluation_cost()
+        return Forecast(
+            work * (self.repeats - (plan.experiment or 0)),
+            self.device,
+            disk=lambda: 2 * tensor_bytes(seen.state_dict()),  # the last save and the one before it
+            length=(f"--{self.length}", plan.steps),
+            shorter=self.shorter,
+        )
+
+    def measure(self) -> Cost:
+        """What a run takes, from a few steps; nothing is written."""
+        plan, distiller = self.plan(), self.method.distiller(self.problem(0), self.flags)
+        distiller.forecast = forecast = self.forecast(distiller, plan)
+
+        def run() -> None:
+            for _ in range(max(1, plan.steps)):
+                distiller.timed_step()
+
+        return forecast.trial(run)
+
     def observer(self, run: Run, plan: Plan, distiller: Distiller) -> Observer:
         """What evaluates the set while it is distilled; the distiller is in its initial state."""
         raise NotImplementedError
@@ -120,14 +167,27 @@ class Setup:
         if self.group.first and not plan.experiment and not path.exists():
             pixels = denormalize(distiller.synthetic().images, self.syn_stats).clamp(0, 1)
             checkpoint.save(pixels.mul(255).round().byte().cpu(), path)
+        if not self.told:
+            distiller.forecast = self.forecast(distiller, plan)
         observer = self.observer(run, plan, distiller)
-        return distiller, run_loop(distiller, run, observer, plan)
+        found = run_loop(distiller, run, observer, plan)
+        self.told |= distiller.forecast.told
+        return distiller, found
 
 
 def resolved(method: Method, flags: Any) -> Any:
     """The flags, filled in with what the method, presets and data decide."""
     given = {k: v for k, v in method.defaults.items() if getattr(flags, k) is None}
     return method.setup.resolve(method, dataclasses.replace(flags, **given))
+
+
+@contextlib.contextmanager
+def set_up(method: Method, flags: Any) -> Iterator[tuple[Setup, ExitStack]]:
+    """Data and models of resolved flags, and what stays open with them; see `Setup`."""
+    device = resolve_device(flags.device, local_gpu(flags.gpu_id))
+    method.setup.check(flags, device)
+    with process_group(device) as group, out_of_memory_says(device, method.setup.knobs), ExitStack() as held:
+        yield method.setup(method, flags, device, group, held), held
 
 
 def run_method(method: Method, flags: Any) -> int:
@@ -138,23 +198,20 @@ def run_method(method: Method, flags: Any) -> int:
     with quiet_unless_first():
         flags = resolved(method, flags)
         print(json.dumps(cli.as_json(flags), indent=2))
-        device = resolve_device(flags.device, local_gpu(flags.gpu_id))
-        method.setup.check(flags, device)
-        if flags.dry_run:
+        if flags.dry_run and not flags.cost:
+            method.setup.check(flags, resolve_device(flags.device, local_gpu(flags.gpu_id)))
             return 0
-        with (
-            process_group(device) as group,
-            out_of_memory_says(device, method.setup.knobs),
-            ExitStack() as held,
-        ):
-            setup = method.setup(method, flags, device, group, held)
+        with set_up(method, flags) as (setup, held):
+            if flags.cost:
+                print(setup.measure())
+                return 0
             run = open_run(setup, held)
             if setup.finished(run):
                 print(f"{run.path} holds the finished run of these flags; --overwrite repeats it")
             else:
                 results = setup.run(run)
-                if device.type == "cuda":
-                    results["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+                if setup.device.type == "cuda":
+                    results["peak_memory_bytes"] = torch.cuda.max_memory_allocated(setup.device)
                 run.finish(results)
             setup.after(run)
     return 0

@@ -1,5 +1,6 @@
 """Networks trained on a prepared set over epochs, each with a run folder beside its checkpoint."""
 
+import json
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from data.load import ImageSet
 from evaluation.fit import Trainer
 from utils import checkpoint, cli
 from utils.cli import SEED, DeviceFlags, flag
+from utils.cost import Cost, DryRunFlags, tensor_bytes
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
 from utils.run_folder import TENSORBOARD, RunFolder, claim_run, load_run, save_run
@@ -21,7 +23,7 @@ from utils.stop import StopRequest
 
 
 @dataclass(frozen=True)
-class EpochFlags(DeviceFlags):
+class EpochFlags(DeviceFlags, DryRunFlags):
     """Flags of the commands that train a network over epochs and write its checkpoint."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
@@ -82,6 +84,26 @@ def make_checkpoint(
         print(f"checkpoint: {path}; log: {run.path}")
 
 
+def dry_run(flags: EpochFlags, make_trainer: Callable[[int], Trainer]) -> None:
+    """Print the flags, and with `cost` what the training of a seed takes; nothing is written."""
+    print(json.dumps(cli.as_json(flags), indent=2))
+    if flags.cost:
+        print(epoch_cost(make_trainer(flags.seed or 0)))
+
+
+def epoch_cost(trainer: Trainer, runs: int = 1) -> Cost:
+    """What `runs` trainings like this one take, from a few steps of it."""
+    return trainer.measure(runs, **_facts(trainer))
+
+
+def _facts(trainer: Trainer) -> dict[str, Any]:
+    return dict(
+        disk=lambda: 2 * tensor_bytes(trainer.state_dict()),  # the last save and the one before it
+        length=("--epochs", trainer.recipe.epochs),
+        shorter="a smaller network",
+    )
+
+
 def train_epochs(
     trainer: Trainer,
     run: RunFolder,
@@ -100,7 +122,7 @@ def train_epochs(
         print(f"{what}: resuming after epoch {trainer.step // per_epoch} of {epochs}")
     start = trainer.step
     run.truncate_log(start)
-    began = time.perf_counter()
+    began, forecast = time.perf_counter(), trainer.forecast(**_facts(trainer))
 
     def on_epoch(epoch: int, step: int, rate: float) -> None:
         mean, found = trainer.window.mean(), measure(epoch)
@@ -116,6 +138,7 @@ def train_epochs(
             save_run(run.state_path, step, parts)
 
     def on_step(step: int, loss: Tensor, rate: float) -> None:
+        forecast.tick(1)
         if step % per_epoch == 0:
             on_epoch(step // per_epoch, step, rate)
         if stop and step < steps:

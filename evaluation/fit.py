@@ -13,6 +13,7 @@ from data.loader import ImagePipeline, TensorLoader
 from data.synthetic import SyntheticSet
 from evaluation.recipes import LOSSES, Recipe
 from models.layout import images_at_once
+from utils.cost import Cost, Forecast
 from utils.errors import UserError, pick
 from utils.memory import SplitBatches
 from utils.optim import make_optimizer
@@ -122,6 +123,15 @@ class Trainer:
         guard.flush()
         return self.model.eval()
 
+    def forecast(self, runs: float = 1, **given: Any) -> Forecast:
+        """Of `runs` trainings like what is left of this one, in steps; `given` as for `Forecast`."""
+        return Forecast(runs * (self.steps - self.step), self.loader.device, **given)
+
+    def measure(self, runs: float = 1, **given: Any) -> Cost:
+        """What `runs` such trainings take, from a few steps of this one."""
+        forecast = self.forecast(runs, **given)
+        return forecast.trial(lambda: self.run(on_step=lambda *_: forecast.tick(1)))
+
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name).state_dict() for name in self.parts} | {"step": self.step}
 
@@ -198,15 +208,20 @@ def real_loader(
 
 
 def pretrain(
-    model: nn.Module, synthetic: SyntheticSet, recipe: Recipe, generator: torch.Generator, scale: float = 1.0
+    model: nn.Module,
+    synthetic: SyntheticSet,
+    recipe: Recipe,
+    generator: torch.Generator,
+    scale: float = 1.0,
+    on_step: StepHook | None = None,
 ) -> nn.Module:
     """Train `model` on a synthetic set, whose targets its outputs fit; `scale` is a factor on the length.
 
-    Targets that were standardised for it are undone in its last layer.
+    Targets that were standardised for it are undone in its last layer. `on_step` is called after each step.
     """
     device = next(model.parameters()).device
     loader = set_loader(recipe, synthetic, device, generator)
-    Trainer(model, loader, recipe, scale=scale).run(what="pre-training", progress=True)
+    Trainer(model, loader, recipe, scale=scale).run(what="pre-training", on_step=on_step, progress=True)
     if synthetic.training.whitening is not None:
         model.prepare = synthetic.training.whitening.to(device)
     if recipe.target_scale == "std":

@@ -96,6 +96,7 @@ class Distillation(Measurement):
     """
 
     protocol, knobs = "kd", "lower --pre_batch_size or --kd_batch_size"
+    shorter = "lower --pre_epoch, --kd_epoch or --num_test"
 
     def __init__(self, flags: KdFlags) -> None:
         given = dict(epochs=flags.kd_epoch, lr=flags.kd_lr, batch_size=flags.kd_batch_size)
@@ -171,11 +172,18 @@ class Distillation(Measurement):
         self.teacher.train(self.flags.kd_bn == "batch")  # its running statistics drift, as released
         trainer = Trainer(student, loader, self.recipe, scale=self.flags.steps_scale, loss_fn=loss_fn)
         with local_seed(derive_seed(seed, "dropout")):
-            trainer.run(what="distillation", progress=True)
+            watch = self.ticking(self.recipe, self.count)
+            trainer.run(what="distillation", on_step=watch, progress=True)
         found["accuracy_running"] = held_out_accuracy(student, self.target, self.device)
         with batch_statistics(student):
             found["accuracy_batch"] = held_out_accuracy(student, self.target, self.device)
         return found | {"accuracy": found[f"accuracy_{self.flags.kd_bn}"]}
+
+    def missing(self, seed: int, store: CellStore) -> bool:
+        return store.get({**self.common, "seed": seed}) is None
+
+    def work(self) -> float:
+        return self.pretraining_work() + self.recipe.work_on(self.count, self.flags.steps_scale)
 
     def repetition(self, seed: int, store: CellStore) -> list[Cell]:
         return [store.measure({**self.common, "seed": seed}, lambda: self.distil(seed), describe)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import shlex
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from data.meta import read_meta
 from data.specs import KRR_SPECS
 from data.synthetic import SyntheticSet
 from data.target_scale import TARGET_SCALES
-from evaluation.fit import Trainer, held_out_accuracy, outputs, pretrain
+from evaluation.fit import StepHook, Trainer, held_out_accuracy, outputs, pretrain
 from evaluation.measure import Cell, CellStore, finish, grouped, spread
 from evaluation.presets import resolve_preset, resolve_targets
 from evaluation.probe import feature_error, frozen_accuracy, labelled_subset
@@ -37,7 +39,8 @@ from evaluation.recipes import (
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, target_sample
 from models import get_model
 from utils.checkpoint import apply_state, fingerprint
-from utils.cli import SEED, DeviceFlags, flag
+from utils.cli import SEED, DeviceFlags, as_json, flag
+from utils.cost import Cost, DryRunFlags, Forecast
 from utils.device import place, resolve_device
 from utils.errors import UserError, pick
 from utils.memory import out_of_memory_says
@@ -54,7 +57,7 @@ def _of_table(what: str, **limits: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class MeasureFlags(DeviceFlags):
+class MeasureFlags(DeviceFlags, DryRunFlags):
     """Flags of test_scratch.py, test.py and test_kd.py."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
@@ -325,12 +328,15 @@ def load_targets(
 class Measurement:
     """Networks of one source and method, measured with several seeds: what the three commands share.
 
-    A subclass gives `repetition(seed, store)`, the cells of a seed; `summary(cells)`, the means over
-    seeds; and `table(cells)`, the printed table and the note below it.
+    A subclass gives `repetition(seed, store)`, the cells of a seed; `missing(seed, store)`, whether any of
+    them is not there yet; `work()`, the images through networks that a seed takes, each counted three times
+    in training; `summary(cells)`, the means over seeds; and `table(cells)`, the printed table and the note
+    below it.
     """
 
     protocol: str  # the last folder of the results
     knobs: str  # flags that save memory, in words
+    shorter: str  # flags that save time
     pretraining: Pretraining | None = None  # None: from scratch
     width = 1  # outputs of a network
 
@@ -339,6 +345,7 @@ class Measurement:
         self.preset = resolve_preset(flags.source_data_name, flags.data_dir, flags.img_size)
         self.arch = self.preset.network if flags.test_model == "base" else flags.test_model.lower()
         self.device = resolve_device(flags.device, flags.gpu_id)
+        self.forecast = Forecast(0, self.device)  # speaks while `run` runs
 
     def settings(self) -> dict[str, Any]:
         """What the value of every cell depends on."""
@@ -359,8 +366,20 @@ class Measurement:
             if self.pretraining is not None:
                 synthetic, recipe = self.pretraining.synthetic, self.pretraining.recipe
                 generator = make_generator(seed, "pre-training")
-                pretrain(model, synthetic, recipe, generator, self.flags.steps_scale)
+                watch = self.ticking(recipe, len(synthetic))
+                pretrain(model, synthetic, recipe, generator, self.flags.steps_scale, watch)
         return model.eval()
+
+    def ticking(self, recipe: Recipe, count: int) -> StepHook:
+        """Tells the forecast of each step of a training on `count` images."""
+        work = 3.0 * min(recipe.batch_size, count)
+        return lambda *_: self.forecast.tick(work)
+
+    def pretraining_work(self) -> float:
+        """Images through a network in its pre-training, counted three times."""
+        if self.pretraining is None:
+            return 0.0
+        return self.pretraining.recipe.work_on(len(self.pretraining.synthetic), self.flags.steps_scale)
 
     def with_new_head(self, backbone: nn.Module, target: ImageSet) -> nn.Module:
         """A copy of a network with a head for the target's classes, drawn by global randomness."""
@@ -372,9 +391,16 @@ class Measurement:
     def run(self) -> int:
         """Measure every seed, print the table, write results.json; finished cells stay in results.jsonl."""
         flags, first = self.flags, resolve_seed(self.flags.seed)
+        if flags.dry_run or flags.cost:
+            print(json.dumps(as_json(flags), indent=2))
+            if flags.cost:
+                print(self.measure())
+            return 0
         store, cells = CellStore(flags.log_dir / "results.jsonl"), []
+        seeds = range(first, first + flags.num_test)
+        self.forecast = self.new_forecast(sum(self.missing(seed, store) for seed in seeds))
         with out_of_memory_says(self.device, self.knobs):
-            for seed in range(first, first + flags.num_test):
+            for seed in seeds:
                 cells += self.repetition(seed, store)
         text, note = self.table(cells)
         if flags.steps_scale != 1:
@@ -383,12 +409,29 @@ class Measurement:
         finish(folder, flags, self.device, cells, self.summary(cells), f"{text}\n{note}")
         return 0
 
+    def new_forecast(self, seeds: int) -> Forecast:
+        """Of so many repetitions; their results take a few kilobytes."""
+        return Forecast(seeds * self.work(), self.device, shorter=self.shorter)
+
+    def measure(self) -> Cost:
+        """What all repetitions take, from the first steps of one; its cells are thrown away."""
+        self.forecast = self.new_forecast(self.flags.num_test)
+        with tempfile.TemporaryDirectory() as folder:
+            store = CellStore(Path(folder) / "results.jsonl")
+            return self.forecast.trial(lambda: self.repetition(resolve_seed(self.flags.seed), store))
+
 
 class Features:
     """Features of one target's images by the network that `network` gives, computed at most once."""
 
-    def __init__(self, network: Callable[[], nn.Module], target: ImageSet, device: torch.device) -> None:
-        self.network, self.target, self.device = network, target, device
+    def __init__(
+        self,
+        network: Callable[[], nn.Module],
+        target: ImageSet,
+        device: torch.device,
+        tick: Callable[[float], None] = lambda work: None,
+    ) -> None:
+        self.network, self.target, self.device, self.tick = network, target, device, tick
         self._kept: dict[tuple[str, str], Tensor] = {}
 
     def __call__(self, split: str, on: str, index: Tensor | None = None) -> Tensor:
@@ -402,7 +445,14 @@ class Features:
 
     def _compute(self, images: Tensor, on: str) -> Tensor:
         network = self.network()
-        return outputs(network.embed if on == "body" else network, images, self.target, self.device)
+        function = network.embed if on == "body" else network
+
+        def counted(x: Tensor) -> Tensor:
+            found = function(x)
+            self.tick(len(x))
+            return found
+
+        return outputs(counted, images, self.target, self.device)
 
 
 class Transfer(Measurement):
@@ -413,6 +463,7 @@ class Transfer(Measurement):
     """
 
     knobs = "lower --pre_batch_size or --finetune_batch_size"
+    shorter = "lower --pre_epoch, --finetune_iteration or --num_test"
 
     def __init__(
         self,
@@ -496,14 +547,31 @@ class Transfer(Measurement):
             model = self.with_new_head(backbone, target)
             loader = recipe.loader(images, labels, self.device, generator, views)
             trainer = Trainer(model, loader, recipe, scale=self.flags.steps_scale)
-            return held_out_accuracy(trainer.run(what="fine-tuning", progress=True), target, self.device)
+            watch = self.ticking(recipe, len(index))
+            trainer.run(what="fine-tuning", on_step=watch, progress=True)
+            return held_out_accuracy(model, target, self.device)
+
+    def missing(self, seed: int, store: CellStore) -> bool:
+        keys = (self.key(target, measure, seed) for target in self.targets for measure in self.measures)
+        return any(store.get(key) is None for key in keys)
+
+    def work(self) -> float:
+        total, scale = self.pretraining_work(), self.flags.steps_scale
+        for target in self.targets:
+            for measure in self.measures:
+                if measure.protocol == "finetune":
+                    index = labelled_indices(target, measure, self.flags.seed or 0)
+                    total += self.finetuning(target).work_on(len(index), scale)
+            frozen = {measure.on for measure in self.measures if measure.protocol != "finetune"}
+            total += len(frozen) * (len(target.train) + len(target.test))
+        return total
 
     def repetition(self, seed: int, store: CellStore) -> list[Cell]:
         """All cells of one seed: one pre-trained network serves every target and measure."""
         backbone = functools.cache(lambda: self.backbone(seed, self.targets[0].img_shape))
         cells = []
         for target in self.targets:
-            features = Features(backbone, target, self.device)
+            features = Features(backbone, target, self.device, self.forecast.tick)
             for measure in self.measures:
                 compute = functools.partial(self._measure, features, measure, seed)
                 cells.append(store.measure(self.key(target, measure, seed), compute, describe))

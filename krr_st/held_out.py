@@ -10,7 +10,7 @@ from distillation.problem import Problem
 from evaluation.fit import outputs
 from krr_st.config import TrainFlags
 from krr_st.loss import krr_loss
-from krr_st.pool import ModelPool
+from krr_st.pool import ModelPool, Tick, no_tick
 from utils.seed import draw_seed, make_generator
 
 IMAGES = 256  # the loss is a mean over images and target dimensions: few are enough
@@ -26,7 +26,14 @@ class HeldOutLoss:
     """
 
     def __init__(
-        self, problem: Problem, flags: TrainFlags, pool: ModelPool, x_syn: Tensor, y_syn: Tensor
+        self,
+        problem: Problem,
+        flags: TrainFlags,
+        pool: ModelPool,
+        x_syn: Tensor,
+        y_syn: Tensor,
+        *,
+        tick: Tick = no_tick,
     ) -> None:
         image_set, device = problem.image_set, problem.device
         generator = make_generator(problem.seed, "held-out loss")
@@ -36,7 +43,7 @@ class HeldOutLoss:
         self.where = f"{len(images)} {'training' if split is image_set.train else 'held-out'} images"
         self.ridge, steps = flags.ridge, flags.outer_iteration
         self._due = {round(k * steps / MEASUREMENTS) for k in range(MEASUREMENTS + 1)}
-        self._networks = pool.aged_copies(draw_seed(generator), self.ages, x_syn, y_syn)
+        self._networks = pool.aged_copies(draw_seed(generator), self.ages, x_syn, y_syn, tick)
         self._y_real = outputs(problem.target, images, image_set, device).float()
         self._f_real = [outputs(net.embed, images, image_set, device) for net in self._networks]
 

@@ -13,7 +13,7 @@ from torch import nn
 from data.augment.crop_flip import default_padding
 from data.load import ImageSet, load_set
 from data.loader import ImagePipeline
-from evaluation.epochs import make_checkpoint, train_epochs
+from evaluation.epochs import dry_run, make_checkpoint, train_epochs
 from evaluation.fit import Trainer, held_out_accuracy
 from evaluation.presets import resolve_preset
 from evaluation.recipes import Recipe
@@ -26,6 +26,19 @@ from utils.run_folder import RunFolder
 from utils.seed import derive_seed, local_seed, make_generator
 
 
+def teacher_trainer(flags: KdTeacherFlags, image_set: ImageSet, device: torch.device, seed: int) -> Trainer:
+    """A classifier before its first step."""
+    with local_seed(derive_seed(seed, "teacher")):
+        model = place(get_model(flags.arch, image_set.img_shape, image_set.num_classes), device)
+    length = dict(epochs=flags.epochs, momentum=flags.momentum)
+    recipe = Recipe("cross_entropy", "sgd", flags.lr, flags.wd, "cosine", flags.batch_size, **length)
+    pad, train = default_padding(image_set.size), image_set.train
+    pipeline = ImagePipeline(image_set.stats, pad=pad, hflip=image_set.hflip)
+    generator = make_generator(seed, "batches")
+    loader = recipe.loader(train.images, train.labels, device, generator, pipeline, drop_last=True)
+    return Trainer(model, loader, recipe)
+
+
 def train_teacher(
     flags: KdTeacherFlags, image_set: ImageSet, device: torch.device, run: RunFolder
 ) -> tuple[nn.Module, dict[str, float | None]]:
@@ -33,15 +46,9 @@ def train_teacher(
 
     Returns it and its test accuracy in %, None without labelled test images.
     """
-    with local_seed(derive_seed(run.seed, "teacher")):
-        model = place(get_model(flags.arch, image_set.img_shape, image_set.num_classes), device)
-    length = dict(epochs=flags.epochs, momentum=flags.momentum)
-    recipe = Recipe("cross_entropy", "sgd", flags.lr, flags.wd, "cosine", flags.batch_size, **length)
-    pad, train = default_padding(image_set.size), image_set.train
-    pipeline = ImagePipeline(image_set.stats, pad=pad, hflip=image_set.hflip)
-    generator = make_generator(run.seed, "batches")
-    loader = recipe.loader(train.images, train.labels, device, generator, pipeline, drop_last=True)
-    train_epochs(Trainer(model, loader, recipe), run, save_every=flags.save_every, what="teacher")
+    trainer = teacher_trainer(flags, image_set, device, run.seed)
+    train_epochs(trainer, run, save_every=flags.save_every, what="teacher")
+    model = trainer.model
     if image_set.test is None or image_set.test.labels is None:
         return model, {"test_accuracy": None}
     found = held_out_accuracy(model, image_set, device)
@@ -58,6 +65,9 @@ def main(flags: KdTeacherFlags) -> int:
     if image_set.num_classes is None:
         raise UserError(f"{image_set.train.path.parent} has no labels; a teacher needs them")
     get_model(flags.arch, image_set.img_shape)  # an unknown name fails before anything is written
+    if flags.dry_run or flags.cost:
+        dry_run(flags, functools.partial(teacher_trainer, flags, image_set, device))
+        return 0
     path = Path(flags.save_dir) / f"teacher_{flags.data_name}.pt"
     train = functools.partial(train_teacher, flags, image_set, device)
     make_checkpoint(path, flags, image_set, device, train, "python -m krr_st.kd_teacher")

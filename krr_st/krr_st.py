@@ -64,13 +64,22 @@ class KRRST(Distiller):
         """Real images through the target model and a network; the set forward, back, and in training."""
         return 2 * flags.outer_batch_size + 6 * flags.num_images
 
+    @classmethod
+    def start_cost(cls, flags: TrainFlags) -> float:
+        """Networks of the pool reach half of their largest age on average, that of the held-out loss all."""
+        return 3.0 * flags.num_images * flags.online_iteration * (flags.num_models / 2 + 1)
+
     def begin(self) -> None:
         """Train each network of the pool to an age of its own."""
-        self.pool.warm_up(self.x_syn.detach(), self.y_syn.detach(), progress=self.problem.group.first)
+        progress = self.problem.group.first
+        self.pool.warm_up(self.x_syn.detach(), self.y_syn.detach(), progress, self.forecast.tick)
 
     def monitor(self) -> HeldOutLoss:
         """The loss on held-out images under fixed networks."""
-        return HeldOutLoss(self.problem, self.flags, self.pool, self.x_syn.detach(), self.y_syn.detach())
+        tick = self.forecast.tick
+        return HeldOutLoss(
+            self.problem, self.flags, self.pool, self.x_syn.detach(), self.y_syn.detach(), tick=tick
+        )
 
     def synthetic(self) -> SyntheticSet:
         """As any; a set that was learned in mixup is trained on in mixup."""

@@ -25,6 +25,12 @@ from utils.seed import draw_seed, local_seed
 # replaced again at every draw.
 RESET_AGE: dict[str, Callable[[int], int]] = {"paper": lambda age: 0, "released": lambda age: age}
 
+Tick = Callable[[float], None]  # told the work of each training step, counted as in `Distiller.cost`
+
+
+def no_tick(work: float) -> None:
+    """Nobody is told."""
+
 
 @dataclass
 class Slot:
@@ -69,23 +75,25 @@ class ModelPool:
         self._forward = compiled(lambda model, x: model(x), compile)
         self.slots = [Slot(*make_network(draw_seed(generator))) for _ in range(size)]
 
-    def warm_up(self, x_syn: Tensor, y_syn: Tensor, progress: bool = False) -> None:
+    def warm_up(self, x_syn: Tensor, y_syn: Tensor, progress: bool = False, tick: Tick = no_tick) -> None:
         """Train each network t steps on (x_syn, y_syn), t uniform in [1, T) (1 when T is 1)."""
         for slot in tqdm(self.slots, desc="model pool", disable=None if progress else True, leave=False):
             age = int(torch.randint(1, max(2, self.max_steps), (1,), generator=self.generator))
-            self._train(slot, x_syn, y_syn, age, self._mix)
+            self._train(slot, x_syn, y_syn, age, self._mix, tick)
 
     def spread_ages(self) -> None:
         """Let the untrained networks be replaced one after another: FRePo's start."""
         for number, slot in enumerate(self.slots):
             slot.age = number * self.max_steps // len(self.slots)
 
-    def aged_copies(self, seed: int, ages: Sequence[int], x_syn: Tensor, y_syn: Tensor) -> list[nn.Module]:
+    def aged_copies(
+        self, seed: int, ages: Sequence[int], x_syn: Tensor, y_syn: Tensor, tick: Tick = no_tick
+    ) -> list[nn.Module]:
         """One network outside of the pool, made from `seed`, at rising ages; frozen, in eval mode."""
         slot, copies = Slot(*self._make_network(seed)), []
         mix = None if self._mix is None else torch.Generator().manual_seed(seed)
         for age in ages:
-            self._train(slot, x_syn, y_syn, age, mix)
+            self._train(slot, x_syn, y_syn, age, mix, tick)
             copies.append(copy.deepcopy(slot.model).eval().requires_grad_(False))
         return copies
 
@@ -103,12 +111,21 @@ class ModelPool:
         slot.model, slot.optimizer = self._make_network(draw_seed(self.generator))
         slot.age = self._age_after_reset(slot.age)
 
-    def _train(self, slot: Slot, x_syn: Tensor, y_syn: Tensor, age: int, mix: torch.Generator | None) -> None:
+    def _train(
+        self,
+        slot: Slot,
+        x_syn: Tensor,
+        y_syn: Tensor,
+        age: int,
+        mix: torch.Generator | None,
+        tick: Tick = no_tick,
+    ) -> None:
         slot.model.train().requires_grad_(True)
         while slot.age < age:
             x, y = (x_syn, y_syn) if mix is None else mixup(x_syn, y_syn, mix)
             train_step(slot.model, x, y, self._loss, slot.optimizer)
             slot.age += 1
+            tick(3.0 * len(x))
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with autocast(self.precision, x.device):

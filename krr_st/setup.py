@@ -1,6 +1,7 @@
 """What the kernel regression family adds to runs of one set: real batches, several processes."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from distillation.loop import Plan
 from distillation.one_set import SetObserver, SetSetup
 from distillation.run import Method
 from krr_st.config import TrainFlags
+from utils.cost import Cost
 from utils.distributed import Group
 from utils.errors import UserError
 from utils.plots import save_lines
@@ -68,6 +70,13 @@ class KRRSTSetup(KernelSetup):
         if self.flags.syn_init != "raw":
             return self.image_set.stats
         return Stats((0.0,) * self.image_set.channels, (1.0,) * self.image_set.channels)
+
+    shorter = "--recipe best, lower --num_images, a smaller --train_model, --precision bf16"
+
+    def measure(self) -> Cost:
+        """As any, with targets computed at every step: a table would have to be filled first."""
+        self.flags = replace(self.flags, views_dir=None, target_views="online")
+        return super().measure()
 
     def run(self, run: Run) -> dict[str, Any]:
         """As any, with the evaluations under their older name, too."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from data.augment import normalize, to_float
 from data.load import ImageSet, load_set
 from data.specs import Stats
-from evaluation.epochs import make_checkpoint, train_epochs
+from evaluation.epochs import dry_run, make_checkpoint, train_epochs
 from evaluation.fit import Trainer, outputs
 from evaluation.presets import resolve_preset
 from evaluation.probe import frozen_accuracy
@@ -112,6 +112,24 @@ def knn_accuracy(model: Representation, image_set: ImageSet, device: torch.devic
     return frozen_accuracy("knn", (bank, train.labels[:_KNN_ROWS]), (features, test.labels), classes)
 
 
+def target_trainer(flags: TargetFlags, image_set: ImageSet, device: torch.device, seed: int) -> Trainer:
+    """A target model and its projector before the first step of Barlow Twins."""
+    with local_seed(derive_seed(seed, "target")):
+        model = Representation(flags.target_model, image_set.img_shape)
+        head = projector(model.dim, flags.projector_dim, flags.projector_layers)
+    how = dict(min_crop=flags.min_crop, jitter=flags.jitter, degrees=flags.degrees)
+    views = TwoViews(image_set.img_shape, image_set.stats, hflip=image_set.hflip, **how)
+    recipe = Recipe("mse", flags.opt, flags.lr, flags.wd, "cosine", flags.batch_size, flags.epochs)
+    generator = make_generator(seed, "views")
+    loader = recipe.loader(image_set.train.images, None, device, generator, views, drop_last=True)
+    recipe = recipe.override(warmup=round(flags.warmup_epochs * loader.steps_per_pass))
+
+    def loss_fn(net: nn.Module, pair: tuple[Tensor, Tensor], _: None) -> Tensor:
+        return barlow_twins_loss(net(pair[0]), net(pair[1]), flags.off_diagonal)
+
+    return Trainer(place(nn.Sequential(model, head), device), loader, recipe, loss_fn=loss_fn)
+
+
 def train_target(
     flags: TargetFlags, image_set: ImageSet, device: torch.device, run: RunFolder
 ) -> tuple[nn.Module, dict[str, float | None]]:
@@ -119,25 +137,14 @@ def train_target(
 
     Returns its backbone and the last k-NN accuracy: labels, where there are any, serve that alone.
     """
-    with local_seed(derive_seed(run.seed, "target")):
-        model = Representation(flags.target_model, image_set.img_shape)
-        head = projector(model.dim, flags.projector_dim, flags.projector_layers)
-    how = dict(min_crop=flags.min_crop, jitter=flags.jitter, degrees=flags.degrees)
-    views = TwoViews(image_set.img_shape, image_set.stats, hflip=image_set.hflip, **how)
-    recipe = Recipe("mse", flags.opt, flags.lr, flags.wd, "cosine", flags.batch_size, flags.epochs)
-    generator = make_generator(run.seed, "views")
-    loader = recipe.loader(image_set.train.images, None, device, generator, views, drop_last=True)
-    recipe = recipe.override(warmup=round(flags.warmup_epochs * loader.steps_per_pass))
-
-    def loss_fn(net: nn.Module, pair: tuple[Tensor, Tensor], _: None) -> Tensor:
-        return barlow_twins_loss(net(pair[0]), net(pair[1]), flags.off_diagonal)
+    trainer = target_trainer(flags, image_set, device, run.seed)
+    model = trainer.model[0]
 
     def measure(epoch: int) -> dict[str, float | None]:
         if epoch % flags.eval_every and epoch != flags.epochs:
             return {}
         return {"knn_accuracy": knn_accuracy(model.eval(), image_set, device)}
 
-    trainer = Trainer(place(nn.Sequential(model, head), device), loader, recipe, loss_fn=loss_fn)
     train_epochs(trainer, run, save_every=flags.save_every, what="Barlow Twins", measure=measure)
     print(f"features of {model.dim}")
     return model.backbone, {"knn_accuracy": run.read_log()[-1].get("knn_accuracy")}
@@ -153,6 +160,9 @@ def main(flags: TargetFlags) -> int:
     if len(image_set.train) < 2:
         raise UserError(f"{image_set.train.path} holds one image; Barlow Twins needs at least two")
     Representation(flags.target_model, image_set.img_shape)  # an unknown name fails before a write
+    if flags.dry_run or flags.cost:
+        dry_run(flags, functools.partial(target_trainer, flags, image_set, device))
+        return 0
     path = default_checkpoint(flags.target_model, flags.data_name, flags.save_dir)
     train = functools.partial(train_target, flags, image_set, device)
     make_checkpoint(path, flags, image_set, device, train, "python -m krr_st.target")

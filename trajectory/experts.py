@@ -35,15 +35,14 @@ from models.layout import arranged
 from trajectory.buffers import Snapshot, Trajectory, expert_files, expert_path
 from utils import checkpoint, cli
 from utils.cli import SEED, DeviceFlags, flag
+from utils.cost import Cost, DryRunFlags
 from utils.device import resolve_device
 from utils.errors import UserError, entry_point
 from utils.memory import out_of_memory_says
 from utils.precision import DTYPES
-from utils.progress import duration
+from utils.progress import byte_size
 from utils.run_folder import RunFolder, claim_run
 from utils.seed import derive_seed, local_seed, make_generator
-
-_TIMED_STEPS = 4
 
 # Published values of the flags that are not given.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -53,7 +52,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class ExpertFlags(DeviceFlags):
+class ExpertFlags(DeviceFlags, DryRunFlags):
     """Flags of trajectory.experts."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
@@ -101,7 +100,6 @@ class ExpertFlags(DeviceFlags):
     )
     seed: int | None = flag(None, "seed; default: drawn and printed", **SEED, identity=False)
     overwrite: bool = flag(False, "start again in a folder that holds another run", identity=False)
-    dry_run: bool = flag(False, "print the resolved configuration and stop", identity=False)
 
 
 def default_network(size: int) -> str:
@@ -222,16 +220,11 @@ class ExpertTraining:
         count = sum(p.numel() for p in self.network(0).parameters())
         return count * size * (1 + self.recipe.steps_on(len(self.y)) // self.every)
 
-    def seconds(self) -> float:
-        """Time of one expert, from a few steps of one that is thrown away."""
-        trainer, taken = self.trainer(0), []
-        for step in range(1, min(_TIMED_STEPS, trainer.steps) + 1):
-            began = time.perf_counter()
-            trainer.run(step, what="timing an expert")
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-            taken.append(time.perf_counter() - began)
-        return min(taken) * trainer.steps
+    def cost(self, count: int) -> Cost:
+        """What `count` experts take, from a few steps of one that is thrown away."""
+        at_once = min(count, torch.get_num_threads()) if self.device.type == "cpu" else 1
+        given = dict(disk=lambda: count * self.bytes, shorter="fewer --num_experts or --train_epochs")
+        return self.trainer(0).measure(count / at_once, **given)
 
     def run(self, seed: int, name: str, check: Callable[[], None]) -> tuple[Trajectory, dict[str, float]]:
         """One expert, and what is logged about it."""
@@ -297,29 +290,23 @@ def make_experts(flags: ExpertFlags, device: torch.device) -> Path:
 
 def announce(training: ExpertTraining, folder: Path, count: int) -> None:
     """Print what `count` experts take; a UserError where the disk has too little."""
-    flags, size, taken = training.flags, training.bytes, training.seconds() * count
-    if training.device.type == "cpu":
-        taken /= min(count, torch.get_num_threads())
+    cost, flags = training.cost(count), training.flags
     snapshots = 1 + training.recipe.steps_on(len(training.y)) // training.every
-    print(
-        f"training {count} experts for {flags.train_epochs} epochs, {snapshots} snapshots each: "
-        f"{_size(size * count)} in {folder}, about {duration(taken)}",
-        flush=True,
-    )
+    print(f"{count} experts of {flags.train_epochs} epochs, {snapshots} snapshots each, go to {folder}")
+    print(cost, flush=True)
     place = next(p for p in (folder, *folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(place).free
-    if free < size * count:
+    if free < cost.disk:
         raise UserError(
-            f"--buffer_dir {folder}: {_size(size * count)} are needed, {_size(free)} are free; fewer "
+            f"--buffer_dir {folder}: {byte_size(cost.disk)} are needed, {byte_size(free)} are free; fewer "
             "--num_experts or --train_epochs, or --dtype bf16"
         )
 
 
-def _size(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} B"
+def expert_cost(flags: ExpertFlags, device: torch.device) -> Cost:
+    """What all experts of resolved flags take; nothing is written."""
+    image_set = load_set(flags.data_name, flags.img_size, flags.data_dir)
+    return ExpertTraining(flags, image_set, device).cost(flags.num_experts)
 
 
 @entry_point
@@ -329,7 +316,9 @@ def main(argv: list[str] | None = None) -> int:
     flags = resolve(flags)
     print(json.dumps(cli.as_json(flags), indent=2))
     device = resolve_device(flags.device, flags.gpu_id)
-    if not flags.dry_run:
+    if flags.cost:
+        print(expert_cost(flags, device))
+    elif not flags.dry_run:
         print(f"experts: {make_experts(flags, device)}")
     return 0
 

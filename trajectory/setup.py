@@ -16,9 +16,10 @@ from models import get_model
 from trajectory import experts
 from trajectory.base import TrajectoryFlags
 from trajectory.buffers import Experts, expert_files
-from trajectory.experts import ExpertFlags, make_experts
+from trajectory.experts import ExpertFlags, expert_cost, make_experts
 from trajectory.published import published
 from utils.checkpoint import files_fingerprint
+from utils.cost import Cost
 from utils.distributed import Group
 from utils.errors import UserError
 from utils.run_folder import FollowedRun, RunFolder, changed_inputs
@@ -86,6 +87,13 @@ class TrajectorySetup(SetSetup):
             return super().inputs
         used = expert_files(self.flags.buffer_dir)[: self.flags.num_experts]  # each has one or more
         return super().inputs | {"set of experts": files_fingerprint(used)}
+
+    def measure(self) -> Cost:
+        """As any; before there are experts, what these take."""
+        if self.missing is None:
+            return super().measure()
+        print("the experts come first; once they are there this measures the distillation")
+        return expert_cost(self.missing, self.device)
 
     def run(self, run: RunFolder | FollowedRun) -> dict[str, Any]:
         """Train experts if there are none yet, then distil."""

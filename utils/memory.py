@@ -5,6 +5,7 @@ import ctypes
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,11 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError, first_line
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
 
 # mallopt(3): number of a parameter -> value that keeps freed memory.
 MALLOC = {
@@ -39,6 +45,16 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     done = [libc.mallopt(number, value) for number, value in MALLOC.items()]
     return all(done)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has taken so far, on CUDA those of the device; 0: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,0 +1,154 @@
+"""What a run takes: time, memory and disk, told by its first steps."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.cli import flag
+from utils.memory import peak_memory
+from utils.progress import byte_size, duration
+
+LONG = 2 * 3600  # seconds; who waits longer is told what shortens it
+# Enough is measured after so many steps and seconds, or after so many seconds whatever the steps.
+_STEPS, _SECONDS, _PATIENCE = 3, 2.0, 10.0
+_BRIEFLY = 0.3  # seconds in a trial
+
+
+@dataclass(frozen=True)
+class DryRunFlags:
+    """Flags of commands that say what they would do."""
+
+    dry_run: bool = flag(False, "print the resolved configuration and stop", identity=False)
+    cost: bool = flag(
+        False,
+        "take a few steps, print the expected time, memory and disk, and stop; no run is written",
+        identity=False,
+    )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What `work` (in any unit) takes; `memory` and `disk` are bytes, at their peak."""
+
+    seconds: float
+    work: float
+    memory: int
+    disk: int
+    advice: str = ""  # how to shorten it
+
+    def __str__(self) -> str:
+        memory = f"{byte_size(self.memory)} of memory, " if self.memory else ""
+        found = f"expected: about {duration(self.seconds)}, {memory}{byte_size(self.disk)} on disk"
+        return found + (f"; {self.advice}" if self.advice else "")
+
+
+class _Known(Exception):
+    """Ends a trial."""
+
+
+class Forecast:
+    """Measures the first steps of a run, and says once what the whole takes.
+
+    `work` is what lies ahead in any unit, such as images through networks, each counted three times in
+    training; without any it stays silent. `disk` gives bytes, asked for when it speaks. Beyond two hours
+    it says which flags shorten the run: `length`, a flag and its value, and `shorter`, others in words.
+    """
+
+    def __init__(
+        self,
+        work: float,
+        device: torch.device,
+        *,
+        disk: Callable[[], int] = lambda: 0,
+        length: tuple[str, int] | None = None,
+        shorter: str = "",
+    ) -> None:
+        self.work, self.device, self.disk = work, device, disk
+        self._length, self._shorter = length, shorter
+        self._done = self._measured = 0.0
+        self._steps, self._seconds, self._mark = 0, 0.0, time.perf_counter()
+        self._trial, self.told = False, work <= 0
+
+    def skip(self, work: float) -> None:
+        """So much was done before, or at another speed."""
+        self._done += work
+
+    def tick(self, work: float) -> None:
+        """Call after each step, with its work; prints one line when enough is measured."""
+        self._done += work
+        if self.told or not self._enough(work):
+            return
+        if self._trial:
+            raise _Known
+        self.told = True
+        if self._done < self.work:
+            print(self._cost(self.work - self._done), flush=True)
+
+    def trial(self, run: Callable[[], object]) -> Cost:
+        """What the whole takes; `run`, which ticks, is left as soon as this is known."""
+        self._trial, began = True, time.perf_counter()
+        self._mark = began
+        try:
+            run()
+        except _Known:
+            return self._cost(self.work)
+        self._measured, self._seconds = self._done, time.perf_counter() - began
+        return self._cost(self.work)
+
+    @contextlib.contextmanager
+    def paused(self, work: float) -> Iterator[None]:
+        """The block does so much of the work, at a speed of its own: its time does not count."""
+        self.skip(work)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._mark += time.perf_counter() - began
+
+    def _enough(self, work: float) -> bool:
+        """Count a step that has just ended; whether the speed is known. A first step warms up."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now, self._steps = time.perf_counter(), self._steps + 1
+        if self._steps == 1 and now - self._mark < _PATIENCE:
+            self._mark = now
+            return False
+        self._measured += work
+        self._seconds = now - self._mark
+        wanted = _BRIEFLY if self._trial else _SECONDS
+        return self._seconds >= _PATIENCE or (self._steps > _STEPS and self._seconds >= wanted)
+
+    def _cost(self, work: float) -> Cost:
+        seconds = self._seconds * work / max(self._measured, 1e-9)
+        return Cost(seconds, work, peak_memory(self.device), self.disk(), self._advice(seconds))
+
+    def _advice(self, seconds: float) -> str:
+        if seconds <= LONG:
+            return ""
+        ways = [self._shorter] if self._shorter else []
+        if self._length is not None:
+            name, value = self._length
+            ways.insert(0, f"{name} {round_down(value * LONG / seconds)} (two hours)")
+        return f"to shorten it: {', '.join(ways)}"
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        value = value.values()
+    return sum(map(tensor_bytes, value)) if isinstance(value, Iterable) and not isinstance(value, str) else 0
+
+
+def round_down(value: float) -> int:
+    """Two leading digits of a number, the rest zeros; at least 1."""
+    digits = 10 ** max(0, len(str(int(value))) - 2)
+    return max(1, int(value) // digits * digits)
