@@ -201,7 +201,8 @@ class MatchingSetup(Setup):
 
     def evaluations(self) -> int:
         """Those of `NetworkObserver`."""
-        return sum(evaluation_due(self.flags, step) for step in range(self.flags.Iteration + 1))
+        steps = self.flags.Iteration
+        return sum(evaluation_due(self.flags, step, steps) for step in range(steps + 1))
 
     def observer(self, run: RunFolder, plan: Plan, distiller: Distiller) -> NetworkObserver:
         return NetworkObserver(self, run, plan)
@@ -221,10 +222,10 @@ class MatchingSetup(Setup):
             export(run.path / self.name, self.flags.export, self.flags.method, self.flags.overwrite)
 
 
-def evaluation_due(flags: DistillFlags, step: int) -> bool:
+def evaluation_due(flags: DistillFlags, step: int, steps: int) -> bool:
     """With one name every `eval_interval` iterations from the start; in any case at the end."""
     often = flags.eval_mode in ("S", "SS") and step % flags.eval_interval == 0
-    return often or step == flags.Iteration
+    return often or step == steps
 
 
 class NetworkObserver(Observer):
@@ -238,7 +239,7 @@ class NetworkObserver(Observer):
 
     def due(self, step: int) -> bool:
         """See `evaluation_due`."""
-        return evaluation_due(self.setup.flags, step)
+        return evaluation_due(self.setup.flags, step, self.plan.steps)
 
     def evaluate(self, step: int, distiller: Distiller) -> dict[str, list[float]]:
         """Network -> test accuracies in [0, 1]."""

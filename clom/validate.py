@@ -3,7 +3,7 @@
 import itertools
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from evaluation.recipes import Recipe
 from evaluation.score import score_network
 from models import eval_pool
 from utils import checkpoint, cli
-from utils.cost import Forecast
+from utils.cost import Cost, Forecast
 from utils.device import resolve_gpus
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
@@ -74,10 +74,7 @@ def validate(flags: ValidateFlags) -> int:
     trainings = plan_trainings(flags, image_set, to_space(stored, image_set.stats))
     networks = {name: network_factory(name, image_set, device) for name in names}
     if flags.cost:
-        forecast = Forecast(len(names) * flags.num_eval * recipe.steps_on(len(synthetic)), device)
-        given = (networks[names[0]], synthetic, image_set, recipe)
-        tick = partial(forecast.tick, 1)
-        print(forecast.trial(lambda: score_network(*given, seed=0, device=device, check=tick)))
+        print(trainings_cost(trainings.values(), networks, flags, image_set, device))
         return 0
     folder = Path(flags.save_path) / flags.dataset / f"{flags.method}_{flags.model}_ipc{ipc:g}"
 
@@ -170,6 +167,24 @@ def plan_trainings(flags: ValidateFlags, image_set: ImageSet, synthetic: Synthet
         found["hard_labels"] = on_set(hard, flags.dsa) if synthetic.soft else found["own_labels"]
         found |= both if flags.full_accuracy is not None else {**both, "all_real": on_all()}
     return found
+
+
+def trainings_cost(
+    trainings: Iterable[Training],
+    networks: Mapping[str, Callable[[int], nn.Module]],
+    flags: ValidateFlags,
+    image_set: ImageSet,
+    device: torch.device,
+) -> Cost:
+    """What all networks take, one after another, from the first steps of one."""
+    found = [(training.recipe, training.images(flags.seed)) for training in trainings]
+    counts = [len(image_set.train if images is None else images) for _, images in found]
+    work = sum(recipe.work_on(count) for (recipe, _), count in zip(found, counts, strict=True))
+    forecast = Forecast(work * len(networks) * flags.num_eval, device)
+    (recipe, images), new_network = found[0], next(iter(networks.values()))
+    tick = partial(forecast.tick, 3 * min(recipe.batch_size, counts[0]))
+    given = (new_network, images, image_set, recipe)
+    return forecast.trial(lambda: score_network(*given, seed=flags.seed, device=device, check=tick))
 
 
 def random_images(
