@@ -126,8 +126,8 @@ def finish(
     text: str,
     **more: Any,
 ) -> None:
-    """Write {folder}/results.json with means over seeds and further facts; print the table `text`."""
+    """Write {folder}/results.json with means over seeds, further facts and the table `text`; print that."""
     record = {"flags": cli.as_json(flags), **more, "environment": environment(device)}
-    write_json(folder / "results.json", {**record, "summary": summary, "cells": cells})
+    write_json(folder / "results.json", {**record, "table": text, "summary": summary, "cells": cells})
     print(text)
     print(f"results: {folder / 'results.json'}")

@@ -217,7 +217,7 @@ def test_forms_say_what_they_cannot_hold(tmp_path):
         make().save(tmp_path / "a.pt", "safetensors")
     with pytest.raises(UserError, match="no experiment"):
         save_experiments(tmp_path / "res_x.pt", [], {})
-    with pytest.raises(UserError, match=r"'zip'; valid: compact, npz, pair, png, res, safetensors"):
+    with pytest.raises(UserError, match=r"'zip'; valid: compact, hf, npz, pair, png, res, safetensors"):
         make().save(tmp_path / "z", "zip")
     (tmp_path / "file").write_text("")
     for form in FORMS:

@@ -1,19 +1,21 @@
 """Inspect or convert a synthetic set.
 
 python -m data.synthetic inspect PATH [--out grid.png]
-python -m data.synthetic convert SRC DST --form pair|res|safetensors|compact|png|npz
+python -m data.synthetic convert SRC DST --form pair|res|safetensors|compact|png|npz|hf
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from data.specs import DC_SPECS, KRR_SPECS
+from data.synthetic.card import CardFlags
 from data.synthetic.compact import CompactFlags
-from data.synthetic.forms import FORMS, detect_form, save_compact, stored_bytes
+from data.synthetic.forms import FORMS, detect_form, find_set, save_compact, save_hf, stored_bytes
 from data.synthetic.set import SyntheticSet
 from utils import cli
 from utils.errors import UserError, entry_point, pick
@@ -103,6 +105,12 @@ def _load_flagged(args: argparse.Namespace, path: Path) -> SyntheticSet:
     return SyntheticSet.load(path, stats=stats[size], data_name=args.data_name, experiment=args.experiment)
 
 
+def _given(flags_class: type, args: argparse.Namespace) -> Any:
+    """The flags of one class out of all."""
+    values = {name: getattr(args, name) for name in flags_class.__dataclass_fields__}
+    return flags_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
 def _inspect(args: argparse.Namespace) -> None:
     synthetic = _load_flagged(args, args.path)
     print(f"{args.path}: {detect_form(args.path)} form")
@@ -112,15 +120,19 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    how = CompactFlags(**{name: getattr(args, name) for name in CompactFlags.__dataclass_fields__})
+    how, card = _given(CompactFlags, args), _given(CardFlags, args)
     if args.form != "compact" and how != CompactFlags():
         raise UserError(f"--form {args.form} has neither sizes nor types: --x_... and --y_... need compact")
+    if args.form != "hf" and card != CardFlags():
+        raise UserError(f"--form {args.form} has no card: --license and --results need hf")
     synthetic = _load_flagged(args, args.src)
     taken = args.dst / "x_syn.pt" if args.form == "pair" and args.dst.is_dir() else args.dst
     if args.form != "png" and taken.is_file() and not args.overwrite:  # png never replaces a folder
         raise UserError(f"{taken} exists already; pass --overwrite to replace it")
     if args.form == "compact":
         save_compact(synthetic, args.dst, how)
+    elif args.form == "hf":
+        save_hf(synthetic, args.dst, args.src, card)
     else:
         synthetic.save(args.dst, args.form)
     again = SyntheticSet.load(args.dst, form=args.form)
@@ -148,15 +160,18 @@ def main(argv: list[str] | None = None) -> None:
     inspect.add_argument("--out", type=Path, help="draw a grid of at most 100 images into this PNG")
     convert = commands.add_parser("convert", help="write a set in another form")
     convert.add_argument("src", type=Path, help="folder or file of any form")
-    convert.add_argument("dst", type=Path, help="folder (pair, png) or file (res, safetensors, compact, npz)")
+    convert.add_argument("dst", type=Path, help="folder (pair, png, hf) or file (the other forms)")
     convert.add_argument("--form", required=True, choices=tuple(FORMS), help="form to write")
     convert.add_argument("--overwrite", action="store_true", help="replace a pair or file that is there")
     cli.add_flags(convert, CompactFlags)
+    cli.add_flags(convert, CardFlags)
     for command in (inspect, convert):
         command.add_argument("--data_name", help="use the published mean and std of this data set")
         command.add_argument("--family", choices=("krr", "dc"), default="krr", help="whose [krr]")
         command.add_argument("--experiment", type=int, default=0, help="of a res file [0]")
     args = parser.parse_args(argv)
+    name = {"inspect": "path", "convert": "src"}[args.command]
+    setattr(args, name, find_set(getattr(args, name)) or getattr(args, name))
     {"inspect": _inspect, "convert": _convert}[args.command](args)
 
 

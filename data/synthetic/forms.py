@@ -8,6 +8,8 @@ png          folder of 8-bit `00000.png`, ... for people and other tools. `label
              says which files belong to the set and in which order, `meta.json` holds the mean and
              std that lead back to normalised space. Pixels are clamped to [0, 1] and rounded.
 npz          of KIP, RFAD and FRePo: `images` or `image`, channels last or first, `labels` or `label`
+hf           folder for the Hugging Face Hub: a parquet file (data/synthetic/parquet.py), its card
+             README.md, and meta.json as in a PNG folder
 
 What is read are the fields of a `SyntheticSet`, which checks them: `images`, `targets` and, as far as
 known, `stats`, `data_name`, `info` and `training`. The published forms hold no statistics: a small
@@ -17,21 +19,23 @@ on it (the safetensors form holds that itself).
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data.augment import normalize
 from data.specs import Stats
+from data.synthetic.card import CardFlags, write_card
 from data.synthetic.compact import CompactFlags, count_bytes, decode, describe, encode
+from data.synthetic.parquet import PARQUET, picture_bytes, read_parquet, write_parquet
 from data.synthetic.training import (
     TRAINING_FILE,
     TrainingSettings,
@@ -57,23 +61,27 @@ class Form(NamedTuple):
     write: Callable[[SyntheticSet, Path], None]
 
 
+# Forms that are folders, and the file that gives each away.
+FOLDER_MARKS = {"pair": "x_syn.pt", "png": "labels.csv", "hf": PARQUET}
+
+
 def detect_form(path: Path) -> str:
     """The form of a path, by its name and the files in it; a UserError if it is none."""
     if not path.exists():
         raise UserError(f"synthetic set {path} does not exist")
     if path.is_dir():
-        for form, mark in (("pair", "x_syn.pt"), ("png", "labels.csv")):
+        for form, mark in FOLDER_MARKS.items():
             if (path / mark).exists():
                 return form
-        raise UserError(f"{path} holds neither x_syn.pt and y_syn.pt nor labels.csv with PNGs")
+        raise UserError(f"{path} holds neither x_syn.pt and y_syn.pt nor labels.csv with PNGs nor {PARQUET}")
     if path.name in ("x_syn.pt", "y_syn.pt"):
         return "pair"
     return path.suffix[1:] if path.suffix in (".safetensors", ".npz") else "res"
 
 
 def find_set(folder: Path) -> Path | None:
-    """The set in a run folder: a pair, a PNG folder, or the one res file; None without any."""
-    if any((folder / mark).exists() for mark in ("x_syn.pt", "labels.csv")):
+    """The set in a run folder: a form that is a folder, or the one res file; None without any."""
+    if any((folder / mark).exists() for mark in FOLDER_MARKS.values()):
         return folder
     found = sorted(folder.glob("res_*.pt"))
     return found[0] if len(found) == 1 else None
@@ -291,27 +299,48 @@ def _write_png(synthetic: SyntheticSet, path: Path) -> None:
         raise UserError(
             f"cannot write {path}: a PNG folder cannot hold float targets; use --form pair or safetensors"
         )
-    if synthetic.images.shape[1] not in (1, 3):
-        raise UserError(f"cannot write {path}: PNG needs 1 or 3 channels")
+    pictures = picture_bytes(synthetic)
+    rows = [(f"{i:05d}.png", label) for i, label in enumerate(synthetic.targets.tolist())]
+    with _new_folder(path) as folder:
+        for (name, _), picture in zip(rows, pictures, strict=True):
+            (folder / name).write_bytes(picture)
+        with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("file", "label"), *rows])
+        (folder / "meta.json").write_text(_describe(synthetic), encoding="utf-8")
+        write_training(synthetic.training, folder / TRAINING_FILE)
+
+
+@contextlib.contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path`, which is absent or empty, if the block succeeds."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"cannot write {path}: it exists and is not an empty folder")
-    pixels = synthetic.to_pixels().mul(255).round().byte().cpu()
-    pixels = pixels.permute(0, 2, 3, 1).squeeze(-1).numpy()
-    rows = [(f"{i:05d}.png", label) for i, label in enumerate(synthetic.targets.tolist())]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
             folder = Path(temporary) / path.name
             folder.mkdir()
-            for (name, _), image in zip(rows, pixels, strict=True):
-                Image.fromarray(image).save(folder / name)
-            with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([("file", "label"), *rows])
-            (folder / "meta.json").write_text(_describe(synthetic), encoding="utf-8")
-            write_training(synthetic.training, folder / TRAINING_FILE)
+            yield folder
             folder.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _read_hf(path: Path, stats: Stats | None, experiment: int) -> Fields:
+    described = _read_description(path / "meta.json")
+    return described | read_parquet(path / PARQUET) | {"training": read_training(path / TRAINING_FILE)}
+
+
+def save_hf(
+    synthetic: SyntheticSet, path: Path, source: Path | None = None, flags: CardFlags | None = None
+) -> None:
+    """Write the folder, whole or not at all; `source` and `flags` as for `card.write_card`."""
+    with _new_folder(path) as folder:
+        (folder / PARQUET).parent.mkdir()
+        write_parquet(synthetic, folder / PARQUET)
+        (folder / "README.md").write_text(write_card(synthetic, source, flags), encoding="utf-8")
+        (folder / "meta.json").write_text(_describe(synthetic), encoding="utf-8")
+        write_training(synthetic.training, folder / TRAINING_FILE)
 
 
 def _read_npz(path: Path, stats: Stats | None, experiment: int) -> Fields:
@@ -363,6 +392,7 @@ FORMS = {
     "compact": Form(_read_safetensors, save_compact),
     "png": Form(_read_png, _write_png),
     "npz": Form(_read_npz, _write_npz),
+    "hf": Form(_read_hf, save_hf),
 }
 
 

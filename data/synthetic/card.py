@@ -1,0 +1,184 @@
+"""The card of a set on the Hugging Face Hub: a README.md made from the set and the run it comes from."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data.synthetic.parquet import PARQUET
+from data.untrusted import read_json
+from utils import checkpoint
+from utils.cli import flag
+from utils.errors import UserError
+from utils.run_folder import numbers
+
+if TYPE_CHECKING:
+    from data.synthetic.set import SyntheticSet
+
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K"}  # in the Hub's words
+
+
+@dataclass(frozen=True)
+class CardFlags:
+    """What the card of a set says beside what is known from its run."""
+
+    license: str = flag("unknown", "of --form hf: the set's licence, as the Hub calls it (cc-by-4.0, other)")
+    results: tuple[Path, ...] = flag(
+        (),
+        "of --form hf: results.json files of validate.py, test.py and others, for this set or to compare it "
+        "with: the card shows their tables",
+    )
+
+
+class Measured(NamedTuple):
+    """A file of results."""
+
+    own: bool  # whether they are of this set
+    method: str
+    table: str  # Markdown
+    recipe: dict[str, Any]  # that networks were trained by
+
+
+def read_results(path: Path, synthetic: SyntheticSet) -> Measured:
+    """What a results.json says; a UserError for a file that is none."""
+    if not path.exists():
+        raise UserError(f"--results {path} does not exist")
+    raw = read_json(path)
+    cells, flags, table = (raw.get(key) for key in ("cells", "flags", "table"))
+    usable = isinstance(cells, list) and all(isinstance(cell, dict) for cell in cells)
+    if not usable or not isinstance(flags, dict) or not isinstance(table, str):
+        raise UserError(f"{path} holds no table of results; expected what validate.py or test.py writes")
+    digests = [raw.get("fingerprint"), *(cell.get("synthetic_set") for cell in cells)]
+    own = checkpoint.fingerprint(synthetic.images, synthetic.targets) in digests
+    found = [cell.get(key) for cell in cells for key in ("pretraining", "training")]
+    recipe = next((record for record in found if isinstance(record, dict)), {})
+    return Measured(own, str(flags.get("method") or "without pre-training"), table, recipe)
+
+
+def write_card(synthetic: SyntheticSet, source: Path | None = None, flags: CardFlags | None = None) -> str:
+    """The text of README.md for a set that was read from `source`, a run's folder or a file in it."""
+    import jinja2  # slow to import
+
+    flags, run, results = flags or CardFlags(), {}, {}
+    if source is not None:
+        folder = source if source.is_dir() else source.parent
+        run, results = (read_json(folder / name) for name in ("config.json", "results.json"))
+    settings = run.get("flags") if isinstance(run.get("flags"), dict) else {}
+    facts = {
+        "method": settings.get("method") or synthetic.info.get("method"),
+        "source": synthetic.data_name,
+        "target model": settings.get("target_model"),
+        "seed": run.get("seed", synthetic.info.get("seed")),
+        "images": len(synthetic),
+        "licence": flags.license,
+    }
+    facts = {name: _line(value) for name, value in facts.items() if value is not None}
+    measured = [read_results(path, synthetic) for path in flags.results]
+    title = f"{len(synthetic)} images distilled from {facts.get('source', 'an unknown source')}"
+    title += f" by {facts['method']}" if "method" in facts else ""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["plain"] = _plain
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        front_matter=_front_matter(synthetic, title, facts),
+        title=title,
+        facts=facts,
+        shape=" x ".join(map(str, synthetic.images.shape[1:])),
+        soft=synthetic.soft,
+        width=synthetic.targets.shape[-1],
+        label="target" if synthetic.soft else "label",
+        mean=list(synthetic.stats.mean),
+        std=list(synthetic.stats.std),
+        how_to_train=_how_to_train(synthetic, settings, [m.recipe for m in measured if m.own]),
+        tensors=sorted(synthetic.training.pack()[0]),
+        commands=_commands(synthetic, facts),
+        tables=[("This set" if m.own else f"To compare, {m.method}", _spaced(m.table)) for m in measured],
+        numbers=list(_numbers(results)),
+        settings={k: v for k, v in settings.items() if v is not None and not _is_private(v)},
+    )
+
+
+def _front_matter(synthetic: SyntheticSet, title: str, facts: dict[str, str]) -> str:
+    """The YAML that the Hub reads."""
+    import yaml  # comes with datasets, as what reads the rest of the form does
+
+    method = [facts["method"].lower()] if "method" in facts else []
+    size = next((words for limit, words in _SIZES.items() if len(synthetic) < limit), "100K<n<1M")
+    files = [{"split": "train", "path": PARQUET.as_posix()}]
+    pixels = {"array3_d": {"shape": list(synthetic.images.shape[1:]), "dtype": "float32"}}
+    label = {"name": "label", "dtype": "int64"}
+    if synthetic.soft:
+        label = {"name": "target", "sequence": "float32", "length": synthetic.targets.shape[1]}
+    columns = [{"name": "image", "dtype": "image"}, {"name": "pixels", "dtype": pixels}, label]
+    said = {
+        "license": facts["licence"],
+        "pretty_name": title,
+        "task_categories": ["image-feature-extraction" if synthetic.soft else "image-classification"],
+        "tags": ["dataset-distillation", "synthetic", *method],
+        "size_categories": [size],
+        "configs": [{"config_name": "default", "data_files": files}],
+        "dataset_info": {"features": columns},
+    }
+    return yaml.safe_dump(said, sort_keys=False)
+
+
+def _how_to_train(
+    synthetic: SyntheticSet, settings: dict[str, Any], recipes: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What the set says itself, over the recipe it was measured with, or else that of its run."""
+    loss = "mean squared error to the targets" if synthetic.soft else "cross-entropy with the labels"
+    of_run = {k.removeprefix("pre_"): v for k, v in settings.items() if k.startswith("pre_")}
+    found = recipes[0] if recipes else {"loss": loss, **of_run}
+    training = synthetic.training
+    found = {k: v for k, v in found.items() if v not in (None, 0, [], "none")} | training.record()
+    if training.whitening is not None:
+        found["whitening"] = "of all images, those of tests included: (x - mean) @ matrix, x flattened"
+    if training.targets is not None:
+        found["targets"] = "are learned as (y - mean) / std, and the network's outputs brought back"
+    return found
+
+
+def _commands(synthetic: SyntheticSet, facts: dict[str, str]) -> list[str]:
+    source, method = (facts.get(name, name.upper()) for name in ("source", "method"))
+    lower = method.lower() if "method" in facts else method
+    use = ["--source_data_name", source, "--method", lower, "--synthetic_path", "FOLDER"]
+    commands = [["test.py", *use], ["-m", "evaluation.export", *use, "--out", "ENCODER"]]
+    if not synthetic.soft:
+        flags = ["--normalize_data", "--dsa", "--dataset", source, "--method", method]
+        commands.insert(0, ["validate.py", *flags, "--synthesis_data_path", "FOLDER"])
+    return [shlex.join(["python", *command]) for command in commands]
+
+
+def _numbers(results: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The numbers in a run's results, also those of objects in lists."""
+    for name, value in numbers(results).items():
+        yield name, f"{value:.6g}"
+    for name, value in results.items():
+        for item in value if isinstance(value, list) else ():
+            for key, number in numbers(item).items() if isinstance(item, dict) else ():
+                which = item.get("network") or f"step {item.get('step')}"
+                yield f"{name}, {which}: {key}", f"{number:.6g}"
+
+
+def _spaced(table: str) -> str:
+    """A table and the lines below it, each of these as a paragraph."""
+    lines = table.splitlines()
+    return "\n".join(line if line.startswith("|") else f"\n{line}" for line in lines)
+
+
+def _is_private(value: Any) -> bool:
+    """Whether a setting is a place on the machine of the run."""
+    return isinstance(value, str) and Path(value).is_absolute()
+
+
+def _line(value: Any) -> str:
+    """A value in one line."""
+    return " ".join(str(value).split())
+
+
+def _plain(value: Any) -> str:
+    """A value in one cell of a table."""
+    return _line(value).replace("|", "\\|")
