@@ -74,7 +74,7 @@ def validate(flags: ValidateFlags) -> int:
     trainings = plan_trainings(flags, image_set, to_space(stored, image_set.stats))
     networks = {name: network_factory(name, image_set, device) for name in names}
     if flags.cost:
-        print(trainings_cost(trainings.values(), networks, flags, image_set, device))
+        print(trainings_cost(dict.fromkeys(trainings.values()), networks, flags, image_set, device))
         return 0
     folder = Path(flags.save_path) / flags.dataset / f"{flags.method}_{flags.model}_ipc{ipc:g}"
 
