@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,10 @@ from clom.source import find_data_dir, load_data
 from data.prepared import find_spec
 from data.specs import DC_SPECS
 from distillation.run import resolved, run_method
+from evaluation.jobs import Job
 from evaluation.measure import CellStore, read_cells
-from evaluation.tables import NOTE, Job, Place, Published, make_table, with_published_file
+from evaluation.slurm import SlurmFlags, run_jobs
+from evaluation.tables import NOTE, Place, Published, make_table, with_published_file
 from methods import METHODS, find_method
 from models import get_network
 from utils import checkpoint, cli, flops
@@ -62,7 +65,7 @@ DEFAULT_ALPHA = DistillFlags().alphas[0]
 
 
 @dataclass(frozen=True)
-class TablesFlags(CellFlags):
+class TablesFlags(SlurmFlags, CellFlags):
     """Flags of clom.tables; those of main.py's names mean the same for every cell."""
 
     run: bool = flag(False, "first run what is missing, cheapest first")
@@ -281,6 +284,11 @@ def missing_jobs(flags: TablesFlags) -> list[Job]:
     return jobs
 
 
+def jobs(flags: TablesFlags) -> Callable[[], list[Job]]:
+    """What gives the jobs that the table lacks."""
+    return functools.partial(missing_jobs, flags)
+
+
 def run_cell(spot: Spot, seed: int) -> None:
     """Distil, evaluate, append the cell; a run that was stopped is resumed."""
     key, log_dir = cell_key(spot.run, seed), spot.flags.log_dir
@@ -328,8 +336,9 @@ def main(argv: list[str] | None = None) -> int:
     check_datasets(flags)
     published = with_published_file(PUBLISHED, flags.published)
     stem, cells = flags.log_dir / "table", spots(flags)
-    missing = (lambda: missing_jobs(flags)) if flags.run else None
-    _, code = make_table([spot.place(published) for spot in cells], flags.log_dir / RESULTS, stem, missing)
+    run = functools.partial(run_jobs, jobs, flags, flags.log_dir)
+    wanted, places = flags.run or flags.slurm or flags.detach, [spot.place(published) for spot in cells]
+    _, code = make_table(places, flags.log_dir / RESULTS, stem, run if wanted else None)
     print(caption(flags, all(spot.is_published for spot in cells)))
     print(f"written: {stem}.md, .csv, .tex")
     return code

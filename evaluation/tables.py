@@ -1,14 +1,10 @@
-"""Tables of a paper: places as data, jobs for what is missing, ours beside the published numbers.
-
-Jobs run cheapest first; any number of processes may share them, and a restart skips what is there.
-"""
+"""Tables of a paper: places as data, ours beside the published numbers."""
 
 import csv
 import io
 import json
 import math
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +13,6 @@ from typing import Any
 from evaluation.measure import Cell, grouped, read_cells
 from utils import checkpoint
 from utils.errors import UserError
-from utils.locks import Claims
-from utils.progress import duration
 from utils.table import format_mean_std, markdown, mean_std
 
 # (table, row, column) -> (mean, std), accuracies in %; std is None where the source prints none.
@@ -117,60 +111,6 @@ def _number(value: Any) -> Number:
     return float(mean), None if std is None else float(std)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One piece of work; jobs of equal names are never run at the same time."""
-
-    name: str
-    cost: float  # expected floating-point operations, for the order and the time left
-    run: Callable[[], object]  # a UserError means that it cannot be done here
-
-
-def run_missing(missing: Callable[[], list[Job]], claims: Claims) -> list[str]:
-    """Run every missing job that no other process works on; one that cannot run is skipped.
-
-    `missing` reads the results and gives what they lack. It is asked again before each choice and
-    once more after a job was claimed, so that of several processes none runs a job twice. Returns
-    what could not be run, one line each.
-    """
-    tried: set[str] = set()
-    skipped: list[str] = []
-    done = spent = 0.0
-    while True:
-        jobs = sorted((j for j in missing() if j.name not in tried), key=lambda j: j.cost)
-        elsewhere = {j.name for j in jobs if claims.held_elsewhere(claim_name(j.name))}
-        free = [j for j in jobs if j.name not in elsewhere]
-        if not free:
-            break
-        name = free[0].name
-        with claims.claim(claim_name(name)) as ours:
-            job = next((j for j in missing() if ours and j.name == name), None)
-            if job is None:  # another process was faster
-                continue
-            tried.add(name)
-            left = sum(j.cost for j in free) * spent / done / (1 + len(elsewhere)) if done else None
-            shown = "" if left is None else f", about {duration(left)} left"
-            size = f" ({job.cost:.1e} operations)" if job.cost else ""
-            print(f"\n[{len(tried)}/{len(tried) + len(jobs) - 1}] {name}{size}{shown}", flush=True)
-            began = time.perf_counter()
-            try:
-                job.run()
-                done, spent = done + job.cost, spent + time.perf_counter() - began
-            except UserError as error:
-                skipped.append(f"{name}: {error}")
-                print(f"skipped: {error}", flush=True)
-    if elsewhere:
-        print(f"jobs running in other processes: {len(elsewhere)}; nothing else is left")
-    if skipped:  # their messages may lie far above by now
-        print("\n".join(["could not be run:", *skipped, ""]))
-    return skipped
-
-
-def claim_name(name: str) -> str:
-    """A job's name as a file name."""
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", name)[:200]
-
-
 # What cells of older versions and other protocols do not say.
 _IMPLIED = {"shots": "all", "probe_on": "body", "steps_scale": 1.0}
 
@@ -211,14 +151,14 @@ class Place:
 
 
 def make_table(
-    places: Sequence[Place], results: Path, stem: Path, missing: Callable[[], list[Job]] | None
+    places: Sequence[Place], results: Path, stem: Path, run: Callable[[], list[str]] | None
 ) -> tuple[list[Entry], int]:
     """Run what is missing, then write the table to `{stem}.md`, .csv and .tex, and print it.
 
-    `results` is the file of the measurements; without `missing` nothing is run. Returns the places
-    and the command's exit code: 1 where something could not be run.
+    `results` is the file of the measurements; `run` gives what could not be run, and without it
+    nothing is. Returns the places and the command's exit code: 1 where something could not be run.
     """
-    skipped = run_missing(missing, Claims(results.parent / "claims")) if missing is not None else []
+    skipped = run() if run is not None else []
     cells = read_cells(results)
     entries = [place.entry(cells) for place in places]
     shown = crossed(entries)

@@ -530,6 +530,10 @@ class Transfer(Measurement):
             key["target_model"] = self.digests[target.name]
         return key
 
+    def keys(self, seed: int) -> list[dict[str, Any]]:
+        """Of all cells of one seed."""
+        return [self.key(target, measure, seed) for target in self.targets for measure in self.measures]
+
     def finetuning(self, target: ImageSet) -> Recipe:
         """How a copy of the network is fine-tuned on a target."""
         return finetune_recipe(target.name, self.arch, target.size).with_flags(self.flags, "finetune_")

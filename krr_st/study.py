@@ -4,13 +4,17 @@ Sets of `num_images` images are compared by the same probes of freshly pre-train
 with each lever alone, random real images with target features, k-means, class labels, nothing. The
 accuracy of random images by their number turns an accuracy into an equivalence ratio. With
 --validation the probes see a held-out part of the training images instead of the test split: choose
-levers there. Finished work is kept; the same command resumes.
+levers there. Finished work is kept; the same command resumes, and in several shells shares the work.
 """
 
+import contextlib
+import functools
 import gc
+import io
 import shlex
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -24,8 +28,10 @@ from data.prepared import tensor_path
 from data.target_scale import TARGET_SCALES
 from distillation.run import run_method
 from evaluation.equivalent_images import equivalent_images
+from evaluation.jobs import Job
 from evaluation.measure import CellStore
 from evaluation.recipes import PRETRAIN, SCRATCH
+from evaluation.slurm import SlurmFlags, run_jobs
 from evaluation.target import default_checkpoint
 from evaluation.transfer import Measure, ScratchFlags, TestFlags, Transfer, load_targets, parse_shots
 from krr_st import baselines, target
@@ -69,7 +75,7 @@ FINETUNED = ("10", "all")  # labels per class
 
 
 @dataclass(frozen=True)
-class StudyFlags:
+class StudyFlags(SlurmFlags):
     """Flags of the study."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
@@ -83,9 +89,6 @@ class StudyFlags:
     curve: tuple[int, ...] = flag((50, 100, 200, 500, 1000, 2000), "numbers of random real images", minimum=1)
     levers: tuple[str, ...] = flag(("krr_st",), f"of: {', '.join(LEVERS)}, all, or none")
     seeds: int = flag(3, "repetitions, each with sets, networks and labels of its own", minimum=1)
-    first_seed: int = flag(
-        0, "start at this repetition, to share the work; run without it for the tables", minimum=0
-    )
     outer_iteration: int = flag(3000, "outer steps", minimum=1)
     outer_lr: float = flag(1e-2, "learning rate of X_s and Y_s", above=0)
     outer_batch_size: int = flag(256, "real images per outer step", minimum=1)
@@ -119,8 +122,22 @@ def validation_set(flags: StudyFlags) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class Row:
+    """One row of the tables, or one number of random images: whose set is measured, and what makes it."""
+
+    name: str
+    method: str
+    folder: Callable[[int], Path | None]  # of the set, by seed; None: no set
+    make: Callable[[int], object] = lambda seed: None
+
+
 class Study:
-    """The commands of one study, run in this process and printed as a user would type them."""
+    """The rows of one study and the jobs that make and measure their sets.
+
+    Raises:
+        UserError: flags that do not fit, or missing data.
+    """
 
     def __init__(self, flags: StudyFlags) -> None:
         self.flags = flags
@@ -133,64 +150,127 @@ class Study:
         self.probes = [Measure("linear", fraction=fraction) for fraction in FRACTIONS]
         self.few_shot = [Measure("linear", count) for count in shots]
         self.finetuning = [Measure("finetune", count) for count in FINETUNED if flags.finetune_iteration]
-        # (row, target, measure) -> seed -> accuracy
+        self.rows = [*self._rows()]
+        self.curves = [self._baseline(f"curve {n}", "random_features", n) for n in flags.curve]
+        # (row, target, measure) -> seed -> accuracy, of what is measured
         self.found: dict[tuple, dict[int, float]] = defaultdict(dict)
+        self._read: set[tuple[str, int]] = set()
+
+    def _rows(self) -> Iterator[Row]:
+        flags = self.flags
+        yield Row("no pre-training", SCRATCH, lambda seed: None)
+        for name, method in SETS.items():
+            yield self._baseline(name, method, flags.num_images)
+        for text in flags.extra_sets:
+            name, method, path = [*text.split("=", 2), "", ""][:3]
+            if not path:
+                raise UserError(f"--extra_sets {name}: expected NAME=METHOD=PATH")
+            pick(PRETRAIN, method, "method in --extra_sets")
+            yield Row(name, method, lambda seed, path=path: Path(path.format(seed=seed)))
+        for lever in {"all": tuple(LEVERS), "none": ()}.get(flags.levers[0], flags.levers):
+            pick(LEVERS, lever, "lever")
+            folder = functools.partial(self.run_folder, lever)
+            yield Row(lever, "krr_st", folder, functools.partial(self.distil, lever))
+
+    def _baseline(self, name: str, method: str, count: int) -> Row:
+        folder = functools.partial(self.set_folder, method, count)
+        return Row(name, method, folder, functools.partial(self.make_set, method, count))
+
+    def missing_jobs(self) -> list[Job]:
+        """The target model, or else one job for each row and seed that is not measured."""
+        if not self.checkpoint.exists():
+            return [Job(f"{self.name}: target model", 0.0, self.make_target)]
+        return [
+            Job(f"{self.name}: {row.name}, seed {seed}", 0.0, functools.partial(self.run_job, row, seed))
+            for seed in range(self.flags.seeds)
+            for row in (*self.rows, *self.curves)
+            if not self.read(row, seed)
+        ]
+
+    def run_job(self, row: Row, seed: int) -> None:
+        """Make the row's set, where it is missing, and measure it."""
+        row.make(seed)
+        self.transfer(row, seed).repetition(seed, self.store(row))
 
     def make_target(self) -> None:
         """Train the target model once."""
-        if not self.checkpoint.exists():
-            length = dict(epochs=self.flags.target_epochs, projector_dim=512, seed=0)
-            self._run(target, **length, save_dir=self.checkpoint.parent)
+        length = dict(epochs=self.flags.target_epochs, projector_dim=512, seed=0)
+        self._run(target, **length, save_dir=self.checkpoint.parent)
 
-    def make_set(self, method: str, count: int, seed: int) -> Path:
-        """One set of `krr_st.baselines`; returns its folder."""
-        root = self.folder / "sets" / f"{count}-{seed}{self.suffix}"
-        folder = root / self.name / method
+    def set_folder(self, method: str, count: int, seed: int) -> Path:
+        """Where a set of `krr_st.baselines` is."""
+        return self.folder / "sets" / f"{count}-{seed}{self.suffix}" / self.name / method
+
+    def make_set(self, method: str, count: int, seed: int) -> None:
+        """One set of `krr_st.baselines`, where it is missing."""
+        folder = self.set_folder(method, count, seed)
         if not (folder / "y_syn.pt").exists():
             which = dict(method=method, num_images=count, seed=seed)
             if self.suffix and PRETRAIN[method].loss == "mse":
                 which |= dict(target_scale=self.flags.target_scale)
+            root = folder.parents[1]
             self._run(baselines, **which, target_ckpt=self.checkpoint, synthetic_data_dir=root)
-        return folder
 
     def _run(self, module: ModuleType, **more: Any) -> None:
+        """A command in this process, printed as a user would type it; its errors are raised."""
         f = self.flags
         given = dict(data_dir=f.data_dir, data_name=self.name, img_size=f.img_size, target_model=f.network)
         given |= more | (dict(device=f.device) if f.device else {})
         argv = [word for name, value in given.items() for word in (f"--{name}", str(value))]
         print(f"\n$ python -m {module.__name__} {shlex.join(argv)}", flush=True)
-        if module.main(argv):
-            raise UserError(f"the study stopped: {module.__name__} failed")
+        module.main.__wrapped__(argv)
 
-    def distil(self, lever: str, seed: int) -> Path:
-        """One KRR-ST run; returns its folder."""
-        f, runs = self.flags, self.folder / "runs"
-        name = f"{lever.replace(' ', '_')}-{seed}{self.suffix}{'-mixup' if f.pool_mixup else ''}"
+    def run_folder(self, lever: str, seed: int) -> Path:
+        """Where a KRR-ST run is."""
+        mixup = "-mixup" if self.flags.pool_mixup else ""
+        return self.folder / "runs" / f"{lever.replace(' ', '_')}-{seed}{self.suffix}{mixup}"
+
+    def distil(self, lever: str, seed: int) -> None:
+        """One KRR-ST run."""
+        f, folder = self.flags, self.run_folder(lever, seed)
         networks = dict(target_model=f.network, target_ckpt=self.checkpoint, train_model=f.network)
-        place = dict(data_name=self.name, seed=seed, save_dir=runs, exp_name=name)
+        place = dict(data_name=self.name, seed=seed, save_dir=folder.parent, exp_name=folder.name)
         length = dict(print_every=500, eval_every=10**9, test_iteration=500, pre_epoch=100)
         settings = shared_flags(f, TrainFlags) | networks | place | length
         run_method(METHODS["krr_st"], TrainFlags(**settings | LEVERS[lever]))
         gc.collect()  # the table of views is large
-        return runs / name
 
-    def measure(self, row: str, method: str, path: Path | None, seed: int) -> None:
-        """All probes of one set (or of none) with one seed, on one pre-trained network."""
-        f = self.flags
+    def store(self, row: Row) -> CellStore:
+        """The cells of a row."""
+        return CellStore(self.folder / "test_log" / row.name / "results.jsonl")
+
+    def transfer(self, row: Row, seed: int) -> Transfer:
+        """All probes of a row's set (or of none) with one seed, on one pre-trained network."""
+        f, path = self.flags, row.folder(seed)
         given = shared_flags(f, ScratchFlags) | dict(source_data_name=self.name, test_model=f.network)
         given |= dict(seed=seed, finetune_iteration=f.finetune_iteration or None)
         flags = ScratchFlags(**given)
         if path is not None:
-            features = PRETRAIN[method].loss == "mse"
+            features = PRETRAIN[row.method].loss == "mse"
             length = dict(pre_iteration=f.pre_iteration if features else None)
             mixup = dict(pre_mixup=f.pre_mixup if features else None)
-            flags = TestFlags(**given, **length, **mixup, method=method, synthetic_path=path)
-        measures, targets = [*self.probes, *self.few_shot, *self.finetuning], self.targets
-        if row.startswith("curve"):
-            measures, targets = self.probes, targets[:1]
-        store = CellStore(self.folder / "test_log" / row / "results.jsonl")
-        for cell in Transfer(flags, measures, targets).repetition(seed, store):
-            self.found[row, cell["target"], Measure.of(cell)][seed] = cell["accuracy"]
+            flags = TestFlags(**given, **length, **mixup, method=row.method, synthetic_path=path)
+        if row in self.curves:
+            return Transfer(flags, self.probes, self.targets[:1])
+        return Transfer(flags, [*self.probes, *self.few_shot, *self.finetuning], self.targets)
+
+    def read(self, row: Row, seed: int) -> bool:
+        """Whether a row is measured with a seed; its accuracies are in `found` then."""
+        if (row.name, seed) in self._read:
+            return True
+        store = self.store(row)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                keys = self.transfer(row, seed).keys(seed)
+        except UserError:  # no set yet, or what its job will say
+            return False
+        cells = [cell for key in keys if (cell := store.get(key))]
+        if len(cells) < len(keys):
+            return False
+        for cell in cells:
+            self.found[row.name, cell["target"], Measure.of(cell)][seed] = cell["accuracy"]
+        self._read.add((row.name, seed))
+        return True
 
     def mean(self, row: str, probe: Measure) -> float:
         """The mean accuracy of a row on the source set."""
@@ -205,35 +285,15 @@ class Study:
         return format_mean_std([*self.found[row, target, measure].values()])
 
 
-def run_all(study: Study) -> list[str]:
-    """Make and measure every set of the study; returns the rows in the table's order."""
-    flags = study.flags
-    levers = {"all": tuple(LEVERS), "none": ()}.get(flags.levers[0], flags.levers)
-    for lever in levers:
-        pick(LEVERS, lever, "lever")
-    extra = [text.split("=", 2) for text in flags.extra_sets]
-    for parts in extra:
-        if len(parts) < 3:
-            raise UserError(f"--extra_sets {parts[0]}: expected NAME=METHOD=PATH")
-        pick(PRETRAIN, parts[1], "method in --extra_sets")
-    study.make_target()
-    for seed in range(flags.first_seed, flags.seeds):
-        study.measure("no pre-training", SCRATCH, None, seed)
-        for row, method in SETS.items():
-            study.measure(row, method, study.make_set(method, flags.num_images, seed), seed)
-        for row, method, path in extra:
-            study.measure(row, method, Path(path.format(seed=seed)), seed)
-        for lever in levers:
-            study.measure(lever, "krr_st", study.distil(lever, seed), seed)
-        for count in flags.curve:
-            path = study.make_set("random_features", count, seed)
-            study.measure(f"curve {count}", "random_features", path, seed)
-    return ["no pre-training", *SETS, *(row for row, *_ in extra), *levers]
+def jobs(flags: StudyFlags) -> Callable[[], list[Job]]:
+    """What gives the jobs that the study lacks."""
+    return Study(flags).missing_jobs
 
 
-def tables(study: Study, rows: list[str]) -> dict[str, str]:
+def tables(study: Study) -> dict[str, str]:
     """The Markdown tables of a finished study: probes with equivalence ratios, few shots."""
     flags, images = study.flags, f"{study.flags.num_images} images"
+    rows = [row.name for row in study.rows]
     heads, body, curves = [images], [[row] for row in rows], []
     for probe in study.probes:
         curve = study.curve(probe)
@@ -256,14 +316,14 @@ def tables(study: Study, rows: list[str]) -> dict[str, str]:
     return found
 
 
-def draw(study: Study, rows: list[str]) -> None:
+def draw(study: Study) -> None:
     """worth.png: the curves of random images, and each row's set beside them."""
     lines: dict[str, tuple[Any, Any]] = {}
     for probe in study.probes:
         curve = study.curve(probe)
         lines[f"random + features, {probe.heading()}"] = (list(curve), list(curve.values()))
-    for row in rows:
-        lines[row] = ([study.flags.num_images], [study.mean(row, study.probes[-1])])
+    for row in study.rows:
+        lines[row.name] = ([study.flags.num_images], [study.mean(row.name, study.probes[-1])])
     save_lines(lines, study.folder / "worth.png", x_label="images", y_label="probe accuracy in %", log_x=True)
 
 
@@ -272,23 +332,23 @@ def main(flags: StudyFlags) -> int:
     """Run what is missing, then write and print the tables."""
     if len(set(flags.curve)) < 2:
         raise UserError("--curve needs two numbers of images or more")
-    if flags.first_seed >= flags.seeds:
-        raise UserError(f"--first_seed {flags.first_seed}: expected below --seeds {flags.seeds}")
+    failed = run_jobs(jobs, flags, flags.folder)
     study = Study(flags)
-    rows = run_all(study)
-    if flags.first_seed:
-        print("for the tables run the same command without --first_seed")
-        return 0
-    draw(study, rows)
+    if left := len(study.missing_jobs()):
+        print(f"{left} of the study's jobs are missing; the tables are written once all are done")
+        return 1 if failed else 0
+    draw(study)
     split = "a held-out part of the training images" if flags.validation else "the test split"
-    text = "\n\n".join(f"{title}\n\n{table}" for title, table in tables(study, rows).items())
+    text = "\n\n".join(f"{title}\n\n{table}" for title, table in tables(study).items())
     note = (
         f"accuracy in % on {split} of {flags.data_name} at {flags.img_size} pixels, mean ± std "
         f"over {flags.seeds} seeds; worth: random real images of equal accuracy, divided by "
         f"{flags.num_images}"
     )
     checkpoint.write_text(study.folder / "tables.md", f"{text}\n\n{note}\n")
-    write_json(study.folder / "study.json", {"flags": cli.as_json(flags), "rows": rows})
+    write_json(
+        study.folder / "study.json", {"flags": cli.as_json(flags), "rows": [row.name for row in study.rows]}
+    )
     print(f"\n{text}\n\n{note}\nwritten: {study.folder}/tables.md, worth.png")
     return 0
 

@@ -10,7 +10,7 @@ target model that a row lacks is made before it. The same command in several she
 import contextlib
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -22,11 +22,13 @@ from data.specs import KRR_SPECS
 from data.synthetic import SyntheticSet
 from distillation.one_set import SetFlags
 from distillation.run import Method, resolved, run_method
+from evaluation.jobs import Job
 from evaluation.kd import KD_BN, Distillation, KdFlags
 from evaluation.measure import Cell, read_cells
 from evaluation.presets import FULL_TARGETS, PRESETS
 from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, finetune_recipe, pretrain_recipe
-from evaluation.tables import NOTE, Entry, Job, Place, make_table, with_published_file
+from evaluation.slurm import SlurmFlags, run_jobs
+from evaluation.tables import NOTE, Entry, Place, make_table, with_published_file
 from evaluation.target import resolve_checkpoint
 from evaluation.transfer import ScratchFlags, TestFlags, Transfer
 from krr_st.config import TargetFlags, TrainFlags, shared_flags
@@ -43,7 +45,7 @@ from utils.table import mean_std
 
 
 @dataclass(frozen=True)
-class TablesFlags(DeviceFlags):
+class TablesFlags(SlurmFlags, DeviceFlags):
     """Flags of krr_st.tables."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
@@ -348,6 +350,11 @@ class KernelTable:
         measure(command(**shared_flags(flags, command), **what)).run()
 
 
+def jobs(flags: TablesFlags) -> Callable[[], list[Job]]:
+    """What gives the jobs that the table lacks."""
+    return KernelTable(flags).missing_jobs
+
+
 @functools.cache
 def forward_flops(arch: str, size: int) -> int:
     """Floating-point operations of one image's forward pass."""
@@ -360,8 +367,9 @@ def main(flags: TablesFlags) -> int:
     """Run what is missing if asked, then write and print the table."""
     table = KernelTable(flags)
     stem = flags.log_dir / f"table_{flags.table}"
-    missing = table.missing_jobs if flags.run else None
-    entries, code = make_table(table.places(), table.results, stem, missing)
+    run = functools.partial(run_jobs, jobs, flags, flags.log_dir)
+    wanted = flags.run or flags.slurm or flags.detach
+    entries, code = make_table(table.places(), table.results, stem, run if wanted else None)
     layout, picture = table.layout, stem.with_suffix(".png")
     norms = f" (BatchNorm: {flags.kd_bn} statistics)" if layout.protocol == "kd" else ""
     print(f"test accuracy in %, source {layout.source}, {layout.protocol}{norms}; {NOTE}")

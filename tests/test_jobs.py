@@ -15,18 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.jobs import Job, claim_name, run_missing
 from evaluation.measure import CellStore, read_cells
-from evaluation.tables import (
-    Entry,
-    Job,
-    Place,
-    claim_name,
-    crossed,
-    run_missing,
-    to_csv,
-    to_latex,
-    with_published_file,
-)
+from evaluation.tables import Entry, Place, crossed, to_csv, to_latex, with_published_file
 from utils.errors import UserError
 from utils.locks import Claims
 from utils.progress import duration
@@ -37,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = """
 import os, random, sys, time
 from pathlib import Path
+from evaluation.jobs import Job, run_missing
 from evaluation.measure import CellStore, read_cells
-from evaluation.tables import Job, run_missing
 from utils.locks import Claims
 
 folder, count, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])

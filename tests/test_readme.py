@@ -67,6 +67,7 @@ SMALLER = {
 ELSEWHERE = {
     "make ": "targets of the Makefile: CI and people run them",
     "torchrun ": "the several processes of test_jobs.py and of the tests of torchrun",
+    "--slurm": "needs a cluster: test_slurm.py",
     ". .venv": "this interpreter is used",
     "--download": "needs the network",
     "--raw PATH": "raw folders are drawn in test_raw_folder.py",

@@ -10,6 +10,7 @@ from conftest import write_set
 
 from evaluation import transfer
 from krr_st import study
+from utils import cli
 
 FLAGS = [
     "--data_name=tiny",
@@ -83,14 +84,22 @@ def test_standardised_and_mixed(quick):
     assert (plain / "y_syn.pt").read_bytes() == (scaled / "y_syn.pt").read_bytes()
 
 
-def test_repetitions_shared_by_processes(quick, capsys):
-    flags = [*FLAGS, "--levers=none", "--curve", "4", "8"]
-    assert study.main([*flags, "--seeds=2", "--first_seed=1"]) == 0
-    assert "without --first_seed" in capsys.readouterr().out
+def test_what_is_measured_is_left_and_what_fails_is_said(quick, capsys):
+    flags = [*FLAGS, "--levers=none"]
+    assert study.main(flags) == 0
+    cells = Path("study/tiny/test_log/no pre-training/results.jsonl")
+    Path("study/tiny/tables.md").unlink()
+    missing = study.jobs(cli.parse(study.StudyFlags, [*flags, "--seeds=2"], prog="study", description=""))
+    names = [f"tiny: {row}, seed 1" for row in ("no pre-training", *study.SETS, "curve 4", "curve 8")]
+    assert [job.name for job in missing()] == names
+    capsys.readouterr()
+    assert study.main([*flags, "--extra_sets", "dm=dm=nowhere", "--seeds=2"]) == 1
+    out = capsys.readouterr().out
+    assert "tiny: dm, seed 0: " in out and "2 of the study's jobs are missing" in out
     assert not Path("study/tiny/tables.md").exists()
+    assert [json.loads(line)["seed"] for line in cells.read_text().splitlines()] == [0] * 3 + [1] * 3
     assert study.main([*flags, "--seeds=2"]) == 0
-    log = Path("study/tiny/test_log/no pre-training/results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["seed"] for line in log] == [1] * 3 + [0] * 3
+    assert "(kept)" not in capsys.readouterr().out
     # The first repetition alone: the other one's cells are there, but not in its tables.
     assert study.main(flags) == 0
     tables = Path("study/tiny/tables.md").read_text().splitlines()
@@ -112,7 +121,6 @@ def test_validation_never_reads_the_test_split(quick, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--first_seed=1"], "--first_seed 1: expected below --seeds 1"),
         (["--curve", "4"], "--curve needs two"),
         (["--levers", "magic"], "unknown lever 'magic'"),
         (["--extra_sets", "dm"], "--extra_sets dm: expected NAME=METHOD=PATH"),

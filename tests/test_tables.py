@@ -12,10 +12,11 @@ import torch
 from conftest import NET, write_set, write_target
 
 from data.synthetic import SyntheticSet
+from evaluation.jobs import run_missing
 from evaluation.measure import CellStore, read_cells
 from evaluation.presets import FULL_TARGETS, PRESETS, Preset
 from evaluation.recipes import pretrain_recipe
-from evaluation.tables import run_missing, with_published_file
+from evaluation.tables import with_published_file
 from evaluation.transfer import TestFlags, load_pretraining
 from krr_st import tables
 from krr_st.published import PROBE_CELLS

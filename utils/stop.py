@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C as a request: the loop saves first, then the command ends."""
+"""SIGTERM, SIGUSR2 and Ctrl-C as a request: the loop saves first, then the command ends.
+
+SIGUSR2 is what schedulers are commonly told to send before a time limit.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+TIME_LIMIT = getattr(signal, "SIGUSR2", signal.SIGTERM)  # Windows has none
 
 
 class Stopped(BaseException):
@@ -17,7 +22,7 @@ class Stopped(BaseException):
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + number
+        self.number, self.exit_code = number, 128 + number
 
 
 @contextlib.contextmanager
@@ -35,17 +40,20 @@ def _handled(handler: Callable[[int, FrameType | None], None], *numbers: int) ->
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block SIGTERM raises `Stopped`; loops that can save take over with a StopRequest."""
+    """Within the block SIGTERM and SIGUSR2 raise `Stopped`.
+
+    Loops that can save take over with a StopRequest.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise Stopped("terminated; what was finished is kept", number)
 
-    with _handled(leave, signal.SIGTERM):
+    with _handled(leave, signal.SIGTERM, TIME_LIMIT):
         yield
 
 
 class StopRequest:
-    """Within `with StopRequest() as stop:` a first SIGTERM or Ctrl-C only sets `stop.number`.
+    """Within `with StopRequest() as stop:` SIGTERM, SIGUSR2 or a first Ctrl-C only sets `stop.number`.
 
     A loop asks `if stop:` where it can save, and then calls `leave`. A second Ctrl-C ends the
     process at once. Outside the main thread nothing changes.
@@ -54,7 +62,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None
         self._where: str | None = None
-        self._handled = _handled(self._note, signal.SIGTERM, signal.SIGINT)
+        self._handled = _handled(self._note, signal.SIGTERM, TIME_LIMIT, signal.SIGINT)
 
     def __enter__(self) -> StopRequest:
         self._handled.__enter__()
