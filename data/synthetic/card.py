@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ def write_card(synthetic: SyntheticSet, source: Path | None = None, flags: CardF
         commands=_commands(synthetic, facts),
         tables=[("This set" if m.own else f"To compare, {m.method}", _spaced(m.table)) for m in measured],
         numbers=list(_numbers(results)),
-        settings={k: v for k, v in settings.items() if v is not None and not _is_private(v)},
+        command=_shared(run.get("command")),
+        settings={k: _shared(v) for k, v in settings.items() if v is not None},
     )
 
 
@@ -169,9 +171,13 @@ def _spaced(table: str) -> str:
     return "\n".join(line if line.startswith("|") else f"\n{line}" for line in lines)
 
 
-def _is_private(value: Any) -> bool:
-    """Whether a setting is a place on the machine of the run."""
-    return isinstance(value, str) and Path(value).is_absolute()
+def _shared(value: Any) -> Any:
+    """A setting or a command as the public sees it: of places on the machine of the run, their last names."""
+    if not isinstance(value, str):
+        return value
+    with contextlib.suppress(ValueError):  # quotes that do not match: it is no command
+        return shlex.join(Path(w).name if Path(w).is_absolute() else w for w in shlex.split(_line(value)))
+    return _line(value)
 
 
 def _line(value: Any) -> str:
