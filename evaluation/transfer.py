@@ -57,18 +57,24 @@ def _of_table(what: str, **limits: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class MeasureFlags(DeviceFlags, DryRunFlags):
-    """Flags of test_scratch.py, test.py and test_kd.py."""
+class NetworkFlags(DeviceFlags, DryRunFlags):
+    """Flags that say which network, and how long it is trained."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
     seed: int | None = flag(0, "seed of the first repetition; the next ones add 1", **SEED, identity=False)
     source_data_name: str = flag("cifar100", "source: sets the image size and the base network")
     test_model: str = flag("base", "base (the source's network) or a name of zoo A")
-    num_test: int = flag(3, "repetitions with different seeds", minimum=1)
-    log_dir: Path = flag(Path("./test_log"), "where results are written")
     dropout: float = flag(0.0, "dropout before the last layer", minimum=0, maximum=0.99)
     img_size: int | None = flag(None, "side in pixels; default: the source's preset", minimum=4)
     steps_scale: float = flag(1.0, "factor on all training lengths, for quick trials", above=0)
+
+
+@dataclass(frozen=True)
+class MeasureFlags(NetworkFlags):
+    """Flags of test_scratch.py, test.py and test_kd.py."""
+
+    num_test: int = flag(3, "repetitions with different seeds", minimum=1)
+    log_dir: Path = flag(Path("./test_log"), "where results are written")
 
 
 @dataclass(frozen=True)
@@ -340,7 +346,7 @@ class Measurement:
     pretraining: Pretraining | None = None  # None: from scratch
     width = 1  # outputs of a network
 
-    def __init__(self, flags: MeasureFlags) -> None:
+    def __init__(self, flags: NetworkFlags) -> None:
         self.flags, self.method = flags, getattr(flags, "method", SCRATCH)
         self.preset = resolve_preset(flags.source_data_name, flags.data_dir, flags.img_size)
         self.arch = self.preset.network if flags.test_model == "base" else flags.test_model.lower()

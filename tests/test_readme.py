@@ -54,6 +54,7 @@ SMALLER = {
         f"{TINY} --outer_iteration 2 --batch_real 4 --num_eval 1 --epoch_eval_train 2 --outer_loop 2 "
         "--inner_loop 1",
     ),
+    "evaluation.export": f"{TINY} --pre_epoch 2",
     "test_scratch.py": PRE,
     "test.py": f"{PRE} --pre_epoch 2",
     "test_kd.py": f"{TINY} --num_test 1 --pre_epoch 2 --kd_epoch 2",

@@ -95,7 +95,7 @@ def write_card(synthetic: SyntheticSet, source: Path | None = None, flags: CardF
         std=list(synthetic.stats.std),
         how_to_train=_how_to_train(synthetic, settings, [m.recipe for m in measured if m.own]),
         tensors=sorted(synthetic.training.pack()[0]),
-        commands=_commands(synthetic, facts),
+        commands=_commands(synthetic, facts, settings),
         tables=[("This set" if m.own else f"To compare, {m.method}", _spaced(m.table)) for m in measured],
         numbers=list(_numbers(results)),
         command=_shared(run.get("command")),
@@ -143,11 +143,14 @@ def _how_to_train(
     return found
 
 
-def _commands(synthetic: SyntheticSet, facts: dict[str, str]) -> list[str]:
+def _commands(synthetic: SyntheticSet, facts: dict[str, str], settings: dict[str, Any]) -> list[str]:
     source, method = (facts.get(name, name.upper()) for name in ("source", "method"))
     lower = method.lower() if "method" in facts else method
     use = ["--source_data_name", source, "--method", lower, "--synthetic_path", "FOLDER"]
-    commands = [["test.py", *use], ["-m", "evaluation.export", *use, "--out", "ENCODER"]]
+    height, width = synthetic.images.shape[2:]
+    network = ["--test_model", settings["test_model"]] if isinstance(settings.get("test_model"), str) else []
+    export = [*use, "--img_size", str(height), *network, "--out", "ENCODER"]
+    commands = [["test.py", *use], *([["-m", "evaluation.export", *export]] if height == width else [])]
     if not synthetic.soft:
         flags = ["--normalize_data", "--dsa", "--dataset", source, "--method", method]
         commands.insert(0, ["validate.py", *flags, "--synthesis_data_path", "FOLDER"])
