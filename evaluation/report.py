@@ -24,6 +24,7 @@ from data.synthetic import SyntheticSet
 from data.synthetic.forms import find_set
 from data.untrusted import check_regular, read_json
 from evaluation.nearest import EXPLAINED, Pictures, describe, find_nearest, near_training, read_pictures
+from evaluation.ranking import SCORES, titled
 from utils import checkpoint
 from utils.cli import flag
 from utils.errors import UserError
@@ -42,8 +43,9 @@ COLUMNS = (
     "side",
     "accuracy, %",
     "measured by",
-    "LRS",
-    "ARS",
+    "validated, %",
+    "random images, %",
+    *map(titled, SCORES),
     "near training pictures",
     "last loss",
     "seconds",
@@ -157,7 +159,7 @@ class Run:
 
     @property
     def shown_results(self) -> dict[str, str]:
-        return shown_values(self.results)
+        return shown_values({k: v for k, v in self.results.items() if k != "linear_evaluations"})
 
     @property
     def score_names(self) -> list[str]:
@@ -206,8 +208,9 @@ def shown_values(values: dict[str, Any]) -> dict[str, str]:
 
 
 def _plain(value: Any) -> str:
-    if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-        text = "\n".join(", ".join(f"{k}: {_plain(v)}" for k, v in row.items()) for row in value)
+    rows = [value] if isinstance(value, dict) else value
+    if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
+        text = "\n".join(", ".join(f"{k} {_plain(v)}" for k, v in row.items()) for row in rows)
     else:
         text = value if isinstance(value, str) else json.dumps(_rounded(value))
     return text if len(text) < 2000 else text[:2000] + " ..."
@@ -236,8 +239,9 @@ def report(folder: Path, flags: ReportFlags | None = None) -> Path:
     sources, scores = Sources(flags.data_dir), read_scores([folder, flags.test_log])
     runs = [read_run(p, folder.name if alone else p.relative_to(folder).as_posix()) for p in folders]
     for run in runs:
-        run.scores = [row for path in own_paths(run.path) for row in scores.get(path, ())]
         if run.synthetic is not None:
+            which = checkpoint.fingerprint(run.synthetic.images, run.synthetic.targets)
+            run.scores = scores.get(which, [])
             with run.noting():
                 show_set(run, sources, flags.images)
         run.cells = summary(run)
@@ -320,24 +324,16 @@ def finite(series: tuple[list[float], list[float]]) -> tuple[list[float], list[f
     return ([x for x, _ in points], [y for _, y in points]) if points else None
 
 
-# ---- evaluations
-
-
-def read_scores(places: list[Path]) -> dict[Path, list[dict[str, Any]]]:
-    """Synthetic set -> the rows that validate.py has written about it, one per network."""
-    found: dict[Path, list[dict[str, Any]]] = {}
+def read_scores(places: list[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Fingerprint of a set -> the rows that validate.py has written about it, one per network."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted({p for place in places if place.is_dir() for p in place.rglob("results.json")}):
         with contextlib.suppress(UserError, OSError):  # a run's own is read again, and noted there
             record = read_json(path)
-            rows, of = record.get("summary"), record.get("synthetic_set")
+            rows, of = record.get("summary"), record.get("fingerprint")
             if isinstance(rows, list) and isinstance(of, str):
-                found.setdefault(Path(of).resolve(), []).extend(r for r in rows if isinstance(r, dict))
+                found.setdefault(of, []).extend(row for row in rows if isinstance(row, dict))
     return found
-
-
-def own_paths(folder: Path) -> list[Path]:
-    """The names by which a run's set is known to evaluations."""
-    return [p.resolve() for p in (folder, folder / "x_syn.pt", *sorted(folder.glob("res_*.pt")))]
 
 
 def accuracy(run: Run) -> tuple[list[float], str] | None:
@@ -387,9 +383,13 @@ def summary(run: Run) -> dict[str, Value]:
         put("accuracy, %", mean_std(values)[0], format_mean_std(values))
         put("measured by", what)
     for row in run.scores[:1]:
-        for short, name in (("LRS", "label_robust_score"), ("ARS", "augmentation_robust_score")):
-            if value := _numbers(row.get(name)):
-                put(short, value[0], f"{value[0]:.4f}")
+        for name, mean in (("validated, %", "mean"), ("random images, %", "random_mean")):
+            if value := _numbers(row.get(mean)):
+                put(name, 100 * value[0], f"{100 * value[0]:.2f}")
+        for kind in SCORES:
+            score = row.get(kind)
+            if value := _numbers(score.get("score") if isinstance(score, dict) else None):
+                put(titled(kind), value[0], f"{value[0]:.4f}")
     if run.near is not None:
         count, of = run.near
         put("near training pictures", count / of, f"{count} of {of}")
@@ -401,9 +401,6 @@ def summary(run: Run) -> dict[str, Value]:
     if memory := _numbers(run.results.get("peak_memory_bytes")):
         put("GPU memory, GiB", memory[0] / 2**30, f"{memory[0] / 2**30:.1f}")
     return cells
-
-
-# ---- curves
 
 
 def draw_curves(folder: Path, runs: list[Run], alone: bool) -> str:
@@ -430,9 +427,6 @@ def shared_series(run: Run) -> Lines:
         elif name not in _NOT_SHARED and any(values):
             found[name.replace("_", " ")] = (steps, values)
     return found
-
-
-# ---- pictures
 
 
 def data_uri(png: bytes) -> str:

@@ -174,14 +174,21 @@ def test_many_runs_on_one_page(workspace, capsys):
         Path("results", name).mkdir()
         Path("results", name, "config.json").write_text(text)
     Path("test_log").mkdir()
-    score = {"network": "ConvNet", "n": 3, "mean": 0.5, "label_robust_score": 0.25}
-    record = {"synthetic_set": "results/a", "summary": [score]}
+    a = SyntheticSet.load("results/a")
+    score = {
+        "network": "ConvNet",
+        "n": 3,
+        "mean": 0.5,
+        "random_mean": 0.4,
+        "label_robust_score": {"score": 0.25},
+    }
+    record = {"fingerprint": checkpoint.fingerprint(a.images, a.targets), "summary": [score]}
     Path("test_log/results.json").write_text(json.dumps(record))
     assert report.main(["results"]) == 0
     assert capsys.readouterr().out.strip() == "results/report.html"
     page = html.unescape(Path("results/report.html").read_text())
     table, rest = page.split("</thead>", 1)
-    assert table.count("<button>") == 11 and "LRS" in table and "ARS" not in table
+    assert table.count("<button>") == 13 and "label-robust" in table and "augmentation-robust" not in table
     rows = rest.split("</tbody>")[0].split("<tr>")[1:]
     assert len(rows) == 3  # the network of another program is no run
     assert "1 of 2" in rows[0] and "0.2500" in rows[0] and "finished (" not in rows[0]
