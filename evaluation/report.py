@@ -36,18 +36,15 @@ COMPARED = 1000  # images of a set that are compared with the training pictures
 _SIDE = 64  # pixels of a picture in the page at most
 _STRIP = 5  # images of a set in the table
 COLUMNS = (
-    "state",
     "method",
     "data set",
     "images",
-    "side",
     "accuracy, %",
     "measured by",
     "validated, %",
     "random images, %",
     *map(titled, SCORES),
     "near training pictures",
-    "last loss",
     "seconds",
     "GPU memory, GiB",
 )
@@ -150,7 +147,7 @@ class Run:
         if self.results:
             return "finished"
         if not self.flags:
-            return "damaged" if self.notes else "a set without its run"
+            return "damaged" if self.notes else "set only: no run is beside it"
         done = self.log[-1] if self.log else {}
         step = done.get("iteration", done.get("step", 0))
         steps = self.flags.get("outer_iteration", self.flags.get("Iteration"))
@@ -179,9 +176,15 @@ class Run:
         """What a card shows."""
         first, total = self.cards[0], len(self.synthetic)
         count = f"All {total} images" if total == len(self.cards) else f"{len(self.cards)} of {total} images"
-        parts = ["before the first step"] * bool(first.start) + ["at the end"]
+        parts = ["before the first step", "at the end"] if first.start else ["the synthetic image"]
         parts += ["the nearest training picture, with its distance"] * bool(first.nearest)
         return f"{count}. From left to right: {'; '.join(parts)}." if parts[1:] else f"{count}."
+
+    @property
+    def remark(self) -> str:
+        """What the table says beside the name of a run that is not a finished and sound one."""
+        state = self.state.partition(":")[0] + " (see below)" * bool(self.notes)
+        return "" if state == "finished" else state
 
     @property
     def files(self) -> str:
@@ -370,14 +373,13 @@ def summary(run: Run) -> dict[str, Value]:
         if isinstance(value, (str, int, float)) and value != "":
             cells[name] = Value(text or _plain(value), value)
 
-    put("state", run.state.partition(":")[0] + " (see there)" * bool(run.notes))
     info = {} if run.synthetic is None else run.synthetic.info
     put("method", run.flags.get("method", info.get("method")))
     spec = find_row(run.data_name)
-    put("data set", spec.folder if spec else run.data_name)
+    side = "" if run.synthetic is None else f", {run.synthetic.images.shape[-1]} px"
+    put("data set", f"{spec.folder if spec else run.data_name}{side}")
     if run.synthetic is not None:
         put("images", len(run.synthetic))
-        put("side", run.synthetic.images.shape[-1])
     if found := accuracy(run):
         values, what = found
         put("accuracy, %", mean_std(values)[0], format_mean_std(values))
@@ -393,8 +395,6 @@ def summary(run: Run) -> dict[str, Value]:
     if run.near is not None:
         count, of = run.near
         put("near training pictures", count / of, f"{count} of {of}")
-    if "loss" in run.series:
-        put("last loss", run.series["loss"][1][-1])
     seconds = run.results.get("seconds", run.results.get("seconds_of_last_start"))
     if spent := _numbers(seconds):
         put("seconds", sum(spent), f"{sum(spent):.0f}")
