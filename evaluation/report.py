@@ -7,7 +7,6 @@ import base64
 import contextlib
 import io
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,6 +47,7 @@ COLUMNS = (
     "seconds",
     "GPU memory, GiB",
 )
+_PANELS = 48  # curves of a run at most: a foreign log may hold any number
 _CHARTS = ("loss.png", "curves.png")
 _NOT_SHARED = ("lr", "steps_per_second")  # series that say nothing beside those of other runs
 _ACCURACIES = {"linear_accuracy": "linear probe", "test_accuracy": "trained on the set"}
@@ -207,16 +207,23 @@ class Run:
 
 def shown_values(values: dict[str, Any]) -> dict[str, str]:
     """Values as the page's tables show them."""
-    return {str(name): _plain(value) for name, value in values.items()}
+    return {str(name): plain_text(value) for name, value in values.items()}
+
+
+def plain_text(value: Any) -> str:
+    """A JSON value in words, of 2000 characters at most; of a list of objects a line each."""
+    try:
+        text = _plain(value)
+    except RecursionError:
+        text = "(nested too deeply to be shown)"
+    return text if len(text) < 2000 else text[:2000] + " ..."
 
 
 def _plain(value: Any) -> str:
     rows = [value] if isinstance(value, dict) else value
     if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-        text = "\n".join(", ".join(f"{k} {_plain(v)}" for k, v in row.items()) for row in rows)
-    else:
-        text = value if isinstance(value, str) else json.dumps(_rounded(value))
-    return text if len(text) < 2000 else text[:2000] + " ..."
+        return "\n".join(", ".join(f"{k} {_plain(v)}" for k, v in row.items()) for row in rows)
+    return value if isinstance(value, str) else json.dumps(_rounded(value))
 
 
 def _rounded(value: Any) -> Any:
@@ -269,7 +276,7 @@ def report(folder: Path, flags: ReportFlags | None = None) -> Path:
         explained=EXPLAINED,
     )
     path = folder / "report.html"
-    checkpoint.write_text(path, page)
+    checkpoint.write_text(path, page.encode("utf-8", "replace").decode())  # no half pairs of surrogates
     return path
 
 
@@ -308,13 +315,12 @@ def read_run(path: Path, name: str) -> Run:
         check_regular(path / "log.jsonl")
         run.log = read_log(path / "log.jsonl")
         try:
-            run.series = {
+            series = {
                 name: kept for name, s in read_series(path / "log.jsonl").items() if (kept := finite(s))
             }
         except (OverflowError, RecursionError):
-            run.notes.append(
-                f"{path / 'log.jsonl'} holds numbers that no run writes; its curves are left out"
-            )
+            raise UserError(f"{path / 'log.jsonl'} holds entries that no run writes; no curves") from None
+        run.series = dict(list(series.items())[:_PANELS])
     with run.noting():
         place = find_set(path)
         run.synthetic = None if place is None else SyntheticSet.load(place)
@@ -323,7 +329,7 @@ def read_run(path: Path, name: str) -> Run:
 
 def finite(series: tuple[list[float], list[float]]) -> tuple[list[float], list[float]] | None:
     """The points of a curve that can be drawn; None without any."""
-    points = [(x, y) for x, y in zip(*series, strict=True) if abs(x) < 2**53 and math.isfinite(y)]
+    points = [(x, y) for x, y in zip(*series, strict=True) if abs(x) < 2**53 and abs(y) < 1e200]
     return ([x for x, _ in points], [y for _, y in points]) if points else None
 
 
@@ -371,7 +377,7 @@ def summary(run: Run) -> dict[str, Value]:
 
     def put(name: str, value: Any, text: str = "") -> None:
         if isinstance(value, (str, int, float)) and value != "":
-            cells[name] = Value(text or _plain(value), value)
+            cells[name] = Value(text or plain_text(value), value)
 
     info = {} if run.synthetic is None else run.synthetic.info
     put("method", run.flags.get("method", info.get("method")))

@@ -166,13 +166,14 @@ def test_without_its_data_or_its_start_a_set_is_shown_all_the_same(workspace):
 def test_many_runs_on_one_page(workspace, capsys):
     write_set("datasets", "tiny")
     make_set("results/a")[0].finish({"seconds": 12.0})
-    make_set("results/b")
-    log = Path("results/b/log.jsonl")
-    log.write_text(log.read_text() + '{"step": 6, "loss": 1' + "0" * 400 + '}\n{"step"')
-    Path("results/b/x_syn.pt").write_bytes(b"damaged")
+    make_set("results/b$^$")
+    log = Path("results/b$^$/log.jsonl")
+    log.write_text(log.read_text() + '{"step": 6, "\\ud800": 1}\n{"step"')
+    Path("results/b$^$/x_syn.pt").write_bytes(b"damaged")
     for name, text in (("damaged", "{"), ("model", '{"hidden_size": 8}')):
         Path("results", name).mkdir()
         Path("results", name, "config.json").write_text(text)
+    Path("results/damaged/log.jsonl").write_text('{"step": 6, "loss": 1' + "0" * 400 + "}")
     Path("test_log").mkdir()
     a = SyntheticSet.load("results/a")
     score = {
@@ -193,7 +194,7 @@ def test_many_runs_on_one_page(workspace, capsys):
     assert len(rows) == 3  # the network of another program is no run
     assert "1 of 2" in rows[0] and "0.2500" in rows[0] and "finished" not in rows[0]
     assert "not finished (see below)" in rows[1] and "damaged (see below)" in rows[2]
-    assert "results/b/log.jsonl holds numbers" in page and "results/b/x_syn.pt" in page
+    assert "results/damaged/log.jsonl holds entries" in page and "results/b$^$/x_syn.pt" in page
     assert "results/damaged/config.json does not hold readable JSON" in page
     assert decoded(page)["curves of all runs"].shape[2] == 4
 

@@ -109,6 +109,11 @@ def save_bar_groups(
     _save(figure, path)
 
 
+def _text(name: str) -> str:
+    """A name from a file as plain text: matplotlib reads formulas between dollars."""
+    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def save_curves(series: Lines, path: Path | str) -> None:
     """Draw one panel per series; positive losses on a logarithmic axis."""
     save_shared_curves({"": series}, path)
@@ -129,11 +134,9 @@ def save_shared_curves(runs: Mapping[str, Lines], path: Path | str) -> None:
             (handles[run],) = axes.plot(steps, values, linewidth=1.2, marker=marker, **style)
         lowest = min(min(series[name][1]) for series in runs.values() if name in series)
         logarithmic = "loss" in name and lowest > 0
-        axes.set(title=name, xlabel="step", yscale="log" if logarithmic else "linear")
+        axes.set(title=_text(name), xlabel="step", yscale="log" if logarithmic else "linear")
         axes.grid(alpha=0.3)
     if len(runs) > 1:
-        shown = [run for run in runs if run in handles]
-        figure.legend(
-            [handles[run] for run in shown], shown, loc="outside lower center", ncols=min(3, len(shown))
-        )
+        shown = {_text(run): handles[run] for run in runs if run in handles}
+        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(3, len(shown)))
     _save(figure, path)
