@@ -33,8 +33,11 @@ SEED ?= 0
 soak: $(STAMP)
 	$(BIN)/python tests/faults/soak.py --seconds $(SECONDS) --seed $(SEED)
 
-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu --timeout 600
+# With the virtual environment, or where there is none with a PYTHON that has torch and pytest already.
+gpu:
+	@if test ! -x $(BIN)/python && $(PYTHON) -c 'import torch, pytest' 2>/dev/null; \
+	then python=$(PYTHON); else $(MAKE) $(STAMP) && python=$(BIN)/python; fi && \
+	set -x && $$python -m pytest -o addopts= -q -m gpu tests/test_gpu.py
 
 # Ratios against the plain forms; nothing else should run on the machine.
 bench: $(STAMP)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
+import subprocess
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from utils.errors import first_line
 from utils.memory import keep_freed_memory
+from utils.precision import DTYPES, float32_mode
 from utils.run_folder import write_json
 
 
@@ -82,11 +87,13 @@ def contest(
     *,
     repeats: int,
     calls: int = 1,
+    apart: bool = True,
 ) -> dict[str, Timing]:
     """Forms against the plain one, in turns, after a call each to warm up.
 
     On a CPU each has a process of its own, so that none finds memory that another has kept, and the
-    plain form runs twice: as Python starts, and with freed memory kept (where that can be had).
+    plain form runs twice: as Python starts, and with freed memory kept (where that can be had). On a
+    GPU one of ours that fails is said and left out.
 
     Args:
         plain: as in Side.
@@ -94,20 +101,31 @@ def contest(
         device: synchronised around each timing.
         repeats: timings a side.
         calls: calls a timing.
+        apart: on a CPU; without, all share this process, as on a GPU.
 
     Raises:
         RuntimeError: a side died.
     """
+    apart = apart and device.type == "cpu"
     sides = {"plain": Side(plain, keep_memory=False), KEPT: Side(plain)}
     sides |= {name: Side(make) for name, make in ours.items()}
-    if device.type != "cpu" or not keep_freed_memory():  # glibc alone can
+    if not apart or not keep_freed_memory():  # glibc alone can
         del sides[KEPT]
-    if device.type != "cpu":
-        runs = {name: side.make() for name, side in sides.items()}
-        for run in runs.values():
-            run()
+    if not apart:
+        runs, held = {}, {}
+        for name, side in sides.items():
+            before = allocated(device)
+            try:
+                run = side.make()
+                run()
+            except Exception as error:  # whatever a compiler or a graph raises
+                if name == "plain":
+                    raise
+                print(f"{name} failed: {first_line(error)}", flush=True)
+                continue
+            runs[name], held[name] = run, allocated(device) - before
         turns = [{n: seconds(r, device, calls) for n, r in runs.items()} for _ in range(repeats)]
-        peaks = {name: peak_of_call(run, device) for name, run in runs.items()}
+        peaks = {n: (taken := peak_of_call(r, device)) and taken + held[n] for n, r in runs.items()}
     else:
         with Players(sides, device, calls) as players:
             for name in sides:
@@ -115,8 +133,8 @@ def contest(
             played = [{name: players.turn(name) for name in sides} for _ in range(repeats)]
         turns = [{name: taken for name, (taken, _) in turn.items()} for turn in played]
         peaks = {name: peak for name, (_, peak) in played[-1].items()}
-    times = {name: [turn[name] for turn in turns] for name in sides}
-    return {n: Timing(statistics.median(times[n]), times[n], peaks[n]) for n in sides}
+    times = {name: [turn[name] for turn in turns] for name in peaks}
+    return {n: Timing(statistics.median(times[n]), times[n], peaks[n]) for n in peaks}
 
 
 class Players:
@@ -182,20 +200,35 @@ def torch_pooling(network: nn.Module) -> nn.Module:
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """Measured floating-point operations a second of a square matrix product."""
     size = size or (8192 if device.type == "cuda" else 2048)
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     seconds = medians({"matmul": lambda: a @ b}, device, repeats=5, calls=3)["matmul"]
     return 2 * size**3 / seconds
 
 
+def matmul_rates(device: torch.device, size: int | None = None) -> dict[str, float]:
+    """`matmul_rate` by precision; tf32 is on CUDA alone."""
+    rates = {}
+    for name in ("fp32", "tf32", "bf16") if device.type == "cuda" else ("fp32", "bf16"):
+        with float32_mode("tf32" if name == "tf32" else "fp32"):
+            rates[name] = matmul_rate(device, DTYPES.get(name, torch.float32), size)
+    return rates
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes in use on a CUDA device; 0 on others."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def peak_of_call(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Largest memory allocated on a CUDA device during one call; None on others."""
+    """Largest memory on a CUDA device during one call, beyond what was in use before; None on others."""
     if device.type != "cuda":
         return None
+    synchronize(device)
+    before = allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     run()
     synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def peak_of_process() -> int | None:
@@ -224,8 +257,30 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": device.type,
     }
     if device.type == "cuda":
-        described["gpu"] = torch.cuda.get_device_name(device)
+        described |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            described["driver"] = subprocess.check_output(asked, text=True, timeout=20).split()[0]
     return described
+
+
+def measure_sections(
+    sections: Mapping[str, Callable[[], Any]], device: torch.device, out: Path | None
+) -> tuple[dict[str, Any], bool]:
+    """Results of each section by name, written to `out` as soon as they are there, and the machine.
+
+    One that fails is left out, and said; the others go on. Also returns whether all succeeded.
+    """
+    results: dict[str, Any] = {"machine": machine(device)}
+    for name, measure in sections.items():
+        print(f"{name} ...", flush=True)
+        try:
+            results[name] = measure()
+        except Exception:
+            traceback.print_exc()
+            results.setdefault("failed", []).append(name)
+        report(out, results)
+    return results, "failed" not in results
 
 
 def report(out: Path | None, results: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import copy
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import KEPT, contest, machine, matmul_rate, medians, report, shown, torch_pooling
+from benchmarks.common import KEPT, contest, machine, matmul_rates, medians, report, shown, torch_pooling
 from benchmarks.loader import kornia_batches
 from data.augment import normalize
 from data.load import ImageSet, ImageSplit
@@ -41,6 +42,7 @@ from utils.precision import float32_mode
 from utils.seed import local_seed
 
 ARCH, TARGET = "convnet_128_256_512_bn", "resnet18"
+DEFAULTS = "plain, torch's defaults"  # on CUDA: TF32 in convolutions
 SHAPE = (3, 32, 32)
 
 
@@ -199,6 +201,7 @@ def measure(
     calls: int = 1,
     compile: bool = False,
     grid: bool = True,
+    apart: bool = True,
 ) -> dict[str, Any]:
     """Times, ratios, rates and peak memory of one outer step.
 
@@ -211,9 +214,11 @@ def measure(
         calls: steps a timing.
         compile: measure the compiled form, too.
         grid: also measure how the step grows with m and b.
+        apart: see `contest`.
     """
     parts = make_parts(m, max(count, b), device)
-    gap = differences(parts, b, device)
+    with float32_mode("fp32"):
+        gap = differences(parts, b, device)
     assert max(gap.values()) < 2e-2, f"the two forms differ: {gap}"
     kinds = {
         "online fp32": ("fp32", False, False),
@@ -227,8 +232,10 @@ def measure(
         kinds |= {
             f"{name} compiled": (precision, True, True)
             for name, (precision, table, _) in kinds.items()
-            if table
+            if table and (device.type != "cuda" or precision == "bf16")  # compiling takes its time
         }
+    if device.type == "cuda":
+        kinds[DEFAULTS] = DEFAULTS
     build = functools.partial(make_step, m, b, max(count, b), device)
     makers = {name: functools.partial(build, kind) for name, kind in kinds.items()}
     plain = functools.partial(build, None)
@@ -237,23 +244,24 @@ def measure(
         for name, make in {"plain": plain, **makers}.items()
         if "compiled" not in name
     }
-    found = contest(plain, makers, device, repeats=repeats, calls=calls)
+    found = contest(plain, makers, device, repeats=repeats, calls=calls, apart=apart)
     seconds = {name: timing.median for name, timing in found.items()}
-    with float32_mode("fp32"):
-        rates = {d: matmul_rate(device, getattr(torch, d)) for d in ("float32", "bfloat16")}
+    rates = matmul_rates(device)
     results: dict[str, Any] = {
         "setting": {"m": m, "b": b, "network": ARCH, "target": TARGET, "pixels": 32},
         "agreement with the plain form (relative)": gap,
         "seconds a step": seconds,
         "timings": {name: timing.times for name, timing in found.items()},
-        "ratio to plain": {name: seconds["plain"] / seconds[name] for name in makers},
+        "ratio to plain": {name: seconds["plain"] / seconds[name] for name in makers if name in seconds},
         "ratio to plain, memory kept": {
             name: seconds[KEPT] / seconds[name] for name in makers if KEPT in seconds
         },
         "matmul FLOP/s": rates,
         "FLOP a step": flops,
         "share of matmul rate": {
-            k: f / seconds[k] / rates["bfloat16" if "bf16" in k else "float32"] for k, f in flops.items()
+            name: flops[name.removesuffix(" compiled")] / seconds[name] / rates[rate_of(name)]
+            for name in ("plain", *makers)
+            if name in seconds
         },
         "peak bytes": {name: timing.peak for name, timing in found.items()},
     }
@@ -262,20 +270,28 @@ def measure(
     return results
 
 
+def rate_of(name: str) -> str:
+    """The matrix products that a form is compared with; those of torch's own default are TF32 at most."""
+    return next((p for p in ("bf16", "tf32") if p in name), "tf32" if name == DEFAULTS else "fp32")
+
+
 def make_step(
-    m: int, b: int, count: int, device: torch.device, kind: tuple[str, bool, bool] | None
+    m: int, b: int, count: int, device: torch.device, kind: tuple[str, bool, bool] | str | None
 ) -> Callable[[], None]:
-    """One outer step: ours of a kind (precision, table, compiled), or the plain form for None."""
+    """One outer step: ours of a kind (precision, table, compiled), or a plain form.
+
+    The plain form computes in exact float32 (None), or as torch does by itself on CUDA (DEFAULTS).
+    """
     parts = make_parts(m, count, device)
-    precision, table, compiled = kind or ("fp32", False, False)
+    precision, table, compiled = kind if isinstance(kind, tuple) else ("fp32", False, False)
     step: Callable[[], Any]
-    if kind is None:
-        step = plain_side(parts, b, device)
-    else:
+    if isinstance(kind, tuple):
         step = our_side(parts, b, device, precision=precision, table=table, compile=compiled).step
+    else:
+        step = plain_side(parts, b, device)
 
     def run() -> None:
-        with float32_mode(precision):
+        with nullcontext() if kind == DEFAULTS else float32_mode(precision):
             step()
 
     return run
@@ -287,7 +303,8 @@ def growth(device: torch.device, m: int, b: int, repeats: int) -> dict[str, floa
     for size, batch in ((m // 2, b), (m, b), (2 * m, b), (m, b // 2), (m, 2 * b)):
         parts = make_parts(size, max(512, 2 * b), device)
         sides[f"m={size} b={batch}"] = our_side(parts, batch, device, precision="fp32", table=True).step
-    return medians(sides, device, repeats=max(3, repeats // 2))
+    with float32_mode("fp32"):
+        return medians(sides, device, repeats=max(3, repeats // 2))
 
 
 @entry_point

@@ -12,7 +12,6 @@ import argparse
 import sys
 from typing import Any
 
-import kornia.augmentation as K
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,7 +23,14 @@ from utils.errors import entry_point
 
 
 def kornia_batches(images, labels, batch_size, stats, device):
-    """The plain form: float images, DataLoader, kornia on each batch on the device."""
+    """The plain form: float images, DataLoader, kornia on each batch on the device.
+
+    Without kornia torchvision, which crops and flips all images of a batch alike.
+    """
+    try:
+        import kornia.augmentation as K
+    except ImportError:
+        import torchvision.transforms.v2 as K
     augment = torch.nn.Sequential(
         K.RandomCrop((32, 32), padding=4),
         K.RandomHorizontalFlip(),

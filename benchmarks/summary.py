@@ -6,32 +6,71 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from utils.table import format_mean_std, markdown
+
+PUBLISHED_STEPS = 160_000
 
 
 def collect(folder: Path) -> list[list[str]]:
     """Rows of the table; what is not there is said."""
-    log = folder / "correctness.log"
-    last = log.read_text().strip().splitlines()[-1] if log.exists() else "not run"
-    found = [["tests against float64", re.sub(r"[= ]*$|^[= ]*", "", last)]]
-    path = folder / "gpu.json"
-    if path.exists():
-        results = json.loads(path.read_text())
-        step = results["krr_st"]
-        found.append(["machine", f"{results['machine'].get('gpu')}, {results['machine']['torch']}"])
+    log = folder / "log.txt"
+    text = log.read_text(errors="replace") if log.exists() else ""
+    tests = re.findall(r"^=* ?((?:\d+ \w+,? ?)+) in [\d.]+ ?s", text, re.M)
+    found = [["tests against float64", tests[-1] if tests else "not run"]]
+    found += [["failed", name] for name in re.findall(r"^== (\w+) failed", text, re.M)]
+    parts, results = read(folder / "parts.json"), read(folder / "gpu.json")
+    found += parts_rows(parts)
+    if machine := results.get("machine"):
+        name = machine.get("gpu", machine["processor"])
+        found.append(["machine", f"{name}, driver {machine.get('driver')}, torch {machine['torch']}"])
+    if step := results.get("krr_st"):
         for name, seconds in step["seconds a step"].items():
-            share = step["share of matmul rate"].get(name)
-            ratio = step["ratio to plain"].get(name, 1.0)
-            text = f"{1e3 * seconds:.1f} ms, {ratio:.1f} x plain"
-            text += "" if share is None else f", {100 * share:.0f} % of matmul"
-            found.append([f"outer step m=1000 b=1024, {name}", text])
-            found.append([f"  160 000 of them, {name}", f"{160000 * seconds / 3600:.1f} h"])
-        found += [[n, f"{r:.2f} x plain"] for n, r in results["clom"]["ratios"].items()]
+            share, ratio = step["share of matmul rate"].get(name), step["ratio to plain"].get(name, 1.0)
+            shown = f"{1e3 * seconds:.1f} ms, {ratio:.1f} x plain"
+            shown += "" if share is None else f", {100 * share:.0f} % of matmul"
+            setting = "m={m} b={b}".format(**step["setting"])
+            found.append([f"outer step {setting}, {name}", shown])
+            found.append([f"  {PUBLISHED_STEPS} of them", f"{PUBLISHED_STEPS * seconds / 60:.0f} min"])
+    found += [[n, f"{r:.2f} x plain"] for n, r in results.get("clom", {}).get("ratios", {}).items()]
+    run = read(folder / "results.json")
+    if run:
+        rate = run["steps_in_this_start"] / run["seconds"]
+        found.append(
+            ["short real distillation, after its restart", f"{rate:.3g} steps/s, loss {run['loss']:.4g}"]
+        )
     cells = folder / "results.jsonl"
     if cells.exists():
         values = [json.loads(line)["accuracy"] for line in cells.read_text().splitlines()]
-        found.append(["short real distillation, probe on 5 %", format_mean_std(values)])
+        found.append(["  probe", format_mean_std(values)])
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none, or only half of one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def parts_rows(parts: dict[str, Any]) -> list[list[str]]:
+    """Rows of what benchmarks.parts measured."""
+    found = []
+    if top := parts.get("ceilings"):
+        rates = ", ".join(f"{k} {v / 1e12:.3g}" for k, v in top["matmul FLOP/s"].items())
+        found.append(["matrix products, TFLOP/s; copy, TB/s", f"{rates}; {top['copy bytes/s'] / 1e12:.2f}"])
+    if solve := parts.get("solve"):
+        found.append(["kernel solve both ways", f"{1e3 * solve['forwards and backwards']:.2f} ms"])
+    if step := parts.get("step"):
+        kernels, wall = step["seconds of kernels"], step["seconds"]
+        shown = f"{1e3 * wall:.1f} ms, its {step['kernels']} kernels {1e3 * kernels:.1f} ms"
+        found.append(["bf16 step from the table", shown])
+    if fill := parts.get("fill"):
+        found.append(["table of views", f"{fill['views/s']:.3g} views/s"])
+    if capture := parts.get("capture"):
+        found.append(["solve in a CUDA graph", str(capture)])
     return found
 
 

@@ -57,8 +57,7 @@ def _alone(make: Callable[[], Callable[[], Any]], device: torch.device) -> tuple
     run = make()
     if device.type == "cuda":
         run()
-        before = torch.cuda.memory_allocated(device)
-        return peak_of_call(run, device) - before, seconds(run, device, 1)
+        return peak_of_call(run, device), seconds(run, device, 1)
     before = peak_of_process()
     taken = seconds(run, device, 1)
     after = peak_of_process()

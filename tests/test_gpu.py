@@ -24,6 +24,12 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 STATS = Stats((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.exit("these tests need CUDA, which is not available here", 2)
+
+
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

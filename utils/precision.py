@@ -21,7 +21,8 @@ def check_precision(name: str, device: torch.device) -> None:
 def float32_mode(name: str) -> Iterator[None]:
     """Within the block float32 products are exact (fp32) or rounded to TF32 (tf32, bf16) on CUDA.
 
-    PyTorch's own default differs between convolutions (TF32) and matrix products (exact).
+    PyTorch's own default differs between convolutions (TF32) and matrix products (exact). Commands
+    without a flag for it keep that default: the DC family and evaluations, as in the released codes.
     """
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = cuda.allow_tf32, cudnn.allow_tf32

@@ -38,11 +38,15 @@ def draw_seed(generator: torch.Generator) -> int:
 
 @contextlib.contextmanager
 def local_seed(seed: int) -> Iterator[None]:
-    """Seed the global CPU random state for code that knows no other (weight init, dropout, kornia).
+    """Seed the global random state for code that knows no other (weight init, dropout, kornia).
 
-    It is put back afterwards; threads take turns. Networks are built on the CPU inside, then moved.
+    That of the CPU, and where CUDA is in use that of the current GPU. It is put back afterwards; threads
+    take turns. Networks are built on the CPU inside, then moved.
     """
-    with _GLOBAL_STATE, torch.random.fork_rng(devices=[]):
-        # default_generator, not torch.manual_seed: the latter would also re-seed every GPU.
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with _GLOBAL_STATE, torch.random.fork_rng(devices=gpus):
+        # Not torch.manual_seed, which would re-seed every GPU.
         torch.default_generator.manual_seed(seed)
+        for gpu in gpus:
+            torch.cuda.default_generators[gpu].manual_seed(seed)
         yield

@@ -1,0 +1,55 @@
+"""benchmarks/gpu.sh runs whole on a CPU: what fails on a real GPU is no typo."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_set
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_script_runs_whole(tmp_path):
+    write_set(tmp_path / "data", "cifar10", size=32, train=64, test=40, classes=10)
+    for missing in ("kornia", "xdist"):  # neither need be on a machine that lends a GPU
+        (tmp_path / "path" / missing).mkdir(parents=True)
+        (tmp_path / "path" / missing / "__init__.py").write_text(f"raise ImportError({missing!r})\n")
+    changed = {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "path")}
+    command = [ROOT / "benchmarks/gpu.sh", tmp_path / "data", tmp_path / "out", "cpu"]
+    environment = {**os.environ, **changed, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    out = tmp_path / "out"
+    log = (out / "log.txt").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed" not in log.replace("gpuGetDeviceCount failed", "") and "Traceback" not in log
+    assert len(list(out.iterdir())) <= 8
+    assert {"ceilings", "layers", "solve", "step", "fill"} <= json.loads(
+        (out / "parts.json").read_text()
+    ).keys()
+    found = json.loads((out / "gpu.json").read_text())
+    assert {"machine", "krr_st", "clom", "loader", "trajectory"} == found.keys()
+    assert json.loads((out / "results.json").read_text())["steps"] == 6
+    assert len((out / "results.jsonl").read_text().splitlines()) == 2
+    assert "resuming after step" in log
+    rows = (out / "summary.md").read_text()
+    assert "TFLOP/s" in rows and "DM iteration" in rows and "probe" in rows
+
+
+def test_limits_leave_time():
+    """The seconds of all steps, and a margin, are less than eight minutes."""
+    words = [line.split() for line in (ROOT / "benchmarks/gpu.sh").read_text().splitlines()]
+    limits = {w[2]: int(w[1]) for w in words if w[:1] == ["step"]}
+    limits["stopped"] = next(int(w[1]) for w in words if w[:1] == ["stop_after_a_save"] and w[1].isdigit())
+    assert len(limits) == 7 and sum(limits.values()) <= 470, limits
+
+
+def test_wrong_usage(tmp_path):
+    for arguments in ([], [tmp_path, tmp_path / "out"], [tmp_path, tmp_path / "out", "tpu"]):
+        done = subprocess.run([ROOT / "benchmarks/gpu.sh", *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("usage") and not done.stdout
+    assert not (tmp_path / "out").exists()
