@@ -134,7 +134,7 @@ def test_the_card_tells_the_run(tmp_path):
         "| lr | 0.125 |",  # as measured, not as the run's evaluations had it
         "This set:\n\n| a |\n|---|\n| own |\n\nnote",
         "To compare, herding:\n\n| a |\n|---|\n| other |\n\nnote",
-        "python test.py --source_data_name toy --method dm --synthetic_path FOLDER",
+        "python test.py --source_data_name toy --synthetic_path FOLDER --method dm",
         "python validate.py --normalize_data --dsa --dataset toy --method DM --synthesis_data_path FOLDER",
         "evaluation.export",
         "```\npython train.py --data_dir 'my data' --ipc 2\n```",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from data.specs import KRR_SPECS
 from data.synthetic.parquet import PARQUET
 from data.untrusted import read_json
 from utils import checkpoint
@@ -144,15 +145,20 @@ def _how_to_train(
 
 
 def _commands(synthetic: SyntheticSet, facts: dict[str, str], settings: dict[str, Any]) -> list[str]:
+    """What judges the set, and what pre-trains a network on it."""
     source, method = (facts.get(name, name.upper()) for name in ("source", "method"))
-    lower = method.lower() if "method" in facts else method
-    use = ["--source_data_name", source, "--method", lower, "--synthetic_path", "FOLDER"]
     height, width = synthetic.images.shape[2:]
-    network = ["--test_model", settings["test_model"]] if isinstance(settings.get("test_model"), str) else []
-    export = [*use, "--img_size", str(height), *network, "--out", "ENCODER"]
-    commands = [["test.py", *use], *([["-m", "evaluation.export", *export]] if height == width else [])]
+    size = ["--img_size", str(height)] if height == width else []
+    known = {
+        k: [f"--{k}", settings[k]] if isinstance(settings.get(k), str) else []
+        for k in ("model", "test_model")
+    }
+    listed = source.lower() if source.lower() in KRR_SPECS else source  # the other family writes CIFAR10
+    use = ["--source_data_name", listed, "--synthetic_path", "FOLDER", *size]
+    use += [*known["test_model"], "--method", method.lower() if "method" in facts else method]
+    commands = [["test.py", *use], ["-m", "evaluation.export", *use, "--out", "ENCODER"]]
     if not synthetic.soft:
-        flags = ["--normalize_data", "--dsa", "--dataset", source, "--method", method]
+        flags = ["--normalize_data", "--dsa", "--dataset", source, *size, *known["model"], "--method", method]
         commands.insert(0, ["validate.py", *flags, "--synthesis_data_path", "FOLDER"])
     return [shlex.join(["python", *command]) for command in commands]
 

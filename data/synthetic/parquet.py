@@ -37,7 +37,7 @@ def _arrow() -> tuple[Any, Any, Any]:
         import pyarrow.compute
         import pyarrow.parquet
     except ImportError:
-        raise UserError("parquet files need the extra hub: pip install datasets") from None
+        raise UserError("parquet files need a package: pip install datasets (the extra hub)") from None
     return pyarrow, pyarrow.compute, pyarrow.parquet
 
 

@@ -35,7 +35,12 @@ def write_template(folder: Path) -> None:
     with local_seed(0):
         x, y = torch.randn(10, 3, 8, 8), torch.arange(10)
         network = get_network("ConvNetD1", 3, 10, (8, 8))
-    for name, form in (("set.safetensors", "safetensors"), ("png", "png"), ("res_a.pt", "res")):
+    for name, form in (
+        ("set.safetensors", "safetensors"),
+        ("png", "png"),
+        ("res_a.pt", "res"),
+        ("hub", "hf"),
+    ):
         SyntheticSet(x, y, _STATS).save(folder / name, form)
     place = folder / "pretrained_model/CIFAR10/original/ConvNetD1/index_0"
     checkpoint.save(network.state_dict(), place / "CIFAR10_ConvNetD1_original_epoch1.pth")

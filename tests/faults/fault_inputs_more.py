@@ -27,6 +27,8 @@ from fault_damage import (
 )
 from fault_inputs import bad_flags, over, state_dicts, tensors
 
+from data.synthetic.parquet import PARQUET
+
 _DC = "--dataset CIFAR10 --img_size 8 --model ConvNetD1 --device cpu"
 MAIN = "methods/DC_DSA_DM/main.py"
 
@@ -105,6 +107,24 @@ def validate_cases() -> Iterator[Case]:
         },
         words=("00003.png", "png/"),
     )
+    yield from over(
+        "validate.py",
+        f"{flags} hub",
+        f"hub/{PARQUET}",
+        {
+            "empty": write(b""),
+            "text": write("hello"),
+            "half": cut(0.5),
+            "end": cut(0.99),
+            "a pickle": lambda path: path.write_bytes(pickle.dumps(PAYLOADS["system"]())),
+            "code": TORCH_FILE["code, system"],
+            "pipe": pipe,
+            "folder": TORCH_FILE["folder"],
+            "link to nothing": TORCH_FILE["link to nothing"],
+        },
+        words=("hub",),
+    )
+    yield from over("validate.py", f"{flags} hub", "hub/meta.json", JSON_FILE, skip=("list",))
     labels = "file,label\n00000.png,0\n"
     yield from over(
         "validate.py",
@@ -253,6 +273,9 @@ def synthetic_cases() -> Iterator[Case]:
         ("convert res_a.pt x.pt --form tar", "--form"),
         ("convert res_a.pt new", "--form"),
         ("convert res_a.pt png --form png", "png"),
+        ("convert res_a.pt hub --form hf", "hub"),
+        ("convert res_a.pt new --form hf --results png/meta.json", "png/meta.json"),
+        ("convert res_a.pt new --form pair --license mit", "--license"),
         ("convert synthetic_data/tiny/krr_st new --form png", "float targets"),
         ("convert synthetic_data/tiny/krr_st new.pt --form res", "float"),
         ("convert res_a.pt new.txt --form safetensors", "safetensors"),
