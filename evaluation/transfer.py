@@ -119,8 +119,9 @@ class ScratchFlags(MeasureFlags):
     protocol: str = flag(
         "finetune",
         "finetune: train everything; linear: L-BFGS logistic regression on frozen features; probe: "
-        "the same, the name later papers use (with --label_fraction); knn: 20 nearest neighbours",
-        choices=("finetune", "linear", "probe", "knn"),
+        "the same, the name later papers use (with --label_fraction); knn: 20 nearest neighbours; "
+        "target_error: only what --target_error measures, which needs no labels",
+        choices=("finetune", "linear", "probe", "knn", TARGET_ERROR),
     )
     shots: str = flag("all", "labelled target images per class, or all; several joined by _ (10_all)")
     label_fraction: float | None = flag(
@@ -151,6 +152,11 @@ class ScratchFlags(MeasureFlags):
     finetune_lr: float | None = _of_table("fine-tuning learning rate", above=0)
     finetune_wd: float | None = _of_table("fine-tuning weight decay", minimum=0)
     finetune_batch_size: int | None = _of_table("fine-tuning batch", minimum=1)
+
+    @property
+    def wants_error(self) -> bool:
+        """Whether the outputs are compared with the target model's features."""
+        return self.target_error or self.protocol == TARGET_ERROR
 
 
 @dataclass(frozen=True)
@@ -207,7 +213,9 @@ def parse_shots(joined: str) -> tuple[str, ...]:
 
 def wanted_measures(flags: ScratchFlags) -> list[Measure]:
     """The measures that the flags ask for, in the table's order; a UserError where they do not fit."""
-    fraction = flags.label_fraction
+    fraction, error = flags.label_fraction, Measure(TARGET_ERROR, on="outputs")
+    if flags.protocol == TARGET_ERROR:
+        return [error]
     shots = ("all",) if fraction is not None else parse_shots(flags.shots)
     if flags.protocol == "finetune" and flags.probe_on != "body":
         raise UserError(
@@ -216,14 +224,14 @@ def wanted_measures(flags: ScratchFlags) -> list[Measure]:
         )
     read = ("body", "outputs") if flags.probe_on == "both" else (flags.probe_on,)
     found = [Measure(flags.protocol, count, on, fraction) for on in read for count in shots]
-    return found + [Measure(TARGET_ERROR, on="outputs")] * flags.target_error
+    return found + [error] * flags.target_error
 
 
 def labelled_indices(target: ImageSet, measure: Measure, seed: int) -> Tensor:
     """Which labelled images a cell may use: a draw from `seed` alone, so the same for all methods."""
     labels, shots, fraction = target.train.labels, measure.shots, measure.fraction
     if fraction is None and shots == "all":
-        return torch.arange(len(labels))
+        return torch.arange(len(target.train))
     generator = make_generator(seed, "labelled subset", shots, fraction)
     try:
         return labelled_subset(labels, generator, None if fraction else int(shots), fraction)
@@ -308,7 +316,7 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
 
 
 def load_targets(
-    names: Sequence[str], size: int, data_dir: Path, img_shape: tuple[int, ...] | None
+    names: Sequence[str], size: int, data_dir: Path, img_shape: tuple[int, ...] | None, labelled: bool = True
 ) -> list[ImageSet]:
     """Read every target once; where its row has no test split the training images stand in for it.
 
@@ -321,9 +329,13 @@ def load_targets(
         if target.test is None and name in KRR_SPECS and not KRR_SPECS[name].has_test:
             print(f"{name} has no test split: accuracies on it are those of its training images")
             target = replace(target, test=target.train)
-        if target.num_classes is None or target.test is None or target.test.labels is None:
-            what = "test split" if target.test is None else "labels in each split"
-            raise UserError(f"{target.train.path.parent} has no {what}; a target needs both")
+        if target.test is None:
+            raise UserError(f"{target.train.path.parent} has no test split; a target needs one")
+        if labelled and (target.num_classes is None or target.test.labels is None):
+            raise UserError(
+                f"{target.train.path.parent} has no labels in each split; a target needs them "
+                f"(--protocol {TARGET_ERROR} does without)"
+            )
         found, img_shape = target.img_shape, img_shape or target.img_shape
         if found != img_shape:
             raise UserError(f"images of {name} are {found}, those the network is made for {img_shape}")
@@ -487,16 +499,17 @@ class Transfer(Measurement):
         self.common = self.settings()
         if targets is None:
             names = resolve_targets(flags.source_data_name, flags.target_data_name, flags.data_dir)
-            targets = load_targets(names, self.preset.size, flags.data_dir, shape)
+            labelled = any(measure.protocol != TARGET_ERROR for measure in self.measures)
+            targets = load_targets(names, self.preset.size, flags.data_dir, shape, labelled)
         self.targets = targets
         for target in targets:  # what cannot be measured is said before anything is trained
-            get_model(self.arch, target.img_shape, target.num_classes)
+            get_model(self.arch, target.img_shape, target.num_classes or 1)
             for measure in self.measures:
                 labelled_indices(target, measure, flags.seed or 0)
         self.wanted_features: dict[str, Features] = {}  # of the target model, by target set
         self.digests: dict[str, str] = {}  # what the target model computes, in short
         outputs_read = any(measure.on == "outputs" for measure in self.measures)
-        if flags.target_error or (self.pretraining is None and outputs_read):
+        if flags.wants_error or (self.pretraining is None and outputs_read):
             for target in targets:
                 self._add_target_model(target)
 
@@ -616,6 +629,6 @@ class Transfer(Measurement):
                 values = [cell[m.field] for cell in found.get(m, ())]
                 rows[-1].append(format_mean_std(values, 3 if m.protocol == TARGET_ERROR else 2))
         note = f"test accuracy in %, {self.protocol}, mean ± std over {self.flags.num_test} seeds"
-        if self.flags.target_error:
+        if self.flags.wants_error:
             note += "; error of the outputs in variances of the target's features: 1 predicts the mean"
         return markdown(["target", *(m.heading() for m in measures)], rows), note

@@ -5,9 +5,6 @@ kept: a second run only prints the tables.
 """
 
 import json
-import os
-import runpy
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -23,11 +20,11 @@ from evaluation.measure import grouped
 from evaluation.transfer import TARGET_ERROR, Measure
 from utils import cli
 from utils.cli import flag
+from utils.commands import run_command
 from utils.errors import UserError
 from utils.plots import save_grid
 from utils.table import format_mean_std, markdown
 
-ROOT = Path(__file__).resolve().parents[1]
 # The networks of either family.
 LABELLED, UNLABELLED = "ConvNetW32", "convnet_32_64_128_bn"
 RANDOM = (1, 2, 5, 10)  # real images per class that the ten distilled ones are compared with
@@ -122,27 +119,10 @@ def unlabelled(flags: DemoFlags) -> dict[str, str]:
 
 
 def run_step(title: str, command: str, folder: Path) -> None:
-    """Print a command and run it in `folder`; a UserError where it fails (it has said why).
-
-    It runs in this process, as `python ...` would: a dozen starts of PyTorch would take half a minute.
-    """
-    print(f"\n# {title}\n$ python {command}", flush=True)
-    began, before, given = time.perf_counter(), Path.cwd(), sys.argv
-    argv, code = shlex.split(command), None
-    try:
-        os.chdir(folder)
-        if argv[0] == "-m":
-            sys.argv = argv[1:]
-            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = [str(ROOT / argv[0]), *argv[1:]]
-            runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as ended:
-        code = ended.code
-    finally:
-        os.chdir(before)
-        sys.argv = given
-    if code:
+    """Print a command and run it in `folder`; a UserError where it fails (it has said why)."""
+    print(f"\n# {title}")
+    began = time.perf_counter()
+    if code := run_command(command, folder):
         raise UserError(f"the demo stopped: this command ended with {code}")
     print(f"({time.perf_counter() - began:.0f} s)", flush=True)
 
@@ -222,7 +202,6 @@ def draw_digits(folder: Path, path: Path) -> None:
 def main(flags: DemoFlags) -> int:
     """Run every step and print the tables."""
     began = time.perf_counter()
-    sys.path.insert(0, str(ROOT))  # whatever folder the commands run in
     flags.folder.mkdir(parents=True, exist_ok=True)
     steps = {"The embedded images as prepared tensors": "-m data.prepare --data_name digits"}
     for title, command in (steps | labelled(flags) | unlabelled(flags)).items():

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from distillation.run import run_method
+from distillation.run import Method, run_method
 from methods import METHODS, find_method
 from utils import cli
 
 
-def distil(
+def parse(
     argv: list[str] | None,
     default: str,
     *,
@@ -20,8 +20,8 @@ def distil(
     among: Sequence[str] = (),
     defaults: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
-) -> int:
-    """Parse the flags of the method that `--method` names, run it, give the exit code.
+) -> tuple[Method, Any]:
+    """The method that `--method` names, and its flags.
 
     Without it that is `default`, or where `--recipe` names a recipe of other methods the first of these.
     `among` names the methods that the command offers, all of them when empty. The rest is as in
@@ -52,4 +52,9 @@ def distil(
         defaults={**defaults, "method": default},
         **options,
     )
-    return run_method(find_method(parsed.method), dataclasses.replace(parsed, method=row.name))
+    return find_method(parsed.method), dataclasses.replace(parsed, method=row.name)
+
+
+def distil(argv: list[str] | None, default: str, **options: Any) -> int:
+    """Run the method as the flags say, give the exit code; arguments as for `parse`."""
+    return run_method(*parse(argv, default, **options))

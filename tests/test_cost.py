@@ -59,20 +59,22 @@ def test_a_long_run_is_told_how_to_be_shorter(clock, capsys):
     assert "shorten" not in capsys.readouterr().out
 
 
-def test_a_trial_leaves_as_soon_as_it_can_and_survives_a_short_run(clock):
+@pytest.mark.parametrize(("seconds", "steps"), [(0.25, 4), (2.0, 2)])
+def test_a_trial_leaves_as_soon_as_it_can(clock, seconds, steps):
+    """The first step warms up; one more of a second is enough."""
     forecast, taken = Forecast(40, CPU), []
 
-    def steps(count):
+    def run(count):
         for _ in range(count):
             taken.append(1)
-            clock[0] += 2.0
+            clock[0] += seconds
             forecast.tick(4.0)
 
-    cost = forecast.trial(lambda: steps(1000))
-    assert (cost.seconds, cost.work, len(taken)) == (20.0, 40, 4)
-    assert Forecast(0, CPU).told  # nothing ahead, nothing said
+    cost = forecast.trial(lambda: run(1000))
+    assert (cost.seconds, cost.work, len(taken)) == (10 * seconds, 40, steps)
     forecast = Forecast(40, CPU)
-    assert forecast.trial(lambda: steps(1)).seconds == 20.0
+    assert forecast.trial(lambda: run(1)).seconds == 10 * seconds  # over before anything was known
+    assert Forecast(0, CPU).told  # nothing ahead, nothing said
 
 
 def test_numbers():

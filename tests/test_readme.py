@@ -23,6 +23,7 @@ START = ("python ", "make ", "torchrun ", ". .venv")
 # What a placeholder of the README stands for, by the module or script that is called.
 PLACES = {
     "data.prepare": {"PATH": "pictures"},
+    "distillation": {"PATH": "pictures"},
     "validate.py": {"PATH": "condensed"},
     "data.synthetic": {"PATH": "results/run"},
     "train.py": {"NAME": "run"},
@@ -38,6 +39,7 @@ SMALLER = {
     "utils.report": "",
     "krr_st.tables": "",
     "clom.tables": "",
+    "distillation": f"{TINY} --num_images 10 --minutes 0.2",
     "krr_st.target": f"{TINY} --epochs 1 --batch_size 16",
     "krr_st.baselines": f"{TINY} --num_images 10",
     "trajectory.experts": f"{TINY} --num_experts 1 --train_epochs 1 --batch_train 8 "

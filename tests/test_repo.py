@@ -43,7 +43,13 @@ BELOW = {
 
 
 # Commands inside packages: they may use everything, and no package imports them.
-COMMANDS = ("clom/tables.py", "krr_st/study.py", "krr_st/tables.py", "utils/report.py")
+COMMANDS = (
+    "clom/tables.py",
+    "distillation/__main__.py",
+    "krr_st/study.py",
+    "krr_st/tables.py",
+    "utils/report.py",
+)
 
 
 def sources():

@@ -190,7 +190,7 @@ def command(config_class: type, **options: Any) -> Callable[[Callable[[Any], int
 
 
 # Flags that no command needs that repeats a run.
-_ONCE = ("dry_run", "overwrite", "resume")
+_ONCE = ("dry_run", "cost", "overwrite", "resume")
 
 
 def command_line(

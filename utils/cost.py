@@ -16,9 +16,8 @@ from utils.memory import peak_memory
 from utils.progress import byte_size, duration
 
 LONG = 2 * 3600  # seconds; who waits longer is told what shortens it
-# Enough is measured after so many steps and seconds, or after so many seconds whatever the steps.
-_STEPS, _SECONDS, _PATIENCE = 3, 2.0, 10.0
-_BRIEFLY = 0.3  # seconds in a trial
+# Enough is measured after so many steps and seconds, or after more seconds whatever the steps.
+_STEPS, _RUN, _TRIAL = 3, (2.0, 10.0), (0.3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -44,8 +43,9 @@ class Cost:
     advice: str = ""  # how to shorten it
 
     def __str__(self) -> str:
+        disk = max(self.disk, 1000)  # at least a log and results
         memory = f"{byte_size(self.memory)} of memory, " if self.memory else ""
-        found = f"expected: about {duration(self.seconds)}, {memory}{byte_size(self.disk)} on disk"
+        found = f"expected: about {duration(self.seconds)}, {memory}{byte_size(disk)} on disk"
         return found + (f"; {self.advice}" if self.advice else "")
 
 
@@ -117,13 +117,13 @@ class Forecast:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         now, self._steps = time.perf_counter(), self._steps + 1
-        if self._steps == 1 and now - self._mark < _PATIENCE:
+        if self._steps == 1 and now - self._mark < _RUN[1]:
             self._mark = now
             return False
         self._measured += work
         self._seconds = now - self._mark
-        wanted = _BRIEFLY if self._trial else _SECONDS
-        return self._seconds >= _PATIENCE or (self._steps > _STEPS and self._seconds >= wanted)
+        enough, patience = _TRIAL if self._trial else _RUN
+        return self._seconds >= patience or (self._steps > _STEPS and self._seconds >= enough)
 
     def _cost(self, work: float) -> Cost:
         seconds = self._seconds * work / max(self._measured, 1e-9)

@@ -1,0 +1,492 @@
+"""`python -m distillation`: a folder of pictures and some minutes in, a set and a report of its worth out.
+
+Every stage is ordinary commands of the project, printed as a user would type them. Their lengths are chosen
+from the measured speed of a few steps and kept in {out}/plan.json, so that the same command resumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.load import ImageSet, load_set
+from data.loader import ImagePipeline
+from data.prepare.__main__ import PrepareFlags
+from data.prepare.folder import read_folder
+from data.prepare.raw import Source
+from data.untrusted import read_json
+from distillation.run import resolved, set_up
+from evaluation.fit import Trainer
+from evaluation.measure import grouped
+from evaluation.presets import resolve_preset
+from evaluation.recipes import Recipe
+from evaluation.transfer import TARGET_ERROR, Measure, ScratchFlags, TestFlags, Transfer
+from krr_st.config import BaselineFlags, TargetFlags
+from krr_st.target import target_trainer
+from methods.command import parse
+from models import get_model
+from utils import cli
+from utils.cli import SEED, DeviceFlags, flag
+from utils.commands import run_command
+from utils.cost import round_down
+from utils.device import place, resolve_device
+from utils.errors import UserError, entry_point
+from utils.progress import duration
+from utils.run_folder import claim_run, write_json
+from utils.seed import local_seed, make_generator
+from utils.table import format_mean_std, markdown
+
+RECIPE = "best"  # of train.py
+HELD_OUT = 0.2  # share of the pictures that only the judging sees, where the folder sets none apart
+# Shares of the time left when a stage is planned; what remains is for starting, reading and the report.
+TARGET_SHARE, JUDGE_SHARE, DISTIL_SHARE = 0.3, 0.25, 0.65
+# Networks for a CPU, the first that takes so many steps of both trainings in its share of the time.
+CPU_NETWORKS = ("convnet_64_128_256_bn", "convnet_32_64_128_bn", "convnet_16_32_64_bn")
+ENOUGH_TARGET, ENOUGH_DISTIL = 200, 500
+MOST_EPOCHS, MOST_STEPS = 1000, 160000
+SEEDS, LEAST_PRETRAINING = 3, 200  # so many seeds judge, if each can have so many steps
+
+EXPLAINED_ERROR = (
+    "The error is that of the networks' outputs, in variances of the target model's features (1: predicting "
+    "their mean)."
+)
+EXPLAINED = f"Labels: accuracy in % of a linear classifier on the frozen network. {EXPLAINED_ERROR}"
+
+
+@dataclass(frozen=True)
+class FolderFlags(DeviceFlags):
+    """Flags of `python -m distillation`."""
+
+    minutes: float = flag(15.0, "time for all of it", above=0, maximum=1e5)
+    num_images: int = flag(100, "images of the distilled set", minimum=1)
+    img_size: int = flag(32, "side in pixels that the pictures are brought to", minimum=8, maximum=512)
+    target: str | None = flag(
+        None,
+        "target model: hf:NAME_OR_FOLDER or torchvision:NAME as it is, or a network of zoo A that learns "
+        "from the pictures; default: one that the minutes allow",
+    )
+    out: Path | None = flag(None, "folder of everything; default: results/{name of the folder}")
+    seed: int = flag(0, "seed", **SEED)
+    unlabelled: bool = flag(False, "sub-folders are not classes")
+    skip_broken: bool = flag(False, "leave unreadable pictures out instead of stopping")
+    no_hflip: bool = flag(False, "mirrored pictures mean something else (digits, text): never flip")
+
+
+class Plan:
+    """{out}/plan.json: what was asked for, the commands chosen so far, what is done, the seconds spent."""
+
+    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
+        self.path, self.asked, self._began = path, asked, time.monotonic()
+        kept = read_json(path)
+        before = kept.get("asked", asked)
+        changed = [name for name in asked if not isinstance(before, dict) or before.get(name) != asked[name]]
+        if changed:
+            raise UserError(
+                f"{path.parent} was begun with another {' and '.join(changed)}; choose another --out, or "
+                "remove that folder"
+            )
+        try:
+            self._before = float(kept.get("seconds", 0.0))
+            self.commands = {str(k): [str(c) for c in v] for k, v in kept.get("commands", {}).items()}
+            self.done, self.facts = [*map(str, kept.get("done", []))], dict(kept.get("facts", {}))
+        except (TypeError, ValueError, AttributeError):
+            raise UserError(f"{path} is damaged; remove {path.parent} to start again") from None
+
+    @property
+    def spent(self) -> float:
+        """Seconds of all starts."""
+        return self._before + time.monotonic() - self._began
+
+    def save(self) -> None:
+        """Write the file."""
+        kept = dict(commands=self.commands, done=self.done, facts=self.facts)
+        write_json(self.path, {"asked": self.asked, "seconds": self.spent, **kept})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one stage is called, and what gives its commands, without `python`."""
+
+    name: str
+    title: str
+    commands: Callable[[], list[str]]
+
+
+class FolderRun:
+    """All stages for one folder of pictures; a UserError where it cannot be used."""
+
+    def __init__(self, pictures: Path, flags: FolderFlags) -> None:
+        self.pictures, self.flags = pictures, flags
+        self.device = resolve_device(flags.device, flags.gpu_id)
+        name = re.sub(r"[^\w.-]+", "_", pictures.resolve().name).lstrip("_.-")
+        self.name = name if name not in ("", "raw") else "pictures"
+        self.out = flags.out or Path("results") / self.name
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {self.out} is a file; expected a folder")
+        self.method, self.recipe = parse(["--recipe", RECIPE], "krr_st", prog="train.py", description="")
+        self.source = self._read()
+        asked = {"folder": str(pictures.resolve()), **cli.identity(flags), "set of pictures": self._digest()}
+        self.plan = Plan(self.out / "plan.json", asked)
+
+    def _read(self) -> Source:
+        """List the pictures; some are set apart where the folder does not do so itself."""
+        if not self.pictures.is_dir():
+            raise UserError(f"{self.pictures} is not a folder; expected one that holds pictures")
+        flags, how = self.flags, dict(unlabelled=self.flags.unlabelled)
+        with contextlib.redirect_stdout(io.StringIO()):  # data.prepare is going to say what it leaves out
+            source = read_folder(self.pictures, **how)
+            self.apart = "test" in source.splits
+            (train,) = source.splits["train"]
+            least, total = max(2, flags.num_images), len(train.images)
+            if total > least and not self.apart:
+                source = read_folder(self.pictures, val_fraction=HELD_OUT, **how)
+                (train,) = source.splits["train"]
+        if len(train.images) < least or ("test" not in source.splits):
+            kept = "" if self.apart else f", of which {HELD_OUT:.0%} are kept for judging the set"
+            raise UserError(
+                f"{self.pictures} holds {total} pictures{kept}; expected more, or a lower --num_images than "
+                f"{flags.num_images}"
+            )
+        return source
+
+    def _digest(self) -> str:
+        """Which pictures there are: paths and sizes of the files."""
+        digest = hashlib.sha256()
+        for parts in self.source.splits.values():
+            for path in (path for part in parts for path in part.images):
+                name = path.relative_to(self.pictures)
+                digest.update(f"{name}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()[:16]
+
+    # What the stages share.
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget."""
+        return max(0.0, 60 * self.flags.minutes - self.plan.spent)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether sub-folders name two classes or more."""
+        return len(self.source.class_names or ()) > 1
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the target model is one from elsewhere."""
+        return ":" in (self.flags.target or "")
+
+    @property
+    def data_dir(self) -> Path:
+        return self.out / "data"
+
+    @cached_property
+    def image_set(self) -> ImageSet:
+        return load_set(self.name, self.flags.img_size, self.data_dir)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Flags of all commands that read the prepared pictures."""
+        flags = self.flags
+        where = dict(data_dir=self.data_dir, img_size=flags.img_size, seed=flags.seed)
+        return {**where, "device": flags.device, "gpu_id": flags.gpu_id}
+
+    @property
+    def network(self) -> str:
+        """The network of the pool and of the judging."""
+        return self.plan.facts["network"]
+
+    @property
+    def target(self) -> dict[str, Any]:
+        """Flags that name the target model."""
+        name = self.flags.target or self.plan.facts["target"]
+        path = self.out / "target" / f"barlow_twins_{name}_{self.name}.pt"
+        return dict(target_model=name, target_ckpt=None if self.foreign else path)
+
+    # The stages.
+
+    def stages(self) -> list[Stage]:
+        """In their order."""
+        learn = [Stage("target", "The target model learns from the pictures, without labels", self.learn)]
+        return [
+            Stage("prepare", f"Pictures become tensors of {self.flags.img_size} pixels", self.prepare),
+            *([] if self.foreign else learn),
+            Stage("random", "Random pictures, to compare with", self.draw),
+            Stage("distil", f"Distillation into {self.flags.num_images} images", self.distil),
+            Stage("judge", "What networks are worth that are pre-trained on them", self.judge),
+        ]
+
+    def prepare(self) -> list[str]:
+        """data.prepare."""
+        flags = self.flags
+        how = PrepareFlags(
+            data_name=self.name,
+            size=flags.img_size,
+            data_dir=self.data_dir,
+            from_folder=self.pictures,
+            val_fraction=0.0 if self.apart else HELD_OUT,
+            unlabelled=flags.unlabelled,
+            skip_broken=flags.skip_broken,
+            no_hflip=flags.no_hflip,
+            overwrite=True,
+        )
+        return [cli.command_line("-m data.prepare", how) + " --overwrite"]
+
+    def target_flags(self, name: str) -> TargetFlags:
+        """Those of krr_st.target, but for the length."""
+        given = dict(data_name=self.name, target_model=name, save_dir=self.out / "target")
+        if len(self.image_set.train) < 2560:  # more steps from fewer pictures
+            given["batch_size"] = 128
+        if self.device.type == "cpu":  # the published projector would take most of the time
+            given["projector_dim"] = 512
+        return TargetFlags(**self.place, **given)
+
+    def image_seconds(self, network: str) -> float:
+        """Of one picture through a network, counted three times in training."""
+        shape, recipe = self.image_set.img_shape, Recipe("mse", "sgd", 0.1, 0.0, "constant", 64, steps=10)
+        images, views = self.image_set.train.images, ImagePipeline(self.image_set.stats)
+        generator = make_generator(self.flags.seed, "speed")
+        with local_seed(self.flags.seed):
+            model = place(get_model(network, shape, 10), self.device)
+        loader = recipe.loader(images, torch.zeros(len(images), 10), self.device, generator, views)
+        cost = Trainer(model, loader, recipe).measure()
+        return cost.seconds / cost.work / (3 * loader.batch_size)
+
+    def choose_networks(self) -> None:
+        """Where they are not chosen yet: a GPU takes the presets', a CPU what the minutes allow."""
+        facts = self.plan.facts
+        if "network" in facts:
+            return
+        preset = resolve_preset(self.name, self.data_dir, self.flags.img_size)
+        facts |= dict(target=preset.target_model, network=preset.network)
+        if self.device.type != "cpu":
+            return
+        flags = replace(self.recipe, num_images=self.flags.num_images)
+        distil = ENOUGH_DISTIL * self.method.distiller.cost(flags, 1)
+        learn = 0 if self.foreign else ENOUGH_TARGET * 2 * 3 * self.target_flags("").batch_size
+        for name in CPU_NETWORKS:
+            facts |= dict(target=name, network=name)
+            most = min(
+                TARGET_SHARE * self.left / max(learn, 1),
+                DISTIL_SHARE * (1 - TARGET_SHARE) * self.left / distil,
+            )
+            if self.image_seconds(name) <= most:
+                break
+
+    def learn(self) -> list[str]:
+        """krr_st.target, for as many epochs as fit its share."""
+        flags = self.target_flags(self.target["target_model"])
+        trainer = target_trainer(flags, self.image_set, self.device, flags.seed)
+        epoch = trainer.measure().seconds / flags.epochs
+        epochs = min(MOST_EPOCHS, round_down(TARGET_SHARE * self.left / epoch))
+        flags = replace(flags, epochs=epochs, eval_every=epochs, save_every=max(1, epochs // 20))
+        return [cli.command_line("-m krr_st.target", flags)]
+
+    @property
+    def random_dir(self) -> Path:
+        return self.out / "random"
+
+    def draw(self) -> list[str]:
+        """krr_st.baselines; images with features are trained on as the distilled ones are."""
+        shared = dict(data_name=self.name, num_images=self.flags.num_images, **self.target)
+        shared |= dict(synthetic_data_dir=self.random_dir, **self.place)
+        alike = dict(
+            target_scale=getattr(self.recipe, "target_scale", None) or "none",
+            mixup=bool(getattr(self.recipe, "pool_mixup", False)),
+        )
+        chosen = [BaselineFlags(method="random_features", **shared, **alike)]
+        chosen += [BaselineFlags(method="random", **shared)] * self.can_label
+        return [cli.command_line("-m krr_st.baselines", flags) for flags in chosen]
+
+    @property
+    def can_label(self) -> bool:
+        """Whether random images with class labels make a row: each class has one of them."""
+        return self.labelled and self.flags.num_images >= len(self.source.class_names)
+
+    def distil(self) -> list[str]:
+        """train.py, as long as the time allows that the judging leaves."""
+        self.plan.facts["judging"] = JUDGE_SHARE * self.left  # seconds
+        self.choose_judging(self.plan.facts["judging"])
+        budget = DISTIL_SHARE * self.left
+        shared = dict(data_name=self.name, num_images=self.flags.num_images, train_model=self.network)
+        shared |= dict(save_dir=self.out.parent, exp_name=self.out.name, save_every="60s", **self.place)
+        # Its own evaluation at the end is a short one: the judging follows.
+        shared |= dict(pre_iteration=self.plan.facts["pre_iteration"], test_iteration=500, **self.target)
+        fastest, rate, evaluation = None, float("inf"), 0.0
+        began = time.monotonic()
+        for precision in ("fp32", "bf16"):
+            flags = replace(self.recipe, precision=precision, **shared)
+            with set_up(self.method, resolved(self.method, flags)) as (setup, _):
+                cost = setup.measure()
+                if cost.seconds / cost.work < rate:
+                    fastest, rate = flags, cost.seconds / cost.work
+                    evaluation = setup.evaluation_cost()
+        budget -= (time.monotonic() - began) / 2  # the run itself has to start, too
+        classes = len(self.source.class_names or "1")
+
+        def of_length(steps: int) -> Any:
+            """The recipe shortened in proportion: networks of the pool age with it."""
+            flags = replace(fastest, outer_iteration=steps, eval_every=steps, print_every=max(1, steps // 20))
+            if not hasattr(flags, "online_iteration"):
+                return flags
+            age = round(self.recipe.online_iteration * steps / self.recipe.outer_iteration)
+            return replace(flags, online_iteration=min(self.recipe.online_iteration, max(5, age)))
+
+        def seconds(steps: int) -> float:
+            flags, kind = of_length(steps), self.method.distiller
+            return rate * (steps * kind.cost(flags, classes) + kind.start_cost(flags) + evaluation)
+
+        steps = round_down(largest(lambda n: seconds(n) <= budget, MOST_STEPS))
+        named = dict(method=self.method.name.lower())
+        return [cli.command_line("train.py", of_length(steps), self.method.recipes[RECIPE], **named)]
+
+    def choose_judging(self, budget: float) -> None:
+        """Seeds and steps of pre-training, from the first steps on random images with features."""
+        rows = 2 + self.can_label
+        flags, _ = self.rows(1, None)["random_features"]
+        judge = Transfer(flags)
+        cost = judge.measure()
+        rate, published = cost.seconds / cost.work, judge.pretraining.recipe.steps_on(self.flags.num_images)
+        step = rate * judge.pretraining_work() / published
+        features = rate * (judge.work() - judge.pretraining_work())
+        for seeds in range(SEEDS, 0, -1):
+            steps = (budget / seeds - (rows + 1) * features) / step / rows
+            if steps >= LEAST_PRETRAINING:
+                break
+        steps = min(published, max(10, round_down(max(0, steps))))
+        self.plan.facts |= dict(num_test=seeds, pre_iteration=steps)
+
+    def rows(self, num_test: int, pre_iteration: int | None) -> dict[str, tuple[ScratchFlags, str]]:
+        """Folder of the results -> (the flags that judge it, what the row is called)."""
+        count, name = self.flags.num_images, self.method.name
+        shared = dict(source_data_name=self.name, target_data_name=self.name, test_model=self.network)
+        shared |= dict(self.place, protocol=TARGET_ERROR, num_test=num_test)
+        error: dict[str, Any] = self.target
+        if self.labelled:
+            fewest = int(self.image_set.train.labels.bincount().min())
+            shared |= dict(protocol="linear", shots="10_all" if fewest >= 10 else "all")
+            error |= dict(target_error=True)
+
+        def test(row: str, method: str, **more: Any) -> TestFlags:
+            more |= dict(log_dir=self.out / "judged" / row, pre_iteration=pre_iteration)
+            return TestFlags(method=method, **shared, **more)
+
+        drawn = dict(synthetic_data_dir=self.random_dir)
+        scratch = ScratchFlags(log_dir=self.out / "judged" / "scratch", **shared, **error)
+        features = test("random_features", "random_features", **drawn, **error)
+        rows = {
+            "scratch": (scratch, "no pre-training"),
+            "random_features": (features, f"{count} random pictures with features"),
+        }
+        if self.can_label:
+            rows["random"] = test("random", "random", **drawn), f"{count} random pictures with class labels"
+        distilled = test("distilled", name.lower(), synthetic_path=self.out, **error)
+        return rows | {"distilled": (distilled, f"{count} images distilled by {name}")}
+
+    @property
+    def judged(self) -> dict[str, tuple[ScratchFlags, str]]:
+        """The rows as they are judged."""
+        facts = self.plan.facts
+        return self.rows(facts["num_test"], facts["pre_iteration"])
+
+    def judge(self) -> list[str]:
+        """test_scratch.py and test.py, in what the distillation has left; in half of their share at least."""
+        self.choose_judging(max(0.9 * self.left, 0.5 * self.plan.facts["judging"]))
+        return [
+            cli.command_line("test.py" if isinstance(flags, TestFlags) else "test_scratch.py", flags)
+            for flags, _ in self.judged.values()
+        ]
+
+    def table(self) -> list[dict[str, str]]:
+        """What networks are worth: rows of heading -> mean ± standard deviation over the seeds."""
+        found: dict[str, dict[Measure, str]] = {}
+        for flags, label in self.judged.values():
+            (path,) = flags.log_dir.glob("*/*/*/*/results.json")
+            cells = grouped(read_json(path)["cells"], Measure.of)
+            values = {m: [cell[m.field] for cell in mine] for m, mine in cells.items()}
+            found[label] = {m: format_mean_std(v, 3 if m.field == "error" else 2) for m, v in values.items()}
+        measures = dict.fromkeys(measure for row in found.values() for measure in row)
+        return [
+            {"pre-training": label, **{m.heading(): row.get(m, "") for m in measures}}
+            for label, row in found.items()
+        ]
+
+    # The way through them.
+
+    def run(self) -> int:
+        """Run what is not done yet; returns the exit code of the command that stopped, or 0."""
+        stages, plan = self.stages(), self.plan
+        try:
+            for number, stage in enumerate(stages, 1):
+                if stage.name in plan.done:
+                    continue
+                left = f"{duration(self.left)} of {self.flags.minutes:g} min left"
+                print(f"\n[{number}/{len(stages)}] {stage.title} ({left})", flush=True)
+                if stage.name not in plan.commands:
+                    if stage.name != "prepare":
+                        self.choose_networks()
+                    plan.commands[stage.name] = stage.commands()
+                    plan.save()
+                for command in plan.commands[stage.name]:
+                    if code := run_command(command):
+                        return code
+                plan.done.append(stage.name)
+                plan.save()
+        finally:
+            if self.out.is_dir():
+                plan.save()
+        return self.finish()
+
+    def finish(self) -> int:
+        """Print what the set is worth, and write it where the report looks for it; write the report."""
+        table, out = self.table(), self.out
+        record = {"synthetic_set": str(out.resolve()), "summary": table}
+        write_json(out / "judged" / "results.json", record)
+        print()
+        if code := run_command(shlex.join(["-m", "utils.report", str(out)])):
+            return code
+        unseen = f"{len(self.image_set.test)} pictures that were not learned from"
+        print(
+            f"\nWhat networks are worth, judged on {unseen} ({self.plan.facts['num_test']} seeds):\n\n"
+            f"{markdown(list(table[0]), [list(row.values()) for row in table])}\n\n"
+            f"{EXPLAINED if self.labelled else EXPLAINED_ERROR}\n\n"
+            f"set:    {out}/x_syn.pt, y_syn.pt; pictures: {out}/x_syn.png\n"
+            f"report: {out}/report.html\n"
+            f"{duration(self.plan.spent)} of {self.flags.minutes:g} min"
+        )
+        return 0
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to `most` that fits, where all smaller ones do, too; at least 1."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> int:
+    """A folder of pictures in, a distilled set and a report of what it is worth out, in so many minutes.
+
+    Stopped, it resumes when the same command is given again. Sub-folders become class labels, which only
+    the judging uses. Every stage is an ordinary command, which is printed.
+    """
+    parser = cli.Parser(prog="python -m distillation", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="folder of pictures (PNG, JPEG, TIFF, ...)")
+    cli.add_flags(parser, FolderFlags)
+    given = vars(parser.parse_args(argv))
+    run = FolderRun(given.pop("folder").expanduser(), FolderFlags(**given))
+    with claim_run(run.out / "plan"):
+        return run.run()

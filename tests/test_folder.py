@@ -1,0 +1,119 @@
+"""A folder of pictures and some minutes in; a set, a judgement and a report out."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from methods.folder import Plan, largest, main
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def draw(folder, count, classes=("cat", "dog"), side=12):
+    """Pictures whose classes differ in colour."""
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        label = i % len(classes)
+        pixels = generator.integers(0, 120, (side, side, 3), dtype=np.uint8)
+        pixels[..., label] += 100
+        place = Path(folder, classes[label])
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{i:03}.png")
+
+
+def broken(folder):
+    draw(folder, 40)
+    Path(folder, "cat", "bad.png").write_bytes(b"no picture")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda folder: None, "not a folder"),
+        (lambda folder: folder.mkdir(), "holds no pictures"),
+        (lambda folder: draw(folder, 1), "holds 1 pictures"),
+        (lambda folder: draw(folder, 10), "20% are kept for judging"),
+        (broken, "--skip_broken"),
+    ],
+    ids=["missing", "empty", "one", "few", "broken"],
+)
+def test_a_folder_that_does_not_serve_is_one_line(workspace, capsys, make, said):
+    make(Path("mine"))
+    assert main(["mine", "--num_images", "10", "--img_size", "8", "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line
+    assert not list(Path(".").rglob("*.pt*"))
+
+
+def test_the_largest_number_that_fits():
+    for limit in (0, 1, 7, 99, 100, 200):
+        naive = max([n for n in range(1, 101) if n <= limit], default=1)
+        assert largest(lambda n, limit=limit: n <= limit, 100) == naive
+
+
+def test_a_plan_is_kept_and_belongs_to_what_was_asked(tmp_path):
+    plan = Plan(tmp_path / "plan.json", {"minutes": 2.0})
+    plan.commands["prepare"] = ["-m data.prepare"]
+    plan.facts["network"] = "convnet_4_bn"
+    plan.done.append("prepare")
+    plan._before = 30.0
+    plan.save()
+    again = Plan(tmp_path / "plan.json", {"minutes": 2.0})
+    assert (again.commands, again.facts, again.done) == (plan.commands, plan.facts, plan.done)
+    assert again.spent >= 30.0
+    with pytest.raises(UserError, match="another minutes"):
+        Plan(tmp_path / "plan.json", {"minutes": 3.0})
+    (tmp_path / "plan.json").write_text('{"seconds": "soon"}')
+    with pytest.raises(UserError, match="damaged"):
+        Plan(tmp_path / "plan.json", {"minutes": 2.0})
+
+
+def start(*argv):
+    command = [sys.executable, "-m", "distillation", *argv]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "unlabelled"])
+def test_stopped_and_resumed_it_ends_with_the_set_of_its_plan(workspace, labelled):
+    """The commands that were chosen, run again from nothing, give the same set to the last bit."""
+    draw("mine", 60)
+    argv = ["mine", "--num_images", "6", "--img_size", "8", "--device", "cpu", "--minutes", "0.7"]
+    argv += [] if labelled else ["--unlabelled"]
+    first, log = start(*argv), Path("results/mine/log.jsonl")
+    deadline = time.monotonic() + 300
+    while not (log.exists() and log.read_text()) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    assert "resumes from there" in first.communicate(timeout=120)[0]
+    assert first.returncode == 143
+    second = start(*argv)
+    shown = second.communicate(timeout=600)[0]
+    assert second.returncode == 0, shown
+    assert "resuming after step" in shown
+    assert ("labels per class" in shown) is labelled and "error of target features" in shown
+    page = Path("results/mine/report.html").read_text()
+    assert "no pre-training" in page and "6 images distilled by KRR_ST" in page
+    found = torch.load("results/mine/x_syn.pt", weights_only=True)
+
+    plan = json.loads(Path("results/mine/plan.json").read_text())
+    shutil.rmtree("results")
+    Path("results/mine").mkdir(parents=True)
+    Path("results/mine/plan.json").write_text(json.dumps({**plan, "done": []}))
+    third = start(*argv)
+    assert third.wait(600) == 0
+    assert torch.equal(torch.load("results/mine/x_syn.pt", weights_only=True), found)
+    fourth = start(*argv, "--seed", "1")
+    assert "another seed" in fourth.communicate(timeout=60)[0] and fourth.returncode == 2
