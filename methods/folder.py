@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import re
 import shlex
 import time
@@ -25,6 +26,7 @@ from data.loader import ImagePipeline
 from data.prepare.__main__ import PrepareFlags
 from data.prepare.folder import read_folder
 from data.prepare.raw import Source
+from data.synthetic import SyntheticSet
 from data.untrusted import read_json
 from distillation.run import resolved, set_up
 from evaluation.fit import Trainer
@@ -36,7 +38,7 @@ from krr_st.config import BaselineFlags, TargetFlags
 from krr_st.target import target_trainer
 from methods.command import parse
 from models import get_model
-from utils import cli
+from utils import checkpoint, cli
 from utils.cli import SEED, DeviceFlags, flag
 from utils.commands import run_command
 from utils.cost import round_down
@@ -61,7 +63,7 @@ EXPLAINED_ERROR = (
     "The error is that of the networks' outputs, in variances of the target model's features (1: predicting "
     "their mean)."
 )
-EXPLAINED = f"Labels: accuracy in % of a linear classifier on the frozen network. {EXPLAINED_ERROR}"
+EXPLAINED = f"Labels: accuracy of a linear classifier on the frozen network. {EXPLAINED_ERROR}"
 
 
 @dataclass(frozen=True)
@@ -347,6 +349,7 @@ class FolderRun:
             return rate * (steps * kind.cost(flags, classes) + kind.start_cost(flags) + evaluation)
 
         steps = round_down(largest(lambda n: seconds(n) <= budget, MOST_STEPS))
+        self.plan.facts["steps"] = steps
         named = dict(method=self.method.name.lower())
         return [cli.command_line("train.py", of_length(steps), self.method.recipes[RECIPE], **named)]
 
@@ -416,8 +419,9 @@ class FolderRun:
             values = {m: [cell[m.field] for cell in mine] for m, mine in cells.items()}
             found[label] = {m: format_mean_std(v, 3 if m.field == "error" else 2) for m, v in values.items()}
         measures = dict.fromkeys(measure for row in found.values() for measure in row)
+        heads = {m: m.heading() + ("" if m.field == "error" else ", %") for m in measures}
         return [
-            {"pre-training": label, **{m.heading(): row.get(m, "") for m in measures}}
+            {"pre-training": label, **{head: row.get(m, "") for m, head in heads.items()}}
             for label, row in found.items()
         ]
 
@@ -450,8 +454,9 @@ class FolderRun:
     def finish(self) -> int:
         """Print what the set is worth, and write it where the report looks for it; write the report."""
         table, out = self.table(), self.out
-        record = {"synthetic_set": str(out.resolve()), "summary": table}
-        write_json(out / "judged" / "results.json", record)
+        synthetic = SyntheticSet.load(out)
+        which = checkpoint.fingerprint(synthetic.images, synthetic.targets)
+        write_json(out / "judged" / "results.json", {"fingerprint": which, "summary": table})
         print()
         if code := run_command(shlex.join(["-m", "utils.report", str(out)])):
             return code
@@ -460,11 +465,20 @@ class FolderRun:
             f"\nWhat networks are worth, judged on {unseen} ({self.plan.facts['num_test']} seeds):\n\n"
             f"{markdown(list(table[0]), [list(row.values()) for row in table])}\n\n"
             f"{EXPLAINED if self.labelled else EXPLAINED_ERROR}\n\n"
+            f"{self.advice()}"
             f"set:    {out}/x_syn.pt, y_syn.pt; pictures: {out}/x_syn.png\n"
             f"report: {out}/report.html\n"
             f"{duration(self.plan.spent)} of {self.flags.minutes:g} min"
         )
         return 0
+
+    def advice(self) -> str:
+        """What to do where the distillation was short."""
+        steps, minutes = self.plan.facts["steps"], self.flags.minutes
+        if steps >= ENOUGH_DISTIL:
+            return ""
+        more = math.ceil(minutes * ENOUGH_DISTIL / steps)
+        return f"{steps} outer steps are few: --minutes {more} with another --out gives {ENOUGH_DISTIL}\n\n"
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
