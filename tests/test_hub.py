@@ -123,7 +123,7 @@ def test_the_card_tells_the_run(tmp_path):
     assert convert(tmp_path / "run", tmp_path / "hub", "--form", "hf", *arguments) == 0
     _, front, body = (tmp_path / "hub/README.md").read_text().split("---\n", 2)
     facts = yaml.safe_load(front)
-    assert facts["license"] == "cc-by-4.0" and facts["pretty_name"] == "6 images distilled from toy by DM"
+    assert facts["license"] == "cc-by-4.0" and facts["pretty_name"] == "6 images from toy by DM"
     assert facts["size_categories"] == ["n<1K"] and "dm" in facts["tags"]
     for line in (
         "| method | DM |",
@@ -143,7 +143,7 @@ def test_the_card_tells_the_run(tmp_path):
     assert "/home/me" not in body and "| dsa |" not in body and "target model" not in body
 
 
-def test_the_card_of_a_set_with_hostile_facts(tmp_path):
+def test_the_card_of_a_set_with_hostile_facts(tmp_path, capsys):
     name = "a|b`\n---\nlicense: mit\n$(reboot)"
     x = torch.zeros(1, 1, 2, 2)
     SyntheticSet(x, torch.zeros(1, 3), Stats((0.0,), (1.0,)), name, {"method": "{{ 1 / 0 }}"}).save(
@@ -156,6 +156,10 @@ def test_the_card_of_a_set_with_hostile_facts(tmp_path):
     (command,) = re.findall(r"python test.py.*?FOLDER", text, re.S)
     assert shlex.split(command)[3] == " ".join(name.split())
     assert r"| source | a\|b` --- license: mit $(reboot) |" in text
+    for facts in ({"loss": 10**400}, {"a": [{"b": 10**400}]}):
+        (tmp_path / "s/results.json").write_text(json.dumps(facts))
+        assert convert(tmp_path / "s", tmp_path / "new", "--form", "hf") == 2
+        assert "s/results.json holds numbers" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def write_table(path, columns=COLUMNS, **types):
@@ -206,7 +210,7 @@ def test_tables_of_others_and_large_ones(tmp_path, monkeypatch):
     write_table(tmp_path / ours.PARQUET, pixels=fixed)
     assert SyntheticSet.load(tmp_path).images.tolist() == X2
     monkeypatch.setattr(ours, "LARGEST", 3)
-    with pytest.raises(UserError, match="4 values in a column, expected at most 3"):
+    with pytest.raises(UserError, match="holds more than 12 bytes"):
         SyntheticSet.load(tmp_path)
 
 

@@ -65,7 +65,7 @@ def write_card(synthetic: SyntheticSet, source: Path | None = None, flags: CardF
     """The text of README.md for a set that was read from `source`, a run's folder or a file in it."""
     import jinja2  # slow to import
 
-    flags, run, results = flags or CardFlags(), {}, {}
+    flags, folder, run, results = flags or CardFlags(), source, {}, {}
     if source is not None:
         folder = source if source.is_dir() else source.parent
         run, results = (read_json(folder / name) for name in ("config.json", "results.json"))
@@ -80,7 +80,11 @@ def write_card(synthetic: SyntheticSet, source: Path | None = None, flags: CardF
     }
     facts = {name: _line(value) for name, value in facts.items() if value is not None}
     measured = [read_results(path, synthetic) for path in flags.results]
-    title = f"{len(synthetic)} images distilled from {facts.get('source', 'an unknown source')}"
+    try:
+        found = list(_numbers(results))
+    except (OverflowError, RecursionError):
+        raise UserError(f"{folder / 'results.json'} holds numbers that no run writes") from None
+    title = f"{len(synthetic)} images from {facts.get('source', 'an unknown source')}"
     title += f" by {facts['method']}" if "method" in facts else ""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters["plain"] = _plain
@@ -98,7 +102,7 @@ def write_card(synthetic: SyntheticSet, source: Path | None = None, flags: CardF
         tensors=sorted(synthetic.training.pack()[0]),
         commands=_commands(synthetic, facts, settings),
         tables=[("This set" if m.own else f"To compare, {m.method}", _spaced(m.table)) for m in measured],
-        numbers=list(_numbers(results)),
+        numbers=found,
         command=_shared(run.get("command")),
         settings={k: _shared(v) for k, v in settings.items() if v is not None},
     )
