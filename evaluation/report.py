@@ -64,7 +64,7 @@ class ReportFlags:
         None, "folder of the prepared sets, where the nearest real images are; default: as the run says"
     )
     test_log: Path = flag(
-        Path("./test_log"), "folder with results of validate.py: those of a run's set are shown beside it"
+        Path("./test_log"), "folder with results of validate.py: those of a run's set are shown with it"
     )
 
 
@@ -105,7 +105,7 @@ class Run:
     log: list[dict[str, Any]] = field(default_factory=list)
     series: Lines = field(default_factory=dict)
     synthetic: SyntheticSet | None = None
-    scores: list[dict[str, Any]] = field(default_factory=list)  # of validate.py, one per network
+    scores: list[dict[str, Any]] = field(default_factory=list)  # evaluations of the set, a row each
     nearness: str = ""  # how near the set is to its training pictures, in words
     near: tuple[int, int] | None = None  # so many of so many images are near to one
     notes: list[str] = field(default_factory=list)  # what is damaged or not there
@@ -238,20 +238,22 @@ def _rounded(value: Any) -> Any:
 def report(folder: Path, flags: ReportFlags | None = None) -> Path:
     """Write `report.html` into a run folder, or into a folder that holds runs; returns its path.
 
-    What is damaged or missing in a run is said in the page. Curves of all runs go into `curves.png`, too.
+    What is damaged or missing in a run is said in the page. The curves go into `curves.png`, too.
     A UserError says that there is no run, or that the page cannot be written.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only a report needs it
 
     flags = flags or ReportFlags()
     folders = run_folders(folder)
-    alone = folders == [folder]
+    alone = len(folders) == 1
     sources, scores = Sources(flags.data_dir), read_scores([folder, flags.test_log])
-    runs = [read_run(p, folder.name if alone else p.relative_to(folder).as_posix()) for p in folders]
+    title = (folders[0] if alone else folder).resolve().name
+    runs = [read_run(p, title if alone else p.relative_to(folder).as_posix()) for p in folders]
     for run in runs:
+        run.scores = scores.get(str(run.path.resolve()), [])
         if run.synthetic is not None:
             which = checkpoint.fingerprint(run.synthetic.images, run.synthetic.targets)
-            run.scores = scores.get(which, [])
+            run.scores = run.scores + scores.get(which, [])
             with run.noting():
                 show_set(run, sources, flags.images)
         run.cells = summary(run)
@@ -266,7 +268,7 @@ def report(folder: Path, flags: ReportFlags | None = None) -> Path:
         lstrip_blocks=True,
     )
     page = environment.get_template("report.html").render(
-        title=folder.resolve().name or str(folder),
+        title=title,
         runs=runs,
         columns=[name for name in COLUMNS if any(name in run.cells for run in runs)],
         alone=alone,
@@ -281,17 +283,20 @@ def report(folder: Path, flags: ReportFlags | None = None) -> Path:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The folder itself if it holds a run or a set, else those below that do; a UserError without any."""
+    """The folder itself if it holds a run or a set, else those below that do.
+
+    A UserError says that there is none.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected one that holds runs")
     if is_run(folder):
         return [folder]
-    marks = ("config.json", "x_syn.pt")
+    marks = ("config.json", "x_syn.pt", "res_*.pt")
     places = {path.parent for mark in marks for path in folder.rglob(mark)}
     hidden = {p for p in places if any(part.startswith(".") for part in p.relative_to(folder).parts)}
     found = sorted(p for p in places - hidden if is_run(p))
     if not found:
-        raise UserError(f"{folder} holds no run: expected folders with config.json or x_syn.pt")
+        raise UserError(f"{folder} holds no run: expected folders with config.json, x_syn.pt or res_*.pt")
     return found
 
 
@@ -301,7 +306,7 @@ def is_run(folder: Path) -> bool:
         config = read_json(folder / "config.json")
     except UserError:
         return True
-    return "flags" in config or (folder / "x_syn.pt").exists()
+    return "flags" in config or find_set(folder) is not None
 
 
 def read_run(path: Path, name: str) -> Run:
@@ -334,12 +339,17 @@ def finite(series: tuple[list[float], list[float]]) -> tuple[list[float], list[f
 
 
 def read_scores(places: list[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Fingerprint of a set -> the rows that validate.py has written about it, one per network."""
+    """A set -> rows of its evaluations, as validate.py writes them.
+
+    The set is named by its fingerprint, or in files without one by its place.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted({p for place in places if place.is_dir() for p in place.rglob("results.json")}):
-        with contextlib.suppress(UserError, OSError):  # a run's own is read again, and noted there
+        with contextlib.suppress(ValueError, OSError):  # a run's own is read again, and noted there
             record = read_json(path)
-            rows, of = record.get("summary"), record.get("fingerprint")
+            rows, of, place = (record.get(k) for k in ("summary", "fingerprint", "synthetic_set"))
+            if of is None and isinstance(place, str):
+                of = str(Path(place).resolve())
             if isinstance(rows, list) and isinstance(of, str):
                 found.setdefault(of, []).extend(row for row in rows if isinstance(row, dict))
     return found
@@ -413,7 +423,7 @@ def draw_curves(folder: Path, runs: list[Run], alone: bool) -> str:
     """Draw curves.png; returns the shared curves of several runs as a data URI, "" without any."""
     if alone:
         if runs[0].series:
-            save_curves(runs[0].series, folder / "curves.png")
+            save_curves(runs[0].series, runs[0].path / "curves.png")
         return ""
     shared = {run.name: found for run in runs if (found := shared_series(run))}
     if not shared:
