@@ -223,9 +223,7 @@ def test_a_flipped_bit_or_a_torn_file_is_never_another_set(tmp_path):
         broken[place] ^= 1 << int(random.integers(8))
         path.write_bytes(broken)
         try:
-            found = ours.read_parquet(path)
-            assert bits(found["images"]) == bits(before.images)
-            assert bits(found["targets"]) == bits(before.targets)
+            same(SyntheticSet.load(tmp_path), before)
         except UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1
@@ -234,6 +232,10 @@ def test_a_flipped_bit_or_a_torn_file_is_never_another_set(tmp_path):
         path.write_bytes(whole[:end])
         with pytest.raises(UserError, match="damaged or holds no synthetic set"):
             SyntheticSet.load(tmp_path)
+    SyntheticSet(before.images.flip(0), before.targets, STATS).save(tmp_path / "other", "hf")
+    path.write_bytes((tmp_path / "other" / ours.PARQUET).read_bytes())  # whole, but not this one
+    with pytest.raises(UserError, match="not those that meta"):
+        SyntheticSet.load(tmp_path)
 
 
 def test_what_cannot_be_written_says_so_and_leaves_nothing(tmp_path, monkeypatch, capsys):

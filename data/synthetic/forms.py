@@ -87,7 +87,7 @@ def find_set(folder: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def _describe(synthetic: SyntheticSet) -> str:
+def _describe(synthetic: SyntheticSet, **more: str) -> str:
     """What lies beside the tensors, as JSON."""
     stats = synthetic.stats
     described = {
@@ -95,6 +95,7 @@ def _describe(synthetic: SyntheticSet) -> str:
         "std": stats and stats.std,
         "data_name": synthetic.data_name,
         "info": synthetic.info,
+        **more,
     }
     return json.dumps(described, indent=2) + "\n"
 
@@ -327,8 +328,12 @@ def _new_folder(path: Path) -> Iterator[Path]:
 
 
 def _read_hf(path: Path, stats: Stats | None, experiment: int) -> Fields:
-    described = _read_description(path / "meta.json")
-    return described | read_parquet(path / PARQUET) | {"training": read_training(path / TRAINING_FILE)}
+    """Read a Hub folder; where it says what its values are, parquet's own checksums are not all there is."""
+    raw, found = read_json(path / "meta.json"), read_parquet(path / PARQUET)
+    if raw.get("fingerprint") not in (None, checkpoint.fingerprint(found["images"], found["targets"])):
+        raise UserError(f"{path / PARQUET} is damaged: its values are not those that meta.json speaks of")
+    described = _parse_description(raw, path / "meta.json")
+    return described | found | {"training": read_training(path / TRAINING_FILE)}
 
 
 def save_hf(
@@ -339,7 +344,8 @@ def save_hf(
         (folder / PARQUET).parent.mkdir()
         write_parquet(synthetic, folder / PARQUET)
         (folder / "README.md").write_text(write_card(synthetic, source, flags), encoding="utf-8")
-        (folder / "meta.json").write_text(_describe(synthetic), encoding="utf-8")
+        digest = checkpoint.fingerprint(synthetic.images, synthetic.targets)
+        (folder / "meta.json").write_text(_describe(synthetic, fingerprint=digest), encoding="utf-8")
         write_training(synthetic.training, folder / TRAINING_FILE)
 
 
