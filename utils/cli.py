@@ -135,7 +135,7 @@ def add_flags(
             convert = _number(kind, field.metadata) if number else _spelling(kind, allowed)
             options = dict(type=convert, nargs="+" if several else None, choices=allowed, metavar=metavar)
         plain = " ".join(map(str, default or ())) if several else default
-        shown = "" if default is None or kind is bool else f" [{plain}]"
+        shown = "" if default in (None, ()) or kind is bool else f" [{plain}]"
         help_text = (field.metadata["help"] + shown).replace("%", "%%")
         names = [f"--{name}" for name in (field.name, *field.metadata["also"])]
         owner = groups.get(field.name, parser)

@@ -73,7 +73,7 @@ def write_card(synthetic: SyntheticSet, source: Path | None = None, flags: CardF
     facts = {
         "method": settings.get("method") or synthetic.info.get("method"),
         "source": synthetic.data_name,
-        "target model": settings.get("target_model"),
+        "target model": _shared(settings.get("target_model")),
         "seed": run.get("seed", synthetic.info.get("seed")),
         "images": len(synthetic),
         "licence": flags.license,
