@@ -104,9 +104,9 @@ def read_pictures(folder: Path, size: int) -> Pictures:
 EXPLAINED = (
     "The distance of two pictures is the root mean square difference of their pixels, which lie in [0, 1]; "
     "each synthetic image is compared with every training picture and, where mirroring keeps the meaning, "
-    f"with its mirror image. Unseen pictures say what is near: {HELD_OUT} test pictures, or without a test "
-    "split training pictures against all others. Smooth and pale pictures are near to many: look at the "
-    "pairs."
+    f"with its mirror image. Unseen pictures say what is near: up to {HELD_OUT} of the test split, or "
+    "without one training pictures against all others. Smooth and pale pictures are near to many: look at "
+    "the pairs."
 )
 
 

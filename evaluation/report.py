@@ -250,10 +250,9 @@ def report(folder: Path, flags: ReportFlags | None = None) -> Path:
     title = (folders[0] if alone else folder).resolve().name
     runs = [read_run(p, title if alone else p.relative_to(folder).as_posix()) for p in folders]
     for run in runs:
-        run.scores = scores.get(str(run.path.resolve()), [])
         if run.synthetic is not None:
             which = checkpoint.fingerprint(run.synthetic.images, run.synthetic.targets)
-            run.scores = run.scores + scores.get(which, [])
+            run.scores = scores.get(which, [])
             with run.noting():
                 show_set(run, sources, flags.images)
         run.cells = summary(run)
@@ -339,17 +338,12 @@ def finite(series: tuple[list[float], list[float]]) -> tuple[list[float], list[f
 
 
 def read_scores(places: list[Path]) -> dict[str, list[dict[str, Any]]]:
-    """A set -> rows of its evaluations, as validate.py writes them.
-
-    The set is named by its fingerprint, or in files without one by its place.
-    """
+    """A set's fingerprint -> the rows of its evaluations, as validate.py writes them."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted({p for place in places if place.is_dir() for p in place.rglob("results.json")}):
-        with contextlib.suppress(ValueError, OSError):  # a run's own is read again, and noted there
+        with contextlib.suppress(UserError, OSError):  # a run's own is read again, and noted there
             record = read_json(path)
-            rows, of, place = (record.get(k) for k in ("summary", "fingerprint", "synthetic_set"))
-            if of is None and isinstance(place, str):
-                of = str(Path(place).resolve())
+            rows, of = record.get("summary"), record.get("fingerprint")
             if isinstance(rows, list) and isinstance(of, str):
                 found.setdefault(of, []).extend(row for row in rows if isinstance(row, dict))
     return found
