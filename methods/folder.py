@@ -12,6 +12,7 @@ import io
 import math
 import re
 import shlex
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from data.synthetic import SyntheticSet
 from data.untrusted import read_json
 from distillation.run import resolved, set_up
 from evaluation.fit import Trainer
-from evaluation.measure import grouped
+from evaluation.measure import CellStore, grouped
 from evaluation.presets import resolve_preset
 from evaluation.recipes import Recipe
 from evaluation.transfer import TARGET_ERROR, Measure, ScratchFlags, TestFlags, Transfer
@@ -52,12 +53,13 @@ from utils.table import format_mean_std, markdown
 RECIPE = "best"  # of train.py
 HELD_OUT = 0.2  # share of the pictures that only the judging sees, where the folder sets none apart
 # Shares of the time left when a stage is planned; what remains is for starting, reading and the report.
-TARGET_SHARE, JUDGE_SHARE, DISTIL_SHARE = 0.3, 0.25, 0.65
+TARGET_SHARE, JUDGE_SHARE, DISTIL_SHARE = 0.25, 0.3, 0.6
 # Networks for a CPU, the first that takes so many steps of both trainings in its share of the time.
 CPU_NETWORKS = ("convnet_64_128_256_bn", "convnet_32_64_128_bn", "convnet_16_32_64_bn")
 ENOUGH_TARGET, ENOUGH_DISTIL = 200, 500
 MOST_EPOCHS, MOST_STEPS = 1000, 160000
-SEEDS, LEAST_PRETRAINING = 3, 200  # so many seeds judge, if each can have so many steps
+# So many seeds judge if each can have so many steps of pre-training; below the shortest it says nothing.
+SEEDS, LEAST_PRETRAINING, SHORTEST_PRETRAINING = 3, 200, 20
 
 EXPLAINED_ERROR = (
     "The error is that of the networks' outputs, in variances of the target model's features (1: predicting "
@@ -317,8 +319,8 @@ class FolderRun:
 
     def distil(self) -> list[str]:
         """train.py, as long as the time allows that the judging leaves."""
-        self.plan.facts["judging"] = JUDGE_SHARE * self.left  # seconds
-        self.choose_judging(self.plan.facts["judging"])
+        self.time_judging()
+        self.choose_judging(JUDGE_SHARE * self.left)
         budget = DISTIL_SHARE * self.left
         shared = dict(data_name=self.name, num_images=self.flags.num_images, train_model=self.network)
         shared |= dict(save_dir=self.out.parent, exp_name=self.out.name, save_every="60s", **self.place)
@@ -353,21 +355,27 @@ class FolderRun:
         named = dict(method=self.method.name.lower())
         return [cli.command_line("train.py", of_length(steps), self.method.recipes[RECIPE], **named)]
 
+    def time_judging(self) -> None:
+        """Seconds of a step of pre-training, and of a row of one seed without it, from random pictures."""
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            judge = Transfer(self.rows(1, 1)["random_features"][0])
+            judge.repetition(self.flags.seed, CellStore(Path(folder) / "results.jsonl"))
+        row = time.monotonic() - began
+        judge = Transfer(self.rows(1, None)["random_features"][0])
+        cost, published = judge.measure(), judge.pretraining.recipe.steps_on(self.flags.num_images)
+        step = cost.seconds / cost.work * judge.pretraining_work() / published
+        self.plan.facts |= dict(row_seconds=row, step_seconds=step, published_steps=published)
+
     def choose_judging(self, budget: float) -> None:
-        """Seeds and steps of pre-training, from the first steps on random images with features."""
-        rows = 2 + self.can_label
-        flags, _ = self.rows(1, None)["random_features"]
-        judge = Transfer(flags)
-        cost = judge.measure()
-        rate, published = cost.seconds / cost.work, judge.pretraining.recipe.steps_on(self.flags.num_images)
-        step = rate * judge.pretraining_work() / published
-        features = rate * (judge.work() - judge.pretraining_work())
+        """Seeds and steps of pre-training for so many seconds."""
+        facts, trained = self.plan.facts, 2 + self.can_label
         for seeds in range(SEEDS, 0, -1):
-            steps = (budget / seeds - (rows + 1) * features) / step / rows
+            steps = (budget / seeds - (trained + 1) * facts["row_seconds"]) / facts["step_seconds"] / trained
             if steps >= LEAST_PRETRAINING:
                 break
-        steps = min(published, max(10, round_down(max(0, steps))))
-        self.plan.facts |= dict(num_test=seeds, pre_iteration=steps)
+        steps = max(SHORTEST_PRETRAINING, round_down(max(0, steps)))
+        facts |= dict(num_test=seeds, pre_iteration=min(facts["published_steps"], steps))
 
     def rows(self, num_test: int, pre_iteration: int | None) -> dict[str, tuple[ScratchFlags, str]]:
         """Folder of the results -> (the flags that judge it, what the row is called)."""
@@ -403,8 +411,8 @@ class FolderRun:
         return self.rows(facts["num_test"], facts["pre_iteration"])
 
     def judge(self) -> list[str]:
-        """test_scratch.py and test.py, in what the distillation has left; in half of their share at least."""
-        self.choose_judging(max(0.9 * self.left, 0.5 * self.plan.facts["judging"]))
+        """test_scratch.py and test.py, in what the distillation has left."""
+        self.choose_judging(0.9 * self.left)
         return [
             cli.command_line("test.py" if isinstance(flags, TestFlags) else "test_scratch.py", flags)
             for flags, _ in self.judged.values()

@@ -79,31 +79,24 @@ def test_a_plan_is_kept_and_belongs_to_what_was_asked(tmp_path):
         Plan(tmp_path / "plan.json", {"minutes": 2.0})
 
 
-def start(*argv):
-    command = [sys.executable, "-m", "distillation", *argv]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+ARGV = ["mine", "--num_images", "6", "--img_size", "8", "--device", "cpu", "--minutes", "0.2"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("labelled", [True, False], ids=["labelled", "unlabelled"])
-def test_stopped_and_resumed_it_ends_with_the_set_of_its_plan(workspace, labelled):
+def test_stopped_and_resumed_it_ends_with_the_set_of_its_plan(workspace, capsys):
     """The commands that were chosen, run again from nothing, give the same set to the last bit."""
     draw("mine", 60)
-    argv = ["mine", "--num_images", "6", "--img_size", "8", "--device", "cpu", "--minutes", "0.7"]
-    argv += [] if labelled else ["--unlabelled"]
-    first, log = start(*argv), Path("results/mine/log.jsonl")
-    deadline = time.monotonic() + 300
-    while not (log.exists() and log.read_text()) and first.poll() is None and time.monotonic() < deadline:
+    command = [sys.executable, "-m", "distillation", *ARGV]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    first, log = subprocess.Popen(command, env=env, **pipes), Path("results/mine/log.jsonl")
+    while not (log.exists() and log.read_text()) and first.poll() is None:
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
-    assert "resumes from there" in first.communicate(timeout=120)[0]
-    assert first.returncode == 143
-    second = start(*argv)
-    shown = second.communicate(timeout=600)[0]
-    assert second.returncode == 0, shown
-    assert "resuming after step" in shown
-    assert ("labels per class" in shown) is labelled and "error of target features" in shown
+    assert "resumes from there" in first.communicate()[0] and first.returncode == 143
+    assert main(ARGV) == 0
+    shown = capsys.readouterr().out
+    assert "resuming after step" in shown and "10 labels per class" in shown
     page = Path("results/mine/report.html").read_text()
     assert "no pre-training" in page and "6 images distilled by KRR_ST" in page
     found = torch.load("results/mine/x_syn.pt", weights_only=True)
@@ -112,8 +105,17 @@ def test_stopped_and_resumed_it_ends_with_the_set_of_its_plan(workspace, labelle
     shutil.rmtree("results")
     Path("results/mine").mkdir(parents=True)
     Path("results/mine/plan.json").write_text(json.dumps({**plan, "done": []}))
-    third = start(*argv)
-    assert third.wait(600) == 0
+    assert main(ARGV) == 0
     assert torch.equal(torch.load("results/mine/x_syn.pt", weights_only=True), found)
-    fourth = start(*argv, "--seed", "1")
-    assert "another seed" in fourth.communicate(timeout=60)[0] and fourth.returncode == 2
+    capsys.readouterr()
+    assert main([*ARGV, "--seed", "1"]) == 2
+    assert "another seed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_pictures_without_classes_are_judged_by_the_error_alone(workspace, capsys):
+    draw("mine", 60)
+    assert main([*ARGV, "--unlabelled"]) == 0
+    shown = capsys.readouterr().out
+    assert "| pre-training " in shown and "error of target features" in shown
+    assert "labels per class" not in shown and "class labels |" not in shown
