@@ -81,7 +81,7 @@ class FolderFlags(DeviceFlags):
         "from the pictures; default: one that the minutes allow",
     )
     out: Path | None = flag(None, "folder of everything; default: results/{name of the folder}")
-    seed: int = flag(0, "seed", **SEED)
+    seed: int = flag(0, "seed of everything", **SEED)
     unlabelled: bool = flag(False, "sub-folders are not classes")
     skip_broken: bool = flag(False, "leave unreadable pictures out instead of stopping")
     no_hflip: bool = flag(False, "mirrored pictures mean something else (digits, text): never flip")

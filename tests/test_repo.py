@@ -134,16 +134,16 @@ def config_classes():
     """The flags of every command and method."""
     import clom.config
     import krr_st.config
-    import methods.folder
     import trajectory.experts
     from methods import METHODS
+    from methods.folder import FolderFlags
 
     found = {
         c
-        for module in (clom.config, krr_st.config, methods.folder, trajectory.experts)
+        for module in (clom.config, krr_st.config, trajectory.experts)
         for c in vars(module).values()
         if isinstance(c, type) and dataclasses.is_dataclass(c) and c.__name__.endswith("Flags")
-    } | {row.flags for row in METHODS.values()}
+    } | {FolderFlags, *(row.flags for row in METHODS.values())}
     assert len(found) > 10
     return sorted(found, key=lambda c: c.__name__)
 
