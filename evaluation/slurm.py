@@ -48,8 +48,8 @@ class SlurmFlags:
     slurm_cpus: int = flag(4, "CPU cores of each job", minimum=1, identity=False)
     slurm_hours: float = flag(
         24.0,
-        "time limit of each job in hours; one that reaches it goes on after queueing again",
-        above=0,
+        "time limit of each job in hours; one that reaches it is queued again and goes on",
+        minimum=0.1,
         identity=False,
     )
     slurm_array: int = flag(64, "jobs that run at the same time, at most", minimum=1, identity=False)
@@ -62,6 +62,7 @@ class SlurmFlags:
 Jobs = Callable[[Any], Callable[[], list[Job]]]
 _SAVE_SECONDS = 120  # between the signal and the time limit
 _REQUEUES = 50  # at a time limit; against a job that never gets any further
+_RUNS = "runs"
 _NOISE = ("srun: ", "submitit ")  # lines of a log that say nothing about the job
 _LONGEST_PAUSE = 30.0  # seconds between two looks at the queue
 
@@ -174,9 +175,11 @@ class Cluster:
         while True:
             if (states := self.states(patient=before is not None)) != before:
                 text, busy = self.step()
-                before, pause = states, 1.0
                 if text != shown:
-                    print(shown := text, flush=True)
+                    print(text, flush=True)
+                if busy and before is None and not self.flags.detach:
+                    print("Ctrl-C leaves them in the queue; the same command waits again", flush=True)
+                before, pause, shown = states, 1.0, text
             if self.flags.detach or not busy:
                 break
             time.sleep(pause)
@@ -207,9 +210,11 @@ class Cluster:
             new = [n for n in lacking if n not in queued and n not in self.failed]
             record |= {n: [i, self.owner] for n, i in zip(new, self.submit(new), strict=True)}
             done = sum(record[n][0] is None for n in mine if n in record)
-        running = {n: i for n, i in queued.items() if states[i] != "PENDING"}
-        counts = dict(queued=len(queued) - len(running) + len(new), running=len(running), done=done)
-        lines = [", ".join(f"{n} {what}" for what, n in {**counts, "failed": len(self.failed)}.items())]
+        running = {n: i for n, i in queued.items() if states[i] == _RUNS}
+        waiting = len(queued) - len(running) + len(new)
+        reasons = ", ".join(sorted({states[i] for i in queued.values()} - {_RUNS, "None"}))
+        text = f"{waiting} queued{f' ({reasons})' * bool(reasons)}, {len(running)} running, {done} done"
+        lines = [f"{text}, {len(self.failed)} failed"]
         if self.flags.detach:
             lines += [f"running: {name}: {self._last_line(i, '.out')}" for name, i in running.items()]
         lines += [f"failed: {name}: {line}" for name, line in self.failed.items()]
@@ -237,16 +242,17 @@ class Cluster:
                     checkpoint.write_text(path, json.dumps(record, indent=2) + "\n")
 
     def states(self, patient: bool) -> dict[str, str]:
-        """State of each job of this user that is in the queue (PENDING, RUNNING, ...), by its id.
+        """Of each job of this user that is in the queue, by its id: why it waits, or that it runs.
 
         Raises:
             UserError: the scheduler does not answer; with `patient` it is asked again instead.
         """
-        asked = ["squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format", "%i %T"]
+        asked = ["squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format", "%i %T %r"]
         while True:
             found = subprocess.run(asked, capture_output=True, text=True)
             if found.returncode == 0:
-                return dict(line.split(None, 1) for line in found.stdout.splitlines())
+                jobs = [line.split(None, 2) for line in found.stdout.splitlines()]
+                return {job: reason if state == "PENDING" else _RUNS for job, state, reason in jobs}
             why = f"squeue: {_reason(found.stderr)}"
             if not patient:
                 raise UserError(f"--slurm {self.flags.slurm}: {why}")
@@ -292,14 +298,14 @@ class Cluster:
             lines = [line.strip() for line in text.splitlines() if not line.startswith(_NOISE)]
             if lines := [line for line in lines if line]:
                 return f"{lines[-1]} ({path})"
-        return f"no log {self.folder / job}_*"
+        return "it wrote no log: was it cancelled in the queue?"
 
 
 def _reason(errors: str) -> str:
-    """The last line that a program of SLURM wrote; for an unknown partition the known ones, too."""
+    """The last line that a program of SLURM wrote, and what helps against it, where that is known."""
     *_, line = errors.strip().splitlines() or ["no answer"]
     line = re.sub(r"^\w+: error: ", "", line)
-    if "partition" not in line.lower():
-        return line
-    found = subprocess.run(["sinfo", "--noheader", "--format", "%R"], capture_output=True, text=True)
-    return f"{line}; there are: {', '.join(found.stdout.split())}"
+    if "partition" in line.lower():
+        found = subprocess.run(["sinfo", "--noheader", "--format", "%R"], capture_output=True, text=True)
+        return f"{line}; there are: {', '.join(found.stdout.split())}"
+    return f"{line}; for jobs without a GPU: --slurm_gpus 0" if "generic resource" in line else line

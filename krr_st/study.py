@@ -335,7 +335,7 @@ def main(flags: StudyFlags) -> int:
     failed = run_jobs(jobs, flags, flags.folder)
     study = Study(flags)
     if left := len(study.missing_jobs()):
-        print(f"{left} of the study's jobs are missing; the tables are written once all are done")
+        print(f"jobs left: {left}; the tables are written once all are done")
         return 1 if failed else 0
     draw(study)
     split = "a held-out part of the training images" if flags.validation else "the test split"

@@ -129,7 +129,7 @@ def test_jobs_are_submitted_followed_stopped_and_repeated(cluster, on_node, caps
     assert Path("requeued").read_text() == "requeue 1_2\n" and Path("saved").exists()
     Path("slurm/1_1_0_log.err").write_text("no data\nsrun: error: node7: task 0: Exited with exit code 2\n")
     Path("slurm/1_2_0_log.out").write_text("step 1/2: loss 3\nsubmitit INFO Exiting\n")
-    cluster("1_2 RUNNING\n")
+    cluster("1_2 RUNNING None\n")
     failed, lines = look()
     log = Path("slurm").resolve()
     assert failed == [f"job 1: no data ({log}/1_1_0_log.err)"]
@@ -141,12 +141,12 @@ def test_jobs_are_submitted_followed_stopped_and_repeated(cluster, on_node, caps
     Path("data").touch()
     failed, lines = look()  # what failed was shown and is submitted again; what is queued is not
     assert failed == [] and lines[:2] == ["submitted to day: job 1", "1 queued, 1 running, 1 done, 0 failed"]
-    cluster("1_2 PENDING\n2 PENDING\n")
-    assert look()[1][0] == "2 queued, 0 running, 1 done, 0 failed"
+    cluster("1_2 PENDING BeginTime\n2 PENDING Nodes are DOWN\n")
+    assert look()[1][0] == "2 queued (BeginTime, Nodes are DOWN), 0 running, 1 done, 0 failed"
     assert on_node("1", "2") == 0
     record = json.loads(Path("slurm/jobs.json").read_text())
     assert record["job 1"][0] == "2" and record["job 0"][0] is None
-    cluster("2 RUNNING\n")
+    cluster("2 RUNNING None\n")
     assert look()[1][0] == "0 queued, 1 running, 2 done, 0 failed"
 
 
@@ -159,10 +159,10 @@ def test_waiting_submits_what_becomes_possible(cluster, monkeypatch, capsys):
     def run_queued(seconds):
         number = len(read_cells("results.jsonl"))
         CellStore("results.jsonl").add({"number": number})
-        cluster(f"{number + 2} PENDING\n" if number < 2 else "")
+        cluster(f"{number + 2} PENDING None\n" if number < 2 else "")
 
     monkeypatch.setattr(slurm.time, "sleep", run_queued)
-    cluster("1 PENDING\n")
+    cluster("1 PENDING None\n")
     assert run_jobs(chain, Flags(slurm="day"), Path()) == []
     submitted = [line for line in capsys.readouterr().out.splitlines() if line.startswith("submitted")]
     assert submitted == [f"submitted to day: job {n}" for n in range(3)]
@@ -192,7 +192,7 @@ def test_a_study_submits_its_target_model_first(cluster, capsys):
     argv = ["--data_name=tiny", "--img_size=8", "--network=convnet_4_bn", "--slurm=day", "--detach"]
     assert study.main(argv) == 0
     out = capsys.readouterr().out
-    assert "submitted to day: tiny: target model\n" in out and "1 of the study's jobs are missing" in out
+    assert "submitted to day: tiny: target model\n" in out and "jobs left: 1; " in out
 
 
 def values(log_dir):

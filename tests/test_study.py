@@ -95,7 +95,7 @@ def test_what_is_measured_is_left_and_what_fails_is_said(quick, capsys):
     capsys.readouterr()
     assert study.main([*flags, "--extra_sets", "dm=dm=nowhere", "--seeds=2"]) == 1
     out = capsys.readouterr().out
-    assert "tiny: dm, seed 0: " in out and "2 of the study's jobs are missing" in out
+    assert "tiny: dm, seed 0: " in out and "jobs left: 2; " in out
     assert not Path("study/tiny/tables.md").exists()
     assert [json.loads(line)["seed"] for line in cells.read_text().splitlines()] == [0] * 3 + [1] * 3
     assert study.main([*flags, "--seeds=2"]) == 0
