@@ -138,5 +138,6 @@ def save_shared_curves(runs: Mapping[str, Lines], path: Path | str) -> None:
         axes.grid(alpha=0.3)
     if len(runs) > 1:
         shown = {_text(run): handles[run] for run in runs if run in handles}
+        figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(shown) / 3))
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(3, len(shown)))
     _save(figure, path)
