@@ -72,7 +72,7 @@ step 150 timings "$python" -m benchmarks --device "$device" "${timings[@]}" --ou
 # shellcheck disable=SC2086
 {
     train="$on --save_dir $work/teacher_ckpt --epochs $epochs --batch_size $batch"
-    if "$python" -c "import kornia" 2>>"$out/log.txt"; then
+    if "$python" -c "import kornia" 2>/dev/null; then
         step 45 target "$python" -m krr_st.target $train --target_model "$arch"
     else  # a classifier will do for the timings
         step 45 target "$python" -m krr_st.kd_teacher $train --arch "$arch"

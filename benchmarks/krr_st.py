@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -43,6 +44,8 @@ from utils.seed import local_seed
 
 ARCH, TARGET = "convnet_128_256_512_bn", "resnet18"
 DEFAULTS = "plain, torch's defaults"  # on CUDA: TF32 in convolutions
+AS_EAGER = (" compiled", " replayed")  # kinds of as many operations as without that word
+Kind = dict[str, Any] | str | None  # arguments of `our_side`, or a plain form
 SHAPE = (3, 32, 32)
 
 
@@ -123,6 +126,7 @@ def our_side(
     precision: str,
     table: bool,
     compile: bool = False,
+    cuda_graph: bool = False,
 ) -> KRRST:
     """KRR-ST with one pool network; with `table` all its targets are known."""
     image_set, model = parts["image_set"], copy.deepcopy(parts["target"])
@@ -138,6 +142,7 @@ def our_side(
         outer_batch_size=batch,
         precision=precision,
         compile=compile,
+        cuda_graph=cuda_graph,
         target_views="online",
     )
     distiller = KRRST(Problem(image_set, device, 0, target=target), flags)
@@ -220,21 +225,17 @@ def measure(
     with float32_mode("fp32"):
         gap = differences(parts, b, device)
     assert max(gap.values()) < 2e-2, f"the two forms differ: {gap}"
-    kinds = {
-        "online fp32": ("fp32", False, False),
-        "online bf16": ("bf16", False, False),
-        "table fp32": ("fp32", True, False),
-        "table bf16": ("bf16", True, False),
+    precisions = ("fp32", "bf16", "tf32") if device.type == "cuda" else ("fp32", "bf16")
+    kinds: dict[str, Kind] = {
+        f"{where} {precision}": {"precision": precision, "table": where == "table"}
+        for where in ("online", "table")
+        for precision in precisions
     }
+    if compile:  # on a GPU bf16 alone, since compiling takes its time
+        for precision in precisions if device.type != "cuda" else ("bf16",):
+            kinds[f"table {precision} compiled"] = kinds[f"table {precision}"] | {"compile": True}
     if device.type == "cuda":
-        kinds |= {"online tf32": ("tf32", False, False), "table tf32": ("tf32", True, False)}
-    if compile:
-        kinds |= {
-            f"{name} compiled": (precision, True, True)
-            for name, (precision, table, _) in kinds.items()
-            if table and (device.type != "cuda" or precision == "bf16")  # compiling takes its time
-        }
-    if device.type == "cuda":
+        kinds["table bf16 replayed"] = kinds["table bf16"] | {"cuda_graph": True}
         kinds[DEFAULTS] = DEFAULTS
     build = functools.partial(make_step, m, b, max(count, b), device)
     makers = {name: functools.partial(build, kind) for name, kind in kinds.items()}
@@ -242,7 +243,7 @@ def measure(
     flops = {
         name: count_flops(make())
         for name, make in {"plain": plain, **makers}.items()
-        if "compiled" not in name
+        if not name.endswith(AS_EAGER)
     }
     found = contest(plain, makers, device, repeats=repeats, calls=calls, apart=apart)
     seconds = {name: timing.median for name, timing in found.items()}
@@ -259,7 +260,7 @@ def measure(
         "matmul FLOP/s": rates,
         "FLOP a step": flops,
         "share of matmul rate": {
-            name: flops[name.removesuffix(" compiled")] / seconds[name] / rates[rate_of(name)]
+            name: flops[re.sub("|".join(AS_EAGER), "", name)] / seconds[name] / rates[rate_of(name)]
             for name in ("plain", *makers)
             if name in seconds
         },
@@ -275,20 +276,17 @@ def rate_of(name: str) -> str:
     return next((p for p in ("bf16", "tf32") if p in name), "tf32" if name == DEFAULTS else "fp32")
 
 
-def make_step(
-    m: int, b: int, count: int, device: torch.device, kind: tuple[str, bool, bool] | str | None
-) -> Callable[[], None]:
-    """One outer step: ours of a kind (precision, table, compiled), or a plain form.
+def make_step(m: int, b: int, count: int, device: torch.device, kind: Kind) -> Callable[[], None]:
+    """One outer step: ours of a kind, or a plain form.
 
     The plain form computes in exact float32 (None), or as torch does by itself on CUDA (DEFAULTS).
     """
     parts = make_parts(m, count, device)
-    precision, table, compiled = kind if isinstance(kind, tuple) else ("fp32", False, False)
-    step: Callable[[], Any]
-    if isinstance(kind, tuple):
-        step = our_side(parts, b, device, precision=precision, table=table, compile=compiled).step
-    else:
-        step = plain_side(parts, b, device)
+    ours = isinstance(kind, dict)
+    precision = kind["precision"] if ours else "fp32"
+    step: Callable[[], Any] = (
+        our_side(parts, b, device, **kind).step if ours else plain_side(parts, b, device)
+    )
 
     def run() -> None:
         with nullcontext() if kind == DEFAULTS else float32_mode(precision):

@@ -99,6 +99,9 @@ class TrainFlags(FeatureFlags):
         choices=PRECISIONS,
     )
     compile: bool = flag(False, "compile the pool network's passes with torch.compile")
+    cuda_graph: bool = flag(
+        False, "replay the pool networks' passes from CUDA graphs: less work for the host", identity=False
+    )
     target_views: str = flag(
         "auto",
         "targets of real images: looked up by view (exact), computed at every step as "

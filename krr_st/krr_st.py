@@ -1,6 +1,7 @@
 """KRR-ST: images and target features from which kernel regression predicts a target model."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -46,6 +47,7 @@ class KRRST(Distiller):
             reset=flags.pool_reset,
             precision=flags.precision,
             compile=flags.compile,
+            cuda_graph=flags.cuda_graph,
             mix=self.stream("pool's mixup") if flags.pool_mixup else None,
         )
         self.loader = real_loader(problem, flags.outer_batch_size, self.stream("real batches"))
@@ -55,8 +57,7 @@ class KRRST(Distiller):
         self.optimizer = make_optimizer(flags.outer_opt, groups, lr=lr, wd=wd, momentum=0.5)
         self.schedule = make_schedule("linear", self.optimizer, flags.outer_iteration)
         # Here and for the pool without `self`: a cycle would keep the table of views after the run.
-        self._embed = compiled(lambda x, model: model.embed(x), flags.compile)
-        self._embed_real = SplitBatches(compiled(lambda x, model: model.embed(x), flags.compile))
+        self._gradients = outer_gradients(flags, [self.x_syn, self.y_syn])
         self._batches = None
 
     @classmethod
@@ -95,15 +96,10 @@ class KRRST(Distiller):
             self._batches = self.loader.forever()
         slot = self.pool.draw()
         (x, view), index = next(self._batches)
-        with autocast(flags.precision, x.device):
-            with torch.no_grad():
-                y_real = self.targets(RealBatch(x, index, view))  # (b, D)
-                f_real = self._embed_real(x, slot.model)  # (b, d)
-            f_syn = self._embed(x_syn, slot.model)  # (m, d)
-        loss = krr_loss(f_real, y_real, f_syn, y_syn, flags.ridge)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        loss = loss.detach()
+        with autocast(flags.precision, x.device), torch.no_grad():
+            y_real = self.targets(RealBatch(x, index, view))  # (b, D)
+        gradients = functools.partial(self._gradients, slot.model, x_syn, y_syn)
+        loss, self.x_syn.grad, self.y_syn.grad = self.pool.replayed(slot, "outer", gradients)(x, y_real)
         group.average_([self.x_syn.grad, self.y_syn.grad, loss])
         if flags.outer_grad_norm > 0:
             for variable in (self.x_syn, self.y_syn):
@@ -116,6 +112,22 @@ class KRRST(Distiller):
     def flush(self) -> None:
         """Keep the table of target views on disk up to date, where there is one."""
         self.targets.flush()
+
+
+def outer_gradients(flags: TrainFlags, learned: list[Tensor]) -> Callable[..., list[Tensor]]:
+    """A function (network, X_s, Y_s, real images, their targets) -> loss, and its gradients on `learned`."""
+    embed = compiled(lambda x, model: model.embed(x), flags.compile)
+    embed_real = SplitBatches(compiled(lambda x, model: model.embed(x), flags.compile))
+
+    def gradients(model: nn.Module, x_syn: Tensor, y_syn: Tensor, x: Tensor, y_real: Tensor) -> list[Tensor]:
+        with autocast(flags.precision, x.device):
+            with torch.no_grad():
+                f_real = embed_real(x, model)  # (b, d)
+            f_syn = embed(x_syn, model)  # (m, d)
+        loss = krr_loss(f_real, y_real, f_syn, y_syn, flags.ridge)
+        return [loss.detach(), *torch.autograd.grad(loss, learned)]
+
+    return gradients
 
 
 def real_loader(problem: Problem, batch_size: int, generator: torch.Generator) -> TensorLoader:

@@ -1,8 +1,9 @@
 """The model pool: networks of all ages that the outer loop draws its features from."""
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from evaluation.fit import train_step
 from models import get_model
 from utils.device import place
 from utils.errors import pick
+from utils.graph import Recorder, Replayed
 from utils.optim import make_optimizer
 from utils.precision import autocast, compiled
 from utils.seed import draw_seed, local_seed
@@ -34,11 +36,12 @@ def no_tick(work: float) -> None:
 
 @dataclass
 class Slot:
-    """A network, its optimiser, and the SGD steps it has taken."""
+    """A network, its optimiser, and the SGD steps it has taken; what is replayed of its passes."""
 
     model: nn.Module
     optimizer: Optimizer
     age: int = 0
+    replays: dict[str, Replayed] = field(default_factory=dict)
 
 
 class ModelPool:
@@ -48,7 +51,8 @@ class ModelPool:
     that has taken `max_steps` (T) steps is replaced at its next update. Draws, ages and seeds come
     from the CPU `generator`; `reset` is a key of RESET_AGE; `precision`, `compile` and `criterion` (of
     outputs and targets) are those of the networks in training. With a generator `mix` each of their
-    steps is on the set in mixup.
+    steps is on the set in mixup. With `cuda_graph` passes are replayed (utils.graph), and a network's
+    weights and momenta keep their places: the optimiser has to be SGD.
 
     Invariant (reset "paper"): 0 <= age <= T, and `age` is the number of steps the slot's network
     has taken.
@@ -68,11 +72,13 @@ class ModelPool:
         compile: bool = False,
         criterion: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
         mix: torch.Generator | None = None,
+        cuda_graph: bool = False,
     ) -> None:
         self._make_network, self.max_steps, self.generator = make_network, max_steps, generator
         self._age_after_reset = pick(RESET_AGE, reset, "pool_reset")
         self.precision, self._criterion, self._mix = precision, criterion, mix
         self._forward = compiled(lambda model, x: model(x), compile)
+        self.cuda_graph, self._recorder = cuda_graph, None
         self.slots = [Slot(*make_network(draw_seed(generator))) for _ in range(size)]
 
     def warm_up(self, x_syn: Tensor, y_syn: Tensor, progress: bool = False, tick: Tick = no_tick) -> None:
@@ -108,8 +114,28 @@ class ModelPool:
         if slot.age < self.max_steps:
             self._train(slot, x_syn, y_syn, slot.age + 1, self._mix)
             return
-        slot.model, slot.optimizer = self._make_network(draw_seed(self.generator))
+        self._replace(slot, *self._make_network(draw_seed(self.generator)))
         slot.age = self._age_after_reset(slot.age)
+
+    def replayed(
+        self, slot: Slot, name: str, function: Callable[..., Sequence[Tensor]]
+    ) -> Callable[..., Sequence[Tensor]]:
+        """The function `name` of a slot's network; with `cuda_graph` that of the first call, replayed."""
+        if not self.cuda_graph:
+            return function
+        if name not in slot.replays:
+            on_cuda = next(slot.model.parameters()).is_cuda
+            self._recorder = self._recorder or (Recorder() if on_cuda else None)
+            slot.replays[name] = Replayed(function, self._recorder)
+        return slot.replays[name]
+
+    def _replace(self, slot: Slot, model: nn.Module, optimizer: Optimizer) -> None:
+        if not slot.replays:
+            slot.model, slot.optimizer = model, optimizer
+            return
+        slot.model.load_state_dict(model.state_dict())
+        for state in slot.optimizer.state.values():
+            state["momentum_buffer"].zero_()
 
     def _train(
         self,
@@ -123,9 +149,12 @@ class ModelPool:
         slot.model.train().requires_grad_(True)
         while slot.age < age:
             x, y = (x_syn, y_syn) if mix is None else mixup(x_syn, y_syn, mix)
-            train_step(slot.model, x, y, self._loss, slot.optimizer)
+            self.replayed(slot, "train", functools.partial(self._step, slot.model, slot.optimizer))(x, y)
             slot.age += 1
             tick(3.0 * len(x))
+
+    def _step(self, model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> list[Tensor]:
+        return [train_step(model, x, y, self._loss, optimizer)]
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         with autocast(self.precision, x.device):
@@ -146,6 +175,7 @@ class ModelPool:
             slot.model.load_state_dict(saved["model"])
             slot.optimizer.load_state_dict(saved["optimizer"])
             slot.age = saved["age"]
+            slot.replays.clear()  # its momenta are in other places now
         self.generator.set_state(state["generator"])
 
 

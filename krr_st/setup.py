@@ -61,6 +61,11 @@ class KRRSTSetup(KernelSetup):
             raise UserError(f"--views_dir {flags.views_dir} is a file; expected a folder")
         if flags.views_dir is not None and flags.target_views == "online":
             raise UserError("--views_dir keeps looked-up targets; --target_views online looks none up")
+        if flags.cuda_graph:
+            if device.type != "cuda":
+                raise UserError(f"--cuda_graph needs an NVIDIA GPU, the device is {device}")
+            if flags.pool_mixup or flags.online_opt != "sgd":
+                raise UserError("--cuda_graph goes with --online_opt sgd, and not with --pool_mixup")
         if flags.compile and not flags.dry_run:
             check_compile(device)
 

@@ -1,0 +1,88 @@
+"""CUDA graphs: what the host would launch kernel by kernel is recorded once and replayed as a whole."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from utils.errors import first_line
+
+WARM_UP = 3  # calls before the recording: libraries choose algorithms, optimisers make their states
+
+
+class Recorder:
+    """The stream and the memory that graphs share; no two of them may run at a time."""
+
+    def __init__(self) -> None:
+        self.stream = torch.cuda.Stream()
+        self.memory = torch.cuda.graph_pool_handle()
+
+    def aside(self, function: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """A call on that stream: a recording needs some before it."""
+        here = torch.cuda.current_stream()
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            outputs = function()
+        here.wait_stream(self.stream)
+        for t in outputs:
+            t.record_stream(here)
+        return outputs
+
+    def record(
+        self, function: Callable[[], list[Tensor]]
+    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]] | None:
+        """The graph of a call, which does not run now, and where its outputs will be; None if it fails."""
+        here, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
+                outputs = function()
+        except RuntimeError as error:
+            torch.cuda.set_stream(here)  # a failed recording leaves its own
+            print(
+                f"warning: no CUDA graph of this step ({first_line(error)}); continuing without", flush=True
+            )
+            return None
+        return graph, outputs
+
+
+class Replayed:
+    """A function of tensors that on CUDA is replayed from a graph, from its fourth call on.
+
+    `function` maps tensors to tensors without making the host wait. What else it reads or writes has to
+    stay in its place: weights, momenta. Inputs are copied to places of their own, results are copies;
+    without a `recorder`, on other devices, that is all. A batch smaller than the largest one, and a
+    function that cannot be recorded, run as they are.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]], recorder: Recorder | None = None) -> None:
+        self._function, self._recorder = function, recorder
+        self._forget()
+
+    def _forget(self) -> None:
+        self._inputs: list[Tensor] = []
+        self._calls = 0
+        self.recorded: tuple[torch.cuda.CUDAGraph, list[Tensor]] | None = None
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        if not self._inputs or len(inputs[0]) > len(self._inputs[0]):
+            self._forget()
+            self._inputs = [t.detach().clone() for t in inputs]
+        elif len(inputs[0]) < len(self._inputs[0]):
+            return list(self._function(*inputs))
+        for own, given in zip(self._inputs, inputs, strict=True):
+            own.copy_(given)
+        self._calls += 1
+        if self._recorder is None:
+            return self._run()
+        if self._calls <= WARM_UP:
+            return self._recorder.aside(self._run)
+        if self._calls == WARM_UP + 1:
+            self.recorded = self._recorder.record(self._run)
+        if self.recorded is None:
+            return self._run()
+        graph, outputs = self.recorded
+        graph.replay()
+        return [t.clone() for t in outputs]
+
+    def _run(self) -> list[Tensor]:
+        return list(self._function(*self._inputs))
