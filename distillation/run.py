@@ -132,13 +132,15 @@ class Setup:
     def forecast(self, distiller: Distiller, plan: Plan) -> Forecast:
         """Of this distillation and those of the run that come after it."""
         flags, seen = self.flags, weakref.proxy(distiller)  # no cycle that would keep its tables
-        work = plan.steps * distiller.cost(flags, distiller.problem.classes) + distiller.start_cost(flags)
-        work += self.evaluations() * self.evaluation_cost()
+        runs, evaluation = self.repeats - (plan.experiment or 0), self.evaluation_cost()
+        fixed = distiller.start_cost(flags) + min(2, self.evaluations()) * evaluation  # first and last
+        more = max(0, self.evaluations() - 2) * evaluation
         return Forecast(
-            work * (self.repeats - (plan.experiment or 0)),
+            runs * (plan.steps * distiller.cost(flags, distiller.problem.classes) + more + fixed),
             self.device,
             disk=lambda: 2 * tensor_bytes(seen.state_dict()),  # the last save and the one before it
             length=(f"--{self.length}", plan.steps),
+            fixed=runs * fixed,
             shorter=self.shorter,
         )
 

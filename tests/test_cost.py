@@ -55,6 +55,10 @@ def test_a_long_run_is_told_how_to_be_shorter(clock, capsys):
     run_steps(Forecast(20000, CPU, **given), clock, [2.0] * 5)
     advice = capsys.readouterr().out.split("; ")[1].strip()
     assert advice == "to shorten it: --steps 3600 (two hours), fewer --seeds"
+    run_steps(Forecast(20000, CPU, fixed=2000, **given), clock, [2.0] * 5)
+    assert "--steps 1700 (two hours)" in capsys.readouterr().out  # 3600 steps of time, less the fixed 2000
+    run_steps(Forecast(20000, CPU, fixed=5000, **given), clock, [2.0] * 5)
+    assert "--steps" not in capsys.readouterr().out
     run_steps(Forecast(LONG / 2, CPU, **given), clock, [2.0] * 5)
     assert "shorten" not in capsys.readouterr().out
 

@@ -188,7 +188,7 @@ def test_what_another_process_finished_before_our_claim_is_not_run(tmp_path):
 
 def test_names_and_durations():
     assert claim_name("CIFAR10, 1 ipc: DM + CLoM cos, α 10") == "CIFAR10-1-ipc-DM-+-CLoM-cos-10"
-    assert [duration(s) for s in (40, 720, 12600)] == ["40 s", "12 min", "3.5 h"]
+    assert [duration(s) for s in (40, 720, 12600, 450000)] == ["40 s", "12 min", "3.5 h", "5.2 days"]
 
 
 ENTRIES = [

@@ -58,7 +58,8 @@ class Forecast:
 
     `work` is what lies ahead in any unit, such as images through networks, each counted three times in
     training; without any it stays silent. `disk` gives bytes, asked for when it speaks. Beyond two hours
-    it says which flags shorten the run: `length`, a flag and its value, and `shorter`, others in words.
+    it says which flags shorten the run: `length`, a flag and its value, and `shorter`, others in words;
+    so much as `fixed` of the work does not depend on `length`.
     """
 
     def __init__(
@@ -68,10 +69,11 @@ class Forecast:
         *,
         disk: Callable[[], int] = lambda: 0,
         length: tuple[str, int] | None = None,
+        fixed: float = 0.0,
         shorter: str = "",
     ) -> None:
         self.work, self.device, self.disk = work, device, disk
-        self._length, self._shorter = length, shorter
+        self._length, self._fixed, self._shorter = length, fixed, shorter
         self._done = self._measured = 0.0
         self._steps, self._seconds, self._mark = 0, 0.0, time.perf_counter()
         self._trial, self.told = False, work <= 0
@@ -133,9 +135,10 @@ class Forecast:
         if seconds <= LONG:
             return ""
         ways = [self._shorter] if self._shorter else []
-        if self._length is not None:
+        allowed = LONG * self._measured / self._seconds - self._fixed
+        if self._length is not None and allowed > 0:
             name, value = self._length
-            ways.insert(0, f"{name} {round_down(value * LONG / seconds)} (two hours)")
+            ways.insert(0, f"{name} {round_down(value * allowed / (self.work - self._fixed))} (two hours)")
         return f"to shorten it: {', '.join(ways)}"
 
 
