@@ -9,7 +9,8 @@ each k-means centre; herding, the images whose mean is nearest to that of all; h
 largest loss early in training (MKDT's start). gaussian: N(0, 1) noise with features.
 
 With smaller sizes, types or ranks than usual (--x_size, --x_dtype, --y_rank, --y_dtype) or several --views of
-each image the set is one compact file. --bytes gives sets of equal storage.
+each image, perhaps blended with others (--blend), the set is one compact file. --bytes gives sets of
+equal storage.
 """
 
 import functools
@@ -25,8 +26,9 @@ from data.augment import normalize, to_float
 from data.augment.crop_flip import default_padding
 from data.load import ImageSet, load_set
 from data.synthetic import CompactFlags, SyntheticSet, TrainingSettings, save_compact
-from data.synthetic.compact import draw_views, images_within, index_type, view_images
+from data.synthetic.compact import images_within
 from data.synthetic.forms import stored_bytes
+from data.synthetic.views import SetViews, index_type
 from data.target_scale import TargetScale
 from distillation.selection import (
     balanced_indices,
@@ -61,12 +63,7 @@ class Request:
     seed: int
     device: torch.device
     target: Callable[[], nn.Module]  # loaded only where it is needed
-    views: Tensor | None = None  # numbers (count, k) of views of the images; None: as they are
-
-    @property
-    def pad(self) -> int:
-        """Pixels by which views are shifted at most."""
-        return default_padding(self.image_set.size)
+    views: SetViews | None = None  # of the images; None: as they are
 
     def labels(self) -> Tensor:
         """Class labels of the training images."""
@@ -87,7 +84,7 @@ class Request:
     def with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images, in each of their views, and the target model's features of them."""
         if self.views is not None:
-            x = view_images(x, self.views, self.pad, self.image_set.stats)
+            x = self.views.images(x, self.image_set.stats)
         return x, torch.cat([self.target()(chunk) for chunk in x.split(256)])
 
     def points(self) -> Tensor:
@@ -194,6 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     ):
         if asked and not soft:
             raise UserError(f"--{what} needs target vectors; --method {flags.method} gives class labels")
+    if flags.blend and flags.views < 2:
+        raise UserError("--blend: the first view of an image is never blended; add --views 2 or more")
     seed = resolve_seed(flags.seed)
     device = resolve_device(flags.device, flags.gpu_id)
     preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
@@ -211,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     count, given = flags.num_images or preset.num_images, "--num_images"
     if flags.bytes is not None:
         label, given = target().dim if soft else classes, f"--bytes {flags.bytes}: room for"
-        count = images_within(flags.bytes, image_set.img_shape, label, how, flags.views)
+        count = images_within(flags.bytes, image_set.img_shape, label, how, flags.views, flags.blend)
     if count > len(image_set.train) and make is not _gaussian:
         raise UserError(
             f"{given} {count} is more than the {len(image_set.train)} images in {image_set.train.path}"
@@ -221,8 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     request = Request(image_set, count, flags.kmeans_space, student, flags.num_students, seed, device, target)
     if flags.views > 1:
         draw = make_generator(seed, "views")
-        views = draw_views(count, flags.views, request.pad, image_set.hflip, draw)
-        request = replace(request, views=views)
+        pad, flip = default_padding(image_set.size), image_set.hflip
+        request = replace(request, views=SetViews.draw(count, flags.views, pad, flip, draw, flags.blend))
     with out_of_memory_says(device, "lower --num_images, --bytes or --views"):
         x, y = make(request)
     scale = None
@@ -234,11 +233,11 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(flags.synthetic_data_dir) / flags.data_name / flags.method
     if compact:
         path = path.with_name(f"{flags.method}.safetensors")
-        save_compact(synthetic, path, how, request.views, request.pad)
+        save_compact(synthetic, path, how, request.views)
     else:
         synthetic.save(path)
     x_bytes, y_bytes, _ = stored_bytes(path)
-    each = f" in {flags.views} views" if flags.views > 1 else ""
+    each = f" in {flags.views} {'blended ' * flags.blend}views" if flags.views > 1 else ""
     print(f"{flags.method} of {flags.data_name}: {count} images{each} in {path}, {x_bytes + y_bytes} bytes")
     return 0
 

@@ -208,6 +208,11 @@ class BaselineFlags(DeviceFlags, CompactFlags):
     views: int = flag(
         1, "crops and flips of each stored image, itself the first, each with features of its own", minimum=1
     )
+    blend: bool = flag(
+        False,
+        "each view but the first is blended with a view of another image, by a share ~ U(0, 1); its features "
+        "are the target model's of the blend",
+    )
     kmeans_space: str = flag(
         "feature", "where distances are measured for k-means and herding", choices=("pixel", "feature")
     )

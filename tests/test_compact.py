@@ -10,7 +10,8 @@ import torch
 from data.specs import Stats
 from data.synthetic import SyntheticSet, TrainingSettings, save_compact
 from data.synthetic.__main__ import main
-from data.synthetic.compact import CompactFlags, draw_views, encode, images_within, view_images
+from data.synthetic.compact import CompactFlags, encode, images_within
+from data.synthetic.views import SetViews
 from data.target_scale import TargetScale
 from data.whitening import Whitening
 from utils.errors import UserError
@@ -152,55 +153,70 @@ def test_pixels_of_real_images_survive_in_one_byte(tmp_path):
     torch.testing.assert_close(again.images, x, atol=1e-5, rtol=0)
 
 
-def test_views_are_crops_and_flips_of_the_stored_images(tmp_path):
+@pytest.mark.parametrize("blend", [False, True])
+def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend):
     s, pad, k = make(m=4), 1, 6
-    views = draw_views(4, k, pad, True, torch.Generator().manual_seed(3))
-    assert all(len(set(row)) == k for row in views.tolist()) and int(views.max()) < 18
-    whole = view_images(s.images, views, pad, STATS)
+    views = SetViews.draw(4, k, pad, True, torch.Generator().manual_seed(3), blend)
+    numbers = views.numbers.tolist()
+    assert int(views.numbers.max()) < 18 and (blend or all(len(set(row)) == k for row in numbers))
+    whole = views.images(s.images, STATS)
+    rows = torch.tensor([5, 0, 23])
+    assert torch.equal(views.images(s.images, STATS, rows), whole[rows])
     targets = torch.randn(4 * k, 20)
     how = CompactFlags(x_size=8)
-    save_compact(SyntheticSet(whole, targets, STATS), tmp_path / "a.safetensors", how, views, pad)
-    stored, again = safetensors.torch.load_file(tmp_path / "a.safetensors"), None
+    save_compact(SyntheticSet(whole, targets, STATS), tmp_path / "a.safetensors", how, views)
+    stored = safetensors.torch.load_file(tmp_path / "a.safetensors")
     torch.testing.assert_close(stored["x"], s.images, atol=1e-6, rtol=0)  # each once
     again = SyntheticSet.load(tmp_path / "a.safetensors")
     assert again.images.shape == (24, 3, 8, 8) and torch.equal(again.targets, targets)
     black = -np.array(STATS.mean) / np.array(STATS.std)
+
+    def seen(i, number):
+        flip, top, left = number // 9, number // 3 % 3 - 1, number % 3 - 1
+        found = np.broadcast_to(black[:, None, None], (3, 8, 8)).copy()
+        for r in range(8):
+            for c in range(8):
+                if 0 <= r + top < 8 and 0 <= c + left < 8:
+                    found[:, r, 7 - c if flip else c] = s.images[i, :, r + top, c + left].numpy()
+        return found
+
     for i in range(4):
+        np.testing.assert_allclose(again.images[i * k], s.images[i], atol=1e-5)  # the first as it is
         for j in range(k):
-            number = int(views[i, j])
-            flip, top, left = number // 9, number // 3 % 3 - 1, number % 3 - 1
-            expected = np.broadcast_to(black[:, None, None], (3, 8, 8)).copy()
-            for r in range(8):
-                for c in range(8):
-                    if 0 <= r + top < 8 and 0 <= c + left < 8:
-                        expected[:, r, 7 - c if flip else c] = s.images[i, :, r + top, c + left].numpy()
+            expected = seen(i, numbers[i][j])
+            if blend:
+                mixed = views.blend
+                partner, share = int(mixed.partners[i, j]), int(mixed.shares[i, j]) / 255
+                assert (partner == i) == (j == 0)
+                expected = share * expected + (1 - share) * seen(partner, int(mixed.numbers[i, j]))
             np.testing.assert_allclose(again.images[i * k + j], expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "width, how, views",
+    "width, how, views, blend",
     [
-        (20, {}, 1),
-        (20, dict(x_size=4, x_dtype="uint8", y_rank=3, y_dtype="bf16"), 1),
-        (20, dict(x_size=5, x_dtype="bf16", y_rank=7), 4),
-        (20, dict(y_dtype="bf16"), 3),
-        (0, dict(x_dtype="uint8"), 1),
+        (20, {}, 1, False),
+        (20, dict(x_size=4, x_dtype="uint8", y_rank=3, y_dtype="bf16"), 1, False),
+        (20, dict(x_size=5, x_dtype="bf16", y_rank=7), 4, False),
+        (20, dict(y_dtype="bf16"), 3, True),
+        (0, dict(x_dtype="uint8"), 1, False),
     ],
 )
-def test_budget_and_what_inspect_prints_are_what_the_file_holds(tmp_path, capsys, width, how, views):
+def test_budget_and_what_inspect_prints_are_what_the_file_holds(tmp_path, capsys, width, how, views, blend):
     label = width or torch.uint8
     sizes = []
     for m in (9, 10):
         s, numbers = make(m, width=width), None
         if views > 1:
-            numbers = draw_views(m, views, 1, True, torch.Generator().manual_seed(0))
+            numbers = SetViews.draw(m, views, 1, True, torch.Generator().manual_seed(0), blend)
             s = make(m * views, width=width)
         path = tmp_path / "a.safetensors"
-        save_compact(s, path, CompactFlags(**how), numbers, 1)
+        save_compact(s, path, CompactFlags(**how), numbers)
         held = safetensors.torch.load_file(path)
         x, y = (sum(t.nbytes for k, t in held.items() if k[0] == kind) for kind in "xy")
         sizes.append(x + y)
-    within = [images_within(b, (3, 8, 8), label, CompactFlags(**how), views) for b in (*sizes, sizes[1] - 1)]
+    given = (3, 8, 8), label, CompactFlags(**how), views, blend
+    within = [images_within(b, *given) for b in (*sizes, sizes[1] - 1)]
     assert within == [9, 10, 9]
     assert main(["inspect", str(path)]) == 0
     said = capsys.readouterr().out
@@ -265,7 +281,15 @@ def test_budgets_that_cannot_be_met():
     with pytest.raises(UserError, match="--y_variance"):
         images_within(10**6, (3, 8, 8), 48, CompactFlags(y_variance=0.5), 1)
     with pytest.raises(UserError, match="--views 19: an image has 18 different views"):
-        draw_views(3, 19, 1, True, torch.Generator())
+        SetViews.draw(3, 19, 1, True, torch.Generator())
+    with pytest.raises(UserError, match="single image"):
+        SetViews.draw(1, 4, 1, True, torch.Generator(), blend=True)
+    # From 256 images on, the number of a partner takes two bytes: 192 · 4 + 5 · (4 + 4) bytes each at first.
+    more = (3, 8, 8), 1, CompactFlags(), 5, True
+    each = 192 * 4 + 5 * (4 + 4)
+    assert images_within(256 * each, *more) == 256 and images_within(300 * each, *more) == 300 * each // (
+        each + 5
+    )
 
 
 X, MAP = torch.zeros(2, 3, 4, 4), torch.ones(2, 3)
@@ -273,6 +297,12 @@ Y = torch.zeros(2, 5)
 LOW = {"y.mean": torch.zeros(5), "y.left": torch.zeros(2, 1), "y.right": torch.zeros(1, 5)}
 FACTS = {"version": 1, "size": [8, 8], "pad": 1}
 BYTE = torch.zeros(2, 3).byte()
+VIEWS = {
+    "x.views": BYTE,
+    "x.partners": BYTE.clone(),
+    "x.partner_views": BYTE.clone(),
+    "x.shares": BYTE.clone(),
+}
 
 
 @pytest.mark.parametrize(
@@ -319,7 +349,14 @@ BYTE = torch.zeros(2, 3).byte()
         ({"x": X, "x.views": BYTE[:1].clone(), "y": Y}, {}, "x.views"),
         ({"x": X, "x.views": BYTE.int(), "y": Y}, {}, "x.views"),
         ({"x": X, "x.views": BYTE + 18, "y": Y}, {}, "view numbers"),
-        ({"x": X, "x.views": BYTE[:, :0].clone(), "y": Y}, {}, "view numbers"),
+        ({"x": X, "x.views": BYTE[:, :0].clone(), "y": Y}, {}, "x.views"),
+        ({"x": X, **VIEWS, "x.partners": BYTE + 2, "y": Y.repeat(3, 1)}, {}, "partners below 2"),
+        ({"x": X, **VIEWS, "x.partners": BYTE.short() - 1, "y": Y.repeat(3, 1)}, {}, "partners below 2"),
+        ({"x": X, **VIEWS, "x.partner_views": BYTE + 18, "y": Y.repeat(3, 1)}, {}, "view numbers"),
+        ({"x": X, **VIEWS, "x.shares": BYTE.float(), "y": Y.repeat(3, 1)}, {}, "in integers"),
+        ({"x": X, **VIEWS, "x.shares": BYTE[:1].clone(), "y": Y.repeat(3, 1)}, {}, "parts of blends"),
+        ({"x": X, "x.views": BYTE, "x.shares": BYTE.clone(), "y": Y}, {}, "or none of them"),
+        ({"x": X, **{k: v for k, v in VIEWS.items() if k != "x.views"}, "y": Y}, {}, "blends of the views"),
         ({"x": X, "x.views": BYTE, "y": Y.repeat(3, 1)}, {}, "no mean and std"),
         ({"x": X, "x.views": BYTE, "y": Y.repeat(3, 1)}, {"mean": [0.5], "std": [1]}, "3 channels"),
     ],

@@ -5,7 +5,9 @@ A safetensors file whose metadata `compact` is the JSON object {"version": 1, "s
 x        (n, C, h, w) float32, bfloat16 or uint8: images, enlarged bilinearly to (H, W), corners not aligned
 x.map    (2, C) float32, with uint8 alone: slope and offset of each channel's values, slope * x + offset
 x.views  (n, k) uint8, where each image stands for k: numbers of crop-and-flip views at padding p; image
-         i * k + j of the set is view j of image i
+         i * k + j of the set is view j of image i (data/synthetic/views.py)
+x.partners, x.partner_views, x.shares   (n, k) integers, uint8 and uint8, where it is blended: with which
+         image, in which view, and its own share in 255ths
 y        (n * k,) class indices or (n * k, D) target vectors, or in place of these
 y.mean, y.left, y.right   (D,), (n * k, r) and (r, D): the target vectors are mean + left @ right
 """
@@ -19,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.augment import denormalize, normalize
-from data.augment.crop_flip import apply_crop_flip, count_views, views_from_numbers
 from data.specs import Stats
+from data.synthetic.views import INTEGERS, LARGEST_PAD, SetViews, index_type, view_bytes
 from utils.cli import flag
 from utils.errors import UserError
 from utils.precision import DTYPES
@@ -30,7 +31,6 @@ VERSION = 1
 LARGEST = 2**31  # values of the decoded images, and of the targets: a small file could ask for any number
 _X_DTYPES = {**DTYPES, "uint8": torch.uint8}
 _LOW_RANK = ("y.mean", "y.left", "y.right")
-_INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def encode(
     images: Tensor,
     targets: Tensor,
     how: CompactFlags,
-    views: Tensor | None = None,
-    pad: int = 0,
+    views: SetViews | None = None,
     unit: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of a compact file.
@@ -86,22 +85,20 @@ def encode(
         images: (m, C, H, W) float32.
         targets: (m,) int64 or (m, D) float32.
         how: sizes and number types.
-        views: (n, k) uint8 with m = n * k: `images` are the views `view_images` makes of n images, of
-            which the first shows each as it is.
-        pad: of the views.
+        views: what n stored images stand for, m in all; the first view shows each as it is.
         unit: (D,) above 0, in which errors of the target vectors count; None: equally.
 
     Raises:
         UserError: a size or rank that these images and targets do not have.
     """
     size, images = tuple(images.shape[2:]), images.cpu()
-    x = images if views is None else images[:: views.shape[1]]
+    x = images if views is None else images[:: views.numbers.shape[1]]
     tensors = _encode_images(_shrink(x, how.small_size(size)), _X_DTYPES[how.x_dtype])
     if views is not None:
-        tensors["x.views"] = views
+        tensors |= views.tensors()
     tensors |= _encode_targets(targets.cpu(), how, 1 if unit is None else unit.cpu().double())
     stored = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    return stored, {"version": VERSION, "size": size, "pad": pad}
+    return stored, {"version": VERSION, "size": size, "pad": 0 if views is None else views.pad}
 
 
 def _shrink(x: Tensor, small: tuple[int, int]) -> Tensor:
@@ -132,11 +129,6 @@ def _encode_images(x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"x": levels.round().clamp(0, 255).to(dtype), "x.map": torch.stack([slope, low])}
 
 
-def index_type(largest: int) -> torch.dtype:
-    """The smallest number type for class indices from 0 to `largest`."""
-    return next(dtype for dtype in _INTEGERS if largest <= torch.iinfo(dtype).max)
-
-
 def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[str, Tensor]:
     """By the singular value decomposition of the centred vectors: no other rank r is nearer in `unit`."""
     low_rank = how.y_rank is not None or how.y_variance is not None
@@ -161,26 +153,6 @@ def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[
     return {name: part.to(dtype) for name, part in zip(_LOW_RANK, parts, strict=True)}
 
 
-def view_images(x: Tensor, views: Tensor, pad: int, stats: Stats) -> Tensor:
-    """Views (n * k, C, H, W) of normalised images (n, C, H, W), by their numbers (n, k); black around."""
-    pixels = denormalize(x, stats).repeat_interleave(views.shape[1], dim=0)
-    parameters = views_from_numbers(views.flatten().long(), pad)
-    return normalize(apply_crop_flip(pixels, parameters, pad), stats)
-
-
-def draw_views(count: int, k: int, pad: int, hflip: bool, generator: torch.Generator) -> Tensor:
-    """(count, k) uint8: of each image the plain view, then k - 1 others; a UserError for too many.
-
-    `pad` is at most 5.
-    """
-    known, plain = count_views(pad, hflip), pad * (2 * pad + 1) + pad
-    if k > known:
-        raise UserError(f"--views {k}: an image has {known} different views, shifted by up to {pad} pixels")
-    others = torch.rand(count, known - 1, generator=generator).argsort(1)[:, : k - 1]
-    others = others + (others >= plain)
-    return torch.cat([torch.full((count, 1), plain), others], 1).to(torch.uint8)
-
-
 def decode(
     tensors: Mapping[str, Tensor], facts: Mapping[str, Any], stats: Stats | None, path: Path
 ) -> dict[str, Tensor]:
@@ -189,8 +161,8 @@ def decode(
     Sizes, types and values are checked before anything is decoded; a UserError names the file.
     """
     size, pad = _checked_facts(facts, path)
-    _check_tensors(tensors, size, pad, path)
-    x, views, fixed = tensors["x"], tensors.get("x.views"), tensors.get("x.map")
+    views = _check_tensors(tensors, size, pad, path)
+    x, fixed = tensors["x"], tensors.get("x.map")
     images = x.float()
     if fixed is not None:
         slope, offset = fixed.view(2, -1, 1, 1)
@@ -201,7 +173,7 @@ def decode(
         if stats is None:
             raise UserError(f"{path} holds views but no mean and std, which say what is black")
         stats.check_channels(images.shape[1], path)
-        images = view_images(images, views, pad, stats)
+        images = views.images(images, stats)
     if "y" in tensors:
         return {"images": images, "targets": tensors["y"]}
     mean, left, right = (tensors[name].float() for name in _LOW_RANK)
@@ -215,33 +187,30 @@ def _checked_facts(facts: Mapping[str, Any], path: Path) -> tuple[tuple[int, int
     sides = size if isinstance(size, list) and len(size) == 2 else [None, None]
     if not all(type(v) is int and 1 <= v <= LARGEST for v in sides):
         raise UserError(f"{path}: a compact set's size is {size}, expected height and width in pixels")
-    if type(pad) is not int or not 0 <= pad <= 5:  # more views than numbers of one byte
-        raise UserError(f"{path}: the padding of a compact set's views is {pad}, expected 0 to 5")
+    if type(pad) is not int or not 0 <= pad <= LARGEST_PAD:
+        raise UserError(f"{path}: the padding of a compact set's views is {pad}, expected 0 to {LARGEST_PAD}")
     return (size[0], size[1]), pad
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], size: tuple[int, int], pad: int, path: Path) -> None:
-    """Raise a UserError for tensors that do not fit together or would be too many values."""
+def _check_tensors(
+    tensors: Mapping[str, Tensor], size: tuple[int, int], pad: int, path: Path
+) -> SetViews | None:
+    """The views; a UserError for tensors that do not fit together or would be too many values."""
 
     def check(holds: bool, what: str) -> None:
         if not holds:
             raise UserError(f"{path}: a compact set of {describe(tensors) or 'nothing'}; expected {what}")
 
     floats = set(DTYPES.values())
-    x, fixed, views, y = (tensors.get(name) for name in ("x", "x.map", "x.views", "y"))
+    x, fixed, y = (tensors.get(name) for name in ("x", "x.map", "y"))
     check(x is not None and x.dim() == 4 and 0 not in x.shape, "x of shape (n, C, h, w)")
     check(x.dtype in _X_DTYPES.values(), "x in float32, bfloat16 or uint8")
     check(x.shape[2] <= size[0] and x.shape[3] <= size[1], f"x of at most {size} pixels")
     check((fixed is None) == (x.dtype != torch.uint8), "x.map with x in uint8, and only then")
     if fixed is not None:
         check(fixed.shape == (2, x.shape[1]) and fixed.dtype == torch.float32, "x.map of shape (2, C)")
-    count = len(x)
-    if views is not None:
-        check(
-            views.dim() == 2 and len(views) == count and views.dtype == torch.uint8, "x.views (n, k) in uint8"
-        )
-        count = views.numel()
-        check(count > 0 and int(views.max()) < count_views(pad, True), f"view numbers for padding {pad}")
+    views = SetViews.parse(tensors, len(x), pad, check)
+    count = len(x) if views is None else len(views)
     check(count * x.shape[1] * size[0] * size[1] <= LARGEST, f"at most {LARGEST} decoded values")
     found = [tensors.get(name) for name in _LOW_RANK]
     check((y is None) == all(t is not None for t in found), "y, or y.mean, y.left and y.right")
@@ -253,9 +222,10 @@ def _check_tensors(tensors: Mapping[str, Tensor], size: tuple[int, int], pad: in
         check(left.shape[1] <= min(count, len(mean)), "a rank of at most n * k and D")
         check(count * len(mean) <= LARGEST, f"at most {LARGEST} target values")
     else:
-        check(y.dtype in floats | set(_INTEGERS), "y in float32, bfloat16 or integers")
+        check(y.dtype in floats | set(INTEGERS), "y in float32, bfloat16 or integers")
     for part in (x, fixed, *found, y):
         check(part is None or bool(part.isfinite().all()), "finite values")
+    return views
 
 
 def _parts(tensors: Mapping[str, Tensor], kinds: str) -> dict[str, Tensor]:
@@ -278,7 +248,12 @@ def count_bytes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def images_within(
-    budget: int, img_shape: tuple[int, int, int], label: int | torch.dtype, how: CompactFlags, views: int = 1
+    budget: int,
+    img_shape: tuple[int, int, int],
+    label: int | torch.dtype,
+    how: CompactFlags,
+    views: int = 1,
+    blend: bool = False,
 ) -> int:
     """How many images fit into `budget` bytes with their targets, each seen in `views` views.
 
@@ -290,13 +265,18 @@ def images_within(
     channels, *size = img_shape
     height, width = how.small_size(tuple(size))
     x_type, y_type = _X_DTYPES[how.x_dtype], DTYPES[how.y_dtype]
-    each = channels * height * width * x_type.itemsize + (views if views > 1 else 0)
+    each = channels * height * width * x_type.itemsize
     once = 2 * channels * torch.float32.itemsize if x_type == torch.uint8 else 0
     if isinstance(label, torch.dtype):
         each += views * label.itemsize
     else:
         each += views * (how.y_rank or label) * y_type.itemsize
         once += (how.y_rank + 1) * label * y_type.itemsize if how.y_rank else 0
-    if budget < once + each:
+    fits = (budget - once) // (each + view_bytes(1, views, blend))
+    # The partners of many images take more bytes each.
+    while fits > 0 and once + fits * (each + view_bytes(fits, views, blend)) > budget:
+        fits = min(fits - 1, (budget - once) // (each + view_bytes(fits, views, blend)))
+    if fits < 1:
+        each += view_bytes(1, views, blend)
         raise UserError(f"--bytes {budget}: the first image takes {once + each} bytes, each other {each}")
-    return (budget - once) // each
+    return fits

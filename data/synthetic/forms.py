@@ -44,6 +44,7 @@ from data.synthetic.training import (
     write_safetensors,
     write_training,
 )
+from data.synthetic.views import SetViews
 from data.untrusted import check_regular, open_picture, parse_json, read_json
 from utils import checkpoint
 from utils.errors import UserError
@@ -224,20 +225,16 @@ def _write_one_file(tensors: dict[str, Tensor], synthetic: SyntheticSet, path: P
 
 
 def save_compact(
-    synthetic: SyntheticSet,
-    path: Path | str,
-    how: CompactFlags | None = None,
-    views: Tensor | None = None,
-    pad: int = 0,
+    synthetic: SyntheticSet, path: Path | str, how: CompactFlags | None = None, views: SetViews | None = None
 ) -> None:
     """Write the compact form, without loss where `how` is not given.
 
-    With `views` (n, k) uint8 and their padding the set's images are those views of every k-th of them,
-    and these alone are stored. A UserError for a size or rank that the set does not have.
+    With `views` the set's images are k views of each k-th of them, and these alone are stored. A
+    UserError for a size or rank that the set does not have.
     """
     scale = synthetic.training.targets
     unit = None if scale is None else scale.std
-    tensors, facts = encode(synthetic.images, synthetic.targets, how or CompactFlags(), views, pad, unit)
+    tensors, facts = encode(synthetic.images, synthetic.targets, how or CompactFlags(), views, unit)
     _write_one_file(tensors, synthetic, Path(path), compact=json.dumps(facts))
 
 

@@ -1,0 +1,147 @@
+"""What a set's images stand for: views of each stored image, alone or blended with views of others.
+
+A target model gives every such image features of its own, which say more than the mixture of two images'
+features: 100 images in 50 blended views teach like several hundred images (RESULTS.md).
+
+Source of blends with a teacher's own targets: Beyer et al., "Knowledge distillation: A good teacher is
+patient and consistent", arXiv 2106.05237; of storing them: Shen and Xing, "A Fast Knowledge Distillation
+Framework for Visual Recognition", arXiv 2112.01528.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.augment import denormalize, normalize
+from data.augment.crop_flip import apply_crop_flip, count_views, views_from_numbers
+from data.specs import Stats
+from utils.errors import UserError
+
+LARGEST_PAD = 5  # of views whose numbers take one byte
+_BLEND = ("x.partners", "x.partner_views", "x.shares")
+INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+def index_type(largest: int) -> torch.dtype:
+    """The smallest number type for indices from 0 to `largest`."""
+    return next(dtype for dtype in INTEGERS if largest <= torch.iinfo(dtype).max)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """With what views are blended; all (n, k)."""
+
+    partners: Tensor  # integers: which of the n images
+    numbers: Tensor  # uint8: in which view
+    shares: Tensor  # uint8: of the image itself, in 255ths
+
+
+@dataclass(frozen=True)
+class SetViews:
+    """k views of each of n images; image i * k + j of the set is view j of image i."""
+
+    numbers: Tensor  # (n, k) uint8: crop-and-flip views
+    pad: int  # pixels by which they are shifted at most
+    blend: Blend | None = None
+
+    @classmethod
+    def draw(
+        cls, count: int, k: int, pad: int, hflip: bool, generator: torch.Generator, blend: bool = False
+    ) -> SetViews:
+        """Of `count` images each the plain view, then k - 1 others: different ones, or random blends.
+
+        A blend is with another image, by a share ~ U(0, 1). A UserError for too many views, and for
+        blends of a single image; `pad` is at most 5.
+        """
+        known, plain = count_views(pad, hflip), pad * (2 * pad + 1) + pad
+        first = torch.full((count, 1), plain)
+        if not blend:
+            if k > known:
+                raise UserError(
+                    f"--views {k}: an image has {known} different views, shifted by up to {pad} pixels; "
+                    "with --blend there are more"
+                )
+            others = torch.rand(count, known - 1, generator=generator).argsort(1)[:, : k - 1]
+            return cls(torch.cat([first, others + (others >= plain)], 1).to(torch.uint8), pad)
+        if count < 2:
+            raise UserError("--blend: a single image has no other to be blended with")
+        own, theirs = torch.randint(known, (2, count, k - 1), generator=generator)
+        steps = torch.randint(1, count, (count, k - 1), generator=generator)
+        partners = (torch.arange(count)[:, None] + steps) % count
+        shares = torch.randint(256, (count, k - 1), generator=generator)
+        parts = torch.arange(count)[:, None], first, torch.full((count, 1), 255)
+        partners, theirs, shares = (
+            torch.cat(pair, 1) for pair in zip(parts, (partners, theirs, shares), strict=True)
+        )
+        found = Blend(partners.to(index_type(count - 1)), theirs.to(torch.uint8), shares.to(torch.uint8))
+        return cls(torch.cat([first, own], 1).to(torch.uint8), pad, found)
+
+    def __len__(self) -> int:
+        return self.numbers.numel()
+
+    def images(self, x: Tensor, stats: Stats, rows: Tensor | None = None) -> Tensor:
+        """The set's images (n * k, C, H, W) of normalised ones (n, C, H, W); black around; differentiable.
+
+        `rows` are those wanted, all by default.
+        """
+        rows = torch.arange(len(self)) if rows is None else rows
+        k, pixels = self.numbers.shape[1], denormalize(x, stats)
+
+        def seen(index: Tensor, numbers: Tensor) -> Tensor:
+            views = views_from_numbers(numbers.flatten()[rows].long(), self.pad)
+            return normalize(apply_crop_flip(pixels[index.to(x.device)], views, self.pad), stats)
+
+        own = seen(rows // k, self.numbers)
+        if self.blend is None:
+            return own
+        other = seen(self.blend.partners.flatten()[rows].long(), self.blend.numbers)
+        share = (self.blend.shares.flatten()[rows].to(x) / 255).view(-1, 1, 1, 1)
+        return share * own + (1 - share) * other
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As a compact file holds them."""
+        found = {"x.views": self.numbers}
+        if self.blend is not None:
+            found |= zip(_BLEND, vars(self.blend).values(), strict=True)
+        return found
+
+    @classmethod
+    def parse(
+        cls, tensors: Mapping[str, Tensor], count: int, pad: int, check: Callable[[bool, str], None]
+    ) -> SetViews | None:
+        """The views in a file of `count` images; None where there are none.
+
+        `check` is called with what has to hold, and the words for it.
+        """
+        numbers, parts = tensors.get("x.views"), [tensors.get(name) for name in _BLEND]
+        present = [part is not None for part in parts]
+        check(all(present) or not any(present), "x.partners, x.partner_views and x.shares, or none of them")
+        check(numbers is not None or not any(present), "blends of the views in x.views")
+        if numbers is None:
+            return None
+
+        def check_views(views: Tensor) -> None:
+            check(views.dtype == torch.uint8, "view numbers in uint8")
+            check(int(views.max()) < count_views(pad, True), f"view numbers for padding {pad}")
+
+        check(numbers.dim() == 2 and len(numbers) == count and numbers.numel() > 0, "x.views of shape (n, k)")
+        check_views(numbers)
+        if not any(present):
+            return cls(numbers, pad)
+        partners, theirs, shares = parts
+        check(all(part.shape == numbers.shape for part in parts), "parts of blends of the shape of x.views")
+        check_views(theirs)
+        check(partners.dtype in INTEGERS and shares.dtype == torch.uint8, "partners and shares in integers")
+        check(int(partners.min()) >= 0 and int(partners.max()) < count, f"partners below {count}")
+        return cls(numbers, pad, Blend(partners, theirs, shares))
+
+
+def view_bytes(count: int, k: int, blend: bool) -> int:
+    """Bytes that the k views of each of `count` images take in a file, without their targets."""
+    if k == 1:
+        return 0
+    return k * (3 + index_type(count - 1).itemsize if blend else 1)
