@@ -187,10 +187,16 @@ def test_views_are_stored_once_with_features_of_each(tiny, capsys):
             torch.testing.assert_close(model(several.images), several.targets, atol=1e-4, rtol=1e-4)
         assert baselines.main([*argv, "--views", "5"]) == 0
         assert torch.equal(SyntheticSet.load(folder / f"{method}.safetensors").images, several.images)
+    assert baselines.main([*argv, "--views", "40", "--blend"]) == 0  # more than an image has views
+    blends = SyntheticSet.load(folder / f"{method}.safetensors")
+    assert len(blends) == 240 and torch.equal(blends.images[::40], several.images[::5])
+    with torch.no_grad():
+        torch.testing.assert_close(model(blends.images), blends.targets, atol=1e-4, rtol=1e-4)
     capsys.readouterr()
     fails(capsys, baselines, [*common, "--method", "random", "--views", "2"], "--views 2", "labels")
     argv = [*common, "--method", "random_features", "--num_images", "6"]
     fails(capsys, baselines, [*argv, "--views", "19"], "--views 19", "18")
+    fails(capsys, baselines, [*argv, "--blend"], "--blend", "--views")
     fails(capsys, baselines, [*argv, "--y_rank", "7"], "--y_rank 7", "6")
 
 
