@@ -56,7 +56,8 @@ def set_recipe(method: Method, flags: Any, image_set: ImageSet, training: Traini
     """How a network is trained on the method's set: the table's recipe, what the set says, the flags."""
     name, count = method.name.lower(), flags.num_images
     recipe = pretrain_recipe(name, flags.data_name, flags.test_model, count=count)
-    recipe = recipe.fitted(training).override(
+    stored = count if getattr(flags, "views", 1) > 1 else None
+    recipe = recipe.fitted(training, stored).override(
         optimizer=flags.pre_opt,
         epochs=flags.pre_epoch,
         steps=flags.pre_iteration,

@@ -13,6 +13,8 @@ import torch
 from data.augment import denormalize
 from data.augment.dsa import check_strategy
 from data.load import load_set
+from data.synthetic import save_compact
+from data.synthetic.forms import SET_FILE
 from data.synthetic.training import TRAINING_FILE, read_training, write_training
 from data.target_scale import TARGET_SCALES, TargetScale
 from data.whitening import Whitening
@@ -175,7 +177,7 @@ class SetSetup(Setup):
             print(f"{flags.data_name} has no test split: evaluations use the training images")
         distiller, results = self.distil(run, self.problem(run.seed), self.plan())
         if self.group.first:
-            pixels = denormalize(distiller.synthetic().images[:400], self.syn_stats)
+            pixels = denormalize(distiller.synthetic().plain().images[:400], self.syn_stats)
             save_grid(pixels.clamp(0, 1), run.path / "x_syn.png")
             results |= self.drawn(run)
         return results
@@ -262,9 +264,12 @@ class SetObserver:
     def saved(self, distiller: Distiller) -> None:
         """Write x_syn.pt and y_syn.pt, the published result files: two plain CPU tensors.
 
-        Beside them lies how to train on the set, where the set itself decides it.
+        Beside them lies how to train on the set, where the set itself decides it. Of a set of views
+        they hold the images as they are, set.safetensors holds all.
         """
         synthetic = distiller.synthetic()
-        checkpoint.save(synthetic.images.cpu(), self.path / "x_syn.pt")
-        checkpoint.save(synthetic.targets.cpu(), self.path / "y_syn.pt")
+        if synthetic.views is not None:
+            save_compact(synthetic, self.path / SET_FILE)
+        checkpoint.save(synthetic.plain().images.cpu(), self.path / "x_syn.pt")
+        checkpoint.save(synthetic.plain().targets.cpu(), self.path / "y_syn.pt")
         write_training(synthetic.training, self.path / TRAINING_FILE)

@@ -104,10 +104,14 @@ class Recipe:
             given = {"epochs": 0, "steps": 0, **given}
         return dataclasses.replace(self, **given)
 
-    def fitted(self, training: TrainingSettings) -> Recipe:
-        """A copy with what a synthetic set says about training on it."""
+    def fitted(self, training: TrainingSettings, images: int | None = None) -> Recipe:
+        """A copy with what a synthetic set says about training on it.
+
+        One that stands for several views of `images` is trained on for as many steps as these alone.
+        """
         scale = None if training.targets is None else "std"
         return self.override(
+            steps=self.steps_on(images) if images and self.epochs else None,
             lr=training.lr,
             momentum=training.momentum,
             dsa=training.dsa,

@@ -51,6 +51,8 @@ class Target(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
+    def differentiable(self, x: Tensor) -> Tensor: ...
+
 
 class ForeignTarget(nn.Module):
     """A network from elsewhere as a map from normalised images of a data set to features (B, dim).
@@ -152,12 +154,16 @@ class FrozenTarget:
     """The target model without gradient, in a run's precision, in parts where memory is short."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
-        self.dim, self.precision = model.dim, precision
+        self.model, self.dim, self.precision = model, model.dim, precision
         self._in_parts = SplitBatches(model)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Normalised images (b, C, H, W) -> features (b, dim)."""
+        return self.differentiable(x)
+
+    def differentiable(self, x: Tensor) -> Tensor:
+        """The same, with the gradient to the images."""
         with autocast(self.precision, x.device):
             return self._in_parts(x)
 
@@ -171,6 +177,10 @@ class ScaledTarget:
     def __call__(self, x: Tensor) -> Tensor:
         """Normalised images (b, C, H, W) -> features (b, dim), float32."""
         return self.scale(self.target(x))
+
+    def differentiable(self, x: Tensor) -> Tensor:
+        """The same, with the gradient to the images."""
+        return self.scale(self.target.differentiable(x))
 
 
 @torch.no_grad()

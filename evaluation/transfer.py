@@ -291,7 +291,8 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
         raise UserError(f"synthetic set {path} does not exist; make it with: {set_command(flags, size)}")
     synthetic = SyntheticSet.load(path)
     recipe = pretrain_recipe(flags.method, source, arch, kd=kd, count=len(synthetic))
-    recipe = recipe.fitted(synthetic.training).with_flags(flags, "pre_")
+    stored = None if synthetic.views is None else len(synthetic) // synthetic.views.each
+    recipe = recipe.fitted(synthetic.training, stored).with_flags(flags, "pre_")
     classes, mirrored = source_facts(source, flags.data_dir)
     if flags.pre_dsa is None and not mirrored:
         recipe = recipe.override(dsa=without_flip(recipe.dsa))

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from data.augment import normalize, to_float
-from data.augment.crop_flip import default_padding
 from data.load import ImageSet, load_set
 from data.synthetic import CompactFlags, SyntheticSet, TrainingSettings, save_compact
 from data.synthetic.compact import images_within
@@ -191,8 +190,6 @@ def main(argv: list[str] | None = None) -> int:
     ):
         if asked and not soft:
             raise UserError(f"--{what} needs target vectors; --method {flags.method} gives class labels")
-    if flags.blend and flags.views < 2:
-        raise UserError("--blend: the first view of an image is never blended; add --views 2 or more")
     seed = resolve_seed(flags.seed)
     device = resolve_device(flags.device, flags.gpu_id)
     preset = resolve_preset(flags.data_name, flags.data_dir, flags.img_size)
@@ -218,10 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     student = flags.student or preset.network
     get_model(student, image_set.img_shape)  # an unknown name fails now
     request = Request(image_set, count, flags.kmeans_space, student, flags.num_students, seed, device, target)
-    if flags.views > 1:
-        draw = make_generator(seed, "views")
-        pad, flip = default_padding(image_set.size), image_set.hflip
-        request = replace(request, views=SetViews.draw(count, flags.views, pad, flip, draw, flags.blend))
+    draw = make_generator(seed, "views")
+    request = replace(request, views=flags.draw(count, image_set.size, image_set.hflip, draw))
     with out_of_memory_says(device, "lower --num_images, --bytes or --views"):
         x, y = make(request)
     scale = None
@@ -229,11 +224,11 @@ def main(argv: list[str] | None = None) -> int:
         scale = TargetScale.fit(outputs(target(), image_set.train.images, image_set, device))
     training = TrainingSettings(targets=scale, mixup=flags.mixup or None)
     info = {"method": flags.method, "seed": seed}
-    synthetic = SyntheticSet(x, y, image_set.stats, flags.data_name, info, training)
+    synthetic = SyntheticSet(x, y, image_set.stats, flags.data_name, info, training, request.views)
     path = Path(flags.synthetic_data_dir) / flags.data_name / flags.method
     if compact:
         path = path.with_name(f"{flags.method}.safetensors")
-        save_compact(synthetic, path, how, request.views)
+        save_compact(synthetic, path, how)
     else:
         synthetic.save(path)
     x_bytes, y_bytes, _ = stored_bytes(path)

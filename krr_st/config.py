@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from data.synthetic import CompactFlags
+from data.synthetic.views import ViewFlags
 from data.target_scale import TARGET_SCALES
 from distillation.one_set import ZCA, ClassFlags, FeatureFlags
 from evaluation.epochs import EpochFlags
@@ -31,7 +32,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_models": 5,
         "online_iteration": 500,
     },
-    # Networks outside meet the set as those inside did: standardised targets, mixup.
+    # Each image in fifty blended views with the target model's features of each; the images are learned
+    # so that these teach.
     "best": {
         "outer_iteration": 2500,
         "outer_batch_size": 256,
@@ -39,13 +41,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_models": 5,
         "online_iteration": 500,
         "target_scale": "std",
-        "pool_mixup": True,
+        "views": 50,
+        "blend": True,
+        "pre_iteration": 1000,
     },
 }
 
 
 @dataclass(frozen=True)
-class TrainFlags(FeatureFlags):
+class TrainFlags(FeatureFlags, ViewFlags):
     """Flags of KRR-ST."""
 
     recipe: str = flag(
@@ -72,6 +76,9 @@ class TrainFlags(FeatureFlags):
         None,
         "mixup of the set, in the training of pool networks and in the kernel; the set asks for it in "
         "pre-training, too; default: no",
+    )
+    view_batch: int = flag(
+        256, "with --views: views of the set per outer step, and per step of a pool network", minimum=1
     )
     pool_reset: str = flag(
         "paper",
@@ -187,7 +194,7 @@ class TargetFlags(EpochFlags):
 
 
 @dataclass(frozen=True)
-class BaselineFlags(DeviceFlags, CompactFlags):
+class BaselineFlags(DeviceFlags, CompactFlags, ViewFlags):
     """Flags of krr_st.baselines."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
@@ -204,14 +211,6 @@ class BaselineFlags(DeviceFlags, CompactFlags):
         minimum=1,
         maximum=2**40,
         instead_of="num_images",
-    )
-    views: int = flag(
-        1, "crops and flips of each stored image, itself the first, each with features of its own", minimum=1
-    )
-    blend: bool = flag(
-        False,
-        "each view but the first is blended with a view of another image, by a share ~ U(0, 1); its features "
-        "are the target model's of the blend",
     )
     kmeans_space: str = flag(
         "feature", "where distances are measured for k-means and herding", choices=("pixel", "feature")

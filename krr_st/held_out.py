@@ -10,7 +10,7 @@ from distillation.problem import Problem
 from evaluation.fit import outputs
 from krr_st.config import TrainFlags
 from krr_st.loss import krr_loss
-from krr_st.pool import ModelPool, Tick, no_tick
+from krr_st.pool import ModelPool, Seen, Tick, no_tick
 from utils.seed import draw_seed, make_generator
 
 IMAGES = 256  # the loss is a mean over images and target dimensions: few are enough
@@ -22,7 +22,7 @@ class HeldOutLoss:
 
     The images are of the test split, or the training split if there is none. The networks are one of
     the pool's kind at the ages 0, T/4, T/2 and T, trained on the initial set, and the same again in
-    a resumed run.
+    a resumed run. With `seen` the loss is that of what it makes of the set, always by the same draws.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class HeldOutLoss:
         x_syn: Tensor,
         y_syn: Tensor,
         *,
+        seen: Seen | None = None,
         tick: Tick = no_tick,
     ) -> None:
         image_set, device = problem.image_set, problem.device
@@ -45,6 +46,7 @@ class HeldOutLoss:
         self._due = {round(k * steps / MEASUREMENTS) for k in range(MEASUREMENTS + 1)}
         self._networks = pool.aged_copies(draw_seed(generator), self.ages, x_syn, y_syn, tick)
         self._y_real = outputs(problem.target, images, image_set, device).float()
+        self._seen, self._draws = seen, draw_seed(generator)
         self._f_real = [outputs(net.embed, images, image_set, device) for net in self._networks]
 
     def due(self, step: int) -> bool:
@@ -54,6 +56,8 @@ class HeldOutLoss:
     @torch.no_grad()
     def __call__(self, x_syn: Tensor, y_syn: Tensor) -> list[float]:
         """The loss of a set under each network, youngest first."""
+        if self._seen is not None:
+            x_syn, y_syn = self._seen(x_syn, y_syn, torch.Generator().manual_seed(self._draws))
         return [
             float(krr_loss(f_real, self._y_real, net.embed(x_syn), y_syn, self.ridge))
             for net, f_real in zip(self._networks, self._f_real, strict=True)

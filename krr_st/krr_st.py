@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from data.augment.crop_flip import default_padding
 from data.augment.mixup import mixup
 from data.loader import TensorLoader, ViewPipeline
+from data.specs import Stats
 from data.synthetic import SyntheticSet
+from data.synthetic.views import SetViews
 from distillation.base import Distiller
 from distillation.problem import Problem
+from evaluation.target import Target
 from krr_st.config import TrainFlags
 from krr_st.held_out import HeldOutLoss
 from krr_st.loss import krr_loss
@@ -30,6 +33,9 @@ class KRRST(Distiller):
     f, kernel ridge regression on (X_s, Y_s) predicts g(X_r); the mean squared error moves X_s and
     Y_s. Then f itself takes one step of training on them.
 
+    With --views the set is (views of X_s, g of these), a few of them in each step, and X_s alone is
+    learned, through the target model, too.
+
     Source: Lee et al., arXiv 2310.06511, alg. 1.
     """
 
@@ -38,7 +44,16 @@ class KRRST(Distiller):
     def __init__(self, problem: Problem, flags: TrainFlags) -> None:
         super().__init__(problem, flags)
         x_syn, y_syn = problem.start_with_features(flags.num_images, flags.syn_init, flags.init_images)
-        self.x_syn, self.y_syn = x_syn.clone().requires_grad_(), y_syn.clone().requires_grad_()
+        image_set, draws = problem.image_set, self.stream("views")
+        self.views = flags.draw(flags.num_images, image_set.size, image_set.hflip, draws)
+        self.x_syn, self.y_syn = x_syn.clone().requires_grad_(), y_syn.clone()
+        self.learned = [self.x_syn]
+        if self.views is None:
+            self.learned.append(self.y_syn.requires_grad_())
+            self._seen = mixup if flags.pool_mixup else None
+        else:
+            given = self.views, image_set.stats, problem.target, flags.view_batch
+            self._seen = functools.partial(seen_in_views, *given)
         self.pool = ModelPool(
             functools.partial(pool_network, problem, flags, problem.target.dim),
             size=flags.num_models,
@@ -48,27 +63,35 @@ class KRRST(Distiller):
             precision=flags.precision,
             compile=flags.compile,
             cuda_graph=flags.cuda_graph,
-            mix=self.stream("pool's mixup") if flags.pool_mixup else None,
+            seen=self._seen,
+            draws=None if self._seen is None else self.stream("pool's mixup"),
         )
         self.loader = real_loader(problem, flags.outer_batch_size, self.stream("real batches"))
         self.targets = targets_for(problem, flags)
         lr, wd = flags.outer_lr, flags.outer_wd
-        groups = [{"params": [self.x_syn]}, {"params": [self.y_syn], "lr": flags.outer_lr_y or lr}]
+        rates = lr, flags.outer_lr_y or lr
+        groups = [{"params": [t], "lr": rate} for t, rate in zip(self.learned, rates, strict=False)]
         self.optimizer = make_optimizer(flags.outer_opt, groups, lr=lr, wd=wd, momentum=0.5)
         self.schedule = make_schedule("linear", self.optimizer, flags.outer_iteration)
         # Here and for the pool without `self`: a cycle would keep the table of views after the run.
-        self._gradients = outer_gradients(flags, [self.x_syn, self.y_syn])
+        self._gradients = outer_gradients(flags, self.learned)
         self._batches = None
 
     @classmethod
     def cost(cls, flags: TrainFlags, classes: int) -> float:
-        """Real images through the target model and a network; the set forward, back, and in training."""
+        """Real images through the target model and a network; the set forward, back, and in training.
+
+        Views of the set also go through the target model, forward and back, and forward once more.
+        """
+        if flags.views > 1:
+            return 2 * flags.outer_batch_size + 10 * flags.view_batch
         return 2 * flags.outer_batch_size + 6 * flags.num_images
 
     @classmethod
     def start_cost(cls, flags: TrainFlags) -> float:
         """Networks of the pool reach half of their largest age on average, that of the held-out loss all."""
-        return 3.0 * flags.num_images * flags.online_iteration * (flags.num_models / 2 + 1)
+        seen = 4.0 * flags.view_batch if flags.views > 1 else 3.0 * flags.num_images
+        return seen * flags.online_iteration * (flags.num_models / 2 + 1)
 
     def begin(self) -> None:
         """Train each network of the pool to an age of its own."""
@@ -77,21 +100,25 @@ class KRRST(Distiller):
 
     def monitor(self) -> HeldOutLoss:
         """The loss on held-out images under fixed networks."""
-        tick = self.forecast.tick
-        return HeldOutLoss(
-            self.problem, self.flags, self.pool, self.x_syn.detach(), self.y_syn.detach(), tick=tick
-        )
+        given = self.problem, self.flags, self.pool, self.x_syn.detach(), self.y_syn.detach()
+        seen = None if self.views is None else self._seen
+        return HeldOutLoss(*given, seen=seen, tick=self.forecast.tick)
 
     def synthetic(self) -> SyntheticSet:
-        """As any; a set that was learned in mixup is trained on in mixup."""
+        """As any, or in all its views; a set that was learned in mixup is trained on in mixup."""
         found = super().synthetic()
+        if self.views is not None:
+            stats = self.problem.image_set.stats
+            x = self.views.images(self.x_syn.detach(), stats)
+            y = torch.cat([self.problem.target(chunk) for chunk in x.split(256)])
+            return replace(found, images=x, targets=self.problem.unscaled(y), stats=stats, views=self.views)
         return replace(found, training=replace(found.training, mixup=self.flags.pool_mixup or None))
 
     def step(self) -> dict[str, Tensor]:
         """One outer step; the loss is that before it."""
         flags, group, x_syn, y_syn = self.flags, self.problem.group, self.x_syn, self.y_syn
-        if flags.pool_mixup:
-            x_syn, y_syn = mixup(x_syn, y_syn, self.stream("kernel's mixup"))
+        if self._seen is not None:
+            x_syn, y_syn = self._seen(x_syn, y_syn, self.stream("kernel's mixup"))
         if self._batches is None:
             self._batches = self.loader.forever()
         slot = self.pool.draw()
@@ -99,10 +126,12 @@ class KRRST(Distiller):
         with autocast(flags.precision, x.device), torch.no_grad():
             y_real = self.targets(RealBatch(x, index, view))  # (b, D)
         gradients = functools.partial(self._gradients, slot.model, x_syn, y_syn)
-        loss, self.x_syn.grad, self.y_syn.grad = self.pool.replayed(slot, "outer", gradients)(x, y_real)
-        group.average_([self.x_syn.grad, self.y_syn.grad, loss])
+        loss, *found = self.pool.replayed(slot, "outer", gradients)(x, y_real)
+        for variable, gradient in zip(self.learned, found, strict=True):
+            variable.grad = gradient
+        group.average_([*found, loss])
         if flags.outer_grad_norm > 0:
-            for variable in (self.x_syn, self.y_syn):
+            for variable in self.learned:
                 nn.utils.clip_grad_norm_(variable, flags.outer_grad_norm)
         self.optimizer.step()
         self.schedule.step()
@@ -128,6 +157,20 @@ def outer_gradients(flags: TrainFlags, learned: list[Tensor]) -> Callable[..., l
         return [loss.detach(), *torch.autograd.grad(loss, learned)]
 
     return gradients
+
+
+def seen_in_views(
+    views: SetViews,
+    stats: Stats,
+    target: Target,
+    count: int,
+    x_syn: Tensor,
+    y_syn: Tensor,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """`count` random views of X_s (m, C, H, W), and the features of them; differentiable in X_s."""
+    x = views.images(x_syn, stats, torch.randint(len(views), (count,), generator=generator))
+    return x, target.differentiable(x) if x.requires_grad else target(x)
 
 
 def real_loader(problem: Problem, batch_size: int, generator: torch.Generator) -> TensorLoader:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from data.augment.mixup import mixup
 from distillation.problem import Problem
 from evaluation.fit import train_step
 from models import get_model
@@ -22,6 +21,9 @@ from utils.graph import Recorder, Replayed
 from utils.optim import make_optimizer
 from utils.precision import autocast, compiled
 from utils.seed import draw_seed, local_seed
+
+# What a network is trained on: of images (m, C, H, W), targets (m, D) and a CPU generator.
+Seen = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 # A slot's age after its network was replaced. The released code forgets to reset it: such a slot is
 # replaced again at every draw.
@@ -50,9 +52,10 @@ class ModelPool:
     `make_network` gives a new network on its device, from an integer seed, and its optimiser. One
     that has taken `max_steps` (T) steps is replaced at its next update. Draws, ages and seeds come
     from the CPU `generator`; `reset` is a key of RESET_AGE; `precision`, `compile` and `criterion` (of
-    outputs and targets) are those of the networks in training. With a generator `mix` each of their
-    steps is on the set in mixup. With `cuda_graph` passes are replayed (utils.graph), and a network's
-    weights and momenta keep their places: the optimiser has to be SGD.
+    outputs and targets) are those of the networks in training. With `seen` and its generator `draws` each
+    of their steps is on what these make of the set, such as its mixup. With `cuda_graph` passes are
+    replayed (utils.graph), and a network's weights and momenta keep their places: the optimiser has to be
+    SGD.
 
     Invariant (reset "paper"): 0 <= age <= T, and `age` is the number of steps the slot's network
     has taken.
@@ -71,12 +74,13 @@ class ModelPool:
         precision: str = "fp32",
         compile: bool = False,
         criterion: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
-        mix: torch.Generator | None = None,
+        seen: Seen | None = None,
+        draws: torch.Generator | None = None,
         cuda_graph: bool = False,
     ) -> None:
         self._make_network, self.max_steps, self.generator = make_network, max_steps, generator
         self._age_after_reset = pick(RESET_AGE, reset, "pool_reset")
-        self.precision, self._criterion, self._mix = precision, criterion, mix
+        self.precision, self._criterion, self._seen, self._draws = precision, criterion, seen, draws
         self._forward = compiled(lambda model, x: model(x), compile)
         self.cuda_graph, self._recorder = cuda_graph, None
         self.slots = [Slot(*make_network(draw_seed(generator))) for _ in range(size)]
@@ -85,7 +89,7 @@ class ModelPool:
         """Train each network t steps on (x_syn, y_syn), t uniform in [1, T) (1 when T is 1)."""
         for slot in tqdm(self.slots, desc="model pool", disable=None if progress else True, leave=False):
             age = int(torch.randint(1, max(2, self.max_steps), (1,), generator=self.generator))
-            self._train(slot, x_syn, y_syn, age, self._mix, tick)
+            self._train(slot, x_syn, y_syn, age, self._draws, tick)
 
     def spread_ages(self) -> None:
         """Let the untrained networks be replaced one after another: FRePo's start."""
@@ -97,9 +101,9 @@ class ModelPool:
     ) -> list[nn.Module]:
         """One network outside of the pool, made from `seed`, at rising ages; frozen, in eval mode."""
         slot, copies = Slot(*self._make_network(seed)), []
-        mix = None if self._mix is None else torch.Generator().manual_seed(seed)
+        draws = torch.Generator().manual_seed(seed)
         for age in ages:
-            self._train(slot, x_syn, y_syn, age, mix, tick)
+            self._train(slot, x_syn, y_syn, age, draws, tick)
             copies.append(copy.deepcopy(slot.model).eval().requires_grad_(False))
         return copies
 
@@ -112,7 +116,7 @@ class ModelPool:
     def update(self, slot: Slot, x_syn: Tensor, y_syn: Tensor) -> None:
         """One step of training on the set, or a new network in place of one that took T."""
         if slot.age < self.max_steps:
-            self._train(slot, x_syn, y_syn, slot.age + 1, self._mix)
+            self._train(slot, x_syn, y_syn, slot.age + 1, self._draws)
             return
         self._replace(slot, *self._make_network(draw_seed(self.generator)))
         slot.age = self._age_after_reset(slot.age)
@@ -143,12 +147,12 @@ class ModelPool:
         x_syn: Tensor,
         y_syn: Tensor,
         age: int,
-        mix: torch.Generator | None,
+        draws: torch.Generator | None,
         tick: Tick = no_tick,
     ) -> None:
         slot.model.train().requires_grad_(True)
         while slot.age < age:
-            x, y = (x_syn, y_syn) if mix is None else mixup(x_syn, y_syn, mix)
+            x, y = (x_syn, y_syn) if self._seen is None else self._seen(x_syn, y_syn, draws)
             self.replayed(slot, "train", functools.partial(self._step, slot.model, slot.optimizer))(x, y)
             slot.age += 1
             tick(3.0 * len(x))

@@ -1,5 +1,6 @@
 """Compact storage: decoding by independent formulas, bytes, hostile files."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend):
     assert torch.equal(views.images(s.images, STATS, rows), whole[rows])
     targets = torch.randn(4 * k, 20)
     how = CompactFlags(x_size=8)
-    save_compact(SyntheticSet(whole, targets, STATS), tmp_path / "a.safetensors", how, views)
+    save_compact(SyntheticSet(whole, targets, STATS, views=views), tmp_path / "a.safetensors", how)
     stored = safetensors.torch.load_file(tmp_path / "a.safetensors")
     torch.testing.assert_close(stored["x"], s.images, atol=1e-6, rtol=0)  # each once
     again = SyntheticSet.load(tmp_path / "a.safetensors")
@@ -211,7 +212,7 @@ def test_budget_and_what_inspect_prints_are_what_the_file_holds(tmp_path, capsys
             numbers = SetViews.draw(m, views, 1, True, torch.Generator().manual_seed(0), blend)
             s = make(m * views, width=width)
         path = tmp_path / "a.safetensors"
-        save_compact(s, path, CompactFlags(**how), numbers)
+        save_compact(dataclasses.replace(s, views=numbers), path, CompactFlags(**how))
         held = safetensors.torch.load_file(path)
         x, y = (sum(t.nbytes for k, t in held.items() if k[0] == kind) for kind in "xy")
         sizes.append(x + y)

@@ -18,6 +18,7 @@ from krr_st import setup as kernel_setup
 from krr_st.krr_st import KRRST
 from krr_st.loss import krr_loss
 from utils import checkpoint
+from utils.seed import make_generator
 
 
 @pytest.fixture
@@ -84,6 +85,31 @@ def test_one_step_by_hand(tiny, name, wd, optimizer):
     assert distiller.optimizer.param_groups[0].get("momentum", 0.5) == 0.5
 
 
+def test_a_step_on_views_by_hand(tiny):
+    """Each view has the target's features of itself, through which the gradient goes, too."""
+    real = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(5))
+    more = dict(views=4, blend=True, view_batch=9, loader=OneBatch(real), num_models=1)
+    distiller, target = make_distiller(**more), make_target()
+    pool = distiller.pool
+    net = copy.deepcopy(pool.slots[0].model).eval()
+    x = distiller.x_syn.detach().clone().requires_grad_()
+    rows = torch.randint(24, (9,), generator=make_generator(0, "kernel's mixup"))
+    seen = distiller.views.images(x, distiller.problem.image_set.stats)[rows]
+    loss = krr_loss(net.embed(real).detach(), target(real), net.embed(seen), target(seen))
+    (gradient,) = torch.autograd.grad(loss, x)
+    torch.testing.assert_close(distiller.step()["loss"], loss.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(distiller.x_syn.grad, gradient, rtol=1e-3, atol=1e-6)
+    assert distiller.y_syn.grad is None
+    # The network's step is on other views of the set after its update.
+    x = distiller.x_syn.detach()
+    rows = torch.randint(24, (9,), generator=make_generator(0, "pool's mixup"))
+    seen = distiller.views.images(x, distiller.problem.image_set.stats)[rows]
+    inner = torch.optim.SGD(net.train().requires_grad_().parameters(), lr=0.05, momentum=0.9)
+    (net(seen) - target(seen)).square().mean().backward()
+    inner.step()
+    torch.testing.assert_close(pool.slots[0].model.state_dict(), net.state_dict(), rtol=1e-4, atol=1e-5)
+
+
 def test_the_gradient_stops_at_the_synthetic_set(tiny):
     distiller = make_distiller(num_models=1)
     before = copy.deepcopy(distiller.pool.slots[0].model.state_dict())
@@ -92,7 +118,7 @@ def test_the_gradient_stops_at_the_synthetic_set(tiny):
     distiller.step()
     slot, x, y = seen[0]
     assert all(p.grad is None for p in slot.model.parameters())
-    assert all(p.grad is None for p in distiller.targets.target.parameters())
+    assert all(p.grad is None for p in distiller.targets.target.model.parameters())
     after = slot.model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)  # running statistics included
     assert not x.requires_grad and not y.requires_grad
@@ -227,12 +253,32 @@ def test_seed_decides_everything(tiny):
     assert same("a", "rare")  # looking at a run does not change it
 
 
+def test_a_set_of_views_is_written_whole(tiny):
+    assert run("v", "--views", "5", "--blend", "--view_batch", "7") == 0
+    folder, target = Path("results/v"), make_target()
+    x, y = tensors("v")
+    whole = SyntheticSet.load(folder)
+    assert x.shape == (6, *SHAPE) and whole.images.shape == (30, *SHAPE) and whole.views.each == 5
+    torch.testing.assert_close(whole.plain().images, x)
+    torch.testing.assert_close(whole.plain().targets, y)
+    torch.testing.assert_close(whole.targets, target(whole.images), atol=1e-5, rtol=1e-4)
+    assert torch.load(folder / "x_start.pt").shape == x.shape  # the images alone
+    for flags in (["--syn_init", "raw"], ["--pool_mixup"]):
+        assert run("no", "--views", "5", *flags) == 2
+
+
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(  # saved after steps 4 and 8, and for the evaluations after 3 and 6
-    ("step", "reset"), [(3, "paper"), (5, "released"), (7, "paper"), (9, "released")]
+    ("step", "reset", "more"),
+    [
+        (3, "paper", []),
+        (5, "released", []),
+        (7, "paper", ["--views", "4", "--blend", "--view_batch", "7", "--target_scale", "std"]),
+        (9, "released", []),
+    ],
 )
-def test_interrupted_and_resumed_is_uninterrupted(tiny, monkeypatch, capsys, step, reset):
-    flags = ["--pool_reset", reset, "--outer_opt", "adam" if reset == "paper" else "sgd"]
+def test_interrupted_and_resumed_is_uninterrupted(tiny, monkeypatch, capsys, step, reset, more):
+    flags = ["--pool_reset", reset, "--outer_opt", "adam" if reset == "paper" else "sgd", *more]
     assert run("whole", *flags) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, step)

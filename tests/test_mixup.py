@@ -134,7 +134,8 @@ def test_a_set_that_asks_for_it_is_trained_so():
 
 
 def make_pool(mix):
-    return ModelPool(make_network, size=1, max_steps=9, generator=torch.Generator().manual_seed(0), mix=mix)
+    given = dict(size=1, max_steps=9, generator=torch.Generator().manual_seed(0))
+    return ModelPool(make_network, **given, seen=mix and mixup, draws=mix)
 
 
 def test_a_step_of_the_pool():

@@ -242,10 +242,11 @@ def test_an_interrupted_run_is_an_uninterrupted_one(tiny, monkeypatch, at):
     assert a.training.record() == b.training.record()
 
 
-def test_best_is_krr_st_with_both(tiny, capsys):
+def test_best_is_krr_st_on_blended_views(tiny, capsys):
     assert train.main([*RUN, "--recipe", "best", "--exp_name", "best"]) == 0
-    training = SyntheticSet.load("results/best").training
-    assert training.targets is not None and training.mixup is True
+    found = SyntheticSet.load("results/best")
+    assert found.training.targets is not None and found.training.mixup is None
+    assert found.views.each == 50 and found.views.blend is not None
     assert train.main(["--recipe", "best", "--data_name", "tiny", "--img_size", "8", "--dry_run"]) == 0
     shown = capsys.readouterr().out
     for line in ('"method": "KRR_ST"', '"outer_iteration": 2500', '"target_scale": "std"'):

@@ -92,7 +92,7 @@ def encode(
         UserError: a size or rank that these images and targets do not have.
     """
     size, images = tuple(images.shape[2:]), images.cpu()
-    x = images if views is None else images[:: views.numbers.shape[1]]
+    x = images if views is None else images[:: views.each]
     tensors = _encode_images(_shrink(x, how.small_size(size)), _X_DTYPES[how.x_dtype])
     if views is not None:
         tensors |= views.tensors()
@@ -155,8 +155,8 @@ def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[
 
 def decode(
     tensors: Mapping[str, Tensor], facts: Mapping[str, Any], stats: Stats | None, path: Path
-) -> dict[str, Tensor]:
-    """The inverse of `encode`: `images` and `targets`, float32 or class indices.
+) -> dict[str, Any]:
+    """The inverse of `encode`: `images`, `targets` (float32 or class indices), and `views` or None.
 
     Sizes, types and values are checked before anything is decoded; a UserError names the file.
     """
@@ -175,9 +175,9 @@ def decode(
         stats.check_channels(images.shape[1], path)
         images = views.images(images, stats)
     if "y" in tensors:
-        return {"images": images, "targets": tensors["y"]}
+        return {"images": images, "targets": tensors["y"], "views": views}
     mean, left, right = (tensors[name].float() for name in _LOW_RANK)
-    return {"images": images, "targets": mean + left @ right}
+    return {"images": images, "targets": mean + left @ right, "views": views}
 
 
 def _checked_facts(facts: Mapping[str, Any], path: Path) -> tuple[tuple[int, int], int]:

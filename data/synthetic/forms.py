@@ -3,7 +3,8 @@
 pair         folder with `x_syn.pt` and `y_syn.pt`, two plain tensors (KRR-ST's published form)
 res          `res_*.pt`: {"data": [[images, labels], ...], "accs_all_exps": {...}} (DC family)
 safetensors  one file: `images`, `targets`, and JSON in the metadata
-compact      one safetensors file in fewer bytes, decoded when read (data/synthetic/compact.py)
+compact      one safetensors file in fewer bytes, decoded when read (data/synthetic/compact.py); in a run
+             folder set.safetensors, and x_syn.pt and y_syn.pt beside it are its images as they are
 png          folder of 8-bit `00000.png`, ... for people and other tools. `labels.csv` (file,label)
              says which files belong to the set and in which order, `meta.json` holds the mean and
              std that lead back to normalised space. Pixels are clamped to [0, 1] and rounded.
@@ -44,7 +45,6 @@ from data.synthetic.training import (
     write_safetensors,
     write_training,
 )
-from data.synthetic.views import SetViews
 from data.untrusted import check_regular, open_picture, parse_json, read_json
 from utils import checkpoint
 from utils.errors import UserError
@@ -63,7 +63,8 @@ class Form(NamedTuple):
 
 
 # Forms that are folders, and the file that gives each away.
-FOLDER_MARKS = {"pair": "x_syn.pt", "png": "labels.csv", "hf": PARQUET}
+SET_FILE = "set.safetensors"  # in a run folder: the whole set, where x_syn.pt and y_syn.pt are a part of it
+FOLDER_MARKS = {"safetensors": SET_FILE, "pair": "x_syn.pt", "png": "labels.csv", "hf": PARQUET}
 
 
 def detect_form(path: Path) -> str:
@@ -201,6 +202,7 @@ def _write_res(synthetic: SyntheticSet, path: Path) -> None:
 
 def _read_safetensors(path: Path, stats: Stats | None, experiment: int) -> Fields:
     """Read a plain or a compact file: the metadata says which it is."""
+    path = path / SET_FILE if path.is_dir() else path
     tensors, metadata = read_safetensors(path)
     fields = _parse_description(parse_json(metadata.get("synthetic_set", "{}"), path), path)
     fields["training"] = TrainingSettings.unpack(tensors, metadata.get("training", "{}"), path)
@@ -224,17 +226,14 @@ def _write_one_file(tensors: dict[str, Tensor], synthetic: SyntheticSet, path: P
     write_safetensors({**tensors, **more}, path, **metadata)
 
 
-def save_compact(
-    synthetic: SyntheticSet, path: Path | str, how: CompactFlags | None = None, views: SetViews | None = None
-) -> None:
-    """Write the compact form, without loss where `how` is not given.
+def save_compact(synthetic: SyntheticSet, path: Path | str, how: CompactFlags | None = None) -> None:
+    """Write the compact form, without loss where `how` is not given; of k views one image is stored.
 
-    With `views` the set's images are k views of each k-th of them, and these alone are stored. A
-    UserError for a size or rank that the set does not have.
+    A UserError for a size or rank that the set does not have.
     """
     scale = synthetic.training.targets
     unit = None if scale is None else scale.std
-    tensors, facts = encode(synthetic.images, synthetic.targets, how or CompactFlags(), views, unit)
+    tensors, facts = encode(synthetic.images, synthetic.targets, how or CompactFlags(), synthetic.views, unit)
     _write_one_file(tensors, synthetic, Path(path), compact=json.dumps(facts))
 
 
@@ -409,6 +408,7 @@ def stored_bytes(path: Path, experiment: int = 0) -> tuple[int, int, str]:
         pictures = {name for name, _ in _read_labels(path)}
         return sum((path / n).stat().st_size for n in pictures), (path / "labels.csv").stat().st_size, ""
     if form == "safetensors":
+        path = path / SET_FILE if path.is_dir() else path
         tensors, metadata = read_safetensors(path)
         if "compact" in metadata:
             return *count_bytes(tensors), describe(tensors)

@@ -6,7 +6,7 @@ KRR-ST writes float target vectors, the DC family class indices.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from data.augment import denormalize
 from data.specs import Stats
 from data.synthetic.forms import FORMS, detect_form
 from data.synthetic.training import TrainingSettings
+from data.synthetic.views import SetViews
 from utils.errors import UserError, pick
 
 
@@ -38,6 +39,7 @@ class SyntheticSet:
     info: dict[str, Any] = field(default_factory=dict)  # JSON values: method, accuracies, ...
     # How to train on it, where the set itself decides it.
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    views: SetViews | None = None  # the images are k views of each k-th of them; forms but compact forget it
 
     def __post_init__(self) -> None:
         images = _checked_images(self.images)
@@ -45,6 +47,8 @@ class SyntheticSet:
         object.__setattr__(self, "targets", _checked_targets(self.targets, len(images)))
         if self.stats is not None:
             self.stats.check_channels(images.shape[1], "synthetic set")
+        if self.views is not None and len(self.views) != len(images):
+            raise UserError(f"{len(self.views)} views, but there are {len(images)} images")
         self.training.check_images(images)
         self.training.check_targets(self.targets)
         try:
@@ -59,6 +63,13 @@ class SyntheticSet:
     def soft(self) -> bool:
         """True for float target vectors, False for class indices."""
         return self.targets.is_floating_point()
+
+    def plain(self) -> SyntheticSet:
+        """The set without further views of its images."""
+        if self.views is None:
+            return self
+        images, targets = (t[:: self.views.each] for t in (self.images, self.targets))
+        return replace(self, images=images, targets=targets, views=None)
 
     def unclamped_pixels(self) -> Tensor:
         """The images de-normalised: m×C×H×W float32, 1 is white; a UserError if `stats` is unknown."""

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from data.augment import denormalize, normalize
-from data.augment.crop_flip import apply_crop_flip, count_views, views_from_numbers
+from data.augment.crop_flip import apply_crop_flip, count_views, default_padding, views_from_numbers
 from data.specs import Stats
+from utils.cli import flag
 from utils.errors import UserError
 
 LARGEST_PAD = 5  # of views whose numbers take one byte
@@ -29,6 +30,34 @@ INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 def index_type(largest: int) -> torch.dtype:
     """The smallest number type for indices from 0 to `largest`."""
     return next(dtype for dtype in INTEGERS if largest <= torch.iinfo(dtype).max)
+
+
+@dataclass(frozen=True)
+class ViewFlags:
+    """What the images of a set stand for."""
+
+    views: int = flag(
+        1,
+        "crops and flips of each image that the set stands for, the first of them the image itself; each has "
+        "features of its own",
+        minimum=1,
+    )
+    blend: bool = flag(
+        False,
+        "each view but the first is blended with a view of another image, by a share ~ U(0, 1); its features "
+        "are the target model's of the blend",
+    )
+
+    def draw(self, count: int, size: int, hflip: bool, generator: torch.Generator) -> SetViews | None:
+        """Views of `count` images of `size` pixels; None where there is one of each.
+
+        A UserError for views that these images do not have.
+        """
+        if self.views > 1:
+            return SetViews.draw(count, self.views, default_padding(size), hflip, generator, self.blend)
+        if self.blend:
+            raise UserError("--blend: the first view of an image is never blended; add --views 2 or more")
+        return None
 
 
 @dataclass(frozen=True)
@@ -83,13 +112,18 @@ class SetViews:
     def __len__(self) -> int:
         return self.numbers.numel()
 
+    @property
+    def each(self) -> int:
+        """K."""
+        return self.numbers.shape[1]
+
     def images(self, x: Tensor, stats: Stats, rows: Tensor | None = None) -> Tensor:
         """The set's images (n * k, C, H, W) of normalised ones (n, C, H, W); black around; differentiable.
 
         `rows` are those wanted, all by default.
         """
         rows = torch.arange(len(self)) if rows is None else rows
-        k, pixels = self.numbers.shape[1], denormalize(x, stats)
+        k, pixels = self.each, denormalize(x, stats)
 
         def seen(index: Tensor, numbers: Tensor) -> Tensor:
             views = views_from_numbers(numbers.flatten()[rows].long(), self.pad)
