@@ -3,7 +3,7 @@
 #     benchmarks/gpu.sh DATA_DIR OUT_DIR [cpu]
 # DATA_DIR holds the prepared real CIFAR-10 at 32 pixels (cifar10/X_tr_32.pth ...). OUT_DIR gets at most
 # eight files: log.txt, JSON that grows while it is measured, pictures. First the parts of a step, then
-# correctness against float64, then timings, then a short real distillation that is stopped and resumed.
+# correctness against float64, then timings, then a short real distillation, stopped and resumed with graphs.
 # The table comes last. PYTHON names the interpreter. kornia and pytest-xdist need not be there.
 # With `cpu` the same runs on a CPU at a tiny size and without time limits, to see that it works.
 set -uo pipefail
@@ -51,12 +51,12 @@ if [ "$device" = cuda ]; then
     parts=() timings=() arch=resnet18 epochs=3 batch=512
     size="--num_images 1000 --outer_batch_size 1024 --outer_iteration 2000 --online_iteration 300
         --num_models 10 --save_every 500 --print_every 200 --precision bf16 --pre_epoch 50"
-    network=convnet_128_256_512_bn tests=(-m gpu) pre="--pre_epoch 50"
+    network=convnet_128_256_512_bn tests=(-m gpu) graph=--cuda_graph pre="--pre_epoch 50"
 else
     parts=(--m 8 --b 8 --dim 16 --size 128 --images 1) timings=(--quick) arch=convnet_8_bn epochs=1 batch=32
     size="--num_images 8 --outer_batch_size 16 --outer_iteration 6 --online_iteration 3
         --num_models 2 --save_every 2 --print_every 2 --pre_epoch 2"
-    network=convnet_8_bn tests=(--collect-only) pre="--pre_epoch 5 --pre_lr 0.001"
+    network=convnet_8_bn tests=(--collect-only) graph= pre="--pre_epoch 5 --pre_lr 0.001"
 fi
 on="--data_dir $data --data_name cifar10 --img_size 32 --device $device --seed 0"
 target=$work/teacher_ckpt/barlow_twins_${arch}_cifar10.pt
@@ -79,7 +79,7 @@ step 150 timings "$python" -m benchmarks --device "$device" "${timings[@]}" --ou
         mv "$work/teacher_ckpt/teacher_cifar10.pt" "$target"
     fi
     stop_after_a_save 40 "$work/results/krr_st/state.pt" "$python" train.py $distil
-    step 50 distil "$python" train.py $distil
+    step 50 distil "$python" train.py $distil $graph
     step 30 probe "$python" test.py $probe
 }
 cp "$work"/results/krr_st/{results.json,x_syn.png,loss.png} "$work"/log/results.jsonl "$out" 2>/dev/null

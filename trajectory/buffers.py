@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from utils import checkpoint
+from utils.device import upload
 from utils.errors import UserError
 
 Snapshot = list[Tensor]
@@ -111,8 +112,12 @@ class Experts:
         Raises:
             UserError: NaN or infinity in them.
         """
+        return [upload(p, self.device) for p in self._host(expert, t)]
+
+    def _host(self, expert: int, t: int) -> Snapshot:
+        """A snapshot in CPU memory: checks there make no device wait."""
         path, trajectory = self._known[expert]
-        found = [p.detach().to(self.device, torch.float32, copy=True) for p in trajectory[t]]
+        found = [p.detach().to("cpu", torch.float32, copy=True) for p in trajectory[t]]
         if not all(p.isfinite().all() for p in found):
             raise UserError(f"expert buffer {path}: snapshot {t} holds NaN or infinity; the expert diverged")
         return found
@@ -123,15 +128,16 @@ class Experts:
         Raises:
             UserError: they are the same, or not finite.
         """
-        start, centre = self.snapshot(expert, t), t + ahead
+        start, centre = self._host(expert, t), t + ahead
         near = range(max(0, centre - radius), min(centre + radius, self.last) + 1)
-        goals = [self.snapshot(expert, n) for n in near]
+        goals = [self._host(expert, n) for n in near]
         goal = [torch.stack(parts).mean(0) for parts in zip(*goals, strict=True)]
         if all(torch.equal(a, b) for a, b in zip(start, goal, strict=True)):
             raise UserError(
                 f"expert buffer {self._known[expert][0]}: snapshots {t} and {centre} are the same: the "
                 "expert learned nothing, or they were saved without copying the weights"
             )
+        start, goal = ([upload(p, self.device) for p in side] for side in (start, goal))
         return start, goal
 
     def state_dict(self) -> dict[str, Any]:
