@@ -3,8 +3,8 @@
 Rows are the methods without CLoM and with each of its forms, columns the data sets and images per
 class. Finished cells are collected from {log_dir}/results.jsonl into Markdown, CSV and LaTeX; those
 that were not run show as a dash. With --run they are run first, cheapest first: a restart skips
-what is finished and resumes what was begun. The same command in several shells or under torchrun
-(`torchrun --nproc_per_node 4 -m -- clom.tables ...`), on one node or several, shares the work.
+what is finished and resumes what was begun. `--workers` and `--slurm` share the work, and so does the
+same command in several shells.
 
 A cell is one experiment: one distilled set and the `num_eval` networks trained on it, identified by
 main.py's flags, the data and the pre-trained models. ± is the population standard deviation over
@@ -32,13 +32,12 @@ from data.specs import DC_SPECS
 from distillation.run import resolved, run_method
 from evaluation.jobs import Job
 from evaluation.measure import CellStore, read_cells
-from evaluation.slurm import SlurmFlags, run_jobs
+from evaluation.slurm import JobFlags, run_jobs
 from evaluation.tables import NOTE, Place, Published, make_table, with_published_file
 from methods import METHODS, find_method
 from models import get_network
 from utils import checkpoint, cli, flops
 from utils.cli import SEED, flag
-from utils.distributed import local_gpu
 from utils.errors import UserError, entry_point, pick
 from utils.run_folder import read_log
 
@@ -65,7 +64,7 @@ DEFAULT_ALPHA = DistillFlags().alphas[0]
 
 
 @dataclass(frozen=True)
-class TablesFlags(SlurmFlags, CellFlags):
+class TablesFlags(JobFlags, CellFlags):
     """Flags of clom.tables; those of main.py's names mean the same for every cell."""
 
     run: bool = flag(False, "first run what is missing, cheapest first")
@@ -160,7 +159,6 @@ class Spot:
         shared |= {k: v for k, v in self.published.items() if shared.get(k) is None}
         for name in LENGTH:
             shared[name] = max(1, round(self.flags.steps_scale * shared[name]))
-        shared["gpu_id"] = local_gpu(self.flags.gpu_id)
         shared |= dict(dataset=self.dataset, ipc=self.ipc, method=method.name)
         shared |= dict(alphas=(self.variant.alpha,), eval_interval=shared["Iteration"])
         return resolved(method, method.flags(**shared, **variant))

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils.errors import UserError
 from utils.locks import Claims
@@ -65,3 +66,16 @@ def run_missing(missing: Callable[[], list[Job]], claims: Claims) -> list[str]:
     if skipped:  # their messages may lie far above by now
         print("\n".join(["could not be run:", *skipped, ""]))
     return skipped
+
+
+_NOISE = ("srun: ", "submitit ")  # lines of a log that say nothing about the job
+
+
+def last_line(*logs: Path) -> str:
+    """What a job, or the scheduler about it, wrote last, in the first of the logs that has any; and where."""
+    for path in logs:
+        text = path.read_text(errors="replace") if path.exists() else ""
+        lines = [line.strip() for line in text.splitlines() if not line.startswith(_NOISE)]
+        if lines := [line for line in lines if line]:
+            return f"{lines[-1]} ({path})"
+    return "it wrote no log: was it cancelled in the queue?"

@@ -25,8 +25,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from evaluation.jobs import Job, run_missing
+from evaluation.jobs import Job, last_line, run_missing
 from evaluation.measure import CellStore
+from evaluation.workers import run_in_workers
 from utils import checkpoint, cli
 from utils.cli import flag
 from utils.errors import UserError
@@ -35,12 +36,18 @@ from utils.stop import TIME_LIMIT, Stopped, terminable
 
 
 @dataclass(frozen=True)
-class SlurmFlags:
+class JobFlags:
     """Where the missing jobs of a command run.
 
     Account, QoS and what else a cluster wants are read by sbatch itself from its SBATCH_* variables.
     """
 
+    workers: int = flag(
+        1,
+        "missing jobs that run at the same time, each in a process and, of several GPUs, on one of its own",
+        minimum=1,
+        identity=False,
+    )
     slurm: str | None = flag(
         None, "run what is missing on a SLURM cluster, as one array on this partition", identity=False
     )
@@ -63,12 +70,11 @@ Jobs = Callable[[Any], Callable[[], list[Job]]]
 _SAVE_SECONDS = 120  # between the signal and the time limit
 _REQUEUES = 50  # at a time limit; against a job that never gets any further
 _RUNS = "runs"
-_NOISE = ("srun: ", "submitit ")  # lines of a log that say nothing about the job
 _LONGEST_PAUSE = 30.0  # seconds between two looks at the queue
 
 
-def run_jobs(jobs: Jobs, flags: SlurmFlags, folder: Path) -> list[str]:
-    """Run the missing jobs of a command with these flags: here, or on the cluster that they name.
+def run_jobs(jobs: Jobs, flags: JobFlags, folder: Path) -> list[str]:
+    """Run the missing jobs of a command with these flags: here, in workers, or on the cluster they name.
 
     `jobs` is a function of a module, so that another process finds it. Claims, and what the cluster
     writes, go to `folder`. Returns what could not be run, one line each.
@@ -79,7 +85,10 @@ def run_jobs(jobs: Jobs, flags: SlurmFlags, folder: Path) -> list[str]:
     if flags.slurm is None:
         if flags.detach:
             raise UserError("--detach needs --slurm PARTITION")
-        return run_missing(jobs(flags), _claims(folder))
+        if flags.workers == 1:
+            return run_missing(jobs(flags), _claims(folder))
+        call = _calls(jobs, flags, folder)
+        return run_in_workers(jobs(flags), call, flags.workers, folder / "workers")
     return Cluster(jobs, flags, folder).run()
 
 
@@ -105,10 +114,10 @@ def _submitit() -> ModuleType:
 
 @dataclass(frozen=True)
 class ClusterJob:
-    """What a node runs: the job of this name, where it is still missing."""
+    """What a node or worker runs: the job of this name, where it is still missing."""
 
     jobs: Jobs
-    flags: SlurmFlags
+    flags: JobFlags
     folder: Path
     name: str
 
@@ -145,6 +154,12 @@ class ClusterJob:
         return _submitit().helpers.DelayedSubmission(self)
 
 
+def _calls(jobs: Jobs, flags: JobFlags, folder: Path) -> Callable[[str], ClusterJob]:
+    """What other processes run, by the job's name."""
+    values = {f.name: getattr(flags, f.name) for f in fields(flags)}
+    return functools.partial(ClusterJob, _importable(jobs), _importable(type(flags))(**values), folder)
+
+
 class Cluster:
     """The jobs of one command in the queue of a SLURM cluster.
 
@@ -152,12 +167,10 @@ class Cluster:
     queue (None: it was seen to be done) and whose flags it was for. Commands share both.
     """
 
-    def __init__(self, jobs: Jobs, flags: SlurmFlags, folder: Path) -> None:
+    def __init__(self, jobs: Jobs, flags: JobFlags, folder: Path) -> None:
         self.flags, self.folder = flags, (folder / "slurm").resolve()
         self.owner = CellStore.identity(cli.identity(flags))
-        values = {f.name: getattr(flags, f.name) for f in fields(flags)}
-        shared = (_importable(jobs), _importable(type(flags))(**values), folder)
-        self._missing, self._call = jobs(flags), functools.partial(ClusterJob, *shared)
+        self._missing, self._call = jobs(flags), _calls(jobs, flags, folder)
         for program in ("sbatch", "squeue", "srun"):
             if shutil.which(program) is None:
                 where = "give the command on a machine of the cluster that submits jobs"
@@ -204,7 +217,7 @@ class Cluster:
                 lacking = self._lacking()
             for name in ended:
                 if name in lacking:
-                    self.failed[name] = self._last_line(record.pop(name)[0], ".err", ".out")
+                    self.failed[name] = last_line(*self._logs(record.pop(name)[0]))
                 else:
                     record[name] = [None, self.owner]
             new = [n for n in lacking if n not in queued and n not in self.failed]
@@ -216,13 +229,17 @@ class Cluster:
         text = f"{waiting} queued{f' ({reasons})' * bool(reasons)}, {len(running)} running, {done} done"
         lines = [f"{text}, {len(self.failed)} failed"]
         if self.flags.detach:
-            lines += [f"running: {name}: {self._last_line(i, '.out')}" for name, i in running.items()]
+            lines += [f"running: {name}: {last_line(self._logs(i)[1])}" for name, i in running.items()]
         lines += [f"failed: {name}: {line}" for name, line in self.failed.items()]
         return "\n".join(lines), bool(queued or new)
 
     def _lacking(self) -> dict[str, Job]:
         """Name -> missing job, cheapest first."""
         return {job.name: job for job in sorted(self._missing(), key=lambda job: job.cost)}
+
+    def _logs(self, job: str) -> list[Path]:
+        """Errors, and the other output."""
+        return [self.folder / f"{job}_0_log.{kind}" for kind in ("err", "out")]
 
     @contextlib.contextmanager
     def _record(self) -> Iterator[dict[str, list]]:
@@ -270,7 +287,7 @@ class Cluster:
         flags, submitit = self.flags, _submitit()
         executor = submitit.SlurmExecutor(self.folder, max_num_timeout=_REQUEUES)
         executor.update_parameters(
-            job_name=self._call.args[0].__module__,
+            job_name=self._call(names[0]).jobs.__module__,
             partition=flags.slurm,
             gpus_per_node=flags.slurm_gpus or None,
             cpus_per_task=flags.slurm_cpus,
@@ -289,16 +306,6 @@ class Cluster:
             raise UserError(f"--slurm {flags.slurm}: {_reason(str(error))}") from None
         print(f"submitted to {flags.slurm}: {'; '.join(names)}", flush=True)
         return [job.job_id for job in jobs]
-
-    def _last_line(self, job: str, *kinds: str) -> str:
-        """What a job, or the scheduler about it, wrote last, and into which log."""
-        for kind in kinds:
-            path = self.folder / f"{job}_0_log{kind}"
-            text = path.read_text(errors="replace") if path.exists() else ""
-            lines = [line.strip() for line in text.splitlines() if not line.startswith(_NOISE)]
-            if lines := [line for line in lines if line]:
-                return f"{lines[-1]} ({path})"
-        return "it wrote no log: was it cancelled in the queue?"
 
 
 def _reason(errors: str) -> str:

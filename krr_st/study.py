@@ -31,7 +31,7 @@ from evaluation.equivalent_images import equivalent_images
 from evaluation.jobs import Job
 from evaluation.measure import CellStore
 from evaluation.recipes import PRETRAIN, SCRATCH
-from evaluation.slurm import SlurmFlags, run_jobs
+from evaluation.slurm import JobFlags, run_jobs
 from evaluation.target import default_checkpoint
 from evaluation.transfer import Measure, ScratchFlags, TestFlags, Transfer, load_targets, parse_shots
 from krr_st import baselines, target
@@ -75,7 +75,7 @@ FINETUNED = ("10", "all")  # labels per class
 
 
 @dataclass(frozen=True)
-class StudyFlags(SlurmFlags):
+class StudyFlags(JobFlags):
     """Flags of the study."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")

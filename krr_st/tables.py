@@ -3,8 +3,8 @@
 Collects finished cells of test.py, test_scratch.py and test_kd.py from {log_dir}/results.jsonl into
 Markdown, CSV and LaTeX, ours beside the published numbers. Cells that were not run show as a dash;
 with --run they are run first, cheapest first, and a restart skips finished ones. A synthetic set or
-target model that a row lacks is made before it. The same command in several shells or under torchrun
-(`torchrun --nproc_per_node 4 -m -- krr_st.tables ...`), on one node or several, shares the work.
+target model that a row lacks is made before it. `--workers` and `--slurm` share the work, and so does the
+same command in several shells.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from evaluation.kd import KD_BN, Distillation, KdFlags
 from evaluation.measure import Cell, read_cells
 from evaluation.presets import FULL_TARGETS, PRESETS
 from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, finetune_recipe, pretrain_recipe
-from evaluation.slurm import SlurmFlags, run_jobs
+from evaluation.slurm import JobFlags, run_jobs
 from evaluation.tables import NOTE, Entry, Place, make_table, with_published_file
 from evaluation.target import resolve_checkpoint
 from evaluation.transfer import ScratchFlags, TestFlags, Transfer
@@ -38,14 +38,13 @@ from models import get_model
 from utils import cli, flops
 from utils.checkpoint import fingerprint
 from utils.cli import SEED, DeviceFlags, flag
-from utils.distributed import local_gpu
 from utils.errors import UserError, pick
 from utils.plots import save_bar_groups
 from utils.table import mean_std
 
 
 @dataclass(frozen=True)
-class TablesFlags(SlurmFlags, DeviceFlags):
+class TablesFlags(JobFlags, DeviceFlags):
     """Flags of krr_st.tables."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
@@ -169,7 +168,7 @@ class Sets:
         """Flags of a command for this source."""
         flags = self.flags
         given = dict(data_name=self.source, data_dir=flags.data_dir, img_size=self.preset.size, **more)
-        given |= dict(seed=flags.seed, gpu_id=local_gpu(flags.gpu_id), device=flags.device)
+        given |= dict(seed=flags.seed, gpu_id=flags.gpu_id, device=flags.device)
         return [part for k, v in given.items() if v is not None for part in (f"--{k}", str(v))]
 
     def folder(self, row: Method) -> Path:
@@ -184,7 +183,7 @@ class Sets:
             UserError: missing data, or flags that do not fit.
         """
         flags, folder = self.flags, self.folder(row)
-        given = dict(method=row.name, seed=flags.seed, device=flags.device, gpu_id=local_gpu(flags.gpu_id))
+        given = dict(method=row.name, seed=flags.seed, device=flags.device, gpu_id=flags.gpu_id)
         given |= dict(img_size=self.preset.size, num_images=self.preset.num_images)
         if issubclass(row.flags, SetFlags):
             given |= dict(data_name=self.source, data_dir=flags.data_dir)
@@ -338,8 +337,7 @@ class KernelTable:
 
     def run_job(self, method: str, model: str, targets: Sequence[str]) -> None:
         """Measure one method and network on its targets; a UserError without data or synthetic set."""
-        layout = self.layout
-        flags = replace(self.flags, gpu_id=local_gpu(self.flags.gpu_id))
+        layout, flags = self.layout, self.flags
         what = dict(source_data_name=layout.source, target_data_name="_".join(targets), test_model=model)
         command, measure = (KdFlags, Distillation) if layout.protocol == "kd" else (TestFlags, Transfer)
         if command is TestFlags:

@@ -1,7 +1,8 @@
-"""Jobs on a SLURM cluster: stand-ins for its programs, and a table on a real node whose jobs are stopped."""
+"""Jobs in workers and on a SLURM cluster: stand-ins for its programs, and a real node that stops jobs."""
 
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,10 +16,10 @@ from conftest import write_set
 from slurm_node import PARTITION, absent, slurm_node
 from submitit.core.submission import process_job
 
-from evaluation import slurm
+from evaluation import slurm, workers
 from evaluation.jobs import Job
 from evaluation.measure import CellStore, read_cells
-from evaluation.slurm import SlurmFlags, run_jobs
+from evaluation.slurm import JobFlags, run_jobs
 from krr_st import study
 from krr_st import tables as krr_tables
 from utils.errors import UserError
@@ -62,7 +63,7 @@ def cluster(workspace, monkeypatch):
 
 
 @dataclass(frozen=True)
-class Flags(SlurmFlags):
+class Flags(JobFlags):
     count: int = slurm.flag(3, "jobs")
 
 
@@ -106,6 +107,61 @@ def on_node(monkeypatch):
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def test_workers_run_what_becomes_possible_and_name_what_fails(workspace, monkeypatch, capfd):
+    def chain(flags):  # job 0 first, then the others
+        missing = jobs(flags)
+        return lambda: missing()[:1] if len(missing()) == flags.count else missing()
+
+    monkeypatch.setattr(workers, "_PROCESSES", multiprocessing.get_context("fork"))
+    Path("saved").touch()
+    assert run_jobs(chain, Flags(workers=2), Path()) == ["job 1: no data (workers/job-1.log)"]
+    assert {cell["number"] for cell in read_cells("results.jsonl")} == {0, 2}
+    said = [line.split(";")[0] for line in capfd.readouterr().out.splitlines()]
+    assert said[:2] == ["started: job 0", "done: job 0"]
+    assert sorted(said[2:]) == [
+        "done: job 2",
+        "failed: job 1: no data (workers/job-1.log)",
+        "started: job 1",
+        "started: job 2",
+    ]
+
+
+def test_workers_are_stopped_with_their_command(workspace, monkeypatch):
+    """They save: one waits in a loop until it is asked to stop."""
+
+    def loop():
+        with StopRequest() as stop:
+            Path("began").touch()
+            while not stop:
+                time.sleep(0.01)
+            Path("saved").touch()
+            stop.leave("after step 1 of 2")
+
+    def interrupted(sentinels):
+        while not Path("began").exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workers, "_PROCESSES", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(workers, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(lambda flags: lambda: [Job("loop", 0.0, loop)], Flags(workers=2), Path())
+    assert Path("saved").exists()
+    assert Path("workers/loop.log").read_text().endswith("the same command resumes from there\n")
+
+
+@pytest.mark.slow
+def test_a_table_in_workers(workspace):
+    write_set("datasets", "cifar10", size=32, train=30, test=20, classes=10)
+    argv = f"{sys.executable} -m clom.tables {TABLE} {TINY} --Iteration 4 --run".split()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for more in (["--log_dir", "here"], ["--workers", "2"]):
+        done = subprocess.run([*argv, *more], env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    assert "started: CIFAR10, 1 ipc: DM, seed 1; log: " in done.stdout
+    assert values(LOG) == values(Path("here")) and len(values(LOG)) == 2
 
 
 def test_jobs_are_submitted_followed_stopped_and_repeated(cluster, on_node, capsys):
