@@ -27,6 +27,7 @@ from data.loader import ImagePipeline
 from data.prepare.__main__ import PrepareFlags
 from data.prepare.folder import read_folder
 from data.prepare.raw import Source
+from data.specs import find_row
 from data.synthetic import SyntheticSet
 from data.untrusted import read_json
 from distillation.run import resolved, set_up
@@ -88,7 +89,10 @@ class FolderFlags(DeviceFlags):
 
 
 class Plan:
-    """{out}/plan.json: what was asked for, the commands chosen so far, what is done, the seconds spent."""
+    """{out}/plan.json: what was asked for, what was chosen for it, what is done, the seconds spent.
+
+    The commands that follow from it stand there for readers: they are made anew, never read.
+    """
 
     def __init__(self, path: Path, asked: dict[str, Any]) -> None:
         self.path, self.asked, self._began = path, asked, time.monotonic()
@@ -100,10 +104,11 @@ class Plan:
                 f"{path.parent} was begun with another {' and '.join(changed)}; choose another --out, or "
                 "remove that folder"
             )
+        self.commands = kept.get("commands", {})
         try:
             self._before = float(kept.get("seconds", 0.0))
-            self.commands = {str(k): [str(c) for c in v] for k, v in kept.get("commands", {}).items()}
-            self.done, self.facts = [*map(str, kept.get("done", []))], dict(kept.get("facts", {}))
+            self.chosen = {name: dict(values) for name, values in kept.get("chosen", {}).items()}
+            self.done = [str(name) for name in kept.get("done", [])]
         except (TypeError, ValueError, AttributeError):
             raise UserError(f"{path} is damaged; remove {path.parent} to start again") from None
 
@@ -112,9 +117,16 @@ class Plan:
         """Seconds of all starts."""
         return self._before + time.monotonic() - self._began
 
+    def choose(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` gives, and what it gave before where it was asked already."""
+        if name not in self.chosen:
+            self.chosen[name] = make()
+            self.save()
+        return self.chosen[name]
+
     def save(self) -> None:
         """Write the file."""
-        kept = dict(commands=self.commands, done=self.done, facts=self.facts)
+        kept = dict(chosen=self.chosen, done=self.done, commands=self.commands)
         write_json(self.path, {"asked": self.asked, "seconds": self.spent, **kept})
 
 
@@ -134,7 +146,8 @@ class FolderRun:
         self.pictures, self.flags = pictures, flags
         self.device = resolve_device(flags.device, flags.gpu_id)
         name = re.sub(r"[^\w.-]+", "_", pictures.resolve().name).lstrip("_.-")
-        self.name = name if name not in ("", "raw") else "pictures"
+        listed = name in ("", "raw") or find_row(name) is not None  # whose statistics are others
+        self.name = f"my_{name}" if listed else name
         self.out = flags.out or Path("results") / self.name
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file; expected a folder")
@@ -208,12 +221,12 @@ class FolderRun:
     @property
     def network(self) -> str:
         """The network of the pool and of the judging."""
-        return self.plan.facts["network"]
+        return self.plan.choose("networks", self.choose_networks)["network"]
 
     @property
     def target(self) -> dict[str, Any]:
         """Flags that name the target model."""
-        name = self.flags.target or self.plan.facts["target"]
+        name = self.flags.target or self.plan.choose("networks", self.choose_networks)["target"]
         path = self.out / "target" / f"barlow_twins_{name}_{self.name}.pt"
         return dict(target_model=name, target_ckpt=None if self.foreign else path)
 
@@ -266,33 +279,34 @@ class FolderRun:
         cost = Trainer(model, loader, recipe).measure()
         return cost.seconds / cost.work / (3 * loader.batch_size)
 
-    def choose_networks(self) -> None:
-        """Where they are not chosen yet: a GPU takes the presets', a CPU what the minutes allow."""
-        facts = self.plan.facts
-        if "network" in facts:
-            return
-        preset = resolve_preset(self.name, self.data_dir, self.flags.img_size)
-        facts |= dict(target=preset.target_model, network=preset.network)
+    def choose_networks(self) -> dict[str, str]:
+        """A GPU takes those of the preset, a CPU what the minutes allow."""
         if self.device.type != "cpu":
-            return
+            preset = resolve_preset(self.name, self.data_dir, self.flags.img_size)
+            return dict(target=preset.target_model, network=preset.network)
         flags = replace(self.recipe, num_images=self.flags.num_images)
         distil = ENOUGH_DISTIL * self.method.distiller.cost(flags, 1)
         learn = 0 if self.foreign else ENOUGH_TARGET * 2 * 3 * self.target_flags("").batch_size
         for name in CPU_NETWORKS:
-            facts |= dict(target=name, network=name)
             most = min(
                 TARGET_SHARE * self.left / max(learn, 1),
                 DISTIL_SHARE * (1 - TARGET_SHARE) * self.left / distil,
             )
             if self.image_seconds(name) <= most:
                 break
+        return dict(target=name, network=name)
 
-    def learn(self) -> list[str]:
-        """krr_st.target, for as many epochs as fit its share."""
+    def choose_epochs(self) -> dict[str, int]:
+        """As many as fit the share of the target model."""
         flags = self.target_flags(self.target["target_model"])
         trainer = target_trainer(flags, self.image_set, self.device, flags.seed)
         epoch = trainer.measure().seconds / flags.epochs
-        epochs = min(MOST_EPOCHS, round_down(TARGET_SHARE * self.left / epoch))
+        return dict(epochs=min(MOST_EPOCHS, round_down(TARGET_SHARE * self.left / epoch)))
+
+    def learn(self) -> list[str]:
+        """krr_st.target."""
+        epochs = self.plan.choose("target", self.choose_epochs)["epochs"]
+        flags = self.target_flags(self.target["target_model"])
         flags = replace(flags, epochs=epochs, eval_every=epochs, save_every=max(1, epochs // 20))
         return [cli.command_line("-m krr_st.target", flags)]
 
@@ -317,45 +331,46 @@ class FolderRun:
         """Whether random images with class labels make a row: each class has one of them."""
         return self.labelled and self.flags.num_images >= len(self.source.class_names)
 
-    def distil(self) -> list[str]:
-        """train.py, as long as the time allows that the judging leaves."""
-        self.time_judging()
-        self.choose_judging(JUDGE_SHARE * self.left)
-        budget = DISTIL_SHARE * self.left
-        shared = dict(data_name=self.name, num_images=self.flags.num_images, train_model=self.network)
+    def train_flags(self, steps: int, precision: str, pre_iteration: int) -> Any:
+        """Those of train.py: the recipe, shortened in proportion: networks of the pool age with it."""
+        recipe, count = self.recipe, self.flags.num_images
+        shared = dict(data_name=self.name, num_images=count, train_model=self.network, **self.target)
         shared |= dict(save_dir=self.out.parent, exp_name=self.out.name, save_every="60s", **self.place)
+        shared |= dict(outer_iteration=steps, eval_every=steps, print_every=max(1, steps // 20))
+        if hasattr(recipe, "online_iteration"):
+            age = round(recipe.online_iteration * steps / recipe.outer_iteration)
+            shared |= dict(online_iteration=min(recipe.online_iteration, max(5, age)))
         # Its own evaluation at the end is a short one: the judging follows.
-        shared |= dict(pre_iteration=self.plan.facts["pre_iteration"], test_iteration=500, **self.target)
-        fastest, rate, evaluation = None, float("inf"), 0.0
-        began = time.monotonic()
-        for precision in ("fp32", "bf16"):
-            flags = replace(self.recipe, precision=precision, **shared)
-            with set_up(self.method, resolved(self.method, flags)) as (setup, _):
-                cost = setup.measure()
-                if cost.seconds / cost.work < rate:
-                    fastest, rate = flags, cost.seconds / cost.work
-                    evaluation = setup.evaluation_cost()
-        budget -= (time.monotonic() - began) / 2  # the run itself has to start, too
-        classes = len(self.source.class_names or "1")
+        return replace(recipe, precision=precision, pre_iteration=pre_iteration, test_iteration=500, **shared)
 
-        def of_length(steps: int) -> Any:
-            """The recipe shortened in proportion: networks of the pool age with it."""
-            flags = replace(fastest, outer_iteration=steps, eval_every=steps, print_every=max(1, steps // 20))
-            if not hasattr(flags, "online_iteration"):
-                return flags
-            age = round(self.recipe.online_iteration * steps / self.recipe.outer_iteration)
-            return replace(flags, online_iteration=min(self.recipe.online_iteration, max(5, age)))
+    def choose_distillation(self) -> dict[str, Any]:
+        """The faster precision, and as many steps as its share of the time takes beside the judging's."""
+        pre_iteration = self.choose_judging(JUDGE_SHARE * self.left)["pre_iteration"]
+        budget, began = DISTIL_SHARE * self.left, time.monotonic()
+        rates, evaluation, kind = {}, 0.0, self.method.distiller
+        for precision in ("fp32", "bf16"):
+            flags = self.train_flags(self.recipe.outer_iteration, precision, pre_iteration)
+            with set_up(self.method, resolved(self.method, flags)) as (setup, _):
+                cost, evaluation = setup.measure(), setup.evaluation_cost()
+                rates[precision] = cost.seconds / cost.work
+        budget -= (time.monotonic() - began) / 2  # the run itself has to start, too
+        classes, fastest = self.image_set.num_classes or 1, min(rates, key=rates.get)
 
         def seconds(steps: int) -> float:
-            flags, kind = of_length(steps), self.method.distiller
-            return rate * (steps * kind.cost(flags, classes) + kind.start_cost(flags) + evaluation)
+            flags = self.train_flags(steps, fastest, pre_iteration)
+            work = steps * kind.cost(flags, classes) + kind.start_cost(flags) + evaluation
+            return rates[fastest] * work
 
         steps = round_down(largest(lambda n: seconds(n) <= budget, MOST_STEPS))
-        self.plan.facts["steps"] = steps
-        named = dict(method=self.method.name.lower())
-        return [cli.command_line("train.py", of_length(steps), self.method.recipes[RECIPE], **named)]
+        return dict(steps=steps, precision=fastest, pre_iteration=pre_iteration)
 
-    def time_judging(self) -> None:
+    def distil(self) -> list[str]:
+        """train.py."""
+        flags = self.train_flags(**self.plan.choose("distil", self.choose_distillation))
+        named = dict(method=self.method.name.lower())
+        return [cli.command_line("train.py", flags, self.method.recipes[RECIPE], **named)]
+
+    def time_judging(self) -> dict[str, float]:
         """Seconds of a step of pre-training, and of a row of one seed without it, from random pictures."""
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
@@ -365,17 +380,17 @@ class FolderRun:
         judge = Transfer(self.rows(1, None)["random_features"][0])
         cost, published = judge.measure(), judge.pretraining.recipe.steps_on(self.flags.num_images)
         step = cost.seconds / cost.work * judge.pretraining_work() / published
-        self.plan.facts |= dict(row_seconds=row, step_seconds=step, published_steps=published)
+        return dict(row=row, step=step, published=published)
 
-    def choose_judging(self, budget: float) -> None:
+    def choose_judging(self, budget: float) -> dict[str, int]:
         """Seeds and steps of pre-training for so many seconds."""
-        facts, trained = self.plan.facts, 2 + self.can_label
+        speed, trained = self.plan.choose("speed of judging", self.time_judging), 2 + self.can_label
         for seeds in range(SEEDS, 0, -1):
-            steps = (budget / seeds - (trained + 1) * facts["row_seconds"]) / facts["step_seconds"] / trained
+            steps = (budget / seeds - (trained + 1) * speed["row"]) / speed["step"] / trained
             if steps >= LEAST_PRETRAINING:
                 break
         steps = max(SHORTEST_PRETRAINING, round_down(max(0, steps)))
-        facts |= dict(num_test=seeds, pre_iteration=min(facts["published_steps"], steps))
+        return dict(num_test=seeds, pre_iteration=min(round(speed["published"]), steps))
 
     def rows(self, num_test: int, pre_iteration: int | None) -> dict[str, tuple[ScratchFlags, str]]:
         """Folder of the results -> (the flags that judge it, what the row is called)."""
@@ -406,13 +421,11 @@ class FolderRun:
 
     @property
     def judged(self) -> dict[str, tuple[ScratchFlags, str]]:
-        """The rows as they are judged."""
-        facts = self.plan.facts
-        return self.rows(facts["num_test"], facts["pre_iteration"])
+        """The rows as they are judged, in what the distillation has left."""
+        return self.rows(**self.plan.choose("judge", lambda: self.choose_judging(0.9 * self.left)))
 
     def judge(self) -> list[str]:
-        """test_scratch.py and test.py, in what the distillation has left."""
-        self.choose_judging(0.9 * self.left)
+        """test_scratch.py and test.py."""
         return [
             cli.command_line("test.py" if isinstance(flags, TestFlags) else "test_scratch.py", flags)
             for flags, _ in self.judged.values()
@@ -444,11 +457,7 @@ class FolderRun:
                     continue
                 left = f"{duration(self.left)} of {self.flags.minutes:g} min left"
                 print(f"\n[{number}/{len(stages)}] {stage.title} ({left})", flush=True)
-                if stage.name not in plan.commands:
-                    if stage.name != "prepare":
-                        self.choose_networks()
-                    plan.commands[stage.name] = stage.commands()
-                    plan.save()
+                plan.commands[stage.name] = stage.commands()
                 for command in plan.commands[stage.name]:
                     if code := run_command(command):
                         return code
@@ -468,9 +477,10 @@ class FolderRun:
         print()
         if code := run_command(shlex.join(["-m", "utils.report", str(out)])):
             return code
-        unseen = f"{len(self.image_set.test)} pictures that were not learned from"
+        seeds = self.plan.chosen["judge"]["num_test"]
+        unseen = f"{len(self.image_set.test)} pictures that were not learned from, {seeds} seeds"
         print(
-            f"\nWhat networks are worth, judged on {unseen} ({self.plan.facts['num_test']} seeds):\n\n"
+            f"\nWhat networks are worth, judged on {unseen}:\n\n"
             f"{markdown(list(table[0]), [list(row.values()) for row in table])}\n\n"
             f"{EXPLAINED if self.labelled else EXPLAINED_ERROR}\n\n"
             f"{self.advice()}"
@@ -482,7 +492,7 @@ class FolderRun:
 
     def advice(self) -> str:
         """What to do where the distillation was short."""
-        steps, minutes = self.plan.facts["steps"], self.flags.minutes
+        steps, minutes = self.plan.chosen["distil"]["steps"], self.flags.minutes
         if steps >= ENOUGH_DISTIL:
             return ""
         more = math.ceil(minutes * ENOUGH_DISTIL / steps)

@@ -292,7 +292,8 @@ def announce(training: ExpertTraining, folder: Path, count: int) -> None:
     """Print what `count` experts take; a UserError where the disk has too little."""
     cost, flags = training.cost(count), training.flags
     snapshots = 1 + training.recipe.steps_on(len(training.y)) // training.every
-    print(f"{count} experts of {flags.train_epochs} epochs, {snapshots} snapshots each, go to {folder}")
+    length = f"{flags.train_epochs} epochs, {snapshots} snapshots each"
+    print(f"training {count} experts for {length}, in {folder}")
     print(cost, flush=True)
     place = next(p for p in (folder, *folder.resolve().parents) if p.exists())
     free = shutil.disk_usage(place).free
