@@ -104,3 +104,18 @@ def test_the_fourth_call_is_recorded(works):
         kept.append((x, replayed(x, y)))
     assert all(torch.equal(found[0], x + 1) and torch.equal(found[1], x) for x, found in kept)
     assert tape.calls == ["aside"] * 3 + ["record"] + ["replay"] * 3 * works
+
+
+@pytest.mark.slow
+def test_each_pass_is_compiled_once_for_all_networks(image_set, monkeypatch):
+    """Real batches, the last and smaller ones, the set, training: each for its own size."""
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: plain_compile(f, backend="aot_eager", **how))
+    torch._dynamo.reset()
+    eager, compiled = make_krrst(image_set), make_krrst(image_set, compile=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    drawn = set()
+    for _ in range(8):
+        assert float(compiled.step()["loss"]) == pytest.approx(float(eager.step()["loss"]), rel=1e-3)
+        drawn |= {n for n, slot in enumerate(compiled.pool.slots) if slot.age}
+    assert len(drawn) == 2 and torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 4
