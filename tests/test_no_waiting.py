@@ -125,7 +125,7 @@ FLAGS = {
     "frepo": dict(KERNEL, train_model="convnet_4_none", online_iteration=2),
     "kip": dict(KERNEL, train_model="convnet_4_none", num_batches=2),
     "dc": dict(MATCHING, model="ConvNetD1"),
-    "dsa": dict(MATCHING, model="ConvNetBN", CLoM_distance="ce"),
+    "dsa": dict(MATCHING, model="ConvNetBN", outer_loop=1, CLoM_distance="ce"),
     "dm": dict(MATCHING, model="ConvNetD1", CLoM_distance="cos"),
 }
 
