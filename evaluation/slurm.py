@@ -30,6 +30,7 @@ from evaluation.measure import CellStore
 from evaluation.workers import run_in_workers
 from utils import checkpoint, cli
 from utils.cli import flag
+from utils.distributed import launched
 from utils.errors import UserError
 from utils.locks import Claims
 from utils.stop import TIME_LIMIT, Stopped, terminable
@@ -80,8 +81,10 @@ def run_jobs(jobs: Jobs, flags: JobFlags, folder: Path) -> list[str]:
     writes, go to `folder`. Returns what could not be run, one line each.
 
     Raises:
-        UserError: no cluster here, or it refuses the jobs.
+        UserError: flags that do not fit, no cluster here, or it refuses the jobs.
     """
+    if launched():  # the runs of several jobs would take each other for one
+        raise UserError("torchrun is for one run; jobs run at the same time with --workers N")
     if flags.slurm is None:
         if flags.detach:
             raise UserError("--detach needs --slurm PARTITION")

@@ -69,7 +69,7 @@ SMALLER = {
 # What is not run here, and why.
 ELSEWHERE = {
     "make ": "targets of the Makefile: CI and people run them",
-    "torchrun ": "the several processes of test_jobs.py and of the tests of torchrun",
+    "torchrun ": "several processes: test_views.py and test_faults_processes.py",
     "--slurm": "needs a cluster: test_slurm.py",
     ". .venv": "this interpreter is used",
     "--download": "needs the network",

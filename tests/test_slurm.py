@@ -231,6 +231,11 @@ def test_a_refusal_leaves_nothing_behind(cluster):
 
 
 def test_what_is_needed_is_named(cluster, monkeypatch, capsys):
+    with monkeypatch.context() as torchrun:
+        torchrun.setenv("RANK", "0")
+        torchrun.setenv("WORLD_SIZE", "2")
+        assert krr_tables.main(["--run"]) == 2
+    assert capsys.readouterr().err.startswith("error: torchrun is for one run; ")
     assert krr_tables.main(["--detach"]) == 2
     assert capsys.readouterr().err == "error: --detach needs --slurm PARTITION\n"
     argv = ["--table", "1", "--slurm", "day"]

@@ -62,20 +62,20 @@ def _all_there() -> Iterator[None]:
         ) from None
 
 
-def _launched() -> bool:
+def launched() -> bool:
     """Whether torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 def local_gpu(default: int) -> int:
     """The GPU that this process uses: its local rank under torchrun, else `default`."""
-    return int(os.environ.get("LOCAL_RANK", default)) if _launched() else default
+    return int(os.environ.get("LOCAL_RANK", default)) if launched() else default
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[Group]:
     """Join the processes torchrun started; alone otherwise. NCCL on CUDA, gloo elsewhere."""
-    if not _launched():
+    if not launched():
         yield Group()
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
@@ -88,7 +88,7 @@ def process_group(device: torch.device) -> Iterator[Group]:
 @contextlib.contextmanager
 def quiet_unless_first() -> Iterator[None]:
     """Drop what processes other than the first print to stdout."""
-    if not _launched() or os.environ["RANK"] == "0":
+    if not launched() or os.environ["RANK"] == "0":
         yield
         return
     with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
