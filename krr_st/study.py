@@ -2,7 +2,8 @@
 
 Sets of `num_images` images are compared by the same probes of freshly pre-trained networks: KRR-ST
 with each lever alone, random real images with target features, k-means, class labels, nothing. The
-accuracy of random images by their number turns an accuracy into an equivalence ratio. With
+accuracy of random images by their number turns an accuracy into an equivalence ratio, and so does their
+error of the target's features (--target_error). With
 --validation the probes see a held-out part of the training images instead of the test split: choose
 levers there. Finished work is kept; the same command resumes, and in several shells shares the work.
 """
@@ -11,6 +12,7 @@ import contextlib
 import functools
 import gc
 import io
+import math
 import shlex
 import sys
 from collections import defaultdict
@@ -33,9 +35,17 @@ from evaluation.measure import CellStore
 from evaluation.recipes import PRETRAIN, SCRATCH
 from evaluation.slurm import JobFlags, run_jobs
 from evaluation.target import default_checkpoint
-from evaluation.transfer import Measure, ScratchFlags, TestFlags, Transfer, load_targets, parse_shots
+from evaluation.transfer import (
+    TARGET_ERROR,
+    Measure,
+    ScratchFlags,
+    TestFlags,
+    Transfer,
+    load_targets,
+    parse_shots,
+)
 from krr_st import baselines, target
-from krr_st.config import TrainFlags, shared_flags
+from krr_st.config import RECIPES, TrainFlags, shared_flags
 from methods import METHODS
 from utils import checkpoint, cli
 from utils.cli import flag
@@ -62,16 +72,19 @@ LEVERS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16"},
     "steps 4000": {"outer_iteration": 4000},
     "steps 4000 lr_y 1e-1": {"outer_iteration": 4000, "outer_lr_y": 1e-1},
+    "best": {**RECIPES["best"], "pool_mixup": None},
 }
-# Sets that need no distillation: row -> method of krr_st.baselines.
-SETS = {
-    "random + features": "random_features",
-    "k-means + features": "kmeans_features",
-    "random + class labels": "random",
+# Sets that need no distillation: row -> method of krr_st.baselines, more of its flags.
+SETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "random + features": ("random_features", {}),
+    "k-means + features": ("kmeans_features", {}),
+    "random + features, blended views": ("random_features", dict(views=50, blend=True)),
+    "random + class labels": ("random", {}),
 }
 HELD_OUT = 0.2
 FRACTIONS = (0.01, 0.05)
 FINETUNED = ("10", "all")  # labels per class
+READ = {"body": ("body",), "outputs": ("outputs",), "both": ("body", "outputs")}
 
 
 @dataclass(frozen=True)
@@ -83,6 +96,12 @@ class StudyFlags(JobFlags):
     data_name: str = flag("cifar10", "labelled prepared set; distillation never reads its labels")
     img_size: int = flag(16, "side in pixels", minimum=8)
     network: str = flag("convnet_64_128_256_bn", "target, pool and student network")
+    student: str | None = flag(None, "network of pool and students, where it is another one than the target")
+    target_ckpt: Path | None = flag(None, "checkpoint of the target model; default: it is trained first")
+    probe_on: str = flag(
+        "body", "what probes read, as in test.py: body, outputs or both", choices=tuple(READ)
+    )
+    target_error: bool = flag(False, "also measure the error of the outputs, as test.py does")
     validation: bool = flag(False, "probe on a held-out fifth of the training images")
     target_epochs: int = flag(15, "epochs of the target model", minimum=1)
     num_images: int = flag(100, "images in each set", minimum=1)
@@ -98,7 +117,7 @@ class StudyFlags(JobFlags):
         None, "std: all sets of features are learned standardised", choices=TARGET_SCALES
     )
     pool_mixup: bool | None = flag(None, "mixup of the set in KRR-ST's pool and kernel")
-    pre_mixup: bool | None = flag(None, "mixup in pre-training on every set of features")
+    pre_mixup: bool | None = flag(None, "mixup in pre-training on every set of features but blended views")
     precision: str = flag("fp32", "of distillation; all else is fp32", choices=tuple(PRECISIONS))
     device: str | None = flag(None, "cpu, cuda, cuda:N or mps; default: the best there is")
     pre_iteration: int = flag(200, "steps of pre-training on a set of features", minimum=1)
@@ -130,6 +149,12 @@ class Row:
     method: str
     folder: Callable[[int], Path | None]  # of the set, by seed; None: no set
     make: Callable[[int], object] = lambda seed: None
+    blended: bool = False
+
+    @property
+    def classes(self) -> bool:
+        """Whether networks learn class labels: their outputs are not compared."""
+        return self.method != SCRATCH and PRETRAIN[self.method].loss == "cross_entropy"
 
 
 class Study:
@@ -144,10 +169,14 @@ class Study:
         self.name = validation_set(flags) if flags.validation else flags.data_name
         self.folder = flags.folder / self.name
         self.suffix = "-std" if flags.target_scale == "std" else ""
-        self.checkpoint = default_checkpoint(flags.network, self.name, flags.folder / "teacher_ckpt")
+        made = default_checkpoint(flags.network, self.name, flags.folder / "teacher_ckpt")
+        self.checkpoint = flags.target_ckpt or made
+        self.student = flags.student or flags.network
         self.targets = load_targets((self.name, *flags.targets), flags.img_size, flags.data_dir, None)
         shots = () if flags.shots == "none" else parse_shots(flags.shots)
-        self.probes = [Measure("linear", fraction=fraction) for fraction in FRACTIONS]
+        read = READ[flags.probe_on]
+        self.probes = [Measure("linear", on=on, fraction=fraction) for on in read for fraction in FRACTIONS]
+        self.probes += [Measure(TARGET_ERROR, on="outputs")] * flags.target_error
         self.few_shot = [Measure("linear", count) for count in shots]
         self.finetuning = [Measure("finetune", count) for count in FINETUNED if flags.finetune_iteration]
         self.rows = [*self._rows()]
@@ -159,8 +188,8 @@ class Study:
     def _rows(self) -> Iterator[Row]:
         flags = self.flags
         yield Row("no pre-training", SCRATCH, lambda seed: None)
-        for name, method in SETS.items():
-            yield self._baseline(name, method, flags.num_images)
+        for name, (method, more) in SETS.items():
+            yield self._baseline(name, method, flags.num_images, **more)
         for text in flags.extra_sets:
             name, method, path = [*text.split("=", 2), "", ""][:3]
             if not path:
@@ -170,11 +199,13 @@ class Study:
         for lever in {"all": tuple(LEVERS), "none": ()}.get(flags.levers[0], flags.levers):
             pick(LEVERS, lever, "lever")
             folder = functools.partial(self.run_folder, lever)
-            yield Row(lever, "krr_st", folder, functools.partial(self.distil, lever))
+            blended = LEVERS[lever].get("blend", False)
+            yield Row(lever, "krr_st", folder, functools.partial(self.distil, lever), blended)
 
-    def _baseline(self, name: str, method: str, count: int) -> Row:
-        folder = functools.partial(self.set_folder, method, count)
-        return Row(name, method, folder, functools.partial(self.make_set, method, count))
+    def _baseline(self, name: str, method: str, count: int, **more: Any) -> Row:
+        given = dict(method=method, count=count, more=more)
+        make = functools.partial(self.make_set, **given)
+        return Row(name, method, functools.partial(self.set_folder, **given), make, more.get("blend", False))
 
     def missing_jobs(self) -> list[Job]:
         """The target model, or else one job for each row and seed that is not measured."""
@@ -197,18 +228,19 @@ class Study:
         length = dict(epochs=self.flags.target_epochs, projector_dim=512, seed=0)
         self._run(target, **length, save_dir=self.checkpoint.parent)
 
-    def set_folder(self, method: str, count: int, seed: int) -> Path:
-        """Where a set of `krr_st.baselines` is."""
-        return self.folder / "sets" / f"{count}-{seed}{self.suffix}" / self.name / method
+    def set_folder(self, seed: int, method: str, count: int, more: dict[str, Any]) -> Path:
+        """Where a set of `krr_st.baselines` is: a folder, or one compact file."""
+        place = self.folder / "sets" / f"{count}-{seed}{self.suffix}" / self.name / method
+        return place.with_suffix(".safetensors") if more else place
 
-    def make_set(self, method: str, count: int, seed: int) -> None:
+    def make_set(self, seed: int, method: str, count: int, more: dict[str, Any]) -> None:
         """One set of `krr_st.baselines`, where it is missing."""
-        folder = self.set_folder(method, count, seed)
-        if not (folder / "y_syn.pt").exists():
-            which = dict(method=method, num_images=count, seed=seed)
+        place = self.set_folder(seed, method, count, more)
+        if not (place if more else place / "y_syn.pt").exists():
+            which = dict(method=method, num_images=count, seed=seed, **more)
             if self.suffix and PRETRAIN[method].loss == "mse":
                 which |= dict(target_scale=self.flags.target_scale)
-            root = folder.parents[1]
+            root = place.parents[1]
             self._run(baselines, **which, target_ckpt=self.checkpoint, synthetic_data_dir=root)
 
     def _run(self, module: ModuleType, **more: Any) -> None:
@@ -216,7 +248,7 @@ class Study:
         f = self.flags
         given = dict(data_dir=f.data_dir, data_name=self.name, img_size=f.img_size, target_model=f.network)
         given |= more | (dict(device=f.device) if f.device else {})
-        argv = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+        argv = [w for k, v in given.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
         print(f"\n$ python -m {module.__name__} {shlex.join(argv)}", flush=True)
         module.main.__wrapped__(argv)
 
@@ -228,7 +260,7 @@ class Study:
     def distil(self, lever: str, seed: int) -> None:
         """One KRR-ST run."""
         f, folder = self.flags, self.run_folder(lever, seed)
-        networks = dict(target_model=f.network, target_ckpt=self.checkpoint, train_model=f.network)
+        networks = dict(target_model=f.network, target_ckpt=self.checkpoint, train_model=self.student)
         place = dict(data_name=self.name, seed=seed, save_dir=folder.parent, exp_name=folder.name)
         length = dict(print_every=500, eval_every=10**9, test_iteration=500, pre_epoch=100)
         settings = shared_flags(f, TrainFlags) | networks | place | length
@@ -242,17 +274,20 @@ class Study:
     def transfer(self, row: Row, seed: int) -> Transfer:
         """All probes of a row's set (or of none) with one seed, on one pre-trained network."""
         f, path = self.flags, row.folder(seed)
-        given = shared_flags(f, ScratchFlags) | dict(source_data_name=self.name, test_model=f.network)
+        given = shared_flags(f, ScratchFlags) | dict(source_data_name=self.name, test_model=self.student)
         given |= dict(seed=seed, finetune_iteration=f.finetune_iteration or None)
+        given |= dict(target_model=f.network, target_ckpt=self.checkpoint)
+        given |= dict(target_error=f.target_error and not row.classes)
         flags = ScratchFlags(**given)
         if path is not None:
             features = PRETRAIN[row.method].loss == "mse"
             length = dict(pre_iteration=f.pre_iteration if features else None)
-            mixup = dict(pre_mixup=f.pre_mixup if features else None)
+            mixup = dict(pre_mixup=f.pre_mixup if features and not row.blended else None)
             flags = TestFlags(**given, **length, **mixup, method=row.method, synthetic_path=path)
+        probes = [m for m in self.probes if m.on == "body" or not row.classes]
         if row in self.curves:
-            return Transfer(flags, self.probes, self.targets[:1])
-        return Transfer(flags, [*self.probes, *self.few_shot, *self.finetuning], self.targets)
+            return Transfer(flags, probes, self.targets[:1])
+        return Transfer(flags, [*probes, *self.few_shot, *self.finetuning], self.targets)
 
     def read(self, row: Row, seed: int) -> bool:
         """Whether a row is measured with a seed; its accuracies are in `found` then."""
@@ -268,21 +303,30 @@ class Study:
         if len(cells) < len(keys):
             return False
         for cell in cells:
-            self.found[row.name, cell["target"], Measure.of(cell)][seed] = cell["accuracy"]
+            measure = Measure.of(cell)
+            self.found[row.name, cell["target"], measure][seed] = cell[measure.field]
         self._read.add((row.name, seed))
         return True
 
     def mean(self, row: str, probe: Measure) -> float:
-        """The mean accuracy of a row on the source set."""
-        return fmean(self.found[row, self.name, probe].values())
+        """The mean accuracy, or error, of a row on the source set; NaN where it has none."""
+        found = self.found[row, self.name, probe].values()
+        return fmean(found) if found else math.nan
 
     def curve(self, probe: Measure) -> dict[int, float]:
-        """Number of random images -> their mean accuracy."""
+        """Number of random images -> their mean accuracy or error."""
         return {count: self.mean(f"curve {count}", probe) for count in self.flags.curve}
 
+    def worth(self, row: str, probe: Measure) -> str:
+        """The equivalence ratio of a row."""
+        sign = -1 if probe.protocol == TARGET_ERROR else 1  # the less, the better
+        value, curve = sign * self.mean(row, probe), {n: sign * v for n, v in self.curve(probe).items()}
+        return "" if math.isnan(value) else str(equivalent_images(curve, value, self.flags.num_images))
+
     def shown(self, row: str, measure: Measure, target: str) -> str:
-        """The accuracies of a row as a table prints them."""
-        return format_mean_std([*self.found[row, target, measure].values()])
+        """The values of a row as a table prints them."""
+        found = [*self.found[row, target, measure].values()]
+        return format_mean_std(found, 3 if measure.protocol == TARGET_ERROR else 2) if found else ""
 
 
 def jobs(flags: StudyFlags) -> Callable[[], list[Job]]:
@@ -296,11 +340,9 @@ def tables(study: Study) -> dict[str, str]:
     rows = [row.name for row in study.rows]
     heads, body, curves = [images], [[row] for row in rows], []
     for probe in study.probes:
-        curve = study.curve(probe)
         heads += [probe.heading(), "worth"]
         for line in body:
-            ratio = equivalent_images(curve, study.mean(line[0], probe), flags.num_images)
-            line += [study.shown(line[0], probe, study.name), str(ratio)]
+            line += [study.shown(line[0], probe, study.name), study.worth(line[0], probe)]
         numbers = [study.shown(f"curve {count}", probe, study.name) for count in flags.curve]
         curves.append([probe.heading(), *numbers])
     found = {
@@ -317,14 +359,21 @@ def tables(study: Study) -> dict[str, str]:
 
 
 def draw(study: Study) -> None:
-    """worth.png: the curves of random images, and each row's set beside them."""
-    lines: dict[str, tuple[Any, Any]] = {}
-    for probe in study.probes:
-        curve = study.curve(probe)
-        lines[f"random + features, {probe.heading()}"] = (list(curve), list(curve.values()))
-    for row in study.rows:
-        lines[row.name] = ([study.flags.num_images], [study.mean(row.name, study.probes[-1])])
-    save_lines(lines, study.folder / "worth.png", x_label="images", y_label="probe accuracy in %", log_x=True)
+    """worth.png, and with the error error.png: the curves of random images, each row's set beside them."""
+    accuracies = [probe for probe in study.probes if probe.protocol != TARGET_ERROR]
+    for name, y_label, probes in (
+        ("worth.png", "probe accuracy in %", accuracies),
+        ("error.png", "error of target features", study.probes[len(accuracies) :]),
+    ):
+        lines: dict[str, tuple[Any, Any]] = {}
+        for probe in probes:
+            curve = study.curve(probe)
+            lines[f"random + features, {probe.heading()}"] = (list(curve), list(curve.values()))
+        for row in study.rows if probes else ():
+            if not math.isnan(value := study.mean(row.name, probes[-1])):
+                lines[row.name] = ([study.flags.num_images], [value])
+        if lines:
+            save_lines(lines, study.folder / name, x_label="images", y_label=y_label, log_x=True)
 
 
 @cli.command(StudyFlags, prog="python -m krr_st.study", description=__doc__)
@@ -341,9 +390,9 @@ def main(flags: StudyFlags) -> int:
     split = "a held-out part of the training images" if flags.validation else "the test split"
     text = "\n\n".join(f"{title}\n\n{table}" for title, table in tables(study).items())
     note = (
-        f"accuracy in % on {split} of {flags.data_name} at {flags.img_size} pixels, mean ± std "
-        f"over {flags.seeds} seeds; worth: random real images of equal accuracy, divided by "
-        f"{flags.num_images}"
+        f"accuracy in %, or error in variances of the target's features, on {split} of {flags.data_name} at "
+        f"{flags.img_size} pixels, mean ± std over {flags.seeds} seeds; worth: random real images of equal "
+        f"accuracy or error, divided by {flags.num_images}"
     )
     checkpoint.write_text(study.folder / "tables.md", f"{text}\n\n{note}\n")
     write_json(

@@ -84,6 +84,22 @@ def test_standardised_and_mixed(quick):
     assert (plain / "y_syn.pt").read_bytes() == (scaled / "y_syn.pt").read_bytes()
 
 
+def test_outputs_errors_and_another_student(quick, monkeypatch):
+    short = dict(views=3, blend=True, view_batch=5, outer_iteration=2, num_models=1, online_iteration=2)
+    monkeypatch.setitem(study.LEVERS, "best", study.LEVERS["best"] | short)
+    argv = [*FLAGS, "--student=convnet_8_bn", "--probe_on=both", "--target_error", "--shots=none"]
+    assert study.main([*argv, "--levers=best", "--pre_mixup", "--target_scale=std"]) == 0
+    text = Path("study/tiny/tables.md").read_text()
+    assert "outputs, 5 % of labels" in text and "error of target features" in text
+    cells = [json.loads(x) for x in Path("study/tiny/test_log/best/results.jsonl").read_text().splitlines()]
+    assert [c["protocol"] for c in cells] == ["linear"] * 4 + ["target_error"]
+    assert {c["model"] for c in cells} == {"convnet_8_bn"} and not cells[0]["pretraining"].get("mixup")
+    curve = json.loads(Path("study/tiny/test_log/curve 8/results.jsonl").read_text().splitlines()[-1])
+    assert curve["pretraining"]["mixup"] and curve["error"] > 0
+    for picture in ("worth", "error"):
+        assert Path(f"study/tiny/{picture}.png").exists()
+
+
 def test_what_is_measured_is_left_and_what_fails_is_said(quick, capsys):
     flags = [*FLAGS, "--levers=none"]
     assert study.main(flags) == 0
