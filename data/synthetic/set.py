@@ -68,7 +68,8 @@ class SyntheticSet:
         """The set without further views of its images."""
         if self.views is None:
             return self
-        images, targets = (t[:: self.views.each] for t in (self.images, self.targets))
+        # Copies: saving a part of a tensor would write all of it.
+        images, targets = (t[:: self.views.each].clone() for t in (self.images, self.targets))
         return replace(self, images=images, targets=targets, views=None)
 
     def unclamped_pixels(self) -> Tensor:
