@@ -15,7 +15,7 @@ import shlex
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from data.prepare.folder import read_folder
 from data.prepare.raw import Source
 from data.specs import find_row
 from data.synthetic import SyntheticSet
+from data.synthetic.views import ViewFlags
 from data.untrusted import read_json
 from distillation.run import resolved, set_up
 from evaluation.fit import Trainer
@@ -314,6 +315,11 @@ class FolderRun:
     def random_dir(self) -> Path:
         return self.out / "random"
 
+    @property
+    def views(self) -> dict[str, Any]:
+        """The recipe's views of each image."""
+        return {f.name: getattr(self.recipe, f.name, f.default) for f in fields(ViewFlags)}
+
     def draw(self) -> list[str]:
         """krr_st.baselines; images with features are trained on as the distilled ones are."""
         shared = dict(data_name=self.name, num_images=self.flags.num_images, **self.target)
@@ -322,7 +328,7 @@ class FolderRun:
             target_scale=getattr(self.recipe, "target_scale", None) or "none",
             mixup=bool(getattr(self.recipe, "pool_mixup", False)),
         )
-        chosen = [BaselineFlags(method="random_features", **shared, **alike)]
+        chosen = [BaselineFlags(method="random_features", **shared, **alike, **self.views)]
         chosen += [BaselineFlags(method="random", **shared)] * self.can_label
         return [cli.command_line("-m krr_st.baselines", flags) for flags in chosen]
 
@@ -407,15 +413,17 @@ class FolderRun:
             more |= dict(log_dir=self.out / "judged" / row, pre_iteration=pre_iteration)
             return TestFlags(method=method, **shared, **more)
 
-        drawn = dict(synthetic_data_dir=self.random_dir)
+        drawn = self.random_dir / self.name / "random_features"  # in several views it is one compact file
+        drawn = drawn.with_suffix(".safetensors") if self.views["views"] > 1 else drawn
         scratch = ScratchFlags(log_dir=self.out / "judged" / "scratch", **shared, **error)
-        features = test("random_features", "random_features", **drawn, **error)
+        features = test("random_features", "random_features", synthetic_path=drawn, **error)
         rows = {
             "scratch": (scratch, "no pre-training"),
             "random_features": (features, f"{count} random pictures with features"),
         }
         if self.can_label:
-            rows["random"] = test("random", "random", **drawn), f"{count} random pictures with class labels"
+            labels = test("random", "random", synthetic_data_dir=self.random_dir)
+            rows["random"] = labels, f"{count} random pictures with class labels"
         distilled = test("distilled", name.lower(), synthetic_path=self.out, **error)
         return rows | {"distilled": (distilled, f"{count} images distilled by {name}")}
 

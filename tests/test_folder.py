@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-from methods.folder import Plan, largest, main
+from krr_st.config import RECIPES, BaselineFlags
+from methods.folder import RECIPE, FolderFlags, FolderRun, Plan, largest, main
+from utils.cli import parse
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +63,20 @@ def test_the_largest_number_that_fits():
     for limit in (0, 1, 7, 99, 100, 200):
         naive = max([n for n in range(1, 101) if n <= limit], default=1)
         assert largest(lambda n, limit=limit: n <= limit, 100) == naive
+
+
+def test_random_pictures_are_trained_on_as_the_distilled_ones_are(workspace):
+    """Views, their blends, mixup and the scale of the targets are those of the recipe, whatever it says."""
+    draw("mine", 60)
+    run = FolderRun(Path("mine"), FolderFlags(num_images=6, img_size=8, device="cpu"))
+    run.plan.chosen["networks"] = {"target": "convnet_4_bn", "network": "convnet_4_bn"}
+    command, labels = run.draw()
+    flags = parse(BaselineFlags, shlex.split(command)[2:], prog="", description="")
+    wanted = RECIPES[RECIPE]
+    assert flags.target_scale == wanted.get("target_scale", "none")
+    assert flags.mixup is bool(wanted.get("pool_mixup"))
+    assert (flags.views, flags.blend) == (wanted.get("views", 1), wanted.get("blend", False))
+    assert "--views" not in labels and "--method" not in labels  # random is the default
 
 
 def test_a_plan_is_kept_and_belongs_to_what_was_asked(tmp_path):
