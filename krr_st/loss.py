@@ -54,13 +54,16 @@ def krr_predict(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-
     f_real, f_syn, y_syn = (t.to(dtype) for t in (f_real, f_syn, y_syn))
     with torch.autocast(f_syn.device.type, enabled=False):
         # <(f, 1), (g, 1)> = <f, g> + 1: the constant column without copying the features.
-        return kernel_predict(f_real @ f_syn.mT + 1.0, f_syn @ f_syn.mT + 1.0, y_syn, ridge)
+        k_rs = f_real @ f_syn.mT + 1.0
+        if ridge < torch.finfo(dtype).eps:  # K itself may not be rounded by more than λ
+            f_syn = f_syn.to(_solve_dtype(f_syn))
+        return kernel_predict(k_rs, f_syn @ f_syn.mT + 1.0, y_syn, ridge)
 
 
 def kernel_predict(k_rs: Tensor, k_ss: Tensor, y_syn: Tensor, ridge: float) -> Tensor:
     """K_rs (K_ss + λI)⁻¹ Y_s with λ = ridge · trace(K_ss) without gradient; the solve is in float64.
 
-    Kernels (b, m) and (m, m), y_syn (m, D), all of one dtype; the result is (b, D).
+    Kernels (b, m) and (m, m), y_syn (m, D); the result is (b, D) in the dtype of `k_rs`.
     """
     lam = ridge * k_ss.detach().diagonal().sum()
     exact = _solve_dtype(k_ss)

@@ -195,3 +195,12 @@ def test_a_failed_factorisation_is_nan():
     assert failed == 3 and factor.isfinite().all()
     found = loss_module.kernel_predict(torch.ones(2, 3).double(), k, torch.ones(3, 1).double(), 1e-6)
     assert found.isnan().all()
+
+
+@pytest.mark.parametrize("ridge", [1e-8, 1e-12])
+def test_a_ridge_below_the_rounding_of_the_features(ridge):
+    """Equal rows twice, in float32, as exactly as in float64."""
+    rows = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).repeat(2, 1) * 1e3
+    real, y = rows[:3] * 0.5, torch.arange(24.0).view(8, 3)
+    wanted = krr_predict(real.double(), rows.double(), y.double(), ridge)
+    torch.testing.assert_close(krr_predict(real, rows, y, ridge).double(), wanted, rtol=1e-4, atol=1e-3)

@@ -143,8 +143,6 @@ def test_krr_loss_of_singular_kernels(rows, scale, ridge):
     y = torch.randn(8, 3, generator=generator, requires_grad=True)
     real, wanted = torch.randn(6, 5, generator=generator), torch.randn(6, 3, generator=generator)
     loss = krr_loss(real, wanted, x, y, ridge)
-    if ridge < 1e-7 and loss.isnan():  # below float32's rounding: a failed factorisation is NaN, not garbage
-        return
     loss.backward()
     assert loss.isfinite() and x.grad.isfinite().all() and y.grad.isfinite().all()
 
