@@ -20,6 +20,7 @@ from data.augment import denormalize, normalize
 from data.augment.crop_flip import apply_crop_flip, count_views, default_padding, views_from_numbers
 from data.specs import Stats
 from utils.cli import flag
+from utils.device import upload
 from utils.errors import UserError
 
 LARGEST_PAD = 5  # of views whose numbers take one byte
@@ -114,7 +115,7 @@ class SetViews:
 
     @property
     def each(self) -> int:
-        """K."""
+        """How many views there are of each image: k."""
         return self.numbers.shape[1]
 
     def images(self, x: Tensor, stats: Stats, rows: Tensor | None = None) -> Tensor:
@@ -127,13 +128,13 @@ class SetViews:
 
         def seen(index: Tensor, numbers: Tensor) -> Tensor:
             views = views_from_numbers(numbers.flatten()[rows].long(), self.pad)
-            return normalize(apply_crop_flip(pixels[index.to(x.device)], views, self.pad), stats)
+            return normalize(apply_crop_flip(pixels[upload(index, x.device)], views, self.pad), stats)
 
         own = seen(rows // k, self.numbers)
         if self.blend is None:
             return own
         other = seen(self.blend.partners.flatten()[rows].long(), self.blend.numbers)
-        share = (self.blend.shares.flatten()[rows].to(x) / 255).view(-1, 1, 1, 1)
+        share = upload(self.blend.shares.flatten()[rows] / 255, x.device).view(-1, 1, 1, 1)
         return share * own + (1 - share) * other
 
     def tensors(self) -> dict[str, Tensor]:
