@@ -129,14 +129,14 @@ class GivenReal:
 
     def labels_at(self, index: Tensor) -> Tensor:
         """Labels (n,) of the rows at `index`."""
-        return self.labels[index.to(self.labels.device, non_blocking=True)]
+        return self.labels[index.to(self.labels.device)]
 
     @torch.no_grad()
     def features(self, model: nn.Module, index: Tensor) -> Tensor:
         """Features (n, D) of the rows at `index` under `model`, without gradient."""
         if model not in self._features:
             self._features[model] = torch.cat([embed(model, x) for x in self.images.split(self.part)])
-        return self._features[model][index.to(self.images.device, non_blocking=True)]
+        return self._features[model][index.to(self.images.device)]
 
 
 def embed(model: nn.Module, x: Tensor) -> Tensor:

@@ -103,6 +103,10 @@ class Distiller:
         training = TrainingSettings(whitening=whitening, targets=self.problem.target_scale)
         return SyntheticSet(images, self.problem.unscaled(self.y_syn.detach()), training=training)
 
+    def plain(self) -> SyntheticSet:
+        """`synthetic` without further views of its images."""
+        return self.synthetic().plain()
+
     def monitor(self) -> Monitor | None:
         """A loss that can be compared over steps, made from the initial state; None without one."""
         return None

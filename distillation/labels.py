@@ -120,7 +120,7 @@ class FeatureLabels:
             return 0.0
         recipe = set_recipe(self.method, self.flags, image_set, TrainingSettings())
         read = sum(len(part) for part in (image_set.train, image_set.test) if part is not None)
-        return recipe.work_on(self.flags.num_images) + read
+        return recipe.work_on(self.flags.num_images * getattr(self.flags, "views", 1)) + read
 
 
 class ClassLabels:

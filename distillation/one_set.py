@@ -14,7 +14,6 @@ from data.augment import denormalize
 from data.augment.dsa import check_strategy
 from data.load import load_set
 from data.synthetic import save_compact
-from data.synthetic.forms import SET_FILE
 from data.synthetic.training import TRAINING_FILE, read_training, write_training
 from data.target_scale import TARGET_SCALES, TargetScale
 from data.whitening import Whitening
@@ -35,7 +34,7 @@ from utils.distributed import Group
 from utils.errors import UserError, pick
 from utils.plots import save_grid
 from utils.precision import PRECISIONS, check_precision, float32_mode
-from utils.run_folder import Run, RunFolder
+from utils.run_folder import SET_FILE, Run, RunFolder
 
 TARGET_SCALE = (
     "std: target features are learned standardised, with mean 0 and variance 1 over the training images; "
@@ -177,7 +176,7 @@ class SetSetup(Setup):
             print(f"{flags.data_name} has no test split: evaluations use the training images")
         distiller, results = self.distil(run, self.problem(run.seed), self.plan())
         if self.group.first:
-            pixels = denormalize(distiller.synthetic().plain().images[:400], self.syn_stats)
+            pixels = denormalize(distiller.plain().images[:400], self.syn_stats)
             save_grid(pixels.clamp(0, 1), run.path / "x_syn.png")
             results |= self.drawn(run)
         return results
@@ -270,6 +269,7 @@ class SetObserver:
         synthetic = distiller.synthetic()
         if synthetic.views is not None:
             save_compact(synthetic, self.path / SET_FILE)
-        checkpoint.save(synthetic.plain().images.cpu(), self.path / "x_syn.pt")
-        checkpoint.save(synthetic.plain().targets.cpu(), self.path / "y_syn.pt")
+        plain = synthetic.plain()
+        checkpoint.save(plain.images.cpu(), self.path / "x_syn.pt")
+        checkpoint.save(plain.targets.cpu(), self.path / "y_syn.pt")
         write_training(synthetic.training, self.path / TRAINING_FILE)

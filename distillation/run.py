@@ -167,7 +167,7 @@ class Setup:
         distiller = self.method.distiller(problem, self.flags)
         path = run.path / START_FILE
         if self.group.first and not plan.experiment and not path.exists():
-            pixels = denormalize(distiller.synthetic().plain().images, self.syn_stats).clamp(0, 1)
+            pixels = denormalize(distiller.plain().images, self.syn_stats).clamp(0, 1)
             checkpoint.save(pixels.mul(255).round().byte().cpu(), path)
         if not self.told:
             distiller.forecast = self.forecast(distiller, plan)

@@ -90,29 +90,39 @@ class KRRST(Distiller):
     @classmethod
     def start_cost(cls, flags: TrainFlags) -> float:
         """Networks of the pool reach half of their largest age on average, that of the held-out loss all."""
-        seen = 4.0 * flags.view_batch if flags.views > 1 else 3.0 * flags.num_images
-        return seen * flags.online_iteration * (flags.num_models / 2 + 1)
+        seen = flags.view_batch if flags.views > 1 else flags.num_images
+        return pool_cost(flags) * seen * flags.online_iteration * (flags.num_models / 2 + 1)
+
+    def _trained(self, images: int) -> None:
+        self.forecast.tick(pool_cost(self.flags) * images)
 
     def begin(self) -> None:
         """Train each network of the pool to an age of its own."""
         progress = self.problem.group.first
-        self.pool.warm_up(self.x_syn.detach(), self.y_syn.detach(), progress, self.forecast.tick)
+        self.pool.warm_up(self.x_syn.detach(), self.y_syn.detach(), progress, self._trained)
 
     def monitor(self) -> HeldOutLoss:
         """The loss on held-out images under fixed networks."""
         given = self.problem, self.flags, self.pool, self.x_syn.detach(), self.y_syn.detach()
         seen = None if self.views is None else self._seen
-        return HeldOutLoss(*given, seen=seen, tick=self.forecast.tick)
+        return HeldOutLoss(*given, seen=seen, tick=self._trained)
 
     def synthetic(self) -> SyntheticSet:
         """As any, or in all its views; a set that was learned in mixup is trained on in mixup."""
-        found = super().synthetic()
         if self.views is not None:
             stats = self.problem.image_set.stats
-            x = self.views.images(self.x_syn.detach(), stats)
-            y = torch.cat([self.problem.target(chunk) for chunk in x.split(256)])
-            return replace(found, images=x, targets=self.problem.unscaled(y), stats=stats, views=self.views)
+            whole = self._with_features(self.views.images(self.x_syn.detach(), stats))
+            return replace(whole, stats=stats, views=self.views)
+        found = super().synthetic()
         return replace(found, training=replace(found.training, mixup=self.flags.pool_mixup or None))
+
+    def plain(self) -> SyntheticSet:
+        """The images alone, without making their views first."""
+        return super().plain() if self.views is None else self._with_features(self.x_syn.detach())
+
+    def _with_features(self, x: Tensor) -> SyntheticSet:
+        y = torch.cat([self.problem.target(chunk) for chunk in x.split(256)])
+        return replace(super().synthetic(), images=x, targets=self.problem.unscaled(y))
 
     def step(self) -> dict[str, Tensor]:
         """One outer step; the loss is that before it."""
@@ -157,6 +167,11 @@ def outer_gradients(flags: TrainFlags, learned: list[Tensor]) -> Callable[..., l
         return [loss.detach(), *torch.autograd.grad(loss, learned)]
 
     return gradients
+
+
+def pool_cost(flags: TrainFlags) -> float:
+    """Of an image in the training of a pool network, as in `cost`; views go through the target model, too."""
+    return 4.0 if flags.views > 1 else 3.0
 
 
 def seen_in_views(

@@ -29,10 +29,10 @@ Seen = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 # replaced again at every draw.
 RESET_AGE: dict[str, Callable[[int], int]] = {"paper": lambda age: 0, "released": lambda age: age}
 
-Tick = Callable[[float], None]  # told the work of each training step, counted as in `Distiller.cost`
+Tick = Callable[[int], None]  # told of each training step how many images it took
 
 
-def no_tick(work: float) -> None:
+def no_tick(images: int) -> None:
     """Nobody is told."""
 
 
@@ -155,7 +155,7 @@ class ModelPool:
             x, y = (x_syn, y_syn) if self._seen is None else self._seen(x_syn, y_syn, draws)
             self.replayed(slot, "train", functools.partial(self._step, slot.model, slot.optimizer))(x, y)
             slot.age += 1
-            tick(3.0 * len(x))
+            tick(len(x))
 
     def _step(self, model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> list[Tensor]:
         return [train_step(model, x, y, self._loss, optimizer)]

@@ -385,7 +385,7 @@ def test_raw_start_is_recorded(tiny):
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(tiny, monkeypatch):
-    assert run("a") == 0
+    assert run("a", "--views", "5", "--blend") == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 2)
         assert run("a", "--outer_lr", "0.5", "--overwrite") == 130

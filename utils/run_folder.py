@@ -22,11 +22,12 @@ from utils.seed import resolve_seed
 # What `--tensorboard` of every command that has a run folder says.
 TENSORBOARD = "also log for TensorBoard (package tensorboard), into {run folder}/tensorboard"
 
+SET_FILE = "set.safetensors"  # the whole set, where x_syn.pt and y_syn.pt are a part of it
 START_FILE = "x_start.pt"  # the set's images before the first step: m×C×H×W uint8 pixels
 
 _STALE = ("results.json", "state.pt", "state.prev.pt", "log.jsonl", START_FILE)
 # Removed by --overwrite: no set may lie beside the configuration of another run.
-_ARTEFACTS = ("x_syn.pt", "y_syn.pt", "training.safetensors", "x_syn.png", "loss.png", "curves.png")
+_ARTEFACTS = ("x_syn.pt", "y_syn.pt", SET_FILE, "training.safetensors", "x_syn.png", "loss.png", "curves.png")
 
 
 def write_json(path: Path | str, value: Any) -> None:

@@ -48,6 +48,7 @@ from data.synthetic.training import (
 from data.untrusted import check_regular, open_picture, parse_json, read_json
 from utils import checkpoint
 from utils.errors import UserError
+from utils.run_folder import SET_FILE
 
 if TYPE_CHECKING:
     from data.synthetic.set import SyntheticSet
@@ -63,7 +64,6 @@ class Form(NamedTuple):
 
 
 # Forms that are folders, and the file that gives each away.
-SET_FILE = "set.safetensors"  # in a run folder: the whole set, where x_syn.pt and y_syn.pt are a part of it
 FOLDER_MARKS = {"safetensors": SET_FILE, "pair": "x_syn.pt", "png": "labels.csv", "hf": PARQUET}
 
 

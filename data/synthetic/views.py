@@ -123,19 +123,20 @@ class SetViews:
 
         `rows` are those wanted, all by default.
         """
-        rows = torch.arange(len(self)) if rows is None else rows
+        if rows is None:  # a part at a time: a view takes several copies
+            return torch.cat([self.images(x, stats, part) for part in torch.arange(len(self)).split(2048)])
         k, pixels = self.each, denormalize(x, stats)
 
         def seen(index: Tensor, numbers: Tensor) -> Tensor:
             views = views_from_numbers(numbers.flatten()[rows].long(), self.pad)
-            return normalize(apply_crop_flip(pixels[upload(index, x.device)], views, self.pad), stats)
+            return apply_crop_flip(pixels[upload(index, x.device)], views, self.pad)
 
         own = seen(rows // k, self.numbers)
         if self.blend is None:
-            return own
+            return normalize(own, stats)
         other = seen(self.blend.partners.flatten()[rows].long(), self.blend.numbers)
         share = upload(self.blend.shares.flatten()[rows] / 255, x.device).view(-1, 1, 1, 1)
-        return share * own + (1 - share) * other
+        return normalize(share * own + (1 - share) * other, stats)
 
     def tensors(self) -> dict[str, Tensor]:
         """As a compact file holds them."""
