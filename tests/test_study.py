@@ -66,6 +66,7 @@ def test_study(quick, monkeypatch, capsys):
     assert Path("study/tiny/test_log/krr_st/results.jsonl").read_text() == log  # nothing again
 
 
+@pytest.mark.slow
 def test_standardised_and_mixed(quick):
     """Sets and runs of their own, every set of features learned so, labels as ever."""
     wanted = ["--target_scale", "std", "--pool_mixup", "--pre_mixup"]
