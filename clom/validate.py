@@ -140,6 +140,7 @@ def plan_trainings(flags: ValidateFlags, image_set: ImageSet, synthetic: Synthet
     def on_set(of: SyntheticSet, augmented: bool) -> Training:
         recipe, every = plain.override(**own, dsa=dsa if augmented else "none"), flags.save_every
         which = dict(synthetic_set=checkpoint.fingerprint(of.images, of.targets), test_every=every)
+        which |= {} if of is synthetic else dict(trained_on="the set with classes as labels")
         return Training(lambda seed: of, recipe, facts(recipe, of.training, **which), every)
 
     def on_random(augmented: bool) -> Training:

@@ -179,14 +179,14 @@ class Distillation(Measurement):
             found["accuracy_batch"] = held_out_accuracy(student, self.target, self.device)
         return found | {"accuracy": found[f"accuracy_{self.flags.kd_bn}"]}
 
-    def missing(self, seed: int, store: CellStore) -> bool:
-        return store.get({**self.common, "seed": seed}) is None
+    def keys(self, seed: int) -> list[dict[str, Any]]:
+        return [{**self.common, "seed": seed}]
 
     def work(self) -> float:
         return self.pretraining_work() + self.recipe.work_on(self.count, self.flags.steps_scale)
 
     def repetition(self, seed: int, store: CellStore) -> list[Cell]:
-        return [store.measure({**self.common, "seed": seed}, lambda: self.distil(seed), describe)]
+        return [store.measure(key, lambda: self.distil(seed), describe) for key in self.keys(seed)]
 
     def summary(self, cells: list[Cell]) -> list[dict[str, Any]]:
         row = {

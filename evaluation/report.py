@@ -20,7 +20,7 @@ from data.augment import to_float
 from data.prepared import file_name, prepare_command
 from data.specs import find_row
 from data.synthetic import SyntheticSet
-from data.synthetic.forms import find_set
+from data.synthetic.forms import FOLDER_MARKS, find_set
 from data.untrusted import check_regular, read_json
 from evaluation.nearest import EXPLAINED, Pictures, describe, find_nearest, near_training, read_pictures
 from evaluation.ranking import SCORES, titled
@@ -290,12 +290,12 @@ def run_folders(folder: Path) -> list[Path]:
         raise UserError(f"{folder} is not a folder; expected one that holds runs")
     if is_run(folder):
         return [folder]
-    marks = ("config.json", "x_syn.pt", "res_*.pt")
-    places = {path.parent for mark in marks for path in folder.rglob(mark)}
+    marks = ("config.json", "res_*.pt", *map(str, FOLDER_MARKS.values()))
+    places = {p.parents[len(Path(mark).parts) - 1] for mark in marks for p in folder.rglob(mark)}
     hidden = {p for p in places if any(part.startswith(".") for part in p.relative_to(folder).parts)}
     found = sorted(p for p in places - hidden if is_run(p))
     if not found:
-        raise UserError(f"{folder} holds no run: expected folders with config.json, x_syn.pt or res_*.pt")
+        raise UserError(f"{folder} holds no run: expected folders with config.json or a synthetic set")
     return found
 
 
@@ -340,12 +340,16 @@ def finite(series: tuple[list[float], list[float]]) -> tuple[list[float], list[f
 def read_scores(places: list[Path]) -> dict[str, list[dict[str, Any]]]:
     """A set's fingerprint -> the rows of its evaluations, as validate.py writes them."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted({p for place in places if place.is_dir() for p in place.rglob("results.json")}):
-        with contextlib.suppress(UserError, OSError):  # a run's own is read again, and noted there
+    folders = [place.resolve() for place in places if place.is_dir()]
+    for path in sorted({p for folder in folders for p in folder.rglob("results.json")}):
+        try:
             record = read_json(path)
-            rows, of = record.get("summary"), record.get("fingerprint")
-            if isinstance(rows, list) and isinstance(of, str):
-                found.setdefault(of, []).extend(row for row in rows if isinstance(row, dict))
+        except (UserError, OSError) as error:
+            print(f"left out: {error}")
+            continue
+        rows, of = record.get("summary"), record.get("fingerprint")
+        if isinstance(rows, list) and isinstance(of, str):
+            found.setdefault(of, []).extend(row for row in rows if isinstance(row, dict))
     return found
 
 
@@ -511,7 +515,7 @@ class Sources:
 
 def show_set(run: Run, sources: Sources, count: int) -> None:
     """Fill in the run's cards: start, end and nearest real image of `count` images of its set."""
-    synthetic = run.synthetic
+    synthetic = run.synthetic.plain()
     pixels = synthetic.to_pixels().cpu()
     if pixels.shape[1] not in (1, 3):
         raise UserError(f"images of {pixels.shape[1]} channels cannot be shown")

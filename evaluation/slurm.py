@@ -91,7 +91,10 @@ def run_jobs(jobs: Jobs, flags: JobFlags, folder: Path) -> list[str]:
         if flags.workers == 1:
             return run_missing(jobs(flags), _claims(folder))
         call = _calls(jobs, flags, folder)
-        return run_in_workers(jobs(flags), call, flags.workers, folder / "workers")
+        named = getattr(flags, "gpu_id", 0), getattr(flags, "device", None)
+        spread = named in ((0, None), (0, "cuda"))  # a GPU that is named is everyone's
+        given = jobs(flags), call, flags.workers, folder / "workers", _claims(folder)
+        return run_in_workers(*given, spread=spread)
     return Cluster(jobs, flags, folder).run()
 
 
@@ -190,7 +193,7 @@ class Cluster:
         before, pause, shown = None, 1.0, ""
         while True:
             if (states := self.states(patient=before is not None)) != before:
-                text, busy = self.step()
+                text, busy = self.step(patient=before is not None)
                 if text != shown:
                     print(text, flush=True)
                 if busy and before is None and not self.flags.detach:
@@ -204,13 +207,13 @@ class Cluster:
             print("the same command shows how far they are; without --detach it waits for them")
         return [f"{name}: {line}" for name, line in self.failed.items()]
 
-    def step(self) -> tuple[str, bool]:
+    def step(self, patient: bool) -> tuple[str, bool]:
         """Submit what is missing and not in the queue.
 
         Returns how far the jobs are, in words, and whether any is in the queue.
         """
         with self._record() as record:
-            states = self.states(patient=False)  # before the results: what ends in between is done
+            states = self.states(patient)  # before the results: what ends in between is done
             lacking = self._lacking()
             mine = {name for name, (_, owner) in record.items() if owner == self.owner}
             queued = {n: record[n][0] for n in lacking if n in record and record[n][0] in states}

@@ -154,7 +154,7 @@ class FrozenTarget:
     """The target model without gradient, in a run's precision, in parts where memory is short."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
-        self.model, self.dim, self.precision = model, model.dim, precision
+        self.dim, self.precision = model.dim, precision
         self._in_parts = SplitBatches(model)
 
     @torch.no_grad()

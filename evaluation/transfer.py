@@ -347,8 +347,8 @@ def load_targets(
 class Measurement:
     """Networks of one source and method, measured with several seeds: what the three commands share.
 
-    A subclass gives `repetition(seed, store)`, the cells of a seed; `missing(seed, store)`, whether any of
-    them is not there yet; `work()`, the images through networks that a seed takes, each counted three times
+    A subclass gives `repetition(seed, store)`, the cells of a seed; `keys(seed)`, what identifies
+    them; `work()`, the images through networks that a seed takes, each counted three times
     in training; `summary(cells)`, the means over seeds; and `table(cells)`, the printed table and the note
     below it.
     """
@@ -365,6 +365,10 @@ class Measurement:
         self.arch = self.preset.network if flags.test_model == "base" else flags.test_model.lower()
         self.device = resolve_device(flags.device, flags.gpu_id)
         self.forecast = Forecast(0, self.device)  # speaks while `run` runs
+
+    def missing(self, seed: int, store: CellStore) -> bool:
+        """Whether any cell of a seed is not there yet."""
+        return any(store.get(key) is None for key in self.keys(seed))
 
     def settings(self) -> dict[str, Any]:
         """What the value of every cell depends on."""
@@ -574,10 +578,6 @@ class Transfer(Measurement):
             watch = self.ticking(recipe, len(index))
             trainer.run(what="fine-tuning", on_step=watch, progress=True)
             return held_out_accuracy(model, target, self.device)
-
-    def missing(self, seed: int, store: CellStore) -> bool:
-        keys = (self.key(target, measure, seed) for target in self.targets for measure in self.measures)
-        return any(store.get(key) is None for key in keys)
 
     def work(self) -> float:
         total, scale = self.pretraining_work(), self.flags.steps_scale

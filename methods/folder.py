@@ -44,7 +44,7 @@ from models import get_model
 from utils import checkpoint, cli
 from utils.cli import SEED, DeviceFlags, flag
 from utils.commands import run_command
-from utils.cost import round_down
+from utils.cost import largest, round_down
 from utils.device import place, resolve_device
 from utils.errors import UserError, entry_point
 from utils.progress import duration
@@ -256,7 +256,6 @@ class FolderRun:
             unlabelled=flags.unlabelled,
             skip_broken=flags.skip_broken,
             no_hflip=flags.no_hflip,
-            overwrite=True,
         )
         return [cli.command_line("-m data.prepare", how) + " --overwrite"]
 
@@ -507,15 +506,6 @@ class FolderRun:
         return f"{steps} outer steps are few: --minutes {more} with another --out gives {ENOUGH_DISTIL}\n\n"
 
 
-def largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to `most` that fits, where all smaller ones do, too; at least 1."""
-    low, high = 1, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
-
-
 @entry_point
 def main(argv: list[str] | None = None) -> int:
     """A folder of pictures in, a distilled set and a report of what it is worth out, in so many minutes.
@@ -527,6 +517,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder of pictures (PNG, JPEG, TIFF, ...)")
     cli.add_flags(parser, FolderFlags)
     given = vars(parser.parse_args(argv))
-    run = FolderRun(given.pop("folder").expanduser(), FolderFlags(**given))
+    run = FolderRun(given.pop("folder").expanduser(), cli.take(FolderFlags, given))
     with claim_run(run.out / "plan"):
         return run.run()

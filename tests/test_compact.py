@@ -288,6 +288,12 @@ def test_budgets_that_cannot_be_met():
     # From 256 images on, the number of a partner takes two bytes: 192 · 4 + 5 · (4 + 4) bytes each at first.
     more = (3, 8, 8), 1, CompactFlags(), 5, True
     each = 192 * 4 + 5 * (4 + 4)
+
+    def size(n):
+        return n * (192 * 4 + 5 * (4 + (4 if n <= 256 else 5)))
+
+    for budget in range(size(255), size(259), 97):
+        assert images_within(budget, *more) == max(n for n in range(1, 400) if size(n) <= budget)
     assert images_within(256 * each, *more) == 256 and images_within(300 * each, *more) == 300 * each // (
         each + 5
     )

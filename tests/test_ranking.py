@@ -84,7 +84,10 @@ def test_validate_reports_scores_and_what_they_are_computed_from(soft, capsys):
     own, *_ = {cell["synthetic_set"] for cell in results["cells"]}
     finals = {}
     for cell in results["cells"] + results["reference_cells"]:
-        on = cell.get("trained_on") or ("set" if cell["synthetic_set"] == own else "hard")
+        on = cell.get("trained_on") or "set"
+        if cell.get("synthetic_set", own) != own:
+            assert on == "the set with classes as labels"
+            on = "hard"
         finals.setdefault((on, cell["training"]["dsa"] != "none"), []).append(cell["final"])
     assert len(finals) == 6 and all(len(values) == 2 for values in finals.values())
     mean = {key: np.mean(values) for key, values in finals.items()}

@@ -172,7 +172,13 @@ def parse(
         if name in given:
             print(f"--{name} has no effect: {why}")
             del given[name]
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    return take(config_class, given)
+
+
+def take(config_class: type[C], given: Mapping[str, Any]) -> C:
+    """The flags of one class out of all that were parsed, by name."""
+    values = {name: given[name] for name in config_class.__dataclass_fields__}
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def command(config_class: type, **options: Any) -> Callable[[Callable[[Any], int]], Callable[..., int]]:

@@ -151,6 +151,15 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, Iterable) and not isinstance(value, str) else 0
 
 
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest number from 1 to `most` that fits, where all smaller ones do, too; at least 1."""
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
 def round_down(value: float) -> int:
     """Two leading digits of a number, the rest zeros; at least 1."""
     digits = 10 ** max(0, len(str(int(value))) - 2)

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     args = vars(parser.parse_args(argv))
     folders = args.pop("folder")
     for folder in folders:
-        print(report(folder, ReportFlags(**args)))
+        print(report(folder, cli.take(ReportFlags, args)))
     return 0
 
 

@@ -7,7 +7,6 @@ python -m data.synthetic convert SRC DST --form pair|res|safetensors|compact|png
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,12 +104,6 @@ def _load_flagged(args: argparse.Namespace, path: Path) -> SyntheticSet:
     return SyntheticSet.load(path, stats=stats[size], data_name=args.data_name, experiment=args.experiment)
 
 
-def _given(flags_class: type, args: argparse.Namespace) -> Any:
-    """The flags of one class out of all."""
-    values = {name: getattr(args, name) for name in flags_class.__dataclass_fields__}
-    return flags_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
 def _inspect(args: argparse.Namespace) -> None:
     synthetic = _load_flagged(args, args.path)
     print(f"{args.path}: {detect_form(args.path)} form")
@@ -120,7 +113,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    how, card = _given(CompactFlags, args), _given(CardFlags, args)
+    how, card = cli.take(CompactFlags, vars(args)), cli.take(CardFlags, vars(args))
     if args.form != "compact" and how != CompactFlags():
         raise UserError(f"--form {args.form} has neither sizes nor types: --x_... and --y_... need compact")
     if args.form != "hf" and card != CardFlags():

@@ -24,6 +24,7 @@ from torch import Tensor
 from data.specs import Stats
 from data.synthetic.views import INTEGERS, LARGEST_PAD, SetViews, index_type, view_bytes
 from utils.cli import flag
+from utils.cost import largest
 from utils.errors import UserError
 from utils.precision import DTYPES
 
@@ -272,11 +273,11 @@ def images_within(
     else:
         each += views * (how.y_rank or label) * y_type.itemsize
         once += (how.y_rank + 1) * label * y_type.itemsize if how.y_rank else 0
-    fits = (budget - once) // (each + view_bytes(1, views, blend))
-    # The partners of many images take more bytes each.
-    while fits > 0 and once + fits * (each + view_bytes(fits, views, blend)) > budget:
-        fits = min(fits - 1, (budget - once) // (each + view_bytes(fits, views, blend)))
-    if fits < 1:
-        each += view_bytes(1, views, blend)
-        raise UserError(f"--bytes {budget}: the first image takes {once + each} bytes, each other {each}")
-    return fits
+
+    def total(count: int) -> int:  # the partners of many images take more bytes each
+        return once + count * (each + view_bytes(count, views, blend))
+
+    if budget < total(1):
+        first = total(1)
+        raise UserError(f"--bytes {budget}: the first image takes {first} bytes, each other {first - once}")
+    return largest(lambda count: total(count) <= budget, budget // each)
