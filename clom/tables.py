@@ -3,8 +3,7 @@
 Rows are the methods without CLoM and with each of its forms, columns the data sets and images per
 class. Finished cells are collected from {log_dir}/results.jsonl into Markdown, CSV and LaTeX; those
 that were not run show as a dash. With --run they are run first, cheapest first: a restart skips
-what is finished and resumes what was begun. `--workers` and `--slurm` share the work, and so does the
-same command in several shells.
+what is finished and resumes what was begun. `--workers` and `--slurm` run several at a time.
 
 A cell is one experiment: one distilled set and the `num_eval` networks trained on it, identified by
 main.py's flags, the data and the pre-trained models. ± is the population standard deviation over

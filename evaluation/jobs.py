@@ -1,7 +1,4 @@
-"""Jobs for what a table or study lacks.
-
-They run cheapest first; any number of processes may share them, and a restart skips what is there.
-"""
+"""Jobs for what a table or study lacks: they run cheapest first, and a restart skips what is there."""
 
 import re
 import time
@@ -10,59 +7,46 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import UserError
-from utils.locks import Claims
 from utils.progress import duration
 
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of work; jobs of equal names are never run at the same time."""
+    """One piece of work."""
 
     name: str
     cost: float  # expected floating-point operations, for the order and the time left
     run: Callable[[], object]  # a UserError means that it cannot be done here
 
 
-def claim_name(name: str) -> str:
+def file_name(name: str) -> str:
     """A job's name as a file name."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", name)[:200]
 
 
-def run_missing(missing: Callable[[], list[Job]], claims: Claims) -> list[str]:
-    """Run every missing job that no other process works on; one that cannot run is skipped.
+def run_missing(missing: Callable[[], list[Job]]) -> list[str]:
+    """Run every missing job, cheapest first; one that cannot run is skipped.
 
-    `missing` reads the results and gives what they lack. It is asked again before each choice and
-    once more after a job was claimed, so that of several processes none runs a job twice. Returns
-    what could not be run, one line each.
+    `missing` reads the results and gives what they lack. It is asked again before each choice, since
+    jobs may wait for others. Returns what could not be run, one line each.
     """
     tried: set[str] = set()
     skipped: list[str] = []
     done = spent = 0.0
-    while True:
-        jobs = sorted((j for j in missing() if j.name not in tried), key=lambda j: j.cost)
-        elsewhere = {j.name for j in jobs if claims.held_elsewhere(claim_name(j.name))}
-        free = [j for j in jobs if j.name not in elsewhere]
-        if not free:
-            break
-        name = free[0].name
-        with claims.claim(claim_name(name)) as ours:
-            job = next((j for j in missing() if ours and j.name == name), None)
-            if job is None:  # another process was faster
-                continue
-            tried.add(name)
-            left = sum(j.cost for j in free) * spent / done / (1 + len(elsewhere)) if done else None
-            shown = "" if left is None else f", about {duration(left)} left"
-            size = f" ({job.cost:.1e} operations)" if job.cost else ""
-            print(f"\n[{len(tried)}/{len(tried) + len(jobs) - 1}] {name}{size}{shown}", flush=True)
-            began = time.perf_counter()
-            try:
-                job.run()
-                done, spent = done + job.cost, spent + time.perf_counter() - began
-            except UserError as error:
-                skipped.append(f"{name}: {error}")
-                print(f"skipped: {error}", flush=True)
-    if elsewhere:
-        print(f"jobs running in other processes: {len(elsewhere)}; nothing else is left")
+    while jobs := sorted((j for j in missing() if j.name not in tried), key=lambda j: j.cost):
+        job = jobs[0]
+        tried.add(job.name)
+        left = sum(j.cost for j in jobs) * spent / done if done else None
+        shown = "" if left is None else f", about {duration(left)} left"
+        size = f" ({job.cost:.1e} operations)" if job.cost else ""
+        print(f"\n[{len(tried)}/{len(tried) + len(jobs) - 1}] {job.name}{size}{shown}", flush=True)
+        began = time.perf_counter()
+        try:
+            job.run()
+            done, spent = done + job.cost, spent + time.perf_counter() - began
+        except UserError as error:
+            skipped.append(f"{job.name}: {error}")
+            print(f"skipped: {error}", flush=True)
     if skipped:  # their messages may lie far above by now
         print("\n".join(["could not be run:", *skipped, ""]))
     return skipped

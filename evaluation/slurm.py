@@ -32,7 +32,6 @@ from utils import checkpoint, cli
 from utils.cli import flag
 from utils.distributed import launched
 from utils.errors import UserError
-from utils.locks import Claims
 from utils.stop import TIME_LIMIT, Stopped, terminable
 
 
@@ -77,8 +76,8 @@ _LONGEST_PAUSE = 30.0  # seconds between two looks at the queue
 def run_jobs(jobs: Jobs, flags: JobFlags, folder: Path) -> list[str]:
     """Run the missing jobs of a command with these flags: here, in workers, or on the cluster they name.
 
-    `jobs` is a function of a module, so that another process finds it. Claims, and what the cluster
-    writes, go to `folder`. Returns what could not be run, one line each.
+    `jobs` is a function of a module, so that another process finds it. What workers and the
+    cluster write goes to `folder`. Returns what could not be run, one line each.
 
     Raises:
         UserError: flags that do not fit, no cluster here, or it refuses the jobs.
@@ -89,17 +88,12 @@ def run_jobs(jobs: Jobs, flags: JobFlags, folder: Path) -> list[str]:
         if flags.detach:
             raise UserError("--detach needs --slurm PARTITION")
         if flags.workers == 1:
-            return run_missing(jobs(flags), _claims(folder))
-        call = _calls(jobs, flags, folder)
+            return run_missing(jobs(flags))
+        call = _calls(jobs, flags)
         named = getattr(flags, "gpu_id", 0), getattr(flags, "device", None)
         spread = named in ((0, None), (0, "cuda"))  # a GPU that is named is everyone's
-        given = jobs(flags), call, flags.workers, folder / "workers", _claims(folder)
-        return run_in_workers(*given, spread=spread)
+        return run_in_workers(jobs(flags), call, flags.workers, folder / "workers", spread=spread)
     return Cluster(jobs, flags, folder).run()
-
-
-def _claims(folder: Path) -> Claims:
-    return Claims(folder / "claims")
 
 
 def _importable(thing: Any) -> Any:
@@ -124,7 +118,6 @@ class ClusterJob:
 
     jobs: Jobs
     flags: JobFlags
-    folder: Path
     name: str
 
     def __call__(self) -> None:
@@ -141,9 +134,9 @@ class ClusterJob:
                 def mine() -> list[Job]:
                     return [job for job in missing() if job.name == self.name]
 
-                skipped = run_missing(mine, _claims(self.folder))
+                skipped = run_missing(mine)
                 if not skipped and mine():
-                    skipped = [f"{self.name}: ended without a result; does another process work on it?"]
+                    skipped = [f"{self.name}: ended without a result"]
         except UserError as error:
             skipped = [f"{self.name}: {error}"]
         except Stopped as stopped:
@@ -160,10 +153,10 @@ class ClusterJob:
         return _submitit().helpers.DelayedSubmission(self)
 
 
-def _calls(jobs: Jobs, flags: JobFlags, folder: Path) -> Callable[[str], ClusterJob]:
+def _calls(jobs: Jobs, flags: JobFlags) -> Callable[[str], ClusterJob]:
     """What other processes run, by the job's name."""
     values = {f.name: getattr(flags, f.name) for f in fields(flags)}
-    return functools.partial(ClusterJob, _importable(jobs), _importable(type(flags))(**values), folder)
+    return functools.partial(ClusterJob, _importable(jobs), _importable(type(flags))(**values))
 
 
 class Cluster:
@@ -176,7 +169,7 @@ class Cluster:
     def __init__(self, jobs: Jobs, flags: JobFlags, folder: Path) -> None:
         self.flags, self.folder = flags, (folder / "slurm").resolve()
         self.owner = CellStore.identity(cli.identity(flags))
-        self._missing, self._call = jobs(flags), _calls(jobs, flags, folder)
+        self._missing, self._call = jobs(flags), _calls(jobs, flags)
         for program in ("sbatch", "squeue", "srun"):
             if shutil.which(program) is None:
                 where = "give the command on a machine of the cluster that submits jobs"

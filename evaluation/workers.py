@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from evaluation.jobs import Job, claim_name, last_line
-from utils.locks import Claims
+from evaluation.jobs import Job, file_name, last_line
 
 _PROCESSES = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
 
@@ -20,25 +19,21 @@ def run_in_workers(
     call: Callable[[str], Callable[[], None]],
     workers: int,
     folder: Path,
-    claims: Claims,
     spread: bool = True,
 ) -> list[str]:
     """Run the missing jobs, at most `workers` at a time, cheapest first; what each prints goes to {folder}.
 
     `call` gives for a job's name what its process runs, and can be pickled; a process that exits with
     another code than 0 has failed. `missing` is asked again whenever a job has ended, so that what was
-    waiting for it is run, too; what another command claims is left to it. With `spread` each process has
-    one of the GPUs. Returns what failed, one line each. Leaving early stops the processes,
-    which save first.
+    waiting for it is run, too. With `spread` each process has one of the GPUs. Returns what failed, one
+    line each. Leaving early stops the processes, which save first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     gpus, tried, failed = _gpus() if spread else [], set(), []
     running: dict[int, tuple[str, multiprocessing.Process]] = {}  # by the worker's number
     try:
         while True:
-            untried = [job for job in missing() if job.name not in tried]
-            jobs = [job for job in untried if not claims.held_elsewhere(claim_name(job.name))]
-            jobs.sort(key=lambda job: job.cost)
+            jobs = sorted((job for job in missing() if job.name not in tried), key=lambda job: job.cost)
             free = [number for number in range(workers) if number not in running]
             for number, job in zip(free, jobs, strict=False):
                 gpu = gpus[number % len(gpus)] if gpus else None
@@ -66,7 +61,7 @@ def run_in_workers(
 
 
 def _log(folder: Path, name: str) -> Path:
-    return folder / f"{claim_name(name)}.log"
+    return folder / f"{file_name(name)}.log"
 
 
 def _gpus() -> list[str]:

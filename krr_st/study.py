@@ -5,7 +5,7 @@ with each lever alone, random real images with target features, k-means, class l
 accuracy of random images by their number turns an accuracy into an equivalence ratio, and so does their
 error of the target's features (--target_error). With
 --validation the probes see a held-out part of the training images instead of the test split: choose
-levers there. Finished work is kept; the same command resumes, and in several shells shares the work.
+levers there. Finished work is kept, and the same command resumes.
 """
 
 import contextlib

@@ -3,8 +3,7 @@
 Collects finished cells of test.py, test_scratch.py and test_kd.py from {log_dir}/results.jsonl into
 Markdown, CSV and LaTeX, ours beside the published numbers. Cells that were not run show as a dash;
 with --run they are run first, cheapest first, and a restart skips finished ones. A synthetic set or
-target model that a row lacks is made before it. `--workers` and `--slurm` share the work, and so does the
-same command in several shells.
+target model that a row lacks is made before it. `--workers` and `--slurm` run several at a time.
 """
 
 import contextlib

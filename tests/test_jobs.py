@@ -1,4 +1,4 @@
-"""Work shared by processes: claims, the run-missing loop, and tables of any family."""
+"""Claims of folders, the run-missing loop, and tables of any family."""
 
 import csv
 import io
@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from evaluation.jobs import Job, claim_name, run_missing
-from evaluation.measure import CellStore, read_cells
+from evaluation.jobs import Job, file_name, run_missing
+from evaluation.measure import CellStore
 from evaluation.tables import Entry, Place, crossed, to_csv, to_latex, with_published_file
 from utils.errors import UserError
 from utils.locks import Claims
@@ -25,67 +24,31 @@ from utils.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 
-WORKER = """
-import os, random, sys, time
-from pathlib import Path
-from evaluation.jobs import Job, run_missing
-from evaluation.measure import CellStore, read_cells
+HOLDER = """
+import sys, time
 from utils.locks import Claims
 
-folder, count, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-path = folder / "results.jsonl"
-(folder / f"ready{os.getpid()}").touch()
-while len(list(folder.glob("ready*"))) < int(sys.argv[4]):
-    time.sleep(0.01)
-
-def work(number):
-    with open(folder / "began", "a") as file:
-        file.write(f"{number} {os.getpid()}\\n")
-    time.sleep(seconds * random.random())
-    CellStore(path).add({"number": number}, pid=os.getpid(), filling="x" * 5000)
-
-def missing():
-    done = {cell["number"] for cell in read_cells(path)}
-    return [Job(f"job {n}", n, lambda n=n: work(n)) for n in range(count) if n not in done]
-
-run_missing(missing, Claims(folder / "claims"))
+with Claims(sys.argv[1]).claim("a"):
+    print("held", flush=True)
+    time.sleep(1e6)
 """
 
 
-def worker(folder, count, seconds, together=1):
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(folder), str(count), str(seconds), str(together)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def holder(tmp_path):
+    """A process that has claimed "a" of `tmp_path`."""
+    words = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
 
 
-def test_two_processes_share_the_jobs(tmp_path):
-    workers = [worker(tmp_path, 40, 0.04, 2) for _ in range(2)]
-    printed = [w.communicate(timeout=60)[0] for w in workers]
-    assert [w.returncode for w in workers] == [0, 0], printed
-    lines = (tmp_path / "results.jsonl").read_text().splitlines()
-    cells = [json.loads(line) for line in lines]  # every line is whole
-    assert sorted(c["number"] for c in cells) == list(range(40))
-    began = [line.split()[0] for line in (tmp_path / "began").read_text().splitlines()]
-    assert len(began) == len(set(began)) == 40
-    assert len({c["pid"] for c in cells}) == 2  # both did some
-
-
-def test_a_killed_process_leaves_its_job_to_the_others(tmp_path):
-    killed = worker(tmp_path, 1, 1e6)
-    while not (tmp_path / "began").exists():
-        time.sleep(0.02)
-    claims = Claims(tmp_path / "claims")
-    assert claims.held_elsewhere("job-0")
-    killed.kill()
-    killed.communicate()
-    assert not claims.held_elsewhere("job-0")
-    other = worker(tmp_path, 1, 0)
-    assert other.wait(timeout=30) == 0
-    assert len(read_cells(tmp_path / "results.jsonl")) == 1
+def test_a_claim_ends_with_its_process(tmp_path, holder):
+    assert Claims(tmp_path).held_elsewhere("a")
+    holder.kill()
+    holder.wait()
+    assert not Claims(tmp_path).held_elsewhere("a")
 
 
 def test_a_claim_is_one_process_and_one_block(tmp_path):
@@ -108,16 +71,9 @@ def test_another_name_of_the_folder_is_the_same_folder(tmp_path):
         assert not twice
 
 
-def test_a_suspended_process_keeps_its_claim(tmp_path):
-    held = worker(tmp_path, 1, 1e6)
-    while not (tmp_path / "began").exists():
-        time.sleep(0.02)
-    held.send_signal(signal.SIGSTOP)
-    try:
-        assert Claims(tmp_path / "claims").held_elsewhere("job-0")
-    finally:
-        held.kill()
-        held.communicate()
+def test_a_suspended_process_keeps_its_claim(tmp_path, holder):
+    holder.send_signal(signal.SIGSTOP)
+    assert Claims(tmp_path).held_elsewhere("a")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -143,7 +99,7 @@ def test_threads_append_whole_lines(tmp_path):
     assert CellStore(path).get({"i": 3, "k": 9})["k"] == 9
 
 
-def test_jobs_run_cheapest_first_and_once(tmp_path, capsys):
+def test_jobs_run_cheapest_first_and_once(capsys):
     ran = []
 
     def fail():
@@ -156,7 +112,7 @@ def test_jobs_run_cheapest_first_and_once(tmp_path, capsys):
         Job("bad", 0.0, fail),
     ]
     # A job that leaves nothing behind stays missing; it is not tried for ever.
-    assert run_missing(lambda: jobs, Claims(tmp_path)) == ["bad: no data"]
+    assert run_missing(lambda: jobs) == ["bad: no data"]
     assert ran == ["bad", "dear"]
     printed = capsys.readouterr().out
     assert re.findall(r"^\[(\d/\d)\] (\w+)", printed, re.M) == [
@@ -168,26 +124,8 @@ def test_jobs_run_cheapest_first_and_once(tmp_path, capsys):
     assert printed.endswith("could not be run:\nbad: no data\n\n")
 
 
-def test_jobs_of_other_processes_are_left_alone(tmp_path, capsys):
-    ran = []
-    jobs = [Job("a", 1.0, lambda: ran.append("a")), Job("b", 2.0, lambda: ran.append("b"))]
-    with Claims(tmp_path).claim("a"):
-        run_missing(lambda: jobs, Claims(tmp_path))
-    assert ran == ["b"] and "jobs running in other processes: 1" in capsys.readouterr().out
-
-
-def test_what_another_process_finished_before_our_claim_is_not_run(tmp_path):
-    asked = []
-
-    def missing():
-        asked.append(1)
-        return [Job("a", 1.0, lambda: pytest.fail("ran twice"))] if len(asked) == 1 else []
-
-    assert run_missing(missing, Claims(tmp_path)) == []
-
-
 def test_names_and_durations():
-    assert claim_name("CIFAR10, 1 ipc: DM + CLoM cos, α 10") == "CIFAR10-1-ipc-DM-+-CLoM-cos-10"
+    assert file_name("CIFAR10, 1 ipc: DM + CLoM cos, α 10") == "CIFAR10-1-ipc-DM-+-CLoM-cos-10"
     assert [duration(s) for s in (40, 720, 12600, 450000)] == ["40 s", "12 min", "3.5 h", "5.2 days"]
 
 

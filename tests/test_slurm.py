@@ -23,7 +23,6 @@ from evaluation.slurm import JobFlags, run_jobs
 from krr_st import study
 from krr_st import tables as krr_tables
 from utils.errors import UserError
-from utils.locks import Claims
 from utils.stop import StopRequest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,15 +126,6 @@ def test_workers_run_what_becomes_possible_and_name_what_fails(workspace, monkey
         "started: job 1",
         "started: job 2",
     ]
-
-
-def test_workers_leave_what_another_command_works_on(workspace, monkeypatch, capfd):
-    monkeypatch.setattr(workers, "_PROCESSES", multiprocessing.get_context("fork"))
-    Path("saved").touch()
-    with Claims("claims").claim("job-1") as ours:
-        assert ours and run_jobs(jobs, Flags(workers=2), Path()) == []
-    assert {cell["number"] for cell in read_cells("results.jsonl")} == {0, 2}
-    assert "job 1" not in capfd.readouterr().out
 
 
 def test_workers_are_stopped_with_their_command(workspace, monkeypatch):

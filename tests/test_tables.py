@@ -24,7 +24,6 @@ from krr_st.tables import LAYOUTS, KernelTable, Layout, TablesFlags, forward_flo
 from methods import METHODS
 from utils import checkpoint
 from utils.errors import UserError
-from utils.locks import Claims
 
 BASE = "convnet_128_256_512_bn"
 
@@ -267,7 +266,7 @@ LAYOUT = Layout("cifar100", ("scratch", "krr_st"), ("base", "vgg"), ("cifar10", 
 
 
 def run_all(table):
-    return run_missing(table.missing_jobs, Claims(table.flags.log_dir / "claims"))
+    return run_missing(table.missing_jobs)
 
 
 @pytest.fixture
