@@ -68,6 +68,19 @@ def test_a_recipe_replaces_defaults_and_flags_win():
     assert parse().num_models == 4 and parse("--num_models", "10").num_models == 10
 
 
+def test_a_typed_length_takes_the_place_of_the_recipe_s():
+    recipes = {"published": {"pre_iteration": 9}}
+
+    def parse(*argv):
+        flags = cli.parse(TrainFlags, list(argv), prog="train.py", description="", recipes=recipes)
+        return flags.pre_epoch, flags.pre_iteration
+
+    default = TrainFlags().pre_epoch
+    assert parse() == (default, 9) and parse("--pre_iteration", "7") == (default, 7)
+    assert parse("--pre_epoch", "2") == (2, None)
+    assert parse("--pre_epoch", str(default)) == (default, None)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_name_real_flags_and_parse(name):
     flags = cli.parse(TrainFlags, ["--recipe", name], prog="train.py", description="", recipes=RECIPES)

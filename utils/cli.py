@@ -166,7 +166,12 @@ def parse(
         parser.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=f"no effect: {why}")
     given = vars(parser.parse_args(argv))
     if recipes is not None:
-        parser.set_defaults(**recipes[given["recipe"]])
+        # A flag of the recipe that takes another's place yields where the other was typed.
+        places = {f.name: f.metadata["instead_of"] for f in dataclasses.fields(config_class)}
+        typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(places))))
+        recipe = recipes[given["recipe"]].items()
+        recipe = {k: v for k, v in recipe if places[k] is None or typed[places[k]] is None}
+        parser.set_defaults(**recipe)
         given = vars(parser.parse_args(argv))
     for name, why in no_effect.items():
         if name in given:
