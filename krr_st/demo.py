@@ -29,7 +29,7 @@ from utils.table import format_mean_std, markdown
 LABELLED, UNLABELLED = "ConvNetW32", "convnet_32_64_128_bn"
 RANDOM = (1, 2, 5, 10)  # real images per class that the ten distilled ones are compared with
 DISTILLED = {"dm": "DM", "dm_clom": "DM + CLoM"}
-MORE = 5  # random images with features, in multiples of the synthetic ones
+MORE = (1, 5)  # random images with features, in multiples of the synthetic ones
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class DemoFlags:
     epochs: int = flag(25, "epochs of the target model and of CLoM's model", minimum=1)
     outer_iteration: int = flag(300, "outer steps of KRR-ST", minimum=1)
     online_iteration: int = flag(200, "age limit of the pool networks", minimum=1)
-    pre_epoch: int = flag(200, "epochs of pre-training on the synthetic set", minimum=1)
+    pre_iteration: int = flag(200, "steps of pre-training on each set of features", minimum=1)
     num_test: int = flag(3, "seeds a row", minimum=1)
 
 
@@ -78,14 +78,40 @@ def labelled(flags: DemoFlags) -> dict[str, str]:
     }
 
 
-def rows(flags: DemoFlags) -> dict[str, tuple[str, str]]:
-    """Folder of the results of an unlabelled row -> (its label, the command that judges it)."""
-    drawn = "test.py --method random_features --synthetic_data_dir synthetic_data/random_"
-    distilled = "test.py --method krr_st --synthetic_path results/demo"
-    found = {"scratch": ("no pre-training", "test_scratch.py")}
-    for name, count in (("random", flags.num_images), ("more", MORE * flags.num_images)):
-        found[name] = (f"{count} random real images + target features", f"{drawn}{count}")
-    return found | {"krr_st": (f"{flags.num_images} KRR-ST images", distilled)}
+@dataclass(frozen=True)
+class Row:
+    """One pre-training of the second table: its label, what makes its set, the flags that judge it."""
+
+    label: str
+    baseline: str = ""  # flags of krr_st.baselines
+    judged: str = ""
+
+
+def rows(flags: DemoFlags) -> dict[str, Row]:
+    """Name of an unlabelled row, also of the folder of its set and results -> the row.
+
+    All sets of features have standardised targets. Mixup is for those without blended views, which
+    are mixtures with targets of their own.
+    """
+    count, found = flags.num_images, {"scratch": Row("no pre-training")}
+    drawn = "--method random_features --synthetic_data_dir synthetic_data"
+    for multiple in MORE:
+        name, number = f"random_{multiple * count}", multiple * count
+        found[name] = Row(
+            f"{number} random real images + target features",
+            f"--num_images {number}",
+            f"test.py {drawn}/{name} --pre_mixup",
+        )
+    found["blended"] = Row(
+        f"{count} random real images in blended views",
+        f"--num_images {count} --views 50 --blend",
+        "test.py --method random_features --synthetic_path "
+        "synthetic_data/blended/digits/random_features.safetensors",
+    )
+    found["krr_st"] = Row(
+        f"{count} KRR-ST images", judged="test.py --method krr_st --synthetic_path results/demo"
+    )
+    return found
 
 
 def unlabelled(flags: DemoFlags) -> dict[str, str]:
@@ -97,23 +123,24 @@ def unlabelled(flags: DemoFlags) -> dict[str, str]:
             f"--projector_dim 512 --min_crop 0.3 --jitter 0.3 --eval_every {flags.epochs}"
         ),
         f"Distillation into {flags.num_images} images (KRR-ST)": (
-            f"train.py --exp_name demo {data_target} --num_images {flags.num_images} "
+            f"train.py --recipe best --exp_name demo {data_target} --num_images {flags.num_images} "
             f"--outer_iteration {flags.outer_iteration} --outer_batch_size 128 --outer_lr 1e-2 "
-            f"--num_models 5 --online_iteration {flags.online_iteration} --print_every 25 "
-            f"--pre_epoch {flags.pre_epoch} --test_iteration 500"
+            f"--view_batch 128 --online_iteration {flags.online_iteration} --print_every 25 "
+            f"--pre_iteration {flags.pre_iteration} --test_iteration 500"
         ),
     }
-    for count in (flags.num_images, MORE * flags.num_images):
-        steps[f"A row to beat: {count} random real images with target features"] = (
-            f"-m krr_st.baselines --method random_features {data_target} --num_images {count} "
-            f"--synthetic_data_dir synthetic_data/random_{count}"
-        )
-    for name, (label, command) in rows(flags).items():
-        pretraining = "" if name == "scratch" else f" --pre_epoch {flags.pre_epoch}"
-        steps[f"Judged on real images: {label}"] = (
+    for name, row in rows(flags).items():
+        if row.baseline:
+            steps[f"A row to compare with: {row.label}"] = (
+                f"-m krr_st.baselines --method random_features {data_target} {row.baseline} "
+                f"--target_scale std --synthetic_data_dir synthetic_data/{name}"
+            )
+    for name, row in rows(flags).items():
+        command = f"{row.judged} --pre_iteration {flags.pre_iteration}" if row.judged else "test_scratch.py"
+        steps[f"Judged on real images: {row.label}"] = (
             f"{command} --source_data_name digits --protocol linear --shots 10_all "
             f"--num_test {flags.num_test} --probe_on both --target_error "
-            f"--target_model {UNLABELLED} --log_dir test_log/{name}{pretraining}"
+            f"--target_model {UNLABELLED} --log_dir test_log/{name}"
         )
     return steps
 
@@ -165,25 +192,29 @@ def unlabelled_table(flags: DemoFlags) -> str:
     """Pre-trainings by their error of target features and their probes; what the seeds say."""
     error, *_ = COLUMNS
     values, lines = {}, []
-    for name, (label, _) in rows(flags).items():
+    table = rows(flags)
+    for name, row in table.items():
         (path,) = (flags.folder / "test_log" / name).glob("digits/*/*/linear/results.json")
         cells = grouped(json.loads(path.read_text())["cells"], Measure.of)
         found = {title: [cell[m.field] for cell in cells[m]] for title, m in COLUMNS.items()}
         values[name] = found
         shown = (format_mean_std(found[title], 3 if title == error else 2) for title in COLUMNS)
-        lines.append([label, *shown])
+        lines.append([row.label, *shown])
     count = flags.num_images
-    curve = {count: -fmean(values["random"][error]), MORE * count: -fmean(values["more"][error])}
-    worth = random_images(curve, -fmean(values["krr_st"][error]), count)
+    curve = {number: -fmean(values[f"random_{number}"][error]) for number in (n * count for n in MORE)}
+    views, worth = (
+        random_images(curve, -fmean(values[name][error]), count) for name in ("blended", "krr_st")
+    )
     ahead = []
     for title in COLUMNS:
-        pairs = zip(values["krr_st"][title], values["random"][title], strict=True)
+        pairs = zip(values["krr_st"][title], values[f"random_{count}"][title], strict=True)
         wins = sum(ours < theirs if title == error else ours > theirs for ours, theirs in pairs)
         ahead.append(f"{title}: {wins} of {flags.num_test}")
     return (
         f"{markdown(['pre-training', *COLUMNS], lines)}\n\n"
         "The error is that of the outputs on unseen images, in variances of the target's features "
-        f"(1: predicting their mean); by it the {count} KRR-ST images are worth {worth} random ones.\n"
+        f"(1: predicting their mean); by it the {count} KRR-ST images are worth {worth} random ones, "
+        f"{count} random ones in blended views {views}.\n"
         f"Seeds on which they beat {count} random ones: {'; '.join(ahead)}."
     )
 

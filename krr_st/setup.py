@@ -107,13 +107,7 @@ class KRRSTSetup(KernelSetup):
             curve = [e["held_out_loss"] for e in run.read_log() if "held_out_loss" in e]
             found = {"held_out_loss": {"of": self.monitored, "start": curve[0], "end": curve[-1]}}
             lines = {self.monitored: series["held_out_loss"], **lines}
-        save_lines(
-            lines,
-            run.path / "loss.png",
-            x_label="outer step",
-            y_label="KRR loss",
-            log_y=True,
-            title="Only the fixed networks compare step with step: the pool's age and follow the set",
-            legend="outside lower center",
-        )
+        title = "Only the fixed networks compare step with step: the pool's age and follow the set"
+        axes = dict(x_label="outer step", y_label="KRR loss", log_y=True)
+        save_lines({title: lines}, run.path / "loss.png", **axes)
         return found

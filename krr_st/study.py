@@ -50,7 +50,7 @@ from methods import METHODS
 from utils import checkpoint, cli
 from utils.cli import flag
 from utils.errors import UserError, pick
-from utils.plots import save_lines
+from utils.plots import Lines, save_lines
 from utils.precision import PRECISIONS
 from utils.run_folder import write_json
 from utils.seed import make_generator
@@ -359,21 +359,16 @@ def tables(study: Study) -> dict[str, str]:
 
 
 def draw(study: Study) -> None:
-    """worth.png, and with the error error.png: the curves of random images, each row's set beside them."""
-    accuracies = [probe for probe in study.probes if probe.protocol != TARGET_ERROR]
-    for name, y_label, probes in (
-        ("worth.png", "probe accuracy in %", accuracies),
-        ("error.png", "error of target features", study.probes[len(accuracies) :]),
-    ):
-        lines: dict[str, tuple[Any, Any]] = {}
-        for probe in probes:
-            curve = study.curve(probe)
-            lines[f"random + features, {probe.heading()}"] = (list(curve), list(curve.values()))
-        for row in study.rows if probes else ():
-            if not math.isnan(value := study.mean(row.name, probes[-1])):
+    """worth.png, a panel per measure: the curve of random images, and each row's set beside it."""
+    panels: dict[str, Lines] = {}
+    for probe in study.probes:
+        curve, error = study.curve(probe), probe.protocol == TARGET_ERROR
+        lines = panels[probe.heading() if error else f"accuracy in %, {probe.heading()}"] = {}
+        lines["random images by their number"] = (list(curve), list(curve.values()))
+        for row in study.rows:  # that of an untrained network would leave the others no room
+            if not math.isnan(value := study.mean(row.name, probe)) and not (error and row.method == SCRATCH):
                 lines[row.name] = ([study.flags.num_images], [value])
-        if lines:
-            save_lines(lines, study.folder / name, x_label="images", y_label=y_label, log_x=True)
+    save_lines(panels, study.folder / "worth.png", x_label="images", y_label="", log_x=True)
 
 
 @cli.command(StudyFlags, prog="python -m krr_st.study", description=__doc__)

@@ -417,7 +417,7 @@ def test_demo_at_tiny_size(tmp_path, capsys):
         "3",
         "--online_iteration",
         "2",
-        "--pre_epoch",
+        "--pre_iteration",
         "2",
         "--num_test",
         "1",
@@ -435,10 +435,11 @@ def test_demo_at_tiny_size(tmp_path, capsys):
         "10 images by DM",
         "10 images by DM + CLoM",
     ]
-    assert titles[-4:] == [
+    assert titles[-5:] == [
         "no pre-training",
         "5 random real images + target features",
         "25 random real images + target features",
+        "5 random real images in blended views",
         "5 KRR-ST images",
     ]
     for row, probes in ((table[2], 1), (table[-1], 5)):

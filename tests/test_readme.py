@@ -1,4 +1,4 @@
-"""Every command that the README prints, run as printed with flags that make it small."""
+"""Every command that the README and the guide print, run as printed with flags that make it small."""
 
 import os
 import re
@@ -17,10 +17,10 @@ from PIL import Image
 from utils import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "README.md").read_text()
+TEXT = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/guide.md"))
 START = ("python ", "make ", "torchrun ", ". .venv")
 
-# What a placeholder of the README stands for, by the module or script that is called.
+# What a placeholder stands for, by the module or script that is called.
 PLACES = {
     "data.prepare": {"PATH": "pictures"},
     "distillation": {"PATH": "pictures"},
@@ -47,6 +47,8 @@ SMALLER = {
     "krr_st.kd_teacher": f"{TINY} --epochs 1",
     "train.py": f"{TINY} --num_images 10 --num_models 1 --outer_iteration 2 --outer_batch_size 8 "
     "--online_iteration 2 --pre_epoch 2 --test_iteration 2",
+    "train.py best": f"{TINY} --num_images 10 --num_models 1 --outer_iteration 2 --outer_batch_size 8 "
+    "--online_iteration 2 --view_batch 8 --pre_iteration 2 --test_iteration 2",
     "train.py frepo": f"{SET} --num_models 1 --outer_batch_size 8",
     "train.py kip": f"{SET} --num_models 1 --num_batches 1 --outer_batch_size 8 --no-zca --lr_transform 0",
     "train.py mtt": f"{SET} {STUDENT}",
@@ -80,7 +82,7 @@ TARGETS = ("cifar10", "aircraft", "cars", "cub2011", "dogs", "flowers")
 
 
 def commands():
-    """The README's commands in their order: lines of code blocks, cells of tables, prose."""
+    """The commands in their order: lines of code blocks, cells of tables, prose."""
     found = []
     for block, inline in re.findall(r"```\w*\n(.*?)```|`([^`\n]+)`", TEXT, re.DOTALL):
         lines = [line.split("  #")[0].strip() for line in (block or inline).splitlines()]
@@ -88,22 +90,25 @@ def commands():
     return list(dict.fromkeys(found))
 
 
+RUNS = ["train.py", "--method"], ["train.py", "--recipe"]
+
+
 def program(command):
-    """`krr_st.target` of `python -m krr_st.target`, `train.py dm` of `python train.py --method dm`."""
+    """`krr_st.target` of `python -m krr_st.target`, `train.py dm` of `train.py --method dm` or --recipe."""
     words = command.split()
     name = words[2] if words[1] == "-m" else words[1]
-    return f"{name} {words[3]}" if words[1:3] == ["train.py", "--method"] else name
+    return f"{name} {words[3]}" if words[1:3] in RUNS else name
 
 
 def is_elsewhere(command):
     return any(part in command for part in ELSEWHERE)
 
 
-def test_every_command_of_the_readme_is_known():
+def test_every_command_is_known():
     found = commands()
     assert len(found) > 20
     for part in ELSEWHERE:
-        assert any(part in command for command in found), f"{part} is not in the README any more"
+        assert any(part in command for command in found), f"{part} is not there any more"
     for command in found:
         assert is_elsewhere(command) or program(command) in SMALLER, command
     run = {program(command) for command in found if not is_elsewhere(command)}
@@ -111,7 +116,7 @@ def test_every_command_of_the_readme_is_known():
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_works(workspace):
+def test_every_command_works(workspace):
     for name in ("cifar100", *TARGETS):
         write_set("datasets", name, size=32, classes=10, train=40, test=20)
     for name in ("cifar10", "tinyimagenet"):

@@ -1,7 +1,7 @@
 """Pictures as PNGs, written whole or not at all: image grids, lines, bars, curves."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,30 +51,35 @@ def _save(figure: Any, path: Path | str) -> None:
 
 
 def save_lines(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    panels: Mapping[str, Lines],
     path: Path | str,
     *,
     x_label: str,
     y_label: str,
     log_x: bool = False,
     log_y: bool = False,
-    title: str = "",
-    legend: str = "outside right upper",
 ) -> None:
-    """Draw lines, name -> (abscissae, ordinates); one of a single point becomes a mark.
+    """Draw a panel per title, three per row; a line of a single point becomes a mark.
 
-    `legend` is where the names go, in matplotlib's words.
+    A name keeps its colour and its mark in all panels.
     """
-    figure, (axes,) = _panels(1, 1, 7, 4.2)
-    marks = iter("osD^v<>pPX*hd" * 9)
-    for name, (x, y) in lines.items():
-        style = dict(linewidth=1.4, marker=".") if len(x) > 1 else dict(linestyle="", marker=next(marks))
-        axes.plot(x, y, label=name, **style)
-    axes.set_title(title, fontsize="medium")
-    axes.set(xlabel=x_label, xscale="log" if log_x else "linear")
-    axes.set(ylabel=y_label, yscale="log" if log_y else "linear")
-    axes.grid(alpha=0.3)
-    figure.legend(loc=legend, fontsize="small")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    single = len(panels) == 1
+    figure, grid = _panels(len(panels), min(3, len(panels)), *((7, 4.2) if single else (4, 2.9)))
+    handles: dict[str, Any] = {}
+    for axes, (title, lines) in zip(grid, panels.items(), strict=True):
+        for name, (x, y) in lines.items():
+            number = names.index(name)
+            style: dict[str, Any] = dict(linewidth=1.4, marker=".")
+            if len(x) == 1:
+                style = dict(linestyle="", marker="osD^v<>pPX*hd"[number % 13])
+            (handles[name],) = axes.plot(x, y, color=f"C{number % 10}", **style)
+        axes.set_title(title, fontsize="medium")
+        axes.set(xlabel=x_label, xscale="log" if log_x else "linear")
+        axes.set(ylabel=y_label, yscale="log" if log_y else "linear")
+        axes.grid(alpha=0.3)
+    shown = [handles[name] for name in names]
+    figure.legend(shown, names, loc="outside lower center", ncols=1 if single else 3, fontsize="small")
     _save(figure, path)
 
 
