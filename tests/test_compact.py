@@ -401,3 +401,23 @@ def test_encoding_leaves_the_set_alone():
     tensors, _ = encode(s.images, s.targets, CompactFlags())
     tensors["x"].zero_(), tensors["y"].zero_()
     assert torch.equal(s.images, before[0]) and torch.equal(s.targets, before[1])
+
+
+def test_gradients_of_views_are_the_same_bits_with_several_threads():
+    """Many views show one image; threads that added up its gradient as they come would differ."""
+    generator = torch.Generator().manual_seed(0)
+    views = SetViews.draw(20, 8, 2, True, generator, blend=True)
+    x = torch.rand(20, 3, 16, 16, generator=generator).requires_grad_()
+    weight = torch.rand(160, 3, 16, 16, generator=generator)
+    threads = torch.get_num_threads()
+
+    def gradient():
+        return torch.autograd.grad((views.images(x, Stats((0.5,) * 3, (0.2,) * 3)) * weight).sum(), x)[0]
+
+    try:
+        torch.set_num_threads(1)
+        expected = gradient()
+        torch.set_num_threads(4)
+        assert all(torch.equal(gradient(), expected) for _ in range(20))
+    finally:
+        torch.set_num_threads(threads)

@@ -129,7 +129,8 @@ class SetViews:
 
         def seen(index: Tensor, numbers: Tensor) -> Tensor:
             views = views_from_numbers(numbers.flatten()[rows].long(), self.pad)
-            return apply_crop_flip(pixels[upload(index, x.device)], views, self.pad)
+            # Not by brackets: threads would add up their gradient in any order.
+            return apply_crop_flip(pixels.index_select(0, upload(index, x.device)), views, self.pad)
 
         own = seen(rows // k, self.numbers)
         if self.blend is None:
