@@ -43,7 +43,7 @@ class DemoFlags:
     epochs: int = flag(25, "epochs of the target model and of CLoM's model", minimum=1)
     outer_iteration: int = flag(300, "outer steps of KRR-ST", minimum=1)
     online_iteration: int = flag(200, "age limit of the pool networks", minimum=1)
-    pre_iteration: int = flag(200, "steps of pre-training on each set of features", minimum=1)
+    pre_iteration: int = flag(100, "steps of pre-training on each set of features", minimum=1)
     num_test: int = flag(3, "seeds a row", minimum=1)
 
 
