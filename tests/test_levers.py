@@ -81,6 +81,19 @@ def test_a_typed_length_takes_the_place_of_the_recipe_s():
     assert parse("--pre_epoch", str(default)) == (default, None)
 
 
+@pytest.mark.parametrize("typed", ["", "--pre_epoch 1000", "--pre_epoch 7", "--pre_iteration 7"])
+def test_the_command_that_repeats_a_run_of_a_recipe(typed):
+    recipe = {"pre_iteration": 9}
+
+    def parse(argv):
+        recipes = {"published": recipe}
+        return cli.parse(TrainFlags, argv, prog="train.py", description="", recipes=recipes)
+
+    flags = parse(typed.split())
+    repeated = cli.command_line("train.py", flags, recipe).split()[1:]
+    assert parse(repeated) == flags and TrainFlags().pre_epoch == 1000
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_name_real_flags_and_parse(name):
     flags = cli.parse(TrainFlags, ["--recipe", name], prog="train.py", description="", recipes=RECIPES)

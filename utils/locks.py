@@ -1,4 +1,4 @@
-"""Work shared by several processes on one folder: who has claimed what.
+"""Folders that one process at a time may use: who has claimed what.
 
 The locks are the operating system's, by filelock: they end with their process, and a process that
 is only suspended keeps its own.
