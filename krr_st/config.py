@@ -96,6 +96,7 @@ class TrainFlags(FeatureFlags, ViewFlags):
     )
     outer_iteration: int = same_flag(FeatureFlags, "outer_iteration", default=160000)
     outer_batch_size: int = flag(1024, "real images per outer step", minimum=1)
+    augment: bool | None = flag(None, "crop and flip the real images; default: yes, as published")
     outer_lr: float = flag(1e-3, "learning rate of X_s and Y_s, decays linearly to 1e-3 of it", above=0)
     outer_lr_y: float | None = flag(None, "learning rate of Y_s where it is not that of X_s", above=0)
     outer_wd: float = flag(0.0, "weight decay of X_s and Y_s", minimum=0)

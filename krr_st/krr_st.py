@@ -7,9 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from data.augment.crop_flip import default_padding
 from data.augment.mixup import mixup
-from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
 from data.synthetic import SyntheticSet
 from data.synthetic.views import SetViews
@@ -20,7 +18,7 @@ from krr_st.config import TrainFlags
 from krr_st.held_out import HeldOutLoss
 from krr_st.loss import krr_loss
 from krr_st.pool import ModelPool, pool_network
-from krr_st.views import RealBatch, targets_for
+from krr_st.views import RealBatch, real_loader, targets_for
 from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule
 from utils.precision import autocast, compiled
@@ -66,7 +64,7 @@ class KRRST(Distiller):
             seen=self._seen,
             draws=None if self._seen is None else self.stream("pool's mixup"),
         )
-        self.loader = real_loader(problem, flags.outer_batch_size, self.stream("real batches"))
+        self.loader = real_loader(problem, flags, self.stream("real batches"))
         self.targets = targets_for(problem, flags)
         lr, wd = flags.outer_lr, flags.outer_wd
         rates = lr, flags.outer_lr_y or lr
@@ -186,15 +184,3 @@ def seen_in_views(
     """`count` random views of X_s (m, C, H, W), and the features of them; differentiable in X_s."""
     x = views.images(x_syn, stats, torch.randint(len(views), (count,), generator=generator))
     return x, target.differentiable(x) if x.requires_grad else target(x)
-
-
-def real_loader(problem: Problem, batch_size: int, generator: torch.Generator) -> TensorLoader:
-    """Endless batches of the training images, crop, flip, normalise: ((x, views), index).
-
-    `batch_size` is that over all processes; `generator` draws order and views. The last, smaller
-    batch of each pass is kept, as in the released code.
-    """
-    image_set = problem.image_set
-    pad, hflip = default_padding(image_set.size), image_set.hflip
-    views = ViewPipeline(image_set.stats, pad=pad, hflip=hflip, shard=problem.group)
-    return problem.loader(batch_size, generator, views)

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from data.augment import normalize
 from data.augment.crop_flip import apply_crop_flip, count_views, default_padding, views_from_numbers
-from data.loader import fits
+from data.load import ImageSet
+from data.loader import TensorLoader, ViewPipeline, fits
 from data.specs import Stats
 from distillation.problem import Problem
 from evaluation.target import target_sample
@@ -42,6 +43,22 @@ class RealBatch(NamedTuple):
     x: Tensor  # (b, C, H, W) normalised, on the device
     index: Tensor  # (b,) int64 row of each image in the training split, on the CPU
     view: Tensor  # (b,) int64 number of its view, on the CPU
+
+
+def padding_and_flip(image_set: ImageSet, flags: TrainFlags) -> tuple[int, bool]:
+    """What makes the views of real images: by how many pixels they are shifted, whether they are mirrored."""
+    return (0, False) if flags.augment is False else (default_padding(image_set.size), image_set.hflip)
+
+
+def real_loader(problem: Problem, flags: TrainFlags, generator: torch.Generator) -> TensorLoader:
+    """Endless batches of the training images, crop, flip, normalise: ((x, views), index).
+
+    `generator` draws order and views. The last, smaller batch of each pass is kept, as in the released
+    code.
+    """
+    pad, hflip = padding_and_flip(problem.image_set, flags)
+    views = ViewPipeline(problem.image_set.stats, pad=pad, hflip=hflip, shard=problem.group)
+    return problem.loader(flags.outer_batch_size, generator, views)
 
 
 class OnlineTargets:
@@ -215,8 +232,9 @@ def row_sums(rows: Tensor) -> Tensor:
 def targets_for(problem: Problem, flags: TrainFlags) -> OnlineTargets:
     """A table of views, or the target model at every step; a UserError where no file can be made."""
     image_set, target, device = problem.image_set, problem.target, problem.device
-    images, stats, pad = image_set.train.images, image_set.stats, default_padding(image_set.size)
-    views = count_views(pad, image_set.hflip)
+    images, stats = image_set.train.images, image_set.stats
+    pad, hflip = padding_and_flip(image_set, flags)
+    views = count_views(pad, hflip)
     rows, dim, free = len(images) * views, target.dim, free_memory(device)
     draws = flags.outer_iteration * min(flags.outer_batch_size, len(images))
     dtype = DTYPES[flags.views_dtype or ("bf16" if flags.precision == "bf16" else "fp32")]
@@ -234,7 +252,7 @@ def targets_for(problem: Problem, flags: TrainFlags) -> OnlineTargets:
             "images": checkpoint.fingerprint(images),
             "stats": [stats.mean, stats.std],
             "pad": pad,
-            "hflip": image_set.hflip,
+            "hflip": hflip,
             "precision": flags.precision,
         }
         if flags.target_ckpt is not None:

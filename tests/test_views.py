@@ -14,13 +14,22 @@ import torch.nn.functional as F
 from conftest import CPU, NET, SHAPE, make_target, write_set, write_target
 
 import train
+from data.augment import normalize
 from data.augment.crop_flip import count_views, view_numbers, views_from_numbers
 from data.load import load_set
 from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
 from distillation.problem import Problem
-from krr_st.krr_st import real_loader
-from krr_st.views import DTYPES, OnlineTargets, RealBatch, TargetViews, mapped_table, plan_views
+from krr_st.config import TrainFlags
+from krr_st.views import (
+    DTYPES,
+    OnlineTargets,
+    RealBatch,
+    TargetViews,
+    mapped_table,
+    plan_views,
+    real_loader,
+)
 from utils.distributed import Group
 from utils.errors import UserError
 
@@ -263,6 +272,12 @@ def test_train_gives_the_same_set_wherever_targets_come_from(tiny, capsys):
     assert len(list(Path("cache").iterdir())) == 1  # one table, used twice
     about = json.loads(next(Path("cache").glob("*/about.json")).read_text())
     assert about["pad"] == 1 and about["rows"] == 32 * 18
+    for name in ("online", "exact"):
+        assert train.main(flags(f"plain-{name}", "--no-augment", "--target_views", name)) == 0
+    plain = [synthetic(f"plain-{name}") for name in ("online", "exact")]
+    assert all(torch.equal(a, b) for a, b in zip(*plain, strict=True))
+    assert not torch.equal(plain[0][0], first[0])
+    assert "(32 views x" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -293,7 +308,8 @@ def stand_in(count):
 def shard_loader(image_set, batch_size, rank=0, ranks=1, seed=0):
     """The real batches of one of several processes."""
     problem = Problem(image_set, CPU, 0, Group(rank, ranks))
-    return real_loader(problem, batch_size, torch.Generator().manual_seed(seed))
+    flags = TrainFlags(outer_batch_size=batch_size)
+    return real_loader(problem, flags, torch.Generator().manual_seed(seed))
 
 
 def test_shards_of_a_batch_are_the_batch(tiny):
@@ -309,6 +325,15 @@ def test_shards_of_a_batch_are_the_batch(tiny):
             (own_x, own_view), own_index = parts[rank][step]
             assert torch.equal(own_x, x[rank::3]) and torch.equal(own_view, view[rank::3])
             assert torch.equal(own_index, index[rank::3])
+
+
+def test_without_augmentation_real_images_are_themselves(tiny):
+    image_set = stand_in(30)
+    given = TrainFlags(outer_batch_size=12, augment=False)
+    loader = real_loader(Problem(image_set, CPU, 0), given, torch.Generator().manual_seed(0)).forever()
+    for (x, view), index in (next(loader) for _ in range(3)):
+        assert torch.equal(x, normalize(image_set.train.images[index], image_set.stats))
+        assert not view.any()
 
 
 def test_a_pass_shows_every_image_once(tiny):
