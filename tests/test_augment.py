@@ -64,10 +64,11 @@ def test_the_middle_view_is_the_image_and_the_rest_is_zero():
     assert torch.equal(corner[:, :, 2:, 2:], x[:, :, :4, :4])
 
 
-def test_differentiable():
+@pytest.mark.parametrize("border", ["constant", "reflect"])
+def test_differentiable(border):
     x = torch.rand(2, 1, 3, 3, generator=generator(), dtype=torch.float64, requires_grad=True)
     views = CropFlip(torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([True, False]))
-    assert torch.autograd.gradcheck(lambda t: apply_crop_flip(t, views, 1), x)
+    assert torch.autograd.gradcheck(lambda t: apply_crop_flip(t, views, 1, border), x)
 
 
 @pytest.mark.parametrize("hflip", [True, False])

@@ -154,10 +154,13 @@ def test_pixels_of_real_images_survive_in_one_byte(tmp_path):
     torch.testing.assert_close(again.images, x, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("border", ["reflect", "constant"])
 @pytest.mark.parametrize("blend", [False, True])
-def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend):
+def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, border):
     s, pad, k = make(m=4), 1, 6
     views = SetViews.draw(4, k, pad, True, torch.Generator().manual_seed(3), blend)
+    assert views.border == "reflect"
+    views = dataclasses.replace(views, border=border)
     numbers = views.numbers.tolist()
     assert int(views.numbers.max()) < 18 and (blend or all(len(set(row)) == k for row in numbers))
     whole = views.images(s.images, STATS)
@@ -170,15 +173,26 @@ def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend):
     torch.testing.assert_close(stored["x"], s.images, atol=1e-6, rtol=0)  # each once
     again = SyntheticSet.load(tmp_path / "a.safetensors")
     assert again.images.shape == (24, 3, 8, 8) and torch.equal(again.targets, targets)
+    if border == "constant":  # what the first files do not say
+        facts = {"version": 1, "size": [8, 8], "pad": pad}
+        about = json.dumps({"mean": STATS.mean, "std": STATS.std})
+        metadata = {"compact": json.dumps(facts), "synthetic_set": about}
+        safetensors.torch.save_file(stored, tmp_path / "first.safetensors", metadata)
+        first = SyntheticSet.load(tmp_path / "first.safetensors")
+        assert torch.equal(first.images, again.images) and first.views.border == "constant"
     black = -np.array(STATS.mean) / np.array(STATS.std)
+
+    def at(i, r, c):
+        if border == "reflect":
+            r, c = (abs(v) if v < 8 else 14 - v for v in (r, c))
+        return s.images[i, :, r, c].numpy() if 0 <= r < 8 and 0 <= c < 8 else black
 
     def seen(i, number):
         flip, top, left = number // 9, number // 3 % 3 - 1, number % 3 - 1
-        found = np.broadcast_to(black[:, None, None], (3, 8, 8)).copy()
+        found = np.empty((3, 8, 8))
         for r in range(8):
             for c in range(8):
-                if 0 <= r + top < 8 and 0 <= c + left < 8:
-                    found[:, r, 7 - c if flip else c] = s.images[i, :, r + top, c + left].numpy()
+                found[:, r, 7 - c if flip else c] = at(i, r + top, c + left)
         return found
 
     for i in range(4):
@@ -323,6 +337,8 @@ VIEWS = {
         ({"x": X, "y": Y}, {"size": [8, -1]}, "size is"),
         ({"x": X, "y": Y}, {"pad": 99}, "padding"),
         ({"x": X, "y": Y}, {"pad": 1.0}, "padding"),
+        ({"x": X, "y": Y}, {"border": "circular"}, "border 'circular'"),
+        ({"x": X, "y": Y}, {"border": "reflect", "size": [1, 8]}, "cannot be shifted by 1"),
         ({"x": X, "y": Y}, {"size": [10**5, 10**5]}, "decoded values"),
         ({"x": X, "y": Y}, {"size": [2, 8]}, "at most"),
         ({"y": Y}, {}, r"x of shape \(n, C, h, w\)"),

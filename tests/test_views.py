@@ -21,15 +21,7 @@ from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
 from distillation.problem import Problem
 from krr_st.config import TrainFlags
-from krr_st.views import (
-    DTYPES,
-    OnlineTargets,
-    RealBatch,
-    TargetViews,
-    mapped_table,
-    plan_views,
-    real_loader,
-)
+from krr_st.views import DTYPES, OnlineTargets, RealBatch, TargetViews, mapped_table, plan_views, real_loader
 from utils.distributed import Group
 from utils.errors import UserError
 

@@ -52,16 +52,17 @@ def views_from_numbers(numbers: Tensor, pad: int) -> CropFlip:
     return CropFlip(rest % offsets, left, rest >= offsets)
 
 
-def apply_crop_flip(x: Tensor, views: CropFlip, pad: int) -> Tensor:
-    """Zero-pad by `pad` pixels, crop back at each image's own offset, mirror where flagged.
+def apply_crop_flip(x: Tensor, views: CropFlip, pad: int, border: str = "constant") -> Tensor:
+    """Pad by `pad` pixels, crop back at each image's own offset, mirror where flagged.
 
-    x is (B, C, H, W) of any dtype before normalisation (the padding is black); so is the result, which
-    is differentiable in a floating-point x.
+    x is (B, C, H, W) of any dtype, and so is the result, which is differentiable in a floating-point x.
+    The `border` is zeros (black before normalisation), or with "reflect" the image mirrored at its
+    edges, for floating-point images of more than `pad` rows and columns.
     """
     channels, height, width = x.shape[1:]
     view = upload(view_numbers(views, pad), x.device)
     index = _view_table(height, width, pad, x.device).index_select(0, view)  # (B, H·W)
-    padded = F.pad(x, (pad, pad, pad, pad)).flatten(2)
+    padded = F.pad(x, (pad, pad, pad, pad), border).flatten(2)
     return padded.gather(2, index[:, None].expand(-1, channels, -1)).view_as(x)
 
 

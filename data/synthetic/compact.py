@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.specs import Stats
-from data.synthetic.views import INTEGERS, LARGEST_PAD, SetViews, index_type, view_bytes
+from data.synthetic.views import BORDERS, INTEGERS, LARGEST_PAD, SetViews, index_type, view_bytes
 from utils.cli import flag
 from utils.cost import largest
 from utils.errors import UserError
@@ -99,7 +99,8 @@ def encode(
         tensors |= views.tensors()
     tensors |= _encode_targets(targets.cpu(), how, 1 if unit is None else unit.cpu().double())
     stored = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    return stored, {"version": VERSION, "size": size, "pad": 0 if views is None else views.pad}
+    facts = {"pad": 0} if views is None else {"pad": views.pad, "border": views.border}
+    return stored, {"version": VERSION, "size": size, **facts}
 
 
 def _shrink(x: Tensor, small: tuple[int, int]) -> Tensor:
@@ -161,8 +162,8 @@ def decode(
 
     Sizes, types and values are checked before anything is decoded; a UserError names the file.
     """
-    size, pad = _checked_facts(facts, path)
-    views = _check_tensors(tensors, size, pad, path)
+    size, shifts = _checked_facts(facts, path)
+    views = _check_tensors(tensors, size, shifts, path)
     x, fixed = tensors["x"], tensors.get("x.map")
     images = x.float()
     if fixed is not None:
@@ -172,7 +173,7 @@ def decode(
         images = F.interpolate(images, size, mode="bilinear", align_corners=False)
     if views is not None:
         if stats is None:
-            raise UserError(f"{path} holds views but no mean and std, which say what is black")
+            raise UserError(f"{path} holds views but no mean and std")
         stats.check_channels(images.shape[1], path)
         images = views.images(images, stats)
     if "y" in tensors:
@@ -181,8 +182,10 @@ def decode(
     return {"images": images, "targets": mean + left @ right, "views": views}
 
 
-def _checked_facts(facts: Mapping[str, Any], path: Path) -> tuple[tuple[int, int], int]:
+def _checked_facts(facts: Mapping[str, Any], path: Path) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Height and width of the images, and how their views are shifted."""
     version, size, pad = (facts.get(name) for name in ("version", "size", "pad"))
+    border = facts.get("border", "constant")  # of files that do not say it: the first ones
     if version != VERSION:
         raise UserError(f"{path} is a compact set of version {version}, expected {VERSION}")
     sides = size if isinstance(size, list) and len(size) == 2 else [None, None]
@@ -190,11 +193,13 @@ def _checked_facts(facts: Mapping[str, Any], path: Path) -> tuple[tuple[int, int
         raise UserError(f"{path}: a compact set's size is {size}, expected height and width in pixels")
     if type(pad) is not int or not 0 <= pad <= LARGEST_PAD:
         raise UserError(f"{path}: the padding of a compact set's views is {pad}, expected 0 to {LARGEST_PAD}")
-    return (size[0], size[1]), pad
+    if border not in BORDERS or (border == "reflect" and pad >= min(size)):
+        raise UserError(f"{path}: views of {size} pixels cannot be shifted by {pad}, border {border!r}")
+    return (size[0], size[1]), {"pad": pad, "border": border}
 
 
 def _check_tensors(
-    tensors: Mapping[str, Tensor], size: tuple[int, int], pad: int, path: Path
+    tensors: Mapping[str, Tensor], size: tuple[int, int], shifts: dict[str, Any], path: Path
 ) -> SetViews | None:
     """The views; a UserError for tensors that do not fit together or would be too many values."""
 
@@ -210,7 +215,7 @@ def _check_tensors(
     check((fixed is None) == (x.dtype != torch.uint8), "x.map with x in uint8, and only then")
     if fixed is not None:
         check(fixed.shape == (2, x.shape[1]) and fixed.dtype == torch.float32, "x.map of shape (2, C)")
-    views = SetViews.parse(tensors, len(x), pad, check)
+    views = SetViews.parse(tensors, len(x), check, **shifts)
     count = len(x) if views is None else len(views)
     check(count * x.shape[1] * size[0] * size[1] <= LARGEST, f"at most {LARGEST} decoded values")
     found = [tensors.get(name) for name in _LOW_RANK]

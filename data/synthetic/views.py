@@ -25,6 +25,7 @@ from utils.errors import UserError
 
 LARGEST_PAD = 5  # of views whose numbers take one byte
 _BLEND = ("x.partners", "x.partner_views", "x.shares")
+BORDERS = ("reflect", "constant")
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -39,8 +40,8 @@ class ViewFlags:
 
     views: int = flag(
         1,
-        "crops and flips of each image that the set stands for, the first of them the image itself; each has "
-        "features of its own",
+        "crops and flips of each image that the set stands for, the first of them the image itself, reflected "
+        "beyond its border; each view has features of its own",
         minimum=1,
     )
     blend: bool = flag(
@@ -77,6 +78,7 @@ class SetViews:
     numbers: Tensor  # (n, k) uint8: crop-and-flip views
     pad: int  # pixels by which they are shifted at most
     blend: Blend | None = None
+    border: str = "reflect"  # what lies around an image: its reflection, or black ("constant")
 
     @classmethod
     def draw(
@@ -119,7 +121,7 @@ class SetViews:
         return self.numbers.shape[1]
 
     def images(self, x: Tensor, stats: Stats, rows: Tensor | None = None) -> Tensor:
-        """The set's images (n * k, C, H, W) of normalised ones (n, C, H, W); black around; differentiable.
+        """The set's images (n * k, C, H, W) of normalised ones (n, C, H, W); differentiable.
 
         `rows` are those wanted, all by default.
         """
@@ -130,7 +132,8 @@ class SetViews:
         def seen(index: Tensor, numbers: Tensor) -> Tensor:
             views = views_from_numbers(numbers.flatten()[rows].long(), self.pad)
             # Not by brackets: threads would add up their gradient in any order.
-            return apply_crop_flip(pixels.index_select(0, upload(index, x.device)), views, self.pad)
+            chosen = pixels.index_select(0, upload(index, x.device))
+            return apply_crop_flip(chosen, views, self.pad, self.border)
 
         own = seen(rows // k, self.numbers)
         if self.blend is None:
@@ -148,7 +151,12 @@ class SetViews:
 
     @classmethod
     def parse(
-        cls, tensors: Mapping[str, Tensor], count: int, pad: int, check: Callable[[bool, str], None]
+        cls,
+        tensors: Mapping[str, Tensor],
+        count: int,
+        check: Callable[[bool, str], None],
+        pad: int,
+        border: str,
     ) -> SetViews | None:
         """The views in a file of `count` images; None where there are none.
 
@@ -168,13 +176,13 @@ class SetViews:
         check(numbers.dim() == 2 and len(numbers) == count and numbers.numel() > 0, "x.views of shape (n, k)")
         check_views(numbers)
         if not any(present):
-            return cls(numbers, pad)
+            return cls(numbers, pad, border=border)
         partners, theirs, shares = parts
         check(all(part.shape == numbers.shape for part in parts), "parts of blends of the shape of x.views")
         check_views(theirs)
         check(partners.dtype in INTEGERS and shares.dtype == torch.uint8, "partners and shares in integers")
         check(int(partners.min()) >= 0 and int(partners.max()) < count, f"partners below {count}")
-        return cls(numbers, pad, Blend(partners, theirs, shares))
+        return cls(numbers, pad, Blend(partners, theirs, shares), border)
 
 
 def view_bytes(count: int, k: int, blend: bool) -> int:
