@@ -40,8 +40,8 @@ class ViewFlags:
 
     views: int = flag(
         1,
-        "crops and flips of each image that the set stands for, the first of them the image itself, reflected "
-        "beyond its border; each view has features of its own",
+        "crops and flips of each image that the set stands for, the first of them the image itself, "
+        "reflected beyond its border; each view has features of its own",
         minimum=1,
     )
     blend: bool = flag(
