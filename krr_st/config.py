@@ -33,8 +33,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "online_iteration": 500,
     },
     # Each image in fifty blended views with the target model's features of each; the images are learned
-    # so that these teach. On held-out images a larger rate, younger networks or augmented real batches
-    # lower the error less, and cost accuracy in the probes (RESULTS.md).
+    # so that these teach. On held-out images a larger rate costs accuracy in the probes, and so do
+    # augmented real batches, which also keep the error higher (RESULTS.md).
     "best": {
         "outer_iteration": 2000,
         "outer_batch_size": 256,
