@@ -51,10 +51,10 @@ def padding_and_flip(image_set: ImageSet, flags: TrainFlags) -> tuple[int, bool]
 
 
 def real_loader(problem: Problem, flags: TrainFlags, generator: torch.Generator) -> TensorLoader:
-    """Endless batches of the training images, crop, flip, normalise: ((x, views), index).
+    """Endless batches of the training images, normalised: ((x, views), index); --augment crops and flips.
 
-    `generator` draws order and views. The last, smaller batch of each pass is kept, as in the released
-    code.
+    The batch size is that over all processes; `generator` draws order and views. The last, smaller
+    batch of each pass is kept, as in the released code.
     """
     pad, hflip = padding_and_flip(problem.image_set, flags)
     views = ViewPipeline(problem.image_set.stats, pad=pad, hflip=hflip, shard=problem.group)

@@ -1,6 +1,7 @@
 """Compact storage: a synthetic set in fewer bytes, decoded to ordinary images and targets when it is read.
 
-A safetensors file whose metadata `compact` is the JSON object {"version": 1, "size": [H, W], "pad": p}:
+A safetensors file whose metadata `compact` is the JSON object {"version": 1, "size": [H, W], "pad": p}, with
+views also "border": "reflect", or "constant" for black, which is what files without this key mean:
 
 x        (n, C, h, w) float32, bfloat16 or uint8: images, enlarged bilinearly to (H, W), corners not aligned
 x.map    (2, C) float32, with uint8 alone: slope and offset of each channel's values, slope * x + offset
@@ -194,7 +195,10 @@ def _checked_facts(facts: Mapping[str, Any], path: Path) -> tuple[tuple[int, int
     if type(pad) is not int or not 0 <= pad <= LARGEST_PAD:
         raise UserError(f"{path}: the padding of a compact set's views is {pad}, expected 0 to {LARGEST_PAD}")
     if border not in BORDERS or (border == "reflect" and pad >= min(size)):
-        raise UserError(f"{path}: views of {size} pixels cannot be shifted by {pad}, border {border!r}")
+        raise UserError(
+            f"{path}: views of {size} pixels cannot be shifted by {pad}, border {border!r}; expected "
+            "constant, or reflect with a shift below both sides"
+        )
     return (size[0], size[1]), {"pad": pad, "border": border}
 
 
