@@ -124,6 +124,7 @@ except UserError as error:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["read", "mmap"])
 def test_a_file_larger_than_the_memory_is_not_called_truncated(tmp_path, how):
     torch.save(torch.zeros(16 << 20), tmp_path / "large.pt")

@@ -248,12 +248,9 @@ def test_run_folder(tiny):
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_seed_decides_everything(tiny):
-    assert run("a") == run("again") == 0 == run("other", "--seed", "5")
-    assert same("a", "again") and log("a") == log("again")
-    assert not same("a", "other")
-    assert run("rare", "--eval_every", "9", "--save_every", "9", "--print_every", "9") == 0
-    assert same("a", "rare")  # looking at a run does not change it
+def test_looking_at_a_run_does_not_change_it(tiny):
+    assert run("a") == run("rare", "--eval_every", "9", "--save_every", "9", "--print_every", "9") == 0
+    assert same("a", "rare")
 
 
 def test_a_set_of_views_is_written_whole(tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -308,8 +309,10 @@ def test_too_little_memory_is_one_line(own, pictures, workers, monkeypatch, caps
     for i in range(200):
         draw(pictures / "ant" / f"{i:03d}.png")
     monkeypatch.setattr(images, "picture_row", row)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
     message = refused(capsys, *own, "--workers", workers)
     assert "out of memory at " in message and "a picture of 9 x 7 pixels" in message
+    gc.collect()  # the loader waits for its workers here, not for seconds in the test that comes next
 
 
 @pytest.mark.parametrize("mean", ["abc", "123", [10**400] * 3, {"a": 1}, 5, [[1]] * 3])

@@ -124,6 +124,7 @@ print(*found)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator alone is told")
+@pytest.mark.slow
 @pytest.mark.parametrize("tuned", [False, True])
 def test_freed_memory_is_kept_on_a_cpu_unless_the_environment_says_otherwise(tuned):
     env = {k: v for k, v in os.environ.items() if "MALLOC" not in k and k != "GLIBC_TUNABLES"}

@@ -117,25 +117,22 @@ def test_a_run_finishes_and_its_steps_keep_the_contract(tiny, monkeypatch, name)
     assert not list(folder.glob("state*"))
 
 
-@pytest.mark.parametrize("stop", [2, 4, 6])
 @pytest.mark.parametrize("name", METHODS)
-def test_interrupted_and_resumed_is_uninterrupted(tiny, monkeypatch, capsys, name, stop):
-    assert run(name, "whole") == 0
-    with monkeypatch.context() as patch:
-        watch(patch, METHODS[name], stop)
-        assert run(name, "parts") == 130
-    capsys.readouterr()
-    assert run(name, "parts") == 0
-    assert ("resuming after" in capsys.readouterr().out) == (stop > 2)
-    assert made("whole") == made("parts") and read_log("results/whole") == read_log("results/parts")
-    assert run(name, "parts") == 0
+def test_a_seed_decides_a_run_and_an_interrupted_one(tiny, monkeypatch, capsys, name):
+    assert run(name, "whole") == run(name, "other", "--seed", "5") == 0
+    whole, log = made("whole"), read_log("results/whole")
+    assert whole != made("other")
+    for stop in (2, 6):  # before the first save, after the second
+        folder = f"stopped in {stop}"
+        with monkeypatch.context() as patch:
+            watch(patch, METHODS[name], stop)
+            assert run(name, folder) == 130
+        capsys.readouterr()
+        assert run(name, folder) == 0
+        assert ("resuming after" in capsys.readouterr().out) == (stop > 2)
+        assert made(folder) == whole and read_log(f"results/{folder}") == log, stop
+    assert run(name, folder) == 0
     assert "finished run" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_seed_decides_a_run(tiny, name):
-    assert run(name, "a") == run(name, "b") == run(name, "c", "--seed", "5") == 0
-    assert made("a") == made("b") != made("c")
 
 
 def test_help_names_every_method(capsys):
