@@ -131,7 +131,7 @@ class TensorLoader:
         if self.batch_size % shard[1]:
             raise ValueError(f"a batch of {self.batch_size} cannot be dealt to {shard[1]} ranks")
         self.targets = None if targets is None else targets.to(self.device)
-        self.resident = fits(images, self.device, max_device_bytes)
+        self.resident = images.device.type != "cpu" or fits(images, self.device, max_device_bytes)
         self.images = images.to(self.device) if self.resident else images
         # Orders have a stream of their own: looking a batch ahead does not disturb augmentation.
         self._order_generator = torch.Generator().manual_seed(draw_seed(generator))

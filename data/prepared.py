@@ -140,6 +140,11 @@ def check_recorded(folder: Path, size: int, parts: Mapping[str, ImageSplit | Non
                 )
 
 
+def spaced(total: int, count: int) -> Tensor:
+    """At most `count` of `total` rows, evenly spaced: (n,) int64."""
+    return torch.linspace(0, total - 1, min(count, total)).round().long()
+
+
 def sample(tensor: Tensor) -> Tensor:
     """Some 1024 rows of a tensor that is mapped because of its size; any other tensor itself."""
     if tensor.numel() * tensor.element_size() < _MAP_FROM_BYTES:
@@ -207,6 +212,8 @@ def count_classes(
         if labels:
             raise UserError(f"{folder} has test labels but no training labels; expected both or none")
         return None
+    if test is not None and test.labels is None:
+        raise UserError(f"{folder} has training labels but no test labels; expected both or none")
     names = read_meta(folder).get("class_names")
     count = int(torch.cat(labels).max()) + 1
     if names is None:

@@ -134,7 +134,7 @@ class Distiller:
         return {
             "x_syn": self.x_syn.detach(),
             "y_syn": self.y_syn.detach(),
-            "parts": {name: part and part.state_dict() for name, part in parts.items()},
+            "parts": {name: None if part is None else part.state_dict() for name, part in parts.items()},
             "streams": {name: stream.get_state() for name, stream in self._streams.items()},
         }
 

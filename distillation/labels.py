@@ -57,16 +57,7 @@ def set_recipe(method: Method, flags: Any, image_set: ImageSet, training: Traini
     name, count = method.name.lower(), flags.num_images
     recipe = pretrain_recipe(name, flags.data_name, flags.test_model, count=count)
     stored = count if getattr(flags, "views", 1) > 1 else None
-    recipe = recipe.fitted(training, stored).override(
-        optimizer=flags.pre_opt,
-        epochs=flags.pre_epoch,
-        steps=flags.pre_iteration,
-        batch_size=flags.pre_batch_size,
-        lr=flags.pre_lr,
-        wd=flags.pre_wd,
-        dsa=flags.pre_dsa,
-        mixup=flags.pre_mixup,
-    )
+    recipe = recipe.fitted(training, stored).with_flags(flags, "pre_")
     if flags.pre_dsa is None and not image_set.hflip:
         recipe = recipe.override(dsa=without_flip(recipe.dsa))
     return recipe

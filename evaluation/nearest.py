@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.augment import to_float
 from data.meta import read_meta
-from data.prepared import read_split
+from data.prepared import read_split, spaced
 from data.specs import find_row
 
 HELD_OUT = 256  # pictures that say how near an unseen one lies
@@ -75,7 +75,7 @@ def unseen_distances(train: Tensor, test: Tensor | None, *, mirror: bool = False
     They are HELD_OUT test pictures, evenly spaced; without any, training pictures against all others.
     """
     own, pictures = test is None, train if test is None else test
-    chosen = torch.linspace(0, len(pictures) - 1, min(HELD_OUT, len(pictures))).round().long()
+    chosen = spaced(len(pictures), HELD_OUT)
     queries = to_float(pictures[chosen])
     return find_nearest(queries, train, mirror=mirror, other_than=chosen if own else None).distance
 

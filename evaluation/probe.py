@@ -50,7 +50,7 @@ def feature_error(predicted: Tensor, features: Tensor, train_features: Tensor) -
     """
     scale = _mean_and_scale(train_features)[1]
     errors = ((predicted - features) * scale).square()
-    return float(errors[:, scale > 0].double().mean())
+    return float(errors[:, scale > 0].cpu().double().mean())
 
 
 def linear_probe(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:

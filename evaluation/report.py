@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data.augment import to_float
-from data.prepared import file_name, prepare_command
+from data.prepared import file_name, prepare_command, spaced
 from data.specs import find_row
 from data.synthetic import SyntheticSet
 from data.synthetic.forms import FOLDER_MARKS, find_set
@@ -549,11 +549,6 @@ def show_set(run: Run, sources: Sources, count: int) -> None:
             if pictures.labels is not None:
                 card.nearest_label = class_name(int(pictures.labels[index]), names)
         run.cards.append(card)
-
-
-def spaced(total: int, count: int) -> Tensor:
-    """At most `count` of `total` rows, evenly spaced."""
-    return torch.linspace(0, total - 1, min(count, total)).round().long()
 
 
 def class_name(index: int, names: list[Any]) -> str:

@@ -57,7 +57,7 @@ def crossed(entries: Sequence[Entry]) -> tuple[list[str], list[list[str]]]:
     return ["method", *columns], [[row, *(e.shown() for e in mine)] for row, mine in rows.items()]
 
 
-_TEX = {"±": "$\\pm$", "†": "$^\\dagger$", "–": "--", "×": "$\\times$"}
+_TEX = {"±": "$\\pm$", "†": "$^\\dagger$", "–": "--", "×": "$\\times$", "α": "$\\alpha$"}
 
 
 def _tex(text: str) -> str:

@@ -198,8 +198,7 @@ def describe(cell: Cell) -> str:
     measure, where = Measure.of(cell), f"{cell['target']}, seed {cell['seed']}"
     if measure.protocol == TARGET_ERROR:
         return f"{where}: error of target features {cell['error']:.4f}"
-    on = "" if measure.on == "body" else " on outputs"
-    return f"{where}, {measure.shots} shots{on}: {cell['accuracy']:.2f} %"
+    return f"{where}, {measure.heading()}: {cell['accuracy']:.2f} %"
 
 
 def parse_shots(joined: str) -> tuple[str, ...]:

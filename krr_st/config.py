@@ -130,11 +130,6 @@ class TrainFlags(FeatureFlags, ViewFlags):
     )
 
     eval_every: int = flag(16000, "steps between linear evaluations", minimum=1)
-    pre_opt: str = flag("sgd", "optimiser of pre-training in evaluations", choices=("sgd", "adam"))
-    pre_epoch: int = flag(1000, "epochs of pre-training on the synthetic set", minimum=1)
-    pre_batch_size: int = flag(256, "batch of pre-training", minimum=1)
-    pre_lr: float = flag(0.1, "learning rate of pre-training", above=0)
-    pre_wd: float = flag(1e-3, "weight decay of pre-training", minimum=0)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import io
+import json
 import math
 import shlex
 import sys
@@ -132,6 +133,8 @@ def validation_set(flags: StudyFlags) -> str:
     name = f"{flags.data_name}_val"
     if not tensor_path(flags.data_dir, name, "Y", "test", flags.img_size).exists():
         whole = load_set(flags.data_name, flags.img_size, flags.data_dir).train
+        if whole.labels is None:
+            raise UserError(f"--data_name {flags.data_name}: has no labels; probes need them")
         order = torch.randperm(len(whole), generator=make_generator(0, "held-out images"))
         held_out = int(HELD_OUT * len(whole))
         for split, index in (("train", order[held_out:]), ("test", order[:held_out])):
@@ -171,6 +174,8 @@ class Study:
         self.suffix = "-std" if flags.target_scale == "std" else ""
         made = default_checkpoint(flags.network, self.name, flags.folder / "teacher_ckpt")
         self.checkpoint = flags.target_ckpt or made
+        if flags.target_ckpt and not self.checkpoint.exists():
+            raise UserError(f"--target_ckpt {self.checkpoint} does not exist")
         self.student = flags.student or flags.network
         self.targets = load_targets((self.name, *flags.targets), flags.img_size, flags.data_dir, None)
         shots = () if flags.shots == "none" else parse_shots(flags.shots)
@@ -195,7 +200,7 @@ class Study:
             if not path:
                 raise UserError(f"--extra_sets {name}: expected NAME=METHOD=PATH")
             pick(PRETRAIN, method, "method in --extra_sets")
-            yield Row(name, method, lambda seed, path=path: Path(path.format(seed=seed)))
+            yield Row(name, method, lambda seed, path=path: Path(path.replace("{seed}", str(seed))))
         for lever in {"all": tuple(LEVERS), "none": ()}.get(flags.levers[0], flags.levers):
             pick(LEVERS, lever, "lever")
             folder = functools.partial(self.run_folder, lever)
@@ -211,12 +216,23 @@ class Study:
         """The target model, or else one job for each row and seed that is not measured."""
         if not self.checkpoint.exists():
             return [Job(f"{self.name}: target model", 0.0, self.make_target)]
+        self.check_target()
         return [
             Job(f"{self.name}: {row.name}, seed {seed}", 0.0, functools.partial(self.run_job, row, seed))
             for seed in range(self.flags.seeds)
             for row in (*self.rows, *self.curves)
             if not self.read(row, seed)
         ]
+
+    def check_target(self) -> None:
+        """Raise a UserError where the folder's sets have the features of another target model."""
+        record = self.folder / "target.json"
+        found = {"target_ckpt": checkpoint.state_fingerprint(checkpoint.load_state(self.checkpoint))}
+        if not record.exists():
+            write_json(record, found)
+        elif json.loads(record.read_text()) != found:
+            where = f"{self.folder} holds sets of another target model"
+            raise UserError(f"{where} than {self.checkpoint}; give another --folder")
 
     def run_job(self, row: Row, seed: int) -> None:
         """Make the row's set, where it is missing, and measure it."""

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +25,15 @@ from evaluation.jobs import Job
 from evaluation.kd import KD_BN, Distillation, KdFlags
 from evaluation.measure import Cell, read_cells
 from evaluation.presets import FULL_TARGETS, PRESETS
-from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, finetune_recipe, pretrain_recipe
+from evaluation.recipes import (
+    GAUSSIAN,
+    KD,
+    RANDOM_FEATURES,
+    SCRATCH,
+    Recipe,
+    finetune_recipe,
+    pretrain_recipe,
+)
 from evaluation.slurm import JobFlags, run_jobs
 from evaluation.tables import NOTE, Entry, Place, make_table, with_published_file
 from evaluation.target import resolve_checkpoint
@@ -219,6 +227,15 @@ def _command(module: ModuleType, argv: list[str]) -> None:
     module.main.__wrapped__(argv)
 
 
+# Of a recipe, what the set itself may say.
+_SET_DECIDES = ("lr", "momentum", "dsa", "target_scale", "mixup")
+
+
+def _agrees(record: dict[str, Any], recipe: Recipe, but: tuple[str, ...]) -> bool:
+    """Whether a cell's record of a recipe, which leaves out rare settings, is that of `recipe`."""
+    return all(record.get(k, v) == v for k, v in asdict(recipe).items() if k not in but)
+
+
 class KernelTable:
     """The layout that the flags ask for, its places and its jobs.
 
@@ -261,7 +278,8 @@ class KernelTable:
         """One cell; `present` is the fingerprint of the method's synthetic set.
 
         Measurements on different synthetic sets, teachers, target data or lengths are not mixed: the
-        present set counts, else that of the latest, and the length nearest to the published one.
+        present set counts, else that of the latest, and the length nearest to the published one. Those
+        of another size, dropout or recipe do not count.
         """
         layout = self.layout
         row, column = layout.headings(method, model, target)
@@ -270,10 +288,19 @@ class KernelTable:
         wanted |= dict(protocol=layout.protocol, label_fraction=layout.fraction, kd_bn=kd_bn)
         wanted |= dict(shots="all", probe_on="body")
 
+        preset = PRESETS[layout.source]
+        recipes = self.recipes(method, layout.network(model), target)
+
         def fits(cell: Cell) -> bool:
-            recipe = cell.get("pretraining")
-            set_here = {"epochs": layout.pre_epoch, "wd": layout.pre_wd}
-            return not recipe or all(v in (None, recipe.get(k, v)) for k, v in set_here.items())
+            if (cell.get("size", preset.size), cell.get("dropout", 0.0)) != (preset.size, 0.0):
+                return False
+            own = _SET_DECIDES if "training" in cell else ("dsa",)  # that of a source that is not mirrored
+            for name, recipe in recipes.items():
+                if name in cell:
+                    as_steps = recipe.override(steps=recipe.steps_on(preset.num_images))  # of a set of views
+                    if not any(_agrees(cell[name], wanted, own) for wanted in (recipe, as_steps)):
+                        return False
+            return True
 
         def rank(cell: Cell) -> tuple[bool, float]:
             return cell.get("synthetic_set") != present, abs(cell.get("steps_scale", 1.0) - 1)
@@ -281,6 +308,18 @@ class KernelTable:
         published = self.published.get((self.flags.table, row, column))
         origin = ("steps_scale", "synthetic_set", "teacher", "target_data")
         return Place(row, column, wanted, fits=fits, rank=rank, origin=origin, published=published)
+
+    def recipes(self, method: str, arch: str, target: str) -> dict[str, Recipe]:
+        """The trainings that a cell comes from, by its fields."""
+        layout, found = self.layout, {}
+        if method not in (SCRATCH, GAUSSIAN):
+            recipe = pretrain_recipe(method, layout.source, arch, kd=layout.protocol == "kd")
+            found["pretraining"] = recipe.override(epochs=layout.pre_epoch, wd=layout.pre_wd)
+        if layout.protocol == "finetune":
+            found["finetuning"] = finetune_recipe(target, arch, PRESETS[layout.source].size)
+        elif layout.protocol == "kd":
+            found["distillation"] = KD[method]
+        return found
 
     def missing_jobs(self) -> list[Job]:
         """One job for each method and network whose targets lack some of `num_test` seeds.
@@ -320,16 +359,13 @@ class KernelTable:
     def cost(self, method: str, model: str, targets: Sequence[str]) -> float:
         """Operations of a job: three forward passes for an image in training, one for a measured one."""
         layout, flags = self.layout, self.flags
-        preset, arch, recipes = PRESETS[layout.source], layout.network(model), []
-        if method not in (SCRATCH, GAUSSIAN):
-            recipe = pretrain_recipe(method, layout.source, arch, kd=layout.protocol == "kd")
-            recipes.append(recipe.override(epochs=layout.pre_epoch))
-        if layout.protocol == "finetune":
-            recipes += [finetune_recipe(target, arch, preset.size) for target in targets]
-        elif layout.protocol == "kd":
-            recipes += [KD[method]] * len(targets)
+        preset, arch = PRESETS[layout.source], layout.network(model)
         count, images = preset.num_images, _MEASURED[layout.protocol] * len(targets)
-        for recipe in recipes:
+        recipes = {}
+        for target in targets:  # one pre-training serves all
+            for name, recipe in self.recipes(method, arch, target).items():
+                recipes[name, "" if name == "pretraining" else target] = recipe
+        for recipe in recipes.values():
             batch = recipe.batch_size if recipe.steps else min(recipe.batch_size, count)
             images += 3 * recipe.steps_on(count, flags.steps_scale) * batch
         return float(flags.num_test * images * forward_flops(arch, preset.size))

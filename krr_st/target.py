@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from data.augment import normalize, to_float
 from data.load import ImageSet, load_set
+from data.prepared import spaced
 from data.specs import Stats
 from evaluation.epochs import dry_run, make_checkpoint, train_epochs
 from evaluation.fit import Trainer, outputs
@@ -107,9 +108,10 @@ def knn_accuracy(model: Representation, image_set: ImageSet, device: torch.devic
     train, test, classes = image_set.train, image_set.test, image_set.num_classes
     if classes is None or test is None or test.labels is None:
         return None
-    bank = outputs(model, train.images[:_KNN_ROWS], image_set, device)
+    rows = spaced(len(train), _KNN_ROWS)  # not the first: sets may be in the order of their classes
+    bank = outputs(model, train.images[rows], image_set, device)
     features = outputs(model, test.images, image_set, device)
-    return frozen_accuracy("knn", (bank, train.labels[:_KNN_ROWS]), (features, test.labels), classes)
+    return frozen_accuracy("knn", (bank, train.labels[rows]), (features, test.labels), classes)
 
 
 def target_trainer(flags: TargetFlags, image_set: ImageSet, device: torch.device, seed: int) -> Trainer:

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import make_target, write_set
 
+from data.load import load_set
 from data.specs import Stats
 from evaluation.target import Representation, load_target
 from krr_st import target as target_module
@@ -230,6 +232,22 @@ def test_target_never_sees_labels(tmp_path):
     assert equal_states(result(tmp_path), result(tmp_path, "unlabelled"))
     results = tmp_path / "unlabelled" / f"barlow_twins_{NET}_tiny" / "results.json"
     assert json.loads(results.read_text())["knn_accuracy"] is None
+
+
+def test_the_bank_of_knn_is_not_the_first_classes_alone(tmp_path, monkeypatch):
+    """Sets are often in the order of their classes."""
+    folder = write_set(tmp_path, "tiny", train=48, test=24)
+    found = []
+    for ordered in (False, True):
+        if ordered:
+            for kind in "XY":
+                path = folder / f"{kind}_tr_8.pth"
+                order = torch.arange(48).view(12, 4).T.flatten()
+                checkpoint.save(checkpoint.load_tensor(path)[order], path)
+        monkeypatch.setattr(target_module, "_KNN_ROWS", 24)
+        image_set = load_set("tiny", 8, tmp_path)
+        found.append(target_module.knn_accuracy(make_target(), image_set, CPU))
+    assert found[1] > 90 and abs(found[0] - found[1]) < 10
 
 
 @pytest.mark.parametrize(("save_every", "saved"), [(1, 2), (3, 0)])

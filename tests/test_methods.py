@@ -135,6 +135,17 @@ def test_a_seed_decides_a_run_and_an_interrupted_one(tiny, monkeypatch, capsys, 
     assert "finished run" in capsys.readouterr().out
 
 
+def test_a_part_without_tensors_is_saved_and_resumed(tiny, monkeypatch):
+    """KIP whose transform is not learned: an empty ParameterDict, which is false."""
+    monkeypatch.setitem(SMALL, KIPFlags, SMALL[KIPFlags].replace("--platt", "--lr_transform 0"))
+    assert run("kip", "whole") == 0
+    with monkeypatch.context() as patch:
+        watch(patch, METHODS["kip"], 6)
+        assert run("kip", "parts") == 130
+    assert run("kip", "parts") == 0
+    assert made("whole") == made("parts")
+
+
 def test_help_names_every_method(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])

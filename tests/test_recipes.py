@@ -1,8 +1,15 @@
 """Every row of the published tables of training recipes, written out again by hand."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
+from data.synthetic import TrainingSettings
+from distillation.labels import set_recipe
 from evaluation.recipes import LOSSES, Recipe, finetune_recipe, pretrain_recipe
+from krr_st.config import TrainFlags
+from methods import METHODS
 from utils.errors import UserError
 
 DSA = "color_crop_cutout_flip_scale_rotate"
@@ -121,3 +128,14 @@ def test_unknown_method_lists_the_known_ones():
 
 def test_every_recipe_names_a_loss():
     assert {row[4][0] for row in ROWS} == set(LOSSES)
+
+
+def test_a_set_of_views_is_trained_on_as_long_by_train_py_as_by_test_py(tmp_path):
+    """As many steps as its images alone: not as many passes over fifty times their number."""
+    flags = replace(
+        TrainFlags(data_name="cifar10", views=50, num_images=100), test_model="convnet_128_256_512_bn"
+    )
+    image_set = SimpleNamespace(hflip=True)
+    found = set_recipe(METHODS["krr_st"], flags, image_set, TrainingSettings())
+    alone = pretrain_recipe("krr_st", "cifar10", flags.test_model, count=100)
+    assert found.steps_on(5000) == alone.steps_on(100) == 1000

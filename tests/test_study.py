@@ -122,6 +122,31 @@ def test_what_is_measured_is_left_and_what_fails_is_said(quick, capsys):
     assert not any("±" in line for line in tables if line.startswith("|"))
 
 
+def test_sets_of_another_target_model_are_not_used(quick, capsys):
+    flags = [*FLAGS, "--levers=none"]
+    assert study.main(flags) == 0
+    (made,) = Path("study/teacher_ckpt").glob("*.pt")
+    state = torch.load(made, weights_only=True)
+    torch.save({k: v + 1 if v.is_floating_point() else v for k, v in state.items()}, "other.pt")
+    before = sorted(Path("study").rglob("*"))
+    assert study.main([*flags, "--target_ckpt=other.pt"]) == 2
+    assert "study/tiny holds sets of another target model than other.pt" in capsys.readouterr().err
+    assert sorted(Path("study").rglob("*")) == before
+    assert study.main([*flags, f"--target_ckpt={made}"]) == 0
+
+
+def test_paths_of_extra_sets(quick):
+    flags = dict(data_name="tiny", img_size=8, extra_sets=("a=dm=sets/{name}/{seed}",), levers=("none",))
+    (row,) = [row for row in study.Study(study.StudyFlags(**flags)).rows if row.name == "a"]
+    assert row.folder(3) == Path("sets/{name}/3")
+
+
+def test_validation_needs_labels(workspace, capsys):
+    write_set("datasets", "bare", labelled=False)
+    assert study.main([*FLAGS, "--data_name=bare", "--validation"]) == 2
+    assert "--data_name bare: has no labels" in capsys.readouterr().err
+
+
 def test_validation_never_reads_the_test_split(quick, monkeypatch):
     (Path("datasets/tiny/X_te_8.pth")).write_bytes(b"not to be read")
     whole = torch.load("datasets/tiny/X_tr_8.pth", weights_only=True)
@@ -141,6 +166,7 @@ def test_validation_never_reads_the_test_split(quick, monkeypatch):
         (["--levers", "magic"], "unknown lever 'magic'"),
         (["--extra_sets", "dm"], "--extra_sets dm: expected NAME=METHOD=PATH"),
         (["--extra_sets", "dm=magic=sets/dm"], "unknown method in --extra_sets 'magic'"),
+        (["--target_ckpt", "none.pt"], "--target_ckpt none.pt does not exist"),
     ],
 )
 def test_bad_flags(quick, capsys, flags, message):

@@ -15,7 +15,7 @@ from data.synthetic import SyntheticSet
 from evaluation.jobs import run_missing
 from evaluation.measure import CellStore, read_cells
 from evaluation.presets import FULL_TARGETS, PRESETS, Preset
-from evaluation.recipes import pretrain_recipe
+from evaluation.recipes import finetune_recipe, pretrain_recipe
 from evaluation.tables import with_published_file
 from evaluation.transfer import TestFlags, load_pretraining
 from krr_st import tables
@@ -122,6 +122,27 @@ def test_probe_tables_need_their_own_pretraining():
         ("krr_st", "base", "cifar10"): 42.0,
         ("scratch", "base", "cifar10"): 34.0,
     }
+
+
+def test_cells_of_other_settings_do_not_count():
+    layout = Layout("cifar100", ("krr_st",), ("base",), ("dogs",))
+    pretraining = pretrain_recipe("krr_st", "cifar100", BASE).record()
+    finetuning = finetune_recipe("dogs", BASE, 32).record()
+    good = dict(pretraining=pretraining, finetuning=finetuning, size=32, dropout=0.0)
+    others = dict(
+        size=64, dropout=0.9, finetuning={**finetuning, "lr": 1e-9}, pretraining={**pretraining, "epochs": 1}
+    )
+    right = cell("krr_st", "dogs", 0, 60.0, **good)
+    wrong = [cell("krr_st", "dogs", 0, 10.0, **{**good, name: value}) for name, value in others.items()]
+    assert collect(layout, wrong) == {}
+    (found,) = collect(layout, [right, *wrong]).values()
+    assert found == [right]
+    # What a set says of its training, and the steps of one of views, is the method's recipe, too.
+    said = {**pretraining, "lr": 0.05, "target_scale": "std", "mixup": True}
+    views = {**pretraining, "epochs": 0, "steps": 4000}
+    for more in (dict(pretraining=said, training={"lr": 0.05}), dict(pretraining=views)):
+        (found,) = collect(layout, [cell("krr_st", "dogs", 0, 61.0, **{**good, **more})]).values()
+        assert [c["accuracy"] for c in found] == [61.0]
 
 
 def test_published_numbers_of_the_probe():

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.prepared import spaced
 from data.specs import DC_SPECS, KRR_SPECS
 from data.synthetic.card import CardFlags
 from data.synthetic.compact import CompactFlags
@@ -82,7 +83,7 @@ def draw(synthetic: SyntheticSet, path: Path, limit: int = 100) -> str:
     """Draw a grid of at most `limit` images spread evenly over the set."""
     from utils.plots import save_grid  # torchvision: slow to import, and only drawing needs it
 
-    chosen = torch.linspace(0, len(synthetic) - 1, min(limit, len(synthetic))).round().long()
+    chosen = spaced(len(synthetic), limit)
     if synthetic.stats is None:
         values, how = synthetic.images, "stretched to the full range, the statistics are unknown"
         values = (values - values.min()) / (values.max() - values.min()).clamp_min(1e-12)
