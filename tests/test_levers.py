@@ -75,10 +75,8 @@ def test_a_typed_length_takes_the_place_of_the_recipe_s():
         flags = cli.parse(TrainFlags, list(argv), prog="train.py", description="", recipes=recipes)
         return flags.pre_epoch, flags.pre_iteration
 
-    default = TrainFlags().pre_epoch
-    assert parse() == (default, 9) and parse("--pre_iteration", "7") == (default, 7)
+    assert parse() == (None, 9) and parse("--pre_iteration", "7") == (None, 7)
     assert parse("--pre_epoch", "2") == (2, None)
-    assert parse("--pre_epoch", str(default)) == (default, None)
 
 
 @pytest.mark.parametrize("typed", ["", "--pre_epoch 1000", "--pre_epoch 7", "--pre_iteration 7"])
@@ -91,7 +89,7 @@ def test_the_command_that_repeats_a_run_of_a_recipe(typed):
 
     flags = parse(typed.split())
     repeated = cli.command_line("train.py", flags, recipe).split()[1:]
-    assert parse(repeated) == flags and TrainFlags().pre_epoch == 1000
+    assert parse(repeated) == flags
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -219,16 +219,9 @@ def command_line(
         for field in dataclasses.fields(config)
         if (other := field.metadata["instead_of"]) and values[field.name]
     }
-    # Typed in the place of what a recipe sets: it is named, also where it is the default.
-    typed = {
-        field.metadata["instead_of"]
-        for field in dataclasses.fields(config)
-        if defaults.get(field.name) is not None and values[field.name] is None
-    }
     for field in dataclasses.fields(config):
         name, value, default = field.name, values[field.name], defaults.get(field.name, field.default)
-        at_default = value == default and name not in typed
-        if value is None or at_default or name in replaced or name in _ONCE:
+        if value is None or value == default or name in replaced or name in _ONCE:
             continue
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
