@@ -333,13 +333,15 @@ def measure(
         "seconds": {n: {side: t.median for side, t in sides.items()} for n, sides in found.items()},
         "timings": {n: {side: t.times for side, t in sides.items()} for n, sides in found.items()},
         "peak bytes": {n: {side: t.peak for side, t in sides.items()} for n, sides in found.items()},
-        "ratios": {name: ratios(sides)["plain"] for name, sides in found.items()},
+        "ratios": {name: ratios(sides).get("plain") for name, sides in found.items()},
         "ratios, memory kept": {n: ratios(s)[KEPT] for n, s in found.items() if KEPT in s},
     }
 
 
 def ratios(sides: dict[str, Timing]) -> dict[str, float]:
-    """How many times as fast ours is as each plain form."""
+    """How many times as fast ours is as each plain form; nothing where a side could not be measured."""
+    if "ours" not in sides:
+        return {}
     return {n: t.median / sides["ours"].median for n, t in sides.items() if n != "ours"}
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants an accelerator, in one call of under eight minutes:
+# Everything that wants an accelerator, in one call of under nine minutes:
 #     benchmarks/gpu.sh DATA_DIR OUT_DIR [cpu]
 # DATA_DIR holds the prepared real CIFAR-10 at 32 pixels (cifar10/X_tr_32.pth ...). OUT_DIR gets at most
 # eight files: log.txt, JSON that grows while it is measured, pictures. First the parts of a step, then
@@ -50,7 +50,7 @@ stop_after_a_save() {  # seconds, file, command...: SIGTERM once the file is the
 if [ "$device" = cuda ]; then
     parts=() timings=() arch=resnet18 epochs=3 batch=512
     size="--num_images 1000 --outer_batch_size 1024 --outer_iteration 2000 --online_iteration 300
-        --num_models 10 --save_every 500 --print_every 200 --precision bf16 --pre_epoch 50"
+        --num_models 10 --save_every 100 --print_every 200 --precision bf16 --pre_epoch 50"
     network=convnet_128_256_512_bn tests=(-m gpu) graph=--cuda_graph pre="--pre_epoch 50"
 else
     parts=(--m 8 --b 8 --dim 16 --size 128 --images 1) timings=(--quick) arch=convnet_8_bn epochs=1 batch=32
@@ -68,7 +68,7 @@ probe="--source_data_name cifar10 --target_data_name cifar10 --data_dir $data --
 
 step 80 parts "$python" -m benchmarks.parts --device "$device" "${parts[@]}" --out "$out/parts.json"
 step 70 correctness "$python" -m pytest -o addopts= -q -p no:cacheprovider tests/test_gpu.py "${tests[@]}"
-step 150 timings "$python" -m benchmarks --device "$device" "${timings[@]}" --out "$out/gpu.json"
+step 220 timings "$python" -m benchmarks --device "$device" "${timings[@]}" --out "$out/gpu.json"
 # shellcheck disable=SC2086
 {
     train="$on --save_dir $work/teacher_ckpt --epochs $epochs --batch_size $batch"

@@ -44,7 +44,6 @@ from utils.seed import local_seed
 
 ARCH, TARGET = "convnet_128_256_512_bn", "resnet18"
 DEFAULTS = "plain, torch's defaults"  # on CUDA: TF32 in convolutions
-AS_EAGER = (" compiled", " replayed")  # kinds of as many operations as without that word
 Kind = dict[str, Any] | str | None  # arguments of `our_side`, or a plain form
 SHAPE = (3, 32, 32)
 
@@ -98,8 +97,9 @@ class PlainStep:
         self.inner.step()
 
 
+@functools.lru_cache(maxsize=2)
 def make_parts(m: int, count: int, device: torch.device) -> dict[str, Any]:
-    """Random images, a random target with BatchNorm statistics, one pool network."""
+    """Random images, a random target with BatchNorm statistics; whoever changes them copies them."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, *SHAPE), generator=generator).to(torch.uint8)
     stats = KRR_SPECS["cifar10"].stats[32]
@@ -240,11 +240,9 @@ def measure(
     build = functools.partial(make_step, m, b, max(count, b), device)
     makers = {name: functools.partial(build, kind) for name, kind in kinds.items()}
     plain = functools.partial(build, None)
-    flops = {
-        name: count_flops(make())
-        for name, make in {"plain": plain, **makers}.items()
-        if not name.endswith(AS_EAGER)
-    }
+    counted = {"plain": plain} | {name: makers[f"{name} fp32"] for name in ("online", "table")}
+    counted = {name: count_flops(make()) for name, make in counted.items()}  # of any precision
+    flops = {name: counted[re.split("[ ,]", name)[0]] for name in ("plain", *makers)}
     found = contest(plain, makers, device, repeats=repeats, calls=calls, apart=apart)
     seconds = {name: timing.median for name, timing in found.items()}
     rates = matmul_rates(device)
@@ -260,7 +258,7 @@ def measure(
         "matmul FLOP/s": rates,
         "FLOP a step": flops,
         "share of matmul rate": {
-            name: flops[re.sub("|".join(AS_EAGER), "", name)] / seconds[name] / rates[rate_of(name)]
+            name: flops[name] / seconds[name] / rates[rate_of(name)]
             for name in ("plain", *makers)
             if name in seconds
         },

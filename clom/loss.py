@@ -16,17 +16,21 @@ Source: Lu et al., "Dataset Distillation with Pre-trained Models: A Contrastive 
 arXiv 2310.03295.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 DISTANCES = ("ce", "cos")
 CE_FORMS = ("contrastive", "classification")
 # Only reached where all distances vanish; the ratio is then 0.
 SMALLEST_SUM = 1e-6
+# Of the synthetic images that go through a model in one graph: 64 images of 224 pixels.
+PIXELS_AT_ONCE = 64 * 224**2
 
 
 def clom_cosine(f_real: Tensor, y_real: Tensor, f_syn: Tensor, y_syn: Tensor) -> Tensor:
@@ -113,15 +117,17 @@ class ModelPool:
 class GivenReal:
     """Images (N, C, H, W) and int64 labels (N,); each model's features are computed once and kept.
 
-    `part` images go through a model at once. What CLoM asks of its real data is `num_classes`,
-    `len()`, and the two methods, whose index is int64 on the CPU.
+    `part` images go through a model at once; `num_classes` None: up to the largest label. What CLoM
+    asks of its real data is `num_classes`, `len()`, and the two methods, whose index is int64 on the CPU.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, part: int = 256) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, part: int = 256, num_classes: int | None = None
+    ) -> None:
         if len(images) != len(labels) or not len(images):
             raise ValueError(f"{len(images)} images but {len(labels)} labels")
         self.images, self.labels, self.part = images, labels, part
-        self.num_classes = int(labels.max()) + 1
+        self.num_classes = num_classes or int(labels.max()) + 1
         self._features: dict[nn.Module, Tensor] = {}
 
     def __len__(self) -> int:
@@ -142,6 +148,15 @@ class GivenReal:
 def embed(model: nn.Module, x: Tensor) -> Tensor:
     """Features (B, D) of images: the model's `embed` where it has one, else its output."""
     return getattr(model, "embed", model)(x).flatten(1)
+
+
+def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of images (m, C, H, W); of many a part at a time, computed again for the gradient."""
+    part = max(1, PIXELS_AT_ONCE // x[0, 0].numel())
+    if len(x) <= part:
+        return function(x)
+    how = dict(use_reentrant=False, preserve_rng_state=False)  # the models are in eval mode
+    return torch.cat([checkpoint(function, images, **how) for images in x.split(part)])
 
 
 class CLoM:
@@ -189,11 +204,12 @@ class CLoM:
         return torch.randint(len(self.real), (self.batch_size,), generator=self.generator)
 
     def _ce(self, model: nn.Module, x_syn: Tensor, y_syn: Tensor) -> Tensor:
-        logits = model(x_syn)
+        logits = _in_parts(model, x_syn)
         if self.real is not None and logits.shape[1] != self.real.num_classes:
             raise ValueError(
                 f"CLoM with distance ce: the model knows {logits.shape[1]} classes, the data have "
-                f"{self.real.num_classes}; the label spaces must be the same (cos needs no labels)"
+                f"{self.real.num_classes}; the label spaces must be the same (cos needs no labels; "
+                "GivenReal takes num_classes)"
             )
         if self.ce_form == "classification":
             return clom_ce_mean(logits, y_syn)
@@ -203,7 +219,7 @@ class CLoM:
         index = self._draw()
         f_real = self.real.features(model, index).to(x_syn.device)
         y_real = self.real.labels_at(index).to(y_syn.device)
-        return clom_cosine(f_real, y_real, embed(model, x_syn), y_syn)
+        return clom_cosine(f_real, y_real, _in_parts(partial(embed, model), x_syn), y_syn)
 
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}

@@ -1,10 +1,12 @@
 """The driver behind train_original_models.py: the pre-trained models that CLoM asks."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from clom.config import OriginalFlags
@@ -73,20 +75,27 @@ def train_originals(flags: OriginalFlags) -> int:
                 inputs=inputs,
             )
             model = new_network(derive_seed(run.seed, "network"))
-            parallel = nn.DataParallel(model, list(gpus)) if len(gpus) > 1 else model
             train_one(
-                model, original_trainer(parallel, recipe, image_set, device, run.seed), image_set, run, flags
+                original_trainer(model, recipe, image_set, device, run.seed, gpus), image_set, run, flags
             )
     return 0
 
 
 def original_trainer(
-    model: nn.Module, recipe: Recipe, image_set: ImageSet, device: torch.device, seed: int
+    model: nn.Module,
+    recipe: Recipe,
+    image_set: ImageSet,
+    device: torch.device,
+    seed: int,
+    gpus: Sequence[int] = (),
 ) -> Trainer:
-    """A network before its first step on the real images."""
+    """A network before its first step on the real images, on several GPUs where these are given."""
     train, generator = image_set.train, make_generator(seed, "batches")
-    pipeline = ImagePipeline(image_set.stats)
-    return Trainer(model, recipe.loader(train.images, train.labels, device, generator, pipeline), recipe)
+    loader = recipe.loader(train.images, train.labels, device, generator, ImagePipeline(image_set.stats))
+    if len(gpus) < 2:
+        return Trainer(model, loader, recipe)
+    parallel = nn.DataParallel(model, list(gpus))  # in the loss alone: a run resumes on any number of them
+    return Trainer(model, loader, recipe, loss_fn=lambda _, x, y: F.cross_entropy(parallel(x), y))
 
 
 def in_space(image_set: ImageSet, normalized: bool) -> ImageSet:
@@ -114,10 +123,9 @@ def earlier_runs(folder: Path, identity: dict) -> dict[Path, dict]:
     return found
 
 
-def train_one(
-    model: nn.Module, trainer: Trainer, image_set: ImageSet, run: RunFolder, flags: OriginalFlags
-) -> None:
+def train_one(trainer: Trainer, image_set: ImageSet, run: RunFolder, flags: OriginalFlags) -> None:
     """Train one network; state dicts and tests every `save_every` epochs and at the end."""
+    model = trainer.model
 
     def measure(epoch: int) -> dict[str, float]:
         if epoch % flags.save_every and epoch != flags.epochs:

@@ -157,9 +157,9 @@ class Spot:
             shared["source_dataset"] = self.dataset
         shared |= {k: v for k, v in self.published.items() if shared.get(k) is None}
         for name in LENGTH:
-            shared[name] = max(1, round(self.flags.steps_scale * shared[name]))
+            shared[name] = shared[name] and max(1, round(self.flags.steps_scale * shared[name]))
         shared |= dict(dataset=self.dataset, ipc=self.ipc, method=method.name)
-        shared |= dict(alphas=(self.variant.alpha,), eval_interval=shared["Iteration"])
+        shared |= dict(alphas=(self.variant.alpha,), eval_interval=max(1, shared["Iteration"]))
         return resolved(method, method.flags(**shared, **variant))
 
     @functools.cached_property

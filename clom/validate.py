@@ -132,6 +132,8 @@ def plan_trainings(flags: ValidateFlags, image_set: ImageSet, synthetic: Synthet
     data |= dict(normalized=flags.normalize_data)
     plain = flags.recipe().override(lr=flags.lr or TrainingFlags.lr, align_corners=flags.align_corners)
     own, dsa = {"lr": flags.lr or synthetic.training.lr}, flags.dsa_strategy
+    if flags.lr is None:  # a learned rate belongs to its momentum
+        own["momentum"] = synthetic.training.momentum
 
     def facts(recipe: Recipe, training: TrainingSettings, **more: Any) -> dict[str, Any]:
         how = dict(how_to_train=training.record()) if training else {}

@@ -149,7 +149,8 @@ class FolderRun:
         name = re.sub(r"[^\w.-]+", "_", pictures.resolve().name).lstrip("_.-")
         listed = name in ("", "raw") or find_row(name) is not None  # whose statistics are others
         self.name = f"my_{name}" if listed else name
-        self.out = flags.out or Path("results") / self.name
+        out = flags.out or Path("results") / self.name
+        self.out = out if out.name else out.resolve()  # "." has no name to be a run's
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file; expected a folder")
         self.method, self.recipe = parse(["--recipe", RECIPE], "krr_st", prog="train.py", description="")
@@ -442,8 +443,10 @@ class FolderRun:
         """What networks are worth: rows of heading -> mean ± standard deviation over the seeds."""
         found: dict[str, dict[Measure, str]] = {}
         for flags, label in self.judged.values():
-            (path,) = flags.log_dir.glob("*/*/*/*/results.json")
-            cells = grouped(read_json(path)["cells"], Measure.of)
+            paths = [*flags.log_dir.glob("*/*/*/*/results.json")]
+            if not paths:
+                raise UserError(f"{flags.log_dir} is empty; remove {self.plan.path} to measure again")
+            cells = grouped(read_json(paths[0])["cells"], Measure.of)
             values = {m: [cell[m.field] for cell in mine] for m, mine in cells.items()}
             found[label] = {m: format_mean_std(v, 3 if m.field == "error" else 2) for m, v in values.items()}
         measures = dict.fromkeys(measure for row in found.values() for measure in row)

@@ -14,6 +14,7 @@ from test_cli import fails, listing
 import train_original_models
 import validate
 from clom import config
+from clom.pretrain import original_trainer
 from clom.source import load_data, network_factory
 from data.augment import denormalize
 from data.specs import DC_SPECS, KRR_SPECS
@@ -373,6 +374,29 @@ def test_learning_rates_that_decay_by_epochs(res):
         assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001, 1e-4])
     for text, decay in (("500", (500,)), ("50,100", (50, 100)), ("", ())):
         assert config.OriginalFlags(lr_decay_step=text).recipe().decay_epochs == decay
+
+
+def test_several_gpus_leave_no_trace_in_the_state(tiny, monkeypatch):
+    """So that a run resumes on another number of them."""
+
+    class Parallel(torch.nn.Module):  # as DataParallel, on one device
+        def __init__(self, module, devices):
+            super().__init__()
+            self.module, self.devices = module, devices
+
+        def forward(self, x):
+            assert self.devices == [0, 1]
+            return torch.cat([self.module(part) for part in x.chunk(2)])
+
+    monkeypatch.setattr(torch.nn, "DataParallel", Parallel)
+    flags = cli.parse(config.OriginalFlags, TRAIN, prog="", description="")
+    image_set, found = load_data(flags), []
+    for gpus in ((0,), (0, 1)):
+        network = network_factory(flags.model, image_set, torch.device("cpu"))(0)
+        trainer = original_trainer(network, flags.recipe(), image_set, torch.device("cpu"), 0, gpus)
+        trainer.run(2)
+        found.append(trainer.state_dict()["model"])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_export_is_in_the_other_familys_normalisation(tiny):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clom import loss
 from clom.loss import CLoM, ModelPool, clom_ce, clom_ce_mean, clom_cosine
 from clom.pool import RealFeatures
 from data.real_data import RealImages
@@ -144,6 +145,20 @@ def test_plug_in_reaches_the_synthetic_images_only(real, distance):
     assert not model.training and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not real[0].requires_grad
+
+
+@pytest.mark.parametrize("distance", ["cos", "ce"])
+def test_parts_of_the_synthetic_images_are_the_whole(real, distance, monkeypatch):
+    """Images too many for one graph are embedded in parts: the same loss and gradients."""
+    found = []
+    for pixels in (10**9, 4 * 64):
+        monkeypatch.setattr(loss, "PIXELS_AT_ONCE", pixels)
+        clom = CLoM(tiny_net().double(), distance=distance, real=(real[0].double(), real[1]), batch_size=16)
+        x = draw(10, 3, 8, 8, seed=1).double().requires_grad_()
+        value = clom(x, torch.arange(10) % K)
+        value.backward()
+        found.append((value.detach(), x.grad))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-14)
 
 
 def test_plug_in_changes_and_improves_the_images_of_a_foreign_loop(real):

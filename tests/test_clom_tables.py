@@ -221,6 +221,7 @@ def test_scaled_lengths_are_marked():
 
     assert marked() == (20000, 1000, False)
     assert marked(steps_scale=0.01) == (200, 10, True)
+    assert marked(Iteration=0, epoch_eval_train=0) == (0, 0, True)  # the start
     assert marked(Iteration=19999)[2] and not marked(Iteration=20000)[2]
     assert marked(methods=("DC",), datasets=("MNIST",)) == (1000, 1000, False)  # with DC's augmentation
     *_, spot = spots(flags(methods=("DSA",), datasets=("MNIST",)))

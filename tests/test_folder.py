@@ -79,6 +79,15 @@ def test_random_pictures_are_trained_on_as_the_distilled_ones_are(workspace):
     assert "--views" not in labels and "--method" not in labels  # random is the default
 
 
+def test_the_present_folder_is_a_place_for_everything(workspace):
+    """`--out .`: the set is made where it is looked for."""
+    draw("mine", 60)
+    run = FolderRun(Path("mine"), FolderFlags(num_images=6, img_size=8, device="cpu", out=Path(".")))
+    run.plan.chosen["networks"] = {"target": "convnet_4_bn", "network": "convnet_4_bn"}
+    flags = run.train_flags(5, "fp32", 10)
+    assert (flags.save_dir / flags.exp_name).resolve() == workspace.resolve() == run.out
+
+
 def test_a_plan_is_kept_and_belongs_to_what_was_asked(tmp_path):
     plan = Plan(tmp_path / "plan.json", {"minutes": 2.0})
     assert plan.choose("target", lambda: {"epochs": 3}) == {"epochs": 3}

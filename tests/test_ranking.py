@@ -13,12 +13,13 @@ from test_cli import fails
 import validate
 from clom.config import ValidateFlags
 from clom.source import load_data, network_factory
-from clom.validate import random_images
+from clom.validate import plan_trainings, random_images
 from data.augment import normalize
 from data.synthetic import SyntheticSet, TrainingSettings
 from evaluation.ranking import augmentation_robust_score, label_robust_score, scores
 from evaluation.recipes import sgd_by_epochs
 from evaluation.score import score_network
+from utils import cli
 
 FLAGS = shlex.split(
     "--normalize_data --dataset CIFAR10 --img_size 8 --model ConvNetD1 --device cpu --epochs 3 --num_eval 2 "
@@ -52,6 +53,18 @@ def test_score_of_the_means_and_spread_over_seeds():
     assert found["score"] == pytest.approx(by_formula(0.5 * 0.2 - 0.5 * 0.5))
     assert found["std"] == pytest.approx(np.std(each)) and found["weight"] == 0.5
     assert [found[k] for k in given] == pytest.approx([0.85, 0.35, 0.5, 0.3])
+
+
+def test_a_learned_rate_goes_with_its_momentum(workspace):
+    write_set("datasets", "cifar10", size=8, train=40, test=10, classes=10)
+    learned = TrainingSettings(lr=0.05, momentum=0.3)
+    synthetic = SyntheticSet(torch.zeros(10, 3, 8, 8), torch.arange(10), training=learned)
+    for more, wanted in (([], (0.05, 0.3)), (["--lr", "0.02"], (0.02, 0.9))):
+        flags = cli.parse(ValidateFlags, [*FLAGS, *more], prog="", description="")
+        found = plan_trainings(flags, load_data(flags), synthetic)
+        assert {(t.recipe.lr, t.recipe.momentum) for name, t in found.items() if name == "own_labels"} == {
+            wanted
+        }
 
 
 @pytest.fixture

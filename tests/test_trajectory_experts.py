@@ -76,7 +76,7 @@ def test_snapshots_are_those_of_a_plain_loop(tiny):
     write_target()
     argv = ["--targets", "features", "--target_model", NET, "--snapshot_steps", "2", "--lr_teacher", "0.05"]
     assert experts.main([*TINY, *argv, "--num_experts", "1"]) == 0
-    folder = Path("buffers/tiny_8/convnet_4_in_features_2epochs")
+    folder = Path("buffers/tiny_8/convnet_4_in_features_2epochs_convnet_4_bn")
     width = make_target().dim
     trajectory = torch.load(folder / "replay_buffer_0.pt", weights_only=True)[0]
     image_set = load_set("tiny", 8, "datasets")

@@ -8,6 +8,7 @@ Knowledge Distillation", ICLR 2025 (features).
 """
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -26,7 +27,7 @@ from data.target_scale import TARGET_SCALES, TargetScale
 from data.whitening import Whitening
 from evaluation.fit import Trainer, outputs
 from evaluation.parallel import in_parallel
-from evaluation.presets import resolve_preset
+from evaluation.presets import Preset, resolve_preset
 from evaluation.recipes import DSA_STRATEGY, Recipe
 from evaluation.score import share_correct
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, resolve_checkpoint
@@ -123,12 +124,17 @@ def resolve(flags: ExpertFlags) -> ExpertFlags:
         model = flags.target_model or preset.target_model
         path = resolve_checkpoint(model, flags.target_ckpt, flags.data_name)
         flags = replace(flags, target_model=model, target_ckpt=path)
-    return replace(flags, buffer_dir=flags.buffer_dir or default_folder(flags))
+    return replace(flags, buffer_dir=flags.buffer_dir or default_folder(flags, preset))
 
 
-def default_folder(flags: ExpertFlags) -> Path:
-    """./buffers/{data_name}_{img_size}/{train_model}_{targets}_{train_epochs}epochs[_zca][_std]."""
+def default_folder(flags: ExpertFlags, preset: Preset) -> Path:
+    """./buffers/{data_name}_{img_size}/{train_model}_{targets}_{train_epochs}epochs[_zca][_std][_{target}].
+
+    The target model is named where it is not the preset's.
+    """
     more = ("_zca" if flags.zca else "") + ("_std" if flags.target_scale == "std" else "")
+    if flags.targets == "features" and flags.target_model != preset.target_model:
+        more += "_" + re.sub(r"\W+", "_", flags.target_model)
     name = f"{flags.train_model}_{flags.targets}_{flags.train_epochs}epochs{more}"
     return Path("./buffers") / f"{flags.data_name}_{flags.img_size}" / name
 
@@ -224,7 +230,12 @@ class ExpertTraining:
         """What `count` experts take, from a few steps of one that is thrown away."""
         at_once = min(count, torch.get_num_threads()) if self.device.type == "cpu" else 1
         given = dict(disk=lambda: count * self.bytes, shorter="fewer --num_experts or --train_epochs")
-        return self.trainer(0).measure(count / at_once, **given)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads if at_once == 1 else 1)  # as they will be trained
+        try:
+            return self.trainer(0).measure(count / at_once, **given)
+        finally:
+            torch.set_num_threads(threads)
 
     def run(self, seed: int, name: str, check: Callable[[], None]) -> tuple[Trajectory, dict[str, float]]:
         """One expert, and what is logged about it."""
