@@ -283,7 +283,7 @@ def test_standardised_targets(tiny, capsys):
     folder = make_experts("--target_scale", "std", targets="features")
     made = dict(data_name="tiny", img_size=8, train_model=STUDENT, targets="features", target_model=NET)
     flags = experts.resolve(ExpertFlags(**made, target_scale="std"))
-    assert str(flags.buffer_dir).endswith("_features_20epochs_std")
+    assert str(flags.buffer_dir).endswith(f"_features_20epochs_std_{NET}")
     learned = experts.ExpertTraining(flags, image_set, CPU).y
     torch.testing.assert_close(learned.double(), (rows - mean) / std, rtol=1e-4, atol=1e-4)
 
