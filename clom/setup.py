@@ -13,17 +13,11 @@ import torch
 from clom.config import DistillFlags, default_run_folder, loops, pair_pool, result_name
 from clom.loss import CLoM
 from clom.pool import RealFeatures, load_pool, pool_fingerprint
-from clom.source import (
-    count_classes,
-    keeps_meaning_mirrored,
-    load_data,
-    network_factory,
-    set_folder,
-    to_space,
-)
+from clom.source import count_classes, find_data_dir, load_data, network_factory, set_folder, to_space
 from data.augment import denormalize
 from data.augment.dc import dc_strategy
 from data.augment.dsa import check_strategy, no_augmentation, without_flip
+from data.meta import keeps_meaning_mirrored
 from data.real_data import RealImages
 from data.specs import DC_SPECS, KRR_SPECS
 from data.synthetic import SyntheticSet, save_experiments
@@ -60,7 +54,8 @@ def siamese_strategy(method: Method, flags: DistillFlags) -> str:
             print(f"--dsa_strategy {strategy} is not used by --method {method.name}")
         return "none"
     if strategy is None:
-        mirrors = keeps_meaning_mirrored(flags) or (method.mirrors and flags.dataset in DC_SPECS)
+        mirrors = method.mirrors and flags.dataset in DC_SPECS
+        mirrors = mirrors or keeps_meaning_mirrored(find_data_dir(flags) / flags.dataset)
         strategy = DSA_STRATEGY if mirrors else without_flip(DSA_STRATEGY)
     check_strategy(strategy)
     return "none" if no_augmentation(strategy) else strategy

@@ -11,9 +11,8 @@ from clom.config import CommonFlags
 from data import prepared
 from data.augment import normalize
 from data.load import ImageSet, load_set
-from data.meta import read_meta
 from data.prepared import default_size, prepare_command, tensor_path
-from data.specs import DC_SPECS, KRR_SPECS, Stats
+from data.specs import DC_SPECS, Stats
 from data.synthetic import SyntheticSet
 from models import get_network
 from models.layout import arranged
@@ -34,14 +33,6 @@ def find_data_dir(flags: CommonFlags) -> Path:
         places = [flags.data_path.parent] * (flags.data_path.name == folder) + [flags.data_path]
     size = flags.img_size or (spec.sizes[0] if spec else "*")
     return next((p for p in places if list((p / folder).glob(f"X_tr_{size}.pth"))), places[-1])
-
-
-def keeps_meaning_mirrored(flags: CommonFlags) -> bool:
-    """Whether a mirrored picture of the set means the same: the tables know, or its meta.json."""
-    spec = DC_SPECS.get(flags.dataset) or KRR_SPECS.get(flags.dataset)
-    if spec is not None:
-        return spec.hflip
-    return bool(read_meta(find_data_dir(flags) / flags.dataset).get("hflip", True))
 
 
 def count_classes(flags: CommonFlags) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data.meta import own_statistics, read_meta
+from data.meta import keeps_meaning_mirrored, own_statistics
 from data.prepared import (
     SPLITS,
     ImageSplit,
@@ -105,5 +105,4 @@ def load_set(
         )
     stats = spec.stats.get(size) if spec else None
     stats = stats or own_statistics(folder, size, train.images)
-    hflip = spec.hflip if spec else bool(read_meta(folder).get("hflip", True))
-    return ImageSet(name, size, train, test, num_classes, stats, hflip)
+    return ImageSet(name, size, train, test, num_classes, stats, keeps_meaning_mirrored(folder))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.specs import Stats
+from data.specs import Stats, find_row
 from data.untrusted import read_json
 from utils import checkpoint
 from utils.errors import UserError
@@ -34,6 +34,12 @@ def read_meta(folder: Path | str) -> dict[str, Any]:
     ):
         raise UserError(f"{path} does not hold a JSON object as data.prepare writes it")
     return meta
+
+
+def keeps_meaning_mirrored(folder: Path) -> bool:
+    """Whether a mirrored picture of a prepared set means the same: its row knows, or its meta.json."""
+    spec = find_row(folder.name)
+    return bool(read_meta(folder).get("hflip", True)) if spec is None else spec.hflip
 
 
 def checksum(tensor: Tensor) -> str:

@@ -18,6 +18,7 @@ from utils.errors import UserError
 
 SPLITS = {"train": "tr", "test": "te"}
 _MAP_FROM_BYTES = 1 << 30
+_MOST_CLASSES = 1 << 20  # where no row says how many
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def _check_labels(labels: Tensor, path: Path, count: int, num_classes: int | Non
         raise UserError(f"{path} has shape {tuple(labels.shape)}, expected ({count},) as its images")
     labels = labels.long()
     low, high = int(labels.min()), int(labels.max())
-    last = high if num_classes is None else num_classes - 1
+    last = _MOST_CLASSES - 1 if num_classes is None else num_classes - 1
     if low < 0 or high > last:
         raise UserError(f"{path} holds labels from {low} to {high}, expected 0 to {last}")
     return labels

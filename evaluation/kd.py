@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from data.augment.dsa import without_flip
 from data.load import ImageSet, load_set
+from data.meta import keeps_meaning_mirrored
 from evaluation.fit import Trainer, held_out_accuracy
 from evaluation.measure import Cell, CellStore, spread
 from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, kd_loss
-from evaluation.transfer import MeasureFlags, Measurement, PretrainFlags, load_pretraining, source_facts
+from evaluation.transfer import MeasureFlags, Measurement, PretrainFlags, load_pretraining
 from models import get_model
 from models.layout import batch_norms
 from utils import checkpoint
@@ -106,8 +107,7 @@ class Distillation(Measurement):
         self.target = target = load_set(flags.target_data_name, size, flags.data_dir, splits=("test",))
         if target.num_classes is None:
             raise UserError(f"{target.test.path.parent} has no labels; a target needs them")
-        _, mirrored = source_facts(flags.source_data_name, flags.data_dir)
-        if not (target.hflip and mirrored):
+        if not (target.hflip and keeps_meaning_mirrored(flags.data_dir / flags.source_data_name)):
             self.recipe = self.recipe.override(dsa=without_flip(self.recipe.dsa))
         self.synthetic, self.count = None, self.preset.num_images
         if flags.method != GAUSSIAN:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from data.augment import to_float
-from data.meta import read_meta
+from data.meta import keeps_meaning_mirrored, read_meta
 from data.prepared import read_split, spaced
-from data.specs import find_row
 
 HELD_OUT = 256  # pictures that say how near an unseen one lies
 SAME = 0.5 / 255  # a smaller distance is lost in 8 bits
@@ -94,11 +93,10 @@ class Pictures:
 def read_pictures(folder: Path, size: int) -> Pictures:
     """Read a prepared set that has training pictures; a UserError where it is damaged."""
     train, test = (read_split(folder, split, size, None) for split in ("train", "test"))
-    meta, spec = read_meta(folder), find_row(folder.name)
-    mirror = bool(meta.get("hflip", True)) if spec is None else spec.hflip
+    mirror = keeps_meaning_mirrored(folder)
     held_out = None if test is None or test.images.shape[1:] != train.images.shape[1:] else test.images
     unseen = unseen_distances(train.images, held_out, mirror=mirror)
-    return Pictures(train.images, train.labels, mirror, meta.get("class_names") or [], unseen)
+    return Pictures(train.images, train.labels, mirror, read_meta(folder).get("class_names") or [], unseen)
 
 
 EXPLAINED = (

@@ -18,7 +18,7 @@ from data.augment.crop_flip import default_padding
 from data.augment.dsa import without_flip
 from data.load import ImageSet, load_set
 from data.loader import ImagePipeline
-from data.meta import read_meta
+from data.meta import keeps_meaning_mirrored, read_meta
 from data.specs import KRR_SPECS
 from data.synthetic import SyntheticSet
 from data.target_scale import TARGET_SCALES
@@ -253,12 +253,11 @@ class Pretraining:
         return {"pretraining": self.recipe.record(), "synthetic_set": digest, **more}
 
 
-def source_facts(name: str, data_dir: Path) -> tuple[int, bool]:
-    """Of a source, by its row or else its meta.json: classes (0: unknown), and whether it may be mirrored."""
+def source_classes(name: str, data_dir: Path) -> int:
+    """Classes of a source, by its row or else its meta.json; 0: unknown."""
     if name in KRR_SPECS:
-        return KRR_SPECS[name].num_classes, KRR_SPECS[name].hflip
-    meta = read_meta(data_dir / name)
-    return len(meta.get("class_names") or ()), bool(meta.get("hflip", True))
+        return KRR_SPECS[name].num_classes
+    return len(read_meta(data_dir / name).get("class_names") or ())
 
 
 def set_command(flags: PretrainFlags, size: int) -> str:
@@ -269,7 +268,7 @@ def set_command(flags: PretrainFlags, size: int) -> str:
     if method in BASELINES:
         command += ["--synthetic_data_dir", folder]
     elif method in MATCHING:
-        classes, _ = source_facts(source, flags.data_dir)
+        classes = source_classes(source, flags.data_dir)
         count = resolve_preset(source, flags.data_dir, size).num_images
         command += ["--ipc", max(1, count // classes)] if classes else []
         command += ["--export", folder / source / method]
@@ -292,8 +291,7 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
     recipe = pretrain_recipe(flags.method, source, arch, kd=kd, count=len(synthetic))
     stored = None if synthetic.views is None else len(synthetic) // synthetic.views.each
     recipe = recipe.fitted(synthetic.training, stored).with_flags(flags, "pre_")
-    classes, mirrored = source_facts(source, flags.data_dir)
-    if flags.pre_dsa is None and not mirrored:
+    if flags.pre_dsa is None and not keeps_meaning_mirrored(flags.data_dir / source):
         recipe = recipe.override(dsa=without_flip(recipe.dsa))
     found = tuple(synthetic.images.shape[2:])
     if found != (size, size):
@@ -309,7 +307,7 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
         raise UserError(f"{path}: {error}") from None
     if synthetic.soft:
         return Pretraining(synthetic, recipe, synthetic.targets.shape[1])
-    seen = int(synthetic.targets.max()) + 1
+    seen, classes = int(synthetic.targets.max()) + 1, source_classes(source, flags.data_dir)
     if seen > (classes or seen):
         raise UserError(f"{path} holds label {seen - 1}, but {source} has {classes} classes")
     return Pretraining(synthetic, recipe, classes or seen)

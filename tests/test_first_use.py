@@ -5,10 +5,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import write_set
 
 from data.load import load_set
 from data.prepare import sources
 from data.prepare.raw import Source, one_part
+from utils import checkpoint
 from utils.errors import UserError
 
 
@@ -92,4 +94,16 @@ def test_pictures_that_must_not_be_mirrored(tmp_path):
     assert prepare.main([*argv, "--data_name", "upright", "--no_hflip"]) == 0
     assert load_set("mirrored", 8, tmp_path).hflip
     assert not load_set("upright", 8, tmp_path).hflip
+    assert prepare.main([*argv, "--data_name", "upright", "--size", "6"]) == 0  # as it was begun
+    assert not load_set("upright", 6, tmp_path).hflip
+    assert prepare.main([*argv, "--data_name", "upright", "--overwrite"]) == 0
+    assert load_set("upright", 8, tmp_path).hflip
     assert prepare.main(["--data_name", "digits", "--no_hflip", "--data_dir", str(tmp_path)]) == 2
+
+
+def test_labels_that_are_no_classes_are_refused(tmp_path):
+    """One huge label is not a hundred billion classes."""
+    folder = write_set(tmp_path, "mine", train=4, test=4)
+    checkpoint.save(torch.tensor([0, 1, 2, 10**11]), folder / "Y_tr_8.pth")
+    with pytest.raises(UserError, match="labels from 0 to 100000000000, expected 0 to 1048575"):
+        load_set("mine", 8, tmp_path)

@@ -79,6 +79,20 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory",
+        "MPS backend out of memory (MPS allocated: 9 GB)",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling ...",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes",
+    ],
+)
+def test_what_backends_say_when_memory_is_out(words):
+    assert is_out_of_memory(RuntimeError(words))
+
+
+@pytest.mark.parametrize(
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory.\nTried"),

@@ -153,6 +153,10 @@ def test_cars_with_one_list(tmp_path):
     (tmp_path / "car_ims" / "2.jpg").unlink()
     with pytest.raises(UserError, match=r"cars_annos.mat names .*2.jpg"):
         lists.read_cars(tmp_path, False)
+    rows = [{k: v for k, v in row.items() if k != "test"} for row in rows[:2]]
+    savemat(tmp_path / "cars_annos.mat", {"annotations": structs(*rows), "class_names": names})
+    with pytest.raises(UserError, match="the annotations have no field 'test'"):
+        lists.read_cars(tmp_path, False)
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from raw_drawing import content, draw
 
 from data.prepare.folder import read_folder
+from utils import checkpoint
 from utils.errors import UserError
 
 
@@ -69,6 +72,20 @@ def test_split_folders_of_unlike_layout(tmp_path):
     draw(tmp_path / "val" / "1.png")
     with pytest.raises(UserError, match="train/ has class folders and val/ has none"):
         read_folder(tmp_path)
+
+
+def test_names_that_are_not_utf_8(tmp_path, capsys):
+    """As old archives leave them: they are shown, and no error of their own."""
+    draw(tmp_path / "1.png")
+    name = os.fsdecode(b"caf\xe9.txt")
+    try:
+        (tmp_path / name).write_text("")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    read_folder(tmp_path)
+    assert r"left out (caf\udce9.txt)" in capsys.readouterr().out
+    checkpoint.write_text(tmp_path / "list", name)
+    assert (tmp_path / "list").read_text() == r"caf\udce9.txt"
 
 
 def test_bad_folders(tmp_path):

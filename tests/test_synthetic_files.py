@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from test_synthetic import STATS, X, Y, assert_same, make, path_of, pixels
 
-from data.specs import Stats
+from data.augment import normalize
+from data.specs import KRR_SPECS, Stats
 from data.synthetic import FORMS, SyntheticSet, save_experiments
 from data.synthetic.__main__ import main
 from utils.errors import UserError
@@ -106,6 +107,28 @@ def test_damaged_safetensors(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(UserError, match="truncated or not a safetensors file"):
         SyntheticSet.load(path)
+
+
+def test_a_png_folder_that_does_not_say_its_statistics(tmp_path, capsys):
+    stats = KRR_SPECS["cifar10"].stats[32]
+    images = normalize(torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)), stats)
+    SyntheticSet(images, torch.arange(3), stats=stats).save(tmp_path / "p", "png")
+    (tmp_path / "p" / "meta.json").unlink()
+    assert main(["inspect", str(tmp_path / "p")]) == 2
+    assert "gives no mean and std" in capsys.readouterr().err
+    for what in (["inspect", str(tmp_path / "p")], ["convert", str(tmp_path / "p"), str(tmp_path / "q")]):
+        form = ["--form", "pair"] if what[0] == "convert" else []
+        assert main([*what, *form, "--data_name", "cifar10"]) == 0
+    assert float((SyntheticSet.load(tmp_path / "q").images - images).abs().max()) < 0.02
+
+
+def test_a_pair_is_not_written_where_another_form_is_read_first(tmp_path, capsys):
+    make().save(tmp_path / "a", "pair")
+    make().save(tmp_path / "run" / "set.safetensors", "safetensors")
+    argv = ["convert", str(tmp_path / "a"), str(tmp_path / "run"), "--form", "pair", "--overwrite"]
+    assert main(argv) == 2
+    assert "run holds set.safetensors, which is read first" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["set.safetensors"]
 
 
 def test_damaged_png_folders(tmp_path):

@@ -31,9 +31,10 @@ _SAFE_GLOBALS = [
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path | str) -> Iterator[Path]:
+def atomic_path(path: Path | str, then: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the final name only if the block succeeds.
 
+    `then` is called once all is on the disk, before the file takes its name.
     Temporary files of killed processes are removed. A UserError says that the folder cannot be
     written or the disk is full; `path` is then untouched.
     """
@@ -52,6 +53,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
+            then()
             temporary.replace(path)
             _sync_folder(path.parent)
     except OSError as error:
@@ -79,9 +81,11 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def write_atomic(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file through `write(file)`, whole or not at all; raises like `atomic_path`."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+def write_atomic(
+    path: Path | str, write: Callable[[BinaryIO], None], then: Callable[[], None] = lambda: None
+) -> None:
+    """Write a file through `write(file)`, whole or not at all; `then` and errors as for `atomic_path`."""
+    with atomic_path(path, then) as temporary, temporary.open("wb") as file:
         try:
             write(file)
         except RuntimeError as error:  # torch reports a full disk this way
@@ -89,13 +93,13 @@ def write_atomic(path: Path | str, write: Callable[[BinaryIO], None]) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a UTF-8 text file, whole or not at all."""
-    write_atomic(path, lambda file: file.write(text.encode()))
+    """Write a UTF-8 text file, whole or not at all; bytes of file names that are not UTF-8 are escaped."""
+    write_atomic(path, lambda file: file.write(text.encode(errors="backslashreplace")))
 
 
-def save(obj: Any, path: Path | str) -> None:
-    """`torch.save` to `path`, whole or not at all."""
-    write_atomic(path, lambda file: torch.save(obj, file))
+def save(obj: Any, path: Path | str, then: Callable[[], None] = lambda: None) -> None:
+    """`torch.save` to `path`, whole or not at all; `then` as for `atomic_path`."""
+    write_atomic(path, lambda file: torch.save(obj, file), then)
 
 
 def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:

@@ -61,7 +61,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host could not give memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError)
-        and re.search(r"can't allocate memory|Cannot allocate memory", str(error)) is not None
+        and re.search(r"out of memory|can('t|not) allocate memory|ALLOC_FAILED", str(error), re.I) is not None
     )
 
 

@@ -67,9 +67,8 @@ class LAMB(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self) -> None:
         """One update of every parameter that has a gradient."""
-        loss = _loss_of(closure)
         for group, p, state, (m, v) in _moments(self):
             first, second = group["betas"]
             m.lerp_(p.grad, 1 - first)
@@ -79,7 +78,6 @@ class LAMB(torch.optim.Optimizer):
             weight, size = p.norm(), update.norm()
             ratio = torch.where((weight > 0) & (size > 0), weight / size.clamp_min(1e-30), 1.0)
             p.sub_(update * ratio, alpha=group["lr"])
-        return loss
 
 
 class AdaBelief(torch.optim.Optimizer):
@@ -94,9 +92,8 @@ class AdaBelief(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self) -> None:
         """One update of every parameter that has a gradient."""
-        loss = _loss_of(closure)
         for group, p, state, (m, s) in _moments(self):
             first, second = group["betas"]
             m.lerp_(p.grad, 1 - first)
@@ -104,14 +101,6 @@ class AdaBelief(torch.optim.Optimizer):
             s.mul_(second).addcmul_(deviation, deviation, value=1 - second).add_(group["eps"])
             m_hat, s_hat = m / (1 - first ** state["step"]), s / (1 - second ** state["step"])
             p.addcdiv_(m_hat, s_hat.sqrt().add_(group["eps"]), value=-group["lr"])
-        return loss
-
-
-def _loss_of(closure: Callable[[], Any] | None) -> Any:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor, dict, tuple[Tensor, Tensor]]]:
@@ -137,15 +126,14 @@ def _adam(params: list[Any], lr: float, momentum: float, wd: float) -> torch.opt
     return torch.optim.AdamW(params, lr, weight_decay=wd, fused=_fused(params))
 
 
-def _sgd(params: list[Any], lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr, momentum, weight_decay=wd, fused=_fused(params))
-
-
-def _lamb(params: list[Any], lr: float, momentum: float, wd: float) -> torch.optim.Optimizer:
-    return LAMB(params, lr, weight_decay=wd)
-
-
-OPTIMIZERS = {"sgd": _sgd, "adam": _adam, "adamw": _adam, "lars": LARS, "lamb": _lamb}
+# (parameters or groups, rate, momentum, weight decay) -> the optimiser
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p, lr, momentum, wd: torch.optim.SGD(p, lr, momentum, weight_decay=wd, fused=_fused(p)),
+    "adam": _adam,
+    "adamw": _adam,
+    "lars": LARS,
+    "lamb": lambda p, lr, momentum, wd: LAMB(p, lr, weight_decay=wd),
+}
 
 
 def make_optimizer(

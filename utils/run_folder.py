@@ -274,10 +274,12 @@ def save_run(path: Path, step: int, parts: Mapping[str, Any], **named: Any) -> N
     The save before it stays beside it, in case the disk loses this one.
     """
     states = {name: part.state_dict() for name, part in parts.items()}
-    with checkpoint.atomic_path(path) as temporary:
-        checkpoint.save({"step": step, "parts": states, "named": named}, temporary)
+
+    def keep_previous() -> None:
         if path.exists():
             path.replace(previous_path(path))
+
+    checkpoint.save({"step": step, "parts": states, "named": named}, path, keep_previous)
 
 
 def forget_run(path: Path) -> None:

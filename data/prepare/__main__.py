@@ -125,7 +125,8 @@ def prepare(flags: PrepareFlags) -> None:
         source,
         workers=flags.workers or default_workers(),
         skip_broken=flags.skip_broken,
-        **({"hflip": False} if flags.no_hflip else {}),
+        # Another size of a set keeps what the first one was prepared with.
+        **({"hflip": not flags.no_hflip} if flags.no_hflip or (flags.overwrite and not spec) else {}),
     )
     for split, items in entry["skipped"].items():
         print(f"skipped {len(items)} unreadable pictures of the {split} split (see meta.json)")

@@ -153,7 +153,8 @@ def _name_others(folder: Path, others: list[Path]) -> None:
     if others:
         shown = ", ".join(str(path.relative_to(folder)) for path in others[:5])
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        print(f"{folder}: {len(others)} files that are not pictures are left out ({shown}{more})")
+        line = f"{folder}: {len(others)} files that are not pictures are left out ({shown}{more})"
+        print(line.encode(errors="backslashreplace").decode())  # names need not be UTF-8
 
 
 def pictures_by_class(folders: Sequence[Path]) -> tuple[list[Path], list[int]]:

@@ -107,7 +107,7 @@ def read_cars(raw: Path, download: bool) -> Source:
         path = single / "cars_annos.mat"
         rows, names = load_arrays(path, "annotations", "class_names")
         rows = rows.ravel()
-        files, labels = _annotated(rows, path, "relative_im_path", single)
+        files, labels = _annotated(rows, path, "relative_im_path", single, "test")
         held_out = np.array([_first(row["test"]) for row in rows], dtype=bool)
         for split, chosen in (("train", ~held_out), ("test", held_out)):
             if not chosen.any():
@@ -129,9 +129,11 @@ def read_cars(raw: Path, download: bool) -> Source:
     return file_source("Stanford Cars", _texts(names), **splits)
 
 
-def _annotated(rows: np.ndarray, path: Path, field: str, folder: Path) -> tuple[list[Path], list[int]]:
-    """Picture files and labels from 0 of a MATLAB struct array."""
-    for wanted in (field, "class"):
+def _annotated(
+    rows: np.ndarray, path: Path, field: str, folder: Path, *more: str
+) -> tuple[list[Path], list[int]]:
+    """Picture files and labels from 0 of a MATLAB struct array, which has `more` fields."""
+    for wanted in (field, "class", *more):
         if wanted not in (rows.dtype.names or ()):
             raise UserError(f"{path}: the annotations have no field {wanted!r}")
     files = [folder / str(_first(row[field])) for row in rows]

@@ -6,6 +6,7 @@ python -m data.synthetic convert SRC DST --form pair|res|safetensors|compact|png
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from data.synthetic.forms import FORMS, detect_form, find_set, save_compact, sav
 from data.synthetic.set import SyntheticSet
 from utils import cli
 from utils.errors import UserError, entry_point, pick
+from utils.run_folder import SET_FILE
 
 
 def summarize(synthetic: SyntheticSet) -> list[str]:
@@ -94,15 +96,15 @@ def draw(synthetic: SyntheticSet, path: Path, limit: int = 100) -> str:
 
 
 def _load_flagged(args: argparse.Namespace, path: Path) -> SyntheticSet:
-    synthetic = SyntheticSet.load(path, data_name=args.data_name, experiment=args.experiment)
+    load = partial(SyntheticSet.load, path, data_name=args.data_name, experiment=args.experiment)
     if args.data_name is None:
-        return synthetic
-    specs = {"krr": KRR_SPECS, "dc": DC_SPECS}[args.family]
-    stats, size = pick(specs, args.data_name, "data set").stats, synthetic.images.shape[-1]
+        return load()
+    stats = pick({"krr": KRR_SPECS, "dc": DC_SPECS}[args.family], args.data_name, "data set").stats
+    # The first time only for its size: a PNG folder is normalised with the values that belong to it.
+    size = load(stats=next(iter(stats.values()))).images.shape[-1]
     if size not in stats:
         raise UserError(f"{args.data_name} has no published mean and std at size {size}")
-    # Loading again lets a PNG folder be normalised with these values.
-    return SyntheticSet.load(path, stats=stats[size], data_name=args.data_name, experiment=args.experiment)
+    return load(stats=stats[size])
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -123,6 +125,8 @@ def _convert(args: argparse.Namespace) -> None:
     taken = args.dst / "x_syn.pt" if args.form == "pair" and args.dst.is_dir() else args.dst
     if args.form != "png" and taken.is_file() and not args.overwrite:  # png never replaces a folder
         raise UserError(f"{taken} exists already; pass --overwrite to replace it")
+    if args.form == "pair" and (args.dst / SET_FILE).exists():
+        raise UserError(f"{args.dst} holds {SET_FILE}, which is read first; choose another folder")
     if args.form == "compact":
         save_compact(synthetic, args.dst, how)
     elif args.form == "hf":

@@ -36,7 +36,7 @@ def test_a_state_is_the_last_or_the_one_before(tmp_path, saves, capsys):
         return step
 
     found = replay(tmp_path, lambda: save_run(path, saves + 1, {"model": model(saves + 1)}), read)
-    assert set(found) == {saves or None, saves + 1} and len(found) > 2
+    assert set(found) == {saves or None, saves + 1} and len(found) > bool(saves) + 1  # one renaming, or two
 
 
 def test_what_was_saved_stays(tmp_path):
