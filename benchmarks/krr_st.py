@@ -31,7 +31,7 @@ from data.augment import normalize
 from data.load import ImageSet, ImageSplit
 from data.specs import KRR_SPECS
 from distillation.problem import Problem
-from evaluation.target import FrozenTarget, Representation
+from evaluation.target import Representation, Target
 from krr_st.config import TrainFlags
 from krr_st.krr_st import KRRST
 from krr_st.views import TargetViews
@@ -131,7 +131,7 @@ def our_side(
     """KRR-ST with one pool network; with `table` all its targets are known."""
     image_set, model = parts["image_set"], copy.deepcopy(parts["target"])
     model.backbone = fold_frozen(model.backbone, torch.randn(2, *SHAPE))
-    target = FrozenTarget(place(model, device), precision)
+    target = Target(place(model, device), precision)
     flags = TrainFlags(
         train_model=ARCH,
         num_images=len(parts["x_syn"]),

@@ -19,7 +19,7 @@ from evaluation.parallel import in_parallel
 from evaluation.presets import Preset
 from evaluation.recipes import Recipe, pretrain_recipe
 from evaluation.score import score_network
-from evaluation.target import FrozenTarget, load_target, resolve_checkpoint
+from evaluation.target import Target, load_target, resolve_checkpoint
 from models import get_model
 from models.layout import arranged
 from utils.errors import UserError
@@ -86,7 +86,7 @@ class FeatureLabels:
         self.method, self.flags, self.image_set, self.device = method, flags, image_set, device
         where = dict(data_name=flags.data_name, data_dir=flags.data_dir, layout=flags.layout)
         model = load_target(flags.target_model, flags.target_ckpt, image_set, device, **where)
-        self.given, self.outputs = {"target": FrozenTarget(model, flags.precision)}, model.dim
+        self.given, self.outputs = {"target": Target(model, flags.precision)}, model.dim
         self.inputs = {"target model": model.fingerprint}
 
     def evaluation(self, seed: int) -> Evaluation | None:

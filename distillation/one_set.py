@@ -25,7 +25,7 @@ from distillation.run import Method, Setup
 from evaluation.fit import outputs
 from evaluation.presets import resolve_preset
 from evaluation.recipes import PRE_MIXUP, PRETRAIN
-from evaluation.target import TARGET_CKPT, TARGET_MODEL, ScaledTarget
+from evaluation.target import TARGET_CKPT, TARGET_MODEL
 from models import get_model
 from utils import checkpoint
 from utils.cli import flag
@@ -189,7 +189,7 @@ class SetSetup(Setup):
         """The data with what makes its labels, its whitening, the scale of its targets."""
         given = {**self.labels.given, "whitening": self.whitening()}
         if (scale := self.target_scale()) is not None:
-            given |= dict(target=ScaledTarget(given["target"], scale), target_scale=scale)
+            given |= dict(target=given["target"].scaled(scale), target_scale=scale)
         return Problem(self.image_set, self.device, seed, self.group, **given)
 
     def evaluation_cost(self) -> float:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,16 +41,6 @@ TARGET_CKPT = (
     "checkpoint of the target model; default: teacher_ckpt/barlow_twins_{target_model}_{data_name}.pt, or "
     "torchvision's weights of torchvision:NAME"
 )
-
-
-class Target(Protocol):
-    """A frozen target model: normalised images (b, C, H, W) -> features (b, dim), without gradient."""
-
-    dim: int
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-    def differentiable(self, x: Tensor) -> Tensor: ...
 
 
 class ForeignTarget(nn.Module):
@@ -150,11 +139,14 @@ def load_target(
     return place(model, device, layout)
 
 
-class FrozenTarget:
-    """The target model without gradient, in a run's precision, in parts where memory is short."""
+class Target:
+    """The target model without gradient, in a run's precision, in parts where memory is short.
 
-    def __init__(self, model: nn.Module, precision: str) -> None:
-        self.dim, self.precision = model.dim, precision
+    Its features are standardised where a `scale` says how.
+    """
+
+    def __init__(self, model: nn.Module, precision: str, scale: TargetScale | None = None) -> None:
+        self.dim, self.model, self.precision, self.scale = model.dim, model, precision, scale
         self._in_parts = SplitBatches(model)
 
     @torch.no_grad()
@@ -165,22 +157,12 @@ class FrozenTarget:
     def differentiable(self, x: Tensor) -> Tensor:
         """The same, with the gradient to the images."""
         with autocast(self.precision, x.device):
-            return self._in_parts(x)
+            features = self._in_parts(x)
+        return features if self.scale is None else self.scale(features)
 
-
-class ScaledTarget:
-    """A target model whose features are standardised."""
-
-    def __init__(self, target: Target, scale: TargetScale) -> None:
-        self.target, self.scale, self.dim = target, scale, target.dim
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Normalised images (b, C, H, W) -> features (b, dim), float32."""
-        return self.scale(self.target(x))
-
-    def differentiable(self, x: Tensor) -> Tensor:
-        """The same, with the gradient to the images."""
-        return self.scale(self.target.differentiable(x))
+    def scaled(self, scale: TargetScale) -> "Target":
+        """The same target with standardised features."""
+        return Target(self.model, self.precision, scale)
 
 
 @torch.no_grad()

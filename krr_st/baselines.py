@@ -88,13 +88,11 @@ class Request:
 
     def points(self) -> Tensor:
         """What distances are measured between: pixels, or the target model's features."""
-        if self.space == "pixel":
-            return to_float(self.image_set.train.images)
-        return outputs(self.target(), self.image_set.train.images, self.image_set, self.device).float()
+        return to_float(self.image_set.train.images) if self.space == "pixel" else self.features()
 
-    def centres(self) -> Tensor:
-        """Indices by k-means."""
-        return kmeans_indices(self.points(), self.count, derive_seed(self.seed, "kmeans"))
+    def features(self) -> Tensor:
+        """The target model's, of all training images."""
+        return outputs(self.target(), self.image_set.train.images, self.image_set, self.device).float()
 
     def losses(self, targets: Tensor) -> Tensor:
         """Of each training image after an epoch of MKDT's experts, with labels or features as targets."""
@@ -111,51 +109,46 @@ class Request:
         return early_losses(network, self.image_set, targets, recipe, seeds, self.device)
 
 
-def _random(request: Request) -> tuple[Tensor, Tensor]:
-    labels, generator = request.labels(), make_generator(request.seed, "random")
-    index = balanced_indices(request.image_set, request.count, generator)
-    return request.images(index), labels[index]
+def _random(request: Request, labels: Tensor | None) -> Tensor:
+    choose = random_indices if labels is None else balanced_indices
+    return choose(request.image_set, request.count, make_generator(request.seed, "random"))
 
 
-def _random_features(request: Request) -> tuple[Tensor, Tensor]:
-    generator = make_generator(request.seed, "random")
-    return request.with_features(request.images(random_indices(request.image_set, request.count, generator)))
+def _kmeans(request: Request, labels: Tensor | None) -> Tensor:
+    index = kmeans_indices(request.points(), request.count, derive_seed(request.seed, "kmeans"))
+    return index if labels is None else index[labels[index].argsort(stable=True)]
 
 
-def _kmeans(request: Request) -> tuple[Tensor, Tensor]:
-    labels, index = request.labels(), request.centres()
-    index = index[labels[index].argsort(stable=True)]
-    return request.images(index), labels[index]
-
-
-def _kmeans_features(request: Request) -> tuple[Tensor, Tensor]:
-    return request.with_features(request.images(request.centres()))
-
-
-def _herding(request: Request) -> tuple[Tensor, Tensor]:
-    labels, points = request.labels(), request.points()
-    index = per_class(
+def _herding(request: Request, labels: Tensor | None) -> Tensor:
+    points = request.points()
+    if labels is None:
+        return herding_indices(points, request.count)
+    return per_class(
         labels, request.count, lambda mine, count: herding_indices(points[mine.to(points.device)], count)
     )
-    return request.images(index), labels[index]
 
 
-def _herding_features(request: Request) -> tuple[Tensor, Tensor]:
-    return request.with_features(request.images(herding_indices(request.points(), request.count)))
+def _high_loss(request: Request, labels: Tensor | None) -> Tensor:
+    losses = request.losses(request.features() if labels is None else labels)
+    if labels is None:
+        return losses.topk(request.count).indices
+    return per_class(labels, request.count, lambda mine, count: losses[mine].topk(count).indices)
 
 
-def _high_loss(request: Request) -> tuple[Tensor, Tensor]:
-    labels = request.labels()
-    losses = request.losses(labels)
-    index = per_class(labels, request.count, lambda mine, count: losses[mine].topk(count).indices)
-    return request.images(index), labels[index]
+# (request, labels or None for sets of features) -> indices of training images, by class with labels
+CHOICES: dict[str, Callable[[Request, Tensor | None], Tensor]] = {
+    "random": _random,
+    "kmeans": _kmeans,
+    "herding": _herding,
+    "high_loss": _high_loss,
+}
 
 
-def _high_loss_features(request: Request) -> tuple[Tensor, Tensor]:
-    images, image_set = request.image_set.train.images, request.image_set
-    features = outputs(request.target(), images, image_set, request.device).float()
-    index = request.losses(features).topk(request.count).indices
-    return request.with_features(request.images(index))
+def _chosen(name: str, featured: bool, request: Request) -> tuple[Tensor, Tensor]:
+    labels = None if featured else request.labels()
+    index = CHOICES[name](request, labels)
+    x = request.images(index)
+    return request.with_features(x) if featured else (x, labels[index])
 
 
 def _gaussian(request: Request) -> tuple[Tensor, Tensor]:
@@ -165,16 +158,10 @@ def _gaussian(request: Request) -> tuple[Tensor, Tensor]:
 
 
 BASELINES: dict[str, Callable[[Request], tuple[Tensor, Tensor]]] = {
-    "random": _random,
-    "random_features": _random_features,
-    "kmeans": _kmeans,
-    "kmeans_features": _kmeans_features,
-    "herding": _herding,
-    "herding_features": _herding_features,
-    "high_loss": _high_loss,
-    "high_loss_features": _high_loss_features,
-    "gaussian": _gaussian,
-}
+    f"{name}{suffix}": functools.partial(_chosen, name, bool(suffix))
+    for name in CHOICES
+    for suffix in ("", "_features")
+} | {"gaussian": _gaussian}
 
 
 @entry_point

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distillation.problem import Problem
-from evaluation.target import FrozenTarget, Representation, ScaledTarget
+from evaluation.target import Representation, Target
 from krr_st.config import TrainFlags
 from krr_st.krr_st import KRRST
 from methods import find_method
@@ -79,8 +79,7 @@ def make_krrst(image_set, *, seed=0, loader=None, target_scale=None, device=CPU,
         outer_iteration=40,
         target_views="online",
     )
-    target = FrozenTarget(place(make_target(), device), "fp32")
-    target = target if target_scale is None else ScaledTarget(target, target_scale)
+    target = Target(place(make_target(), device), "fp32", target_scale)
     problem = Problem(image_set, device, seed, target=target, target_scale=target_scale)
     distiller = KRRST(problem, TrainFlags(**{**settings, **changes}))
     distiller.loader = loader or distiller.loader
