@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that wants an accelerator, in one call of under nine minutes:
+# Everything that wants an accelerator, in one call of under eight minutes:
 #     benchmarks/gpu.sh DATA_DIR OUT_DIR [cpu]
 # DATA_DIR holds the prepared real CIFAR-10 at 32 pixels (cifar10/X_tr_32.pth ...). OUT_DIR gets at most
 # eight files: log.txt, JSON that grows while it is measured, pictures. First the parts of a step, then
@@ -68,7 +68,7 @@ probe="--source_data_name cifar10 --target_data_name cifar10 --data_dir $data --
 
 step 80 parts "$python" -m benchmarks.parts --device "$device" "${parts[@]}" --out "$out/parts.json"
 step 70 correctness "$python" -m pytest -o addopts= -q -p no:cacheprovider tests/test_gpu.py "${tests[@]}"
-step 220 timings "$python" -m benchmarks --device "$device" "${timings[@]}" --out "$out/gpu.json"
+step 150 timings "$python" -m benchmarks --device "$device" "${timings[@]}" --out "$out/gpu.json"
 # shellcheck disable=SC2086
 {
     train="$on --save_dir $work/teacher_ckpt --epochs $epochs --batch_size $batch"

@@ -64,8 +64,8 @@ def load_data(flags: CommonFlags) -> ImageSet:
             raise
         command = prepare_command(folder, size, data_dir)
         raise UserError(f"{path} does not exist: {error}; then: {command}") from None
-    if image_set.train.labels is None:
-        raise UserError(f"{path.parent} has no labels; this family needs them")
+    if not image_set.labelled:
+        raise UserError(f"{path.parent} has no labels in each split; this family needs them")
     if image_set.test is None:
         if flags.dataset in DC_SPECS and DC_SPECS[flags.dataset].has_test:
             test = tensor_path(data_dir, folder, "X", "test", size)

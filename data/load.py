@@ -45,6 +45,11 @@ class ImageSet:
         """(C, H, W), what the model zoos take."""
         return tuple(self.train.images.shape[1:])
 
+    @property
+    def labelled(self) -> bool:
+        """Whether each split that there is has labels."""
+        return all(part.labels is not None for part in (self.train, self.test) if part is not None)
+
     @cached_property
     def fingerprint(self) -> str:
         """Which data it is: images and labels (from 1 GiB on a sample of them), statistics, mirroring."""

@@ -213,8 +213,6 @@ def count_classes(
         if labels:
             raise UserError(f"{folder} has test labels but no training labels; expected both or none")
         return None
-    if test is not None and test.labels is None:
-        raise UserError(f"{folder} has training labels but no test labels; expected both or none")
     names = read_meta(folder).get("class_names")
     count = int(torch.cat(labels).max()) + 1
     if names is None:

@@ -14,7 +14,7 @@ from data.real_data import RealImages
 from data.synthetic import SyntheticSet, TrainingSettings
 from distillation.problem import check_start
 from distillation.run import Method
-from evaluation.linear import LinearEvaluation, is_labelled
+from evaluation.linear import LinearEvaluation
 from evaluation.parallel import in_parallel
 from evaluation.presets import Preset
 from evaluation.recipes import Recipe, pretrain_recipe
@@ -90,9 +90,9 @@ class FeatureLabels:
         self.inputs = {"target model": model.fingerprint}
 
     def evaluation(self, seed: int) -> Evaluation | None:
-        """Accuracy in % of a linear classifier; None for a source without labels."""
+        """Accuracy in % of a linear classifier; None for a source without labels in each split."""
         flags, image_set = self.flags, self.image_set
-        if not is_labelled(image_set):
+        if not image_set.labelled:
             return None
 
         def evaluate(step: int, synthetic: SyntheticSet) -> float:
@@ -107,7 +107,7 @@ class FeatureLabels:
     def evaluation_cost(self) -> float:
         """Pre-training, features of all images."""
         image_set = self.image_set
-        if not is_labelled(image_set):
+        if not image_set.labelled:
             return 0.0
         recipe = set_recipe(self.method, self.flags, image_set, TrainingSettings())
         read = sum(len(part) for part in (image_set.train, image_set.test) if part is not None)
@@ -141,6 +141,10 @@ class ClassLabels:
 
     def __init__(self, method: Method, flags: Any, image_set: ImageSet, device: torch.device) -> None:
         self.method, self.flags, self.image_set, self.device = method, flags, image_set, device
+        if not image_set.labelled:
+            raise UserError(
+                f"{image_set.train.path.parent} has no labels in each split; evaluations need them"
+            )
         real = RealImages.from_set(image_set, device)
         check_start(real, flags.num_images // image_set.num_classes, flags.init, flags.num_images)
         self.given, self.outputs, self.inputs = {"real": real}, image_set.num_classes, {}

@@ -170,8 +170,8 @@ class SetSetup(Setup):
     def run(self, run: Run) -> dict[str, Any]:
         """Distil one set; write it and its pictures."""
         flags, image_set = self.flags, self.image_set
-        if image_set.train.labels is None:
-            print(f"{flags.data_name} has no labels: linear evaluation is skipped")
+        if not image_set.labelled:
+            print(f"{flags.data_name} lacks labels: linear evaluation is skipped")
         elif image_set.test is None:
             print(f"{flags.data_name} has no test split: evaluations use the training images")
         distiller, results = self.distil(run, self.problem(run.seed), self.plan())

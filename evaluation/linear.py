@@ -18,11 +18,6 @@ from utils.seed import derive_seed, local_seed, make_generator
 _CACHE_BYTES = 4 << 30
 
 
-def is_labelled(image_set: ImageSet) -> bool:
-    """Whether a classifier can be trained on the set."""
-    return image_set.num_classes is not None and image_set.train.labels is not None
-
-
 @dataclass(frozen=True)
 class LinearEvaluation:
     """Accuracy of a linear classifier on frozen features of a freshly pre-trained network.

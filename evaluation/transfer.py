@@ -329,7 +329,7 @@ def load_targets(
             target = replace(target, test=target.train)
         if target.test is None:
             raise UserError(f"{target.train.path.parent} has no test split; a target needs one")
-        if labelled and (target.num_classes is None or target.test.labels is None):
+        if labelled and not target.labelled:
             raise UserError(
                 f"{target.train.path.parent} has no labels in each split; a target needs them "
                 f"(--protocol {TARGET_ERROR} does without)"

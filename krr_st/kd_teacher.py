@@ -49,7 +49,7 @@ def train_teacher(
     trainer = teacher_trainer(flags, image_set, device, run.seed)
     train_epochs(trainer, run, save_every=flags.save_every, what="teacher")
     model = trainer.model
-    if image_set.test is None or image_set.test.labels is None:
+    if image_set.test is None or not image_set.labelled:
         return model, {"test_accuracy": None}
     found = held_out_accuracy(model, image_set, device)
     print(f"test accuracy {found:.2f} %")

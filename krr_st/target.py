@@ -106,7 +106,7 @@ class TwoViews:
 def knn_accuracy(model: Representation, image_set: ImageSet, device: torch.device) -> float | None:
     """k-NN accuracy in % on the test split with the training split as bank; None without labels."""
     train, test, classes = image_set.train, image_set.test, image_set.num_classes
-    if classes is None or test is None or test.labels is None:
+    if test is None or not image_set.labelled:
         return None
     rows = spaced(len(train), _KNN_ROWS)  # not the first: sets may be in the order of their classes
     bank = outputs(model, train.images[rows], image_set, device)

@@ -355,8 +355,11 @@ def test_unlabelled_set(tiny, capsys):
     checkpoint.save(make_target().backbone.state_dict(), "bare.pt")
     flags = ["--data_name", "bare", "--target_ckpt", "bare.pt"]
     assert run("bare", *flags) == 0
-    assert "bare has no labels: linear evaluation is skipped" in capsys.readouterr().out
+    assert "bare lacks labels: linear evaluation is skipped" in capsys.readouterr().out
     assert json.loads(Path("results/bare/results.json").read_text())["linear_evaluations"] == []
+    (write_set("datasets", "half") / "Y_te_8.pth").unlink()
+    assert run("half", "--data_name", "half", "--target_ckpt", "bare.pt") == 0
+    assert "half lacks labels: linear evaluation is skipped" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -81,5 +81,7 @@ def test_the_number_of_images_is_a_multiple_of_the_classes(mean, capsys):
 def test_without_labels_it_says_so(mean, capsys):
     write_set("datasets", "bare", labelled=False)
     fails(capsys, train, [*ARGV, "--data_name", "bare"], "bare", "no labels", "MEAN", "krr_st")
+    (write_set("datasets", "half") / "Y_te_8.pth").unlink()
+    fails(capsys, train, [*ARGV, "--data_name", "half", "--num_images", "8"], "half", "labels in each split")
     fails(capsys, train, [*ARGV, "--img_size", "12"], "X_tr_12.pth", "does not exist")
     assert not Path("results").exists()

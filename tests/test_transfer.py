@@ -133,7 +133,7 @@ def test_test_labels_are_needed(tiny, capsys):
     (write_set("datasets", "half") / "Y_te_8.pth").unlink()
     for protocol in ("finetune", "linear"):
         argv = [*SHARED, "--target_data_name", "half", "--protocol", protocol]
-        fails(capsys, test_scratch, argv, "datasets/half", "no test labels")
+        fails(capsys, test_scratch, argv, "datasets/half", "labels in each split")
 
 
 def test_training_images_stand_in_where_a_row_has_no_test_split(workspace, capsys):

@@ -148,7 +148,7 @@ def tensors(script: str, flags: str, x: str, y: str) -> list[Case]:
             y,
             TORCH_FILE | bad_y,
             guards="--data_dir",
-            words=(Path(y).name, "no training labels", "no test labels"),
+            words=(Path(y).name, "no training labels", "labels in each split"),
             skip=LINKS if "_te_" in y else (),
         ),
     ]
