@@ -35,9 +35,8 @@ from data.real_data import RealImages
 from data.specs import DC_SPECS
 from data.synthetic import SyntheticSet
 from distillation.problem import Problem
-from evaluation.parallel import in_parallel
 from evaluation.recipes import DSA_STRATEGY, dc_evaluation
-from evaluation.score import score_network
+from evaluation.score import score_networks
 from methods import METHODS
 from models import get_network
 from utils.device import resolve_device
@@ -208,19 +207,8 @@ def evaluation(
     recipe = dc_evaluation(epochs, 0.01, 256)
 
     def ours() -> list[float]:
-        def score(seed: int, check: Callable[[], None]) -> float:
-            return score_network(
-                network_factory(model, image_set, device),
-                SyntheticSet(x, y),
-                image_set,
-                recipe,
-                seed=seed,
-                device=device,
-                check=check,
-            ).final
-
-        tasks = [lambda check, s=seed: score(s, check) for seed in range(networks)]
-        return list(in_parallel(tasks, device))
+        new_network, synthetic = network_factory(model, image_set, device), SyntheticSet(x, y)
+        return score_networks(new_network, synthetic, image_set, recipe, range(networks), device)
 
     def plain_one(seed: int) -> float:
         network = plain_network(model, image_set.size, derive_seed(seed, "network"), device)

@@ -25,9 +25,8 @@ from distillation.base import Distiller
 from distillation.loop import Observer, Plan
 from distillation.problem import Problem, check_start
 from distillation.run import Method, Setup
-from evaluation.parallel import in_parallel
 from evaluation.recipes import DSA_STRATEGY, Recipe, dc_evaluation
-from evaluation.score import score_network
+from evaluation.score import score_networks
 from models import eval_pool
 from utils import checkpoint
 from utils.distributed import Group
@@ -248,12 +247,9 @@ class NetworkObserver(Observer):
         """Accuracies of `num_eval` random networks."""
         setup, seed = self.setup, distiller.problem.seed
         count, recipe = setup.flags.num_eval, evaluation_recipe(setup.method, setup.flags, network)
-        synthetic = SyntheticSet(distiller.x_syn, distiller.y_syn)
-        given = (setup.networks[network], synthetic, setup.image_set, recipe)
-        score = functools.partial(score_network, *given, device=setup.device)
+        given = (setup.networks[network], SyntheticSet(distiller.x_syn, distiller.y_syn), setup.image_set)
         seeds = [derive_seed(seed, "evaluation", step, network, n) for n in range(count)]
-        tasks = [lambda check, own=own: score(seed=own, check=check) for own in seeds]
-        found = [result.final for result in in_parallel(tasks, setup.device)]
+        found = score_networks(*given, recipe, seeds, setup.device)
         print(
             f"iteration {step}: {network} {format_mean_std(found, 4)} over {count} networks, "
             f"{recipe.epochs} epochs, augmentation dsa {recipe.dsa}, dc {recipe.dc}",

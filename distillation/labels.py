@@ -15,10 +15,9 @@ from data.synthetic import SyntheticSet, TrainingSettings
 from distillation.problem import check_start
 from distillation.run import Method
 from evaluation.linear import LinearEvaluation
-from evaluation.parallel import in_parallel
 from evaluation.presets import Preset
 from evaluation.recipes import Recipe, pretrain_recipe
-from evaluation.score import score_network
+from evaluation.score import score_networks
 from evaluation.target import Target, load_target, resolve_checkpoint
 from models import get_model
 from models.layout import arranged
@@ -161,14 +160,9 @@ class ClassLabels:
 
         def evaluate(step: int, synthetic: SyntheticSet) -> list[float]:
             recipe = set_recipe(self.method, flags, image_set, synthetic.training)
-
-            def score(own: int, check: Callable[[], None]) -> float:
-                given = dict(seed=own, device=self.device, check=check)
-                return score_network(self.new_network, synthetic, image_set, recipe, **given).final
-
             seeds = [derive_seed(seed, "evaluation", step, n) for n in range(flags.num_eval)]
-            tasks = [lambda check, own=own: score(own, check) for own in seeds]
-            found = [100 * value for value in in_parallel(tasks, self.device)]
+            found = score_networks(self.new_network, synthetic, image_set, recipe, seeds, self.device)
+            found = [100 * value for value in found]
             shown = f"{format_mean_std(found)} % over {len(found)} networks"
             print(f"step {step}: test accuracy {shown} ({recipe})", flush=True)
             return found

@@ -1,6 +1,7 @@
 """What a labelled synthetic set is worth: random networks trained on it, tested on real images."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from data.load import ImageSet
 from data.synthetic import SyntheticSet
 from evaluation.fit import PROBE_BATCH, Trainer, held_out_accuracy, real_loader, set_loader
+from evaluation.parallel import in_parallel
 from evaluation.recipes import Recipe
 from models.layout import images_at_once
 from utils.seed import derive_seed, make_generator
@@ -62,6 +64,21 @@ def score_network(
             at_test(epoch, network)
     best, best_epoch = max(tests, key=lambda test: test[0])
     return Score(tests[-1][0], best, best_epoch, trainer.window.mean())
+
+
+def score_networks(
+    new_network: Callable[[int], nn.Module],
+    synthetic: SyntheticSet,
+    image_set: ImageSet,
+    recipe: Recipe,
+    seeds: Iterable[int],
+    device: torch.device,
+) -> list[float]:
+    """What `score_network` gives after the last epoch for each of `seeds`, several at a time on a CPU."""
+    given = (new_network, synthetic, image_set, recipe)
+    score = functools.partial(score_network, *given, device=device)
+    tasks = [lambda check, seed=seed: score(seed=seed, check=check) for seed in seeds]
+    return [found.final for found in in_parallel(tasks, device)]
 
 
 def share_correct(model: nn.Module, image_set: ImageSet, device: torch.device) -> float:
