@@ -13,9 +13,8 @@ from clom.config import OriginalFlags
 from clom.pool import checkpoint_name, index_folders, model_folder, pixel_stats
 from clom.source import load_data, network_factory
 from data.load import ImageSet
-from data.loader import ImagePipeline
 from evaluation.epochs import epoch_cost, train_epochs
-from evaluation.fit import Trainer
+from evaluation.fit import Trainer, real_loader
 from evaluation.recipes import Recipe
 from evaluation.score import share_correct
 from utils import checkpoint, cli
@@ -90,8 +89,7 @@ def original_trainer(
     gpus: Sequence[int] = (),
 ) -> Trainer:
     """A network before its first step on the real images, on several GPUs where these are given."""
-    train, generator = image_set.train, make_generator(seed, "batches")
-    loader = recipe.loader(train.images, train.labels, device, generator, ImagePipeline(image_set.stats))
+    loader = real_loader(recipe, image_set, device, make_generator(seed, "batches"))
     if len(gpus) < 2:
         return Trainer(model, loader, recipe)
     parallel = nn.DataParallel(model, list(gpus))  # in the loss alone: a run resumes on any number of them

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data.load import ImageSet
 from data.loader import ImagePipeline, TensorLoader
 from data.synthetic import SyntheticSet
+from data.whitening import Whitening
 from evaluation.recipes import LOSSES, Recipe
 from models.layout import images_at_once
 from utils.cost import Cost, Forecast
@@ -195,16 +196,26 @@ def set_loader(
 
 
 def real_loader(
-    recipe: Recipe, image_set: ImageSet, device: torch.device, generator: torch.Generator
+    recipe: Recipe,
+    image_set: ImageSet,
+    device: torch.device,
+    generator: torch.Generator,
+    targets: Tensor | None = None,
+    whitening: Whitening | None = None,
 ) -> TensorLoader:
-    """A recipe's batches of all training images, normalised and then augmented, with their labels."""
+    """A recipe's batches of all training images, normalised, whitened and then augmented.
+
+    With `targets` (N, ...) in place of their labels; `whitening` is on the device.
+    """
     pipeline, augment, train = ImagePipeline(image_set.stats), recipe.augment(), image_set.train
 
     def transform(x: Tensor, draw: torch.Generator) -> Tensor:
         x = pipeline(x, draw)
+        x = x if whitening is None else whitening(x)
         return x if augment is None else augment(x, draw)
 
-    return recipe.loader(train.images, train.labels, device, generator, transform)
+    targets = train.labels if targets is None else targets
+    return recipe.loader(train.images, targets, device, generator, transform)
 
 
 def pretrain(

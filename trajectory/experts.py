@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from data.augment.dsa import check_strategy, without_flip
 from data.load import ImageSet, load_set
-from data.loader import ImagePipeline, TensorLoader
 from data.target_scale import TARGET_SCALES, TargetScale
 from data.whitening import Whitening
-from evaluation.fit import Trainer, outputs
+from evaluation.fit import Trainer, outputs, real_loader
 from evaluation.parallel import in_parallel
 from evaluation.presets import Preset, resolve_preset
 from evaluation.recipes import DSA_STRATEGY, Recipe
@@ -202,21 +201,8 @@ class ExpertTraining:
 
     def trainer(self, seed: int) -> Trainer:
         """An expert before its first step."""
-        augment, pipeline = self.recipe.augment(), ImagePipeline(self.image_set.stats)
-
-        def transform(x: Tensor, generator: torch.Generator) -> Tensor:
-            x = pipeline(x, generator)
-            x = x if self.whitening is None else self.whitening(x)
-            return x if augment is None else augment(x, generator)
-
-        loader = TensorLoader(
-            self.image_set.train.images,
-            self.y,
-            batch_size=self.recipe.batch_size,
-            device=self.device,
-            generator=make_generator(seed, "batches"),
-            transform=transform,
-        )
+        given = (self.image_set, self.device, make_generator(seed, "batches"), self.y, self.whitening)
+        loader = real_loader(self.recipe, *given)
         return Trainer(self.network(derive_seed(seed, "network")), loader, self.recipe)
 
     @property
