@@ -32,7 +32,7 @@ from evaluation.score import share_correct
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, resolve_checkpoint
 from models import get_model
 from models.layout import arranged
-from trajectory.buffers import Snapshot, Trajectory, expert_files, expert_path
+from trajectory.buffers import Trajectory, expert_files, expert_path
 from utils import checkpoint, cli
 from utils.cli import SEED, DeviceFlags, flag
 from utils.cost import Cost, DryRunFlags
@@ -138,25 +138,6 @@ def default_folder(flags: ExpertFlags, preset: Preset) -> Path:
     return Path("./buffers") / f"{flags.data_name}_{flags.img_size}" / name
 
 
-def train_expert(
-    trainer: Trainer, every: int, dtype: torch.dtype, what: str, check: Callable[[], None] = lambda: None
-) -> Trajectory:
-    """Train to the end; the parameters before it and after every `every` steps, on the CPU.
-
-    `check` is called after each step and may raise to end the training.
-    """
-    parameters = list(trainer.model.parameters())
-
-    def snapshot() -> Snapshot:  # copies: on a CPU, `.cpu()` alone would give the live weights
-        return [p.detach().to("cpu", dtype, copy=True).contiguous() for p in parameters]
-
-    found = [snapshot()]
-    for end in range(every, trainer.steps + 1, every):
-        trainer.run(end, what=what, on_step=lambda *_: check())
-        found.append(snapshot())
-    return found
-
-
 class ExpertTraining:
     """How the experts of one folder are trained: the data, its targets, the recipe."""
 
@@ -224,9 +205,14 @@ class ExpertTraining:
             torch.set_num_threads(threads)
 
     def run(self, seed: int, name: str, check: Callable[[], None]) -> tuple[Trajectory, dict[str, float]]:
-        """One expert, and what is logged about it."""
-        trainer = self.trainer(seed)
-        trajectory = train_expert(trainer, self.every, DTYPES[self.flags.dtype], name, check)
+        """One expert, on the CPU, and what is logged about it; `check` may raise after each step."""
+        trainer, dtype = self.trainer(seed), DTYPES[self.flags.dtype]
+        trajectory = []
+        for end in range(0, trainer.steps + 1, self.every):
+            trainer.run(end, what=name, on_step=lambda *_: check())
+            # Copies: on a CPU, `.cpu()` alone would give the live weights.
+            copies = (p.detach().to("cpu", dtype, copy=True) for p in trainer.model.parameters())
+            trajectory.append([p.contiguous() for p in copies])
         facts = {"loss": trainer.window.mean()}
         if self.flags.targets == "classes":
             trainer.model.prepare = self.whitening
