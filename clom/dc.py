@@ -85,12 +85,8 @@ class GradientMatching(MatchingDistiller):
         if self.flags.inner_loop:
             x, generator = self.x_syn.detach().clone(), self.stream("inner loop")
             loader = self.inner.loader(x, self.y_syn, x.device, generator)
-            work = 3 * loader.batch_size
-
-            def tick(*_: object) -> None:
-                self.forecast.tick(work)
-
-            Trainer(network, loader, self.inner).run(what="inner loop", on_step=tick).train()
+            trainer, work = Trainer(network, loader, self.inner), 3 * loader.batch_size
+            trainer.run(what="inner loop", on_step=lambda *_: self.forecast.tick(work)).train()
 
 
 def gradient_in_parts(network: nn.Module, x: Tensor, label: int) -> list[Tensor]:

@@ -162,11 +162,8 @@ class MatchingSetup(Setup):
             networks.append({**entry, "augmentation": {"dsa": recipe.dsa, "dc": recipe.dc}})
         rows = [[r["network"], format_mean_std(r["accuracies"], 4), str(r["n"])] for r in networks]
         print(markdown(["network", "test accuracy", "n"], rows))
-        counts, seconds = (
-            dict(iterations=flags.Iteration, experiments=len(done)),
-            [r["seconds"] for r in done],
-        )
-        return dict(**counts, networks=networks, seconds_of_last_start=seconds)
+        found = dict(iterations=flags.Iteration, experiments=len(done), networks=networks)
+        return {**found, "seconds_of_last_start": [r["seconds"] for r in done]}
 
     def run_experiment(self, run: RunFolder, experiment: int) -> dict[str, Any]:
         """images, labels (CPU), accuracies after the last iteration, seconds of this start."""
