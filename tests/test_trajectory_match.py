@@ -11,6 +11,7 @@ from torch import nn
 from data.augment.dsa import diff_augment
 from models import get_network
 from trajectory.match import (
+    DISTANCES,
     UNROLLS,
     full_gradients,
     functional_loss,
@@ -189,16 +190,12 @@ def test_distances():
     assert float(matching_distance(goal, start, goal)) == 0
     # whole: (4 · 0.25 + 0 + 3 · 16) / (4 + 8); by layer the last one, which did not move, is out
     assert float(matching_distance(end, start, goal)) == pytest.approx(49 / 12)
-    assert float(matching_distance(end, start, goal, form="layer")) == pytest.approx(0.25 / 2)
-    assert float(matching_distance(end, start, goal, [1, 0.1, 1], "layer")) == pytest.approx(0.25 / 1.1)
+    assert float(DISTANCES["layer"](end, start, goal, [1, 1, 1])) == pytest.approx(0.25 / 2)
+    assert float(DISTANCES["layer"](end, start, goal, [1, 0.1, 1])) == pytest.approx(0.25 / 1.1)
     assert float(matching_distance(end, start, goal, [1, 1, 0])) == pytest.approx(1 / 12)
-    for form in ("whole", "layer"):
+    for distance in DISTANCES.values():
         with pytest.raises(ValueError, match="moved no tensor"):
-            matching_distance(end, start, start, form=form)
-    with pytest.raises(ValueError, match="cannot be compared"):
-        matching_distance(end[:2], start, goal)
-    with pytest.raises(ValueError, match="valid: layer, whole"):
-        matching_distance(end, start, goal, form="cosine")
+            distance(end, start, start, [1, 1, 1])
 
 
 def test_weights_of_body_head_and_vectors():

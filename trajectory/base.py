@@ -20,7 +20,7 @@ from models import get_model
 from models.layout import arranged
 from trajectory.buffers import Experts
 from trajectory.experts import default_network
-from trajectory.match import DISTANCES, UNROLLS, Batch, functional_loss, matching_distance, tensor_weights
+from trajectory.match import DISTANCES, UNROLLS, Batch, functional_loss, tensor_weights
 from utils.cli import flag
 from utils.device import upload
 from utils.errors import UserError
@@ -222,7 +222,7 @@ class TrajectoryMatching(Distiller):
             self.loss_fn,
             start,
             self.batches(),
-            lambda end: matching_distance(end, start, goal, self.weights, flags.distance),
+            lambda end: DISTANCES[flags.distance](end, start, goal, self.weights),
             self.inputs,
             student.lr,
             flags.inner_momentum,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from utils.errors import UserError, pick
+from utils.errors import UserError
 from utils.precision import autocast
 
 Parameters = Sequence[Tensor]
@@ -209,8 +209,11 @@ def layer_distance(end: Parameters, start: Parameters, goal: Parameters, weights
     return (share * apart / torch.where(used, moved, 1.0)).sum() / share.sum()
 
 
-def whole_distance(end: Parameters, start: Parameters, goal: Parameters, weights: Sequence[float]) -> Tensor:
+def matching_distance(
+    end: Parameters, start: Parameters, goal: Parameters, weights: Sequence[float] | None = None
+) -> Tensor:
     """‖end - goal‖² / ‖start - goal‖² of all parameters together, their squares weighted by tensor."""
+    weights = [1.0] * len(end) if weights is None else weights
     after, before = (
         sum(w * (p - g).square().sum() for p, g, w in zip(side, goal, weights, strict=True) if w)
         for side in (end, start)
@@ -220,34 +223,14 @@ def whole_distance(end: Parameters, start: Parameters, goal: Parameters, weights
     return after / before
 
 
-# "whole" is MTT's. The larger tensors, such as a wide head, make most of it.
+# How far a student's end is from the expert's goal, relative to the distance of the start: three lists of
+# tensors of the same shapes and a weight >= 0 for each -> a scalar >= 0, differentiable in the first; a
+# UserError where the expert did not move. "whole" is MTT's: the larger tensors, such as a wide head, make
+# most of it.
 DISTANCES: dict[str, Callable[[Parameters, Parameters, Parameters, Sequence[float]], Tensor]] = {
-    "whole": whole_distance,
+    "whole": matching_distance,
     "layer": layer_distance,
 }
-
-
-def matching_distance(
-    end: Parameters,
-    start: Parameters,
-    goal: Parameters,
-    weights: Sequence[float] | None = None,
-    form: str = "whole",
-) -> Tensor:
-    """How far a student's `end` is from the expert's `goal`, relative to the distance of the start.
-
-    All three are lists of tensors of the same shapes; `weights` >= 0, one per tensor (None: all 1;
-    0 leaves it out); `form` is a key of DISTANCES. Returns a scalar >= 0: 1 where the student is as
-    far as the start was, differentiable in `end`.
-
-    Raises:
-        ValueError: lists that do not fit each other, or start and goal are the same.
-    """
-    shapes = [[tuple(p.shape) for p in side] for side in (end, start, goal)]
-    if not shapes[0] or shapes[0] != shapes[1] or shapes[0] != shapes[2]:
-        raise ValueError(f"parameters of shapes {shapes} cannot be compared")
-    weights = [1.0] * len(end) if weights is None else weights
-    return pick(DISTANCES, form, "distance")(end, start, goal, weights)
 
 
 def tensor_weights(network: nn.Module, vector: float = 1.0, head: float = 1.0) -> list[float]:
