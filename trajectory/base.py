@@ -175,7 +175,9 @@ class TrajectoryMatching(Distiller):
             learned.append(dict(params=[self.y_syn], lr=flags.lr_y, momentum=self.target_momentum))
         learned.append(dict(params=[self.student.lr], lr=flags.lr_lr))
         self.optimizer = torch.optim.SGD(learned, lr=flags.lr_img, momentum=MOMENTUM)
-        self.average = Average(self.inputs, flags.ema_decay) if flags.ema_decay else None
+        self.average = None
+        if flags.ema_decay:
+            self.average = nn.ParameterList(t.detach().clone() for t in self.inputs)
         self.order = TensorLoader(
             torch.arange(len(self.experts)),
             None,
@@ -240,7 +242,8 @@ class TrajectoryMatching(Distiller):
             self.optimizer.step()
             self.check_step_size(float(used))
             if self.average is not None:
-                self.average.update(self.inputs)
+                with torch.no_grad():  # a ← decay · a + (1 - decay) · t
+                    torch._foreach_lerp_(list(self.average), self.inputs, 1 - flags.ema_decay)
         skipped = (student.skipped / student.iteration).to(loss.device)
         return {"loss": loss, "step_size": used, "skipped": skipped}
 
@@ -286,7 +289,7 @@ class TrajectoryMatching(Distiller):
 
     def synthetic(self) -> SyntheticSet:
         """The set, its moving average if there is one, with the step size that was learned for it."""
-        learned = self.inputs if self.average is None else self.average.values
+        learned = self.inputs if self.average is None else self.average
         x, *y = (t.detach() for t in learned)
         whitening, momentum = self.problem.whitening, self.flags.train_momentum
         momentum = (self.flags.inner_momentum or 0.9) if momentum is None else momentum
@@ -295,24 +298,3 @@ class TrajectoryMatching(Distiller):
         images = x if whitening is None else whitening.undo(x)
         targets = self.problem.unscaled(self.targets(y[0] if y else self.y_syn))
         return SyntheticSet(images, targets, training=training)
-
-
-class Average:
-    """Moving averages of tensors: a ← decay · a + (1 - decay) · t."""
-
-    def __init__(self, tensors: list[Tensor], decay: float) -> None:
-        self.decay, self.values = decay, [t.detach().clone() for t in tensors]
-
-    def update(self, tensors: list[Tensor]) -> None:
-        """Take one step of the tensors."""
-        for value, tensor in zip(self.values, tensors, strict=True):
-            value.lerp_(tensor.detach(), 1 - self.decay)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The averages."""
-        return {"values": self.values}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
-        for value, saved in zip(self.values, state["values"], strict=True):
-            value.copy_(saved)
