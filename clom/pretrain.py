@@ -74,9 +74,8 @@ def train_originals(flags: OriginalFlags) -> int:
                 inputs=inputs,
             )
             model = new_network(derive_seed(run.seed, "network"))
-            train_one(
-                original_trainer(model, recipe, image_set, device, run.seed, gpus), image_set, run, flags
-            )
+            trainer = original_trainer(model, recipe, image_set, device, run.seed, gpus)
+            train_one(trainer, image_set, run, flags)
     return 0
 
 

@@ -7,6 +7,7 @@ Sources: Cazenavette et al., arXiv 2203.11932 (classes); Joshi et al., "Dataset 
 Knowledge Distillation", ICLR 2025 (features).
 """
 
+import functools
 import json
 import re
 import shutil
@@ -204,12 +205,12 @@ class ExpertTraining:
         finally:
             torch.set_num_threads(threads)
 
-    def run(self, seed: int, name: str, check: Callable[[], None]) -> tuple[Trajectory, dict[str, float]]:
-        """One expert, on the CPU, and what is logged about it; `check` may raise after each step."""
+    def run(self, n: int, seed: int, check: Callable[[], None]) -> tuple[Trajectory, dict[str, float]]:
+        """Expert n, its snapshots on the CPU, and what is logged; `check` may raise after each step."""
         trainer, dtype = self.trainer(seed), DTYPES[self.flags.dtype]
         trajectory = []
         for end in range(0, trainer.steps + 1, self.every):
-            trainer.run(end, what=name, on_step=lambda *_: check())
+            trainer.run(end, what=f"expert {n + 1}", on_step=lambda *_: check())
             # Copies: on a CPU, `.cpu()` alone would give the live weights.
             copies = (p.detach().to("cpu", dtype, copy=True) for p in trainer.model.parameters())
             trajectory.append([p.contiguous() for p in copies])
@@ -254,14 +255,10 @@ def make_experts(flags: ExpertFlags, device: torch.device) -> Path:
             print(f"{folder} holds the {count} experts of these flags; --overwrite trains them again")
             return folder
 
-        def task(number: int) -> Callable[[Callable[[], None]], tuple[Trajectory, dict[str, float]]]:
-            seed = derive_seed(run.seed, "expert", number)
-            return lambda check: training.run(seed, f"expert {number + 1}", check)
-
-        began = time.perf_counter()
-        for done, (n, (trajectory, facts)) in enumerate(
-            zip(missing, in_parallel([task(n) for n in missing], device), strict=True), 1
-        ):
+        seeds = [derive_seed(run.seed, "expert", n) for n in missing]
+        tasks = [functools.partial(training.run, *task) for task in zip(missing, seeds, strict=True)]
+        began, found = time.perf_counter(), in_parallel(tasks, device)
+        for done, (n, (trajectory, facts)) in enumerate(zip(missing, found, strict=True), 1):
             checkpoint.save([trajectory], expert_path(folder, n))
             run.log(step=n + 1, **facts)
             left = (time.perf_counter() - began) / done * (len(missing) - done)

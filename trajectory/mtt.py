@@ -65,14 +65,9 @@ class MTT(TrajectoryMatching):
         """
         real, generator = self.problem.real, self.stream("initial images")
         x = self.problem.whiten(real.at(real.draw_class(c, CANDIDATES * count, generator)))
-        logits = torch.stack(
-            [
-                apply(self.student_network, self.experts.snapshot(e, self.experts.last), x)
-                for e in range(len(self.experts))
-            ]
-        )  # (experts, n, K)
-        right = logits.argmax(2) == c
-        votes = right.float()
+        ends = (self.experts.snapshot(e, self.experts.last) for e in range(len(self.experts)))
+        logits = torch.stack([apply(self.student_network, end, x) for end in ends])  # (experts, n, K)
+        votes = (logits.argmax(2) == c).float()
         best = votes.sum(0).argsort(descending=True, stable=True)[:count]
         weight = torch.where(votes.sum(0) > 0, votes, 1.0)  # (experts, n)
         mean = (weight[..., None] * logits).sum(0) / weight.sum(0)[:, None]
