@@ -154,15 +154,8 @@ class Plain:
                         loss = loss + (1 - (a * b).sum(1) / norms).sum()
             self.update(loss)
             if outer < self.outer - 1:
-                plain_training(
-                    network,
-                    self.x_syn.detach().clone(),
-                    self.y_syn,
-                    self.inner,
-                    optimizer,
-                    self.strategy,
-                    self.draws["inner loop"],
-                )
+                x, draws = self.x_syn.detach().clone(), self.draws["inner loop"]
+                plain_training(network, x, self.y_syn, self.inner, optimizer, self.strategy, draws)
 
     def label(self, c: int, x: Tensor) -> Tensor:
         """The label of every image of a class."""
@@ -182,17 +175,9 @@ def sides(
 ) -> tuple[Plain, MatchingDistiller]:
     """Both forms of a distiller, at the same start; one image a class means one update."""
     outer, inner = (1, 1) if ipc == 1 else (outer, inner)
-    flags = DistillFlags(
-        method=method,
-        model=model,
-        ipc=ipc,
-        init="noise",
-        lr_img=0.1,
-        batch_real=batch_real,
-        dsa_strategy=STRATEGIES[method],
-        outer_loop=outer,
-        inner_loop=inner,
-    )
+    given = dict(method=method, model=model, ipc=ipc, init="noise", lr_img=0.1, batch_real=batch_real)
+    loops = dict(outer_loop=outer, inner_loop=inner)
+    flags = DistillFlags(**given, **loops, dsa_strategy=STRATEGIES[method])
     problem = Problem(image_set, device, 0, real=RealImages.from_set(image_set, device))
     ours = METHODS[method.lower()].distiller(problem, flags)
     return Plain(ours), ours
@@ -297,15 +282,10 @@ def measure(
     # DC's has a training in between, which amplifies rounding; of 100 test images one may tip over.
     limits = {"DC": 2e-2, "DSA": 1e-3, "DM": 1e-3, "evaluation": 0.011}
     assert all(agreement[name] <= limit for name, limit in limits.items()), agreement
+    lengths = {"batch_real": batch_real, "outer": outer, "inner": inner}
+    given = dict(size=size, device=device, settings={**lengths, "model": model})
     makers = {
-        f"{method} iteration, ipc {ipc}": functools.partial(
-            method_side,
-            method=method,
-            ipc=ipc,
-            size=size,
-            device=device,
-            settings={"batch_real": batch_real, "outer": outer, "inner": inner, "model": model},
-        )
+        f"{method} iteration, ipc {ipc}": functools.partial(method_side, method=method, ipc=ipc, **given)
         for method in STRATEGIES
         for ipc in ((1, 10, 50) if device.type == "cuda" and not quick else (1, 10))
     }
@@ -316,7 +296,7 @@ def measure(
         found[name] = contest(plain, {"ours": ours}, device, repeats=repeats, apart=not quick)
         print(f"{name}: {shown(ratios(found[name]))} times as fast", flush=True)
     return {
-        "settings": {"batch_real": batch_real, "outer": outer, "inner": inner, "epochs": epochs},
+        "settings": {**lengths, "epochs": epochs},
         "agreement": agreement,
         "seconds": {n: {side: t.median for side, t in sides.items()} for n, sides in found.items()},
         "timings": {n: {side: t.times for side, t in sides.items()} for n, sides in found.items()},
@@ -345,20 +325,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="small sizes, few timings")
     parser.add_argument("--out", type=Path, help="JSON")
-    args = parser.parse_args(argv)
-    device = resolve_device(args.device)
-    results = measure(
-        device,
-        quick=args.quick,
-        repeats=args.repeats,
-        batch_real=args.batch_real,
-        outer=args.outer,
-        inner=args.inner,
-        epochs=args.epochs,
-    )
+    given = vars(parser.parse_args(argv))
+    device, out = resolve_device(given.pop("device")), given.pop("out")
+    results = measure(device, **given)
     for name, medians in results["seconds"].items():
         print(f"{name}, seconds: {shown(medians, 3)}")
-    report(args.out, {"machine": machine(device), "clom": results})
+    report(out, {"machine": machine(device), "clom": results})
 
 
 if __name__ == "__main__":
