@@ -74,6 +74,13 @@ LEVERS: dict[str, dict[str, Any]] = {
     "steps 4000": {"outer_iteration": 4000},
     "steps 4000 lr_y 1e-1": {"outer_iteration": 4000, "outer_lr_y": 1e-1},
     "best": {**RECIPES["best"], "pool_mixup": None},
+    "best, batches of 256": {
+        **RECIPES["best"],
+        "pool_mixup": None,
+        "outer_iteration": 2000,
+        "outer_batch_size": 256,
+        "view_batch": 256,
+    },
 }
 # Sets that need no distillation: row -> method of krr_st.baselines, more of its flags.
 SETS: dict[str, tuple[str, dict[str, Any]]] = {
