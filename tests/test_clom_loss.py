@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from clom import loss
-from clom.loss import CLoM, ModelPool, clom_ce, clom_ce_mean, clom_cosine
+from clom.loss import CLoM, GivenReal, ModelPool, clom_ce, clom_ce_mean, clom_cosine
 from clom.pool import RealFeatures
 from data.real_data import RealImages
 from data.specs import Stats
@@ -245,6 +245,8 @@ def test_misuse_is_named(real):
     wide = CLoM(get_network("ConvNetD1", 3, 5, (8, 8)), distance="ce", real=real)
     with pytest.raises(ValueError, match="5 classes, the data have 3"):
         wide(torch.randn(3, 3, 8, 8), torch.arange(3))
+    lacking = GivenReal(*real, num_classes=5)  # a batch without its highest classes
+    assert CLoM(wide.pool, distance="ce", real=lacking)(torch.randn(3, 3, 8, 8), torch.arange(3)) > 0
     with pytest.raises(ValueError, match="needs a pre-trained model"):
         CLoM([], real=real)
     with pytest.raises(ValueError, match="30 images but 29 labels"):
