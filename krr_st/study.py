@@ -12,7 +12,6 @@ import contextlib
 import functools
 import gc
 import io
-import json
 import math
 import shlex
 import sys
@@ -29,6 +28,7 @@ import torch
 from data.load import load_set
 from data.prepared import tensor_path
 from data.target_scale import TARGET_SCALES
+from data.untrusted import read_json
 from distillation.run import run_method
 from evaluation.equivalent_images import equivalent_images
 from evaluation.jobs import Job
@@ -235,9 +235,9 @@ class Study:
         """Raise a UserError where the folder's sets have the features of another target model."""
         record = self.folder / "target.json"
         found = {"target_ckpt": checkpoint.state_fingerprint(checkpoint.load_state(self.checkpoint))}
-        if not record.exists():
+        if not (kept := read_json(record)):
             write_json(record, found)
-        elif json.loads(record.read_text()) != found:
+        elif kept != found:
             where = f"{self.folder} holds sets of another target model"
             raise UserError(f"{where} than {self.checkpoint}; give another --folder")
 

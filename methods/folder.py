@@ -52,7 +52,7 @@ from utils.run_folder import claim_run, write_json
 from utils.seed import local_seed, make_generator
 from utils.table import format_mean_std, markdown
 
-RECIPE = "best"  # of train.py, in steps of half the size: more of them in the time
+RECIPE = "best"  # of train.py, with its earlier batches: larger ones were not tried in runs of minutes
 STEPS = dict(outer_iteration=2000, outer_batch_size=256, view_batch=256)
 HELD_OUT = 0.2  # share of the pictures that only the judging sees, where the folder sets none apart
 # Shares of the time left when a stage is planned; what remains is for starting, reading and the report.

@@ -242,8 +242,9 @@ class TrajectoryMatching(Distiller):
             self.optimizer.step()
             self.check_step_size(float(used))
             if self.average is not None:
-                with torch.no_grad():  # a ← decay · a + (1 - decay) · t
-                    torch._foreach_lerp_(list(self.average), self.inputs, 1 - flags.ema_decay)
+                with torch.no_grad():
+                    for mean, tensor in zip(self.average, self.inputs, strict=True):
+                        mean.lerp_(tensor, 1 - flags.ema_decay)
         skipped = (student.skipped / student.iteration).to(loss.device)
         return {"loss": loss, "step_size": used, "skipped": skipped}
 
