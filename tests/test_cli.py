@@ -384,9 +384,8 @@ def test_help(command, capsys):
 
 def test_errors_as_a_process(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--no_such_flag"]
-    wrong = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True
-    )  # scripts work from any folder
+    # Scripts work from any folder.
+    wrong = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "--no_such_flag" in wrong.stderr and "Traceback" not in wrong.stderr
 
