@@ -54,8 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
     step = functools.partial(krr_st.measure, device)
+    published = dict(m=1000, b=1024, count=4096, calls=5)
     if device.type == "cuda":
-        step = functools.partial(step, m=1000, b=1024, count=4096, calls=5, compile=True)
+        step = functools.partial(step, **published)
     if args.quick:
         step = functools.partial(step, m=8, b=16, count=32, grid=False, apart=False)
     few = {"repeats": 3 if args.quick else args.repeats}
@@ -66,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         "loader": functools.partial(loader.measure, device, count=2048 if args.quick else 20000, **few),
         "trajectory": functools.partial(trajectory.measure, device, **small),
     }
+    if device.type == "cuda":
+        sections["krr_st compiled"] = functools.partial(krr_st.measure_compiled, device, **published, **few)
     results, done = measure_sections(sections, device, args.out)
     head = ["what", "times the plain form", "that with memory kept", "of the matmul rate"]
     print(markdown(head, rows(results)))

@@ -45,6 +45,7 @@ from utils.seed import local_seed
 ARCH, TARGET = "convnet_128_256_512_bn", "resnet18"
 DEFAULTS = "plain, torch's defaults"  # on CUDA: TF32 in convolutions
 Kind = dict[str, Any] | str | None  # arguments of `our_side`, or a plain form
+REPLAYED = {"precision": "bf16", "table": True, "cuda_graph": True}
 SHAPE = (3, 32, 32)
 
 
@@ -127,8 +128,9 @@ def our_side(
     table: bool,
     compile: bool = False,
     cuda_graph: bool = False,
+    fused: bool = True,
 ) -> KRRST:
-    """KRR-ST with one pool network; with `table` all its targets are known."""
+    """KRR-ST with one pool network, by fused kernels if wanted; with `table` all its targets are known."""
     image_set, model = parts["image_set"], copy.deepcopy(parts["target"])
     model.backbone = fold_frozen(model.backbone, torch.randn(2, *SHAPE))
     target = Target(place(model, device), precision)
@@ -146,6 +148,7 @@ def our_side(
         target_views="online",
     )
     distiller = KRRST(Problem(image_set, device, 0, target=target), flags)
+    distiller.pool.slots[0].model.first_order = fused
     with torch.no_grad():
         distiller.x_syn.copy_(parts["x_syn"])
         distiller.y_syn.copy_(parts["y_syn"])
@@ -231,11 +234,13 @@ def measure(
         for where in ("online", "table")
         for precision in precisions
     }
-    if compile:  # on a GPU bf16 alone, since compiling takes its time
-        for precision in precisions if device.type != "cuda" else ("bf16",):
+    if compile:
+        for precision in precisions:
             kinds[f"table {precision} compiled"] = kinds[f"table {precision}"] | {"compile": True}
     if device.type == "cuda":
-        kinds["table bf16 replayed"] = kinds["table bf16"] | {"cuda_graph": True}
+        kinds["table bf16 replayed"] = REPLAYED
+        kinds["table bf16, torch's layers"] = kinds["table bf16"] | {"fused": False}
+        kinds["table bf16 replayed, torch's layers"] = REPLAYED | {"fused": False}
         kinds[DEFAULTS] = DEFAULTS
     build = functools.partial(make_step, m, b, max(count, b), device)
     makers = {name: functools.partial(build, kind) for name, kind in kinds.items()}
@@ -267,6 +272,18 @@ def measure(
     if grid:
         results["table fp32, seconds by (m, b)"] = growth(device, m, b, repeats)
     return results
+
+
+def measure_compiled(
+    device: torch.device, *, m: int, b: int, count: int, repeats: int, calls: int
+) -> dict[str, float]:
+    """Seconds a step of the bf16 step that is compiled, beside the replayed one: compiling takes its time."""
+    build = functools.partial(make_step, m, b, count, device)
+    compiled = {"precision": "bf16", "table": True, "compile": True}
+    kinds = {"compiled": compiled, "compiled, replayed": compiled | {"cuda_graph": True}}
+    makers = {name: functools.partial(build, kind) for name, kind in kinds.items()}
+    found = contest(functools.partial(build, REPLAYED), makers, device, repeats=repeats, calls=calls)
+    return {"replayed" if name == "plain" else name: timing.median for name, timing in found.items()}
 
 
 def rate_of(name: str) -> str:

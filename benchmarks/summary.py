@@ -33,6 +33,7 @@ def collect(folder: Path) -> list[list[str]]:
             setting = "m={m} b={b}".format(**step["setting"])
             found.append([f"outer step {setting}, {name}", shown])
             found.append([f"  {PUBLISHED_STEPS} of them", f"{PUBLISHED_STEPS * seconds / 60:.0f} min"])
+    found += [[f"  {n}", f"{1e3 * s:.1f} ms"] for n, s in results.get("krr_st compiled", {}).items()]
     found += [[n, f"{r:.2f} x plain"] for n, r in results.get("clom", {}).get("ratios", {}).items() if r]
     run = read(folder / "results.json")
     if run:

@@ -17,7 +17,7 @@ from evaluation.presets import Preset
 from evaluation.recipes import half_squared_error
 from krr_st.config import KIPFlags
 from krr_st.frepo import centred
-from krr_st.loss import kernel_predict
+from krr_st.loss import kernel_weights
 from models import get_model
 from utils.device import place, upload
 from utils.optim import AdaBelief
@@ -123,7 +123,7 @@ class KIP(Distiller):
                 f_real.append(torch.cat(parts).float())
                 f_syn.append(network.embed(x).float())
         k_rs, k_ss = estimated_kernel(f_real, f_syn), estimated_kernel(f_syn, f_syn)
-        predicted = kernel_predict(k_rs, k_ss, self.y_syn, RIDGE / len(x))
+        predicted = k_rs @ kernel_weights(k_ss, self.y_syn, RIDGE / len(x)).to(k_rs.dtype)
         loss = self.loss(predicted, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from data.augment.mixup import mixup
 from data.specs import Stats
@@ -16,9 +17,10 @@ from distillation.problem import Problem
 from evaluation.target import Target
 from krr_st.config import TrainFlags
 from krr_st.held_out import HeldOutLoss
-from krr_st.loss import krr_loss
+from krr_st.loss import krr_weights, predict_with
 from krr_st.pool import ModelPool, pool_network
 from krr_st.views import RealBatch, real_loader, targets_for
+from utils.graph import beside, catch_up, side_stream
 from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule
 from utils.precision import autocast, compiled
@@ -156,12 +158,17 @@ def outer_gradients(flags: TrainFlags, learned: list[Tensor]) -> Callable[..., l
     embed = compiled(lambda x, model: model.embed(x), flags.compile)
     embed_real = SplitBatches(compiled(lambda x, model: model.embed(x), flags.compile))
 
+    side = side_stream(learned[0].device)
+
     def gradients(model: nn.Module, x_syn: Tensor, y_syn: Tensor, x: Tensor, y_real: Tensor) -> list[Tensor]:
         with autocast(flags.precision, x.device):
-            with torch.no_grad():
-                f_real = embed_real(x, model)  # (b, d)
             f_syn = embed(x_syn, model)  # (m, d)
-        loss = krr_loss(f_real, y_real, f_syn, y_syn, flags.ridge)
+        with beside(side):  # the solve is many small kernels: they run next to the real batch's
+            weights = krr_weights(f_syn, y_syn, flags.ridge)
+        with autocast(flags.precision, x.device), torch.no_grad():
+            f_real = embed_real(x, model)  # (b, d)
+        catch_up(side)
+        loss = mse_loss(predict_with(weights, f_real, f_syn), y_real)
         return [loss.detach(), *torch.autograd.grad(loss, learned)]
 
     return gradients

@@ -50,26 +50,39 @@ def krr_predict(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-
 
     Source: Lee et al., arXiv 2310.06511, eq. 4-5 and alg. 1; kernel with bias as in FRePo.
     """
-    dtype = torch.promote_types(f_syn.dtype, torch.float32)
-    f_real, f_syn, y_syn = (t.to(dtype) for t in (f_real, f_syn, y_syn))
+    return predict_with(krr_weights(f_syn, y_syn, ridge), f_real, f_syn)
+
+
+def krr_weights(f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-6) -> Tensor:
+    """(K_ss + λI)⁻¹ Y_s of `krr_predict`, (m, D): all of it that needs no real images."""
+    f_syn = _at_least_float32(f_syn)
     with torch.autocast(f_syn.device.type, enabled=False):
-        # <(f, 1), (g, 1)> = <f, g> + 1: the constant column without copying the features.
-        k_rs = f_real @ f_syn.mT + 1.0
-        if ridge < torch.finfo(dtype).eps:  # K itself may not be rounded by more than λ
+        if ridge < torch.finfo(f_syn.dtype).eps:  # K itself may not be rounded by more than λ
             f_syn = f_syn.to(_solve_dtype(f_syn))
-        return kernel_predict(k_rs, f_syn @ f_syn.mT + 1.0, y_syn, ridge)
+        # <(f, 1), (g, 1)> = <f, g> + 1: the constant column without copying the features.
+        return kernel_weights(f_syn @ f_syn.mT + 1.0, y_syn, ridge)
 
 
-def kernel_predict(k_rs: Tensor, k_ss: Tensor, y_syn: Tensor, ridge: float) -> Tensor:
-    """K_rs (K_ss + λI)⁻¹ Y_s with λ = ridge · trace(K_ss) without gradient; the solve is in float64.
+def predict_with(weights: Tensor, f_real: Tensor, f_syn: Tensor) -> Tensor:
+    """What `krr_weights` (m, D) predict for real images with features f_real (b, d)."""
+    f_syn = _at_least_float32(f_syn)
+    with torch.autocast(f_syn.device.type, enabled=False):
+        return (f_real.to(f_syn.dtype) @ f_syn.mT + 1.0) @ weights.to(f_syn.dtype)
 
-    Kernels (b, m) and (m, m), y_syn (m, D); the result is (b, D) in the dtype of `k_rs`.
+
+def _at_least_float32(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def kernel_weights(k_ss: Tensor, y_syn: Tensor, ridge: float) -> Tensor:
+    """(K_ss + λI)⁻¹ Y_s, (m, D), with λ = ridge · trace(K_ss) without gradient; solved in float64.
+
+    The kernel is (m, m), y_syn (m, D).
     """
     lam = ridge * k_ss.detach().diagonal().sum()
     exact = _solve_dtype(k_ss)
     eye = torch.eye(len(k_ss), dtype=exact, device=k_ss.device)
-    weights = _SpdSolve.apply(k_ss.to(exact) + lam.to(exact) * eye, y_syn.to(exact))  # (m, D)
-    return k_rs @ weights.to(k_rs.dtype)
+    return _SpdSolve.apply(k_ss.to(exact) + lam.to(exact) * eye, y_syn.to(exact))
 
 
 def krr_loss(f_real: Tensor, y_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-6) -> Tensor:

@@ -24,6 +24,7 @@ class Classifier(nn.Module):
     num_features: int  # width of `embed(x)`
     num_pooled: int  # width of `pooled(x)`
     prepare: Callable[[Tensor], Tensor] | None = None  # what happens to images first, such as whitening
+    first_order: bool = False  # no gradient is differentiated again: models.fused may compute it
 
     def set_head(
         self,

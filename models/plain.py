@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from models.base import Classifier, Size, map_size
 from models.fold import can_fold, folded_conv
+from models.fused import fusable, fused
 from utils.errors import pick
 
 
@@ -151,9 +152,13 @@ class PlainNet(Classifier):
         """The last feature map; BatchNorm that is a fixed affine map is folded into the convolutions."""
         trunk = self.layers if self.nested else self.features
         layers = [module for module in trunk.modules() if not list(module.children())]
-        if not any(can_fold(layer, after) for layer, after in itertools.pairwise(layers)):
+        if not self.first_order and not any(itertools.starmap(can_fold, itertools.pairwise(layers))):
             return trunk(x)
         while layers:
+            if self.first_order and fusable(layers, x):
+                x = fused(layers, x)
+                del layers[:4]
+                continue
             layer = layers.pop(0)
             x = folded_conv(layer, layers.pop(0), x) if layers and can_fold(layer, layers[0]) else layer(x)
         return x

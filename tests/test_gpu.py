@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_fused import block, compare
 
 from benchmarks import krr_st as bench
 from clom.loss import clom_cosine
@@ -63,6 +64,17 @@ def features(name, precision):
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("tf32", 5e-3), ("bf16", 5e-2)])
 def test_networks(name, precision, bound):
     assert features(name, precision) < bound
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("channels", [128, 136])
+def test_fused_layers(dtype, bound, training, channels):
+    """Bounds for gradients that ReLU cuts off at other places."""
+    x = 1 + draw(64, 3, 32, 32)
+    with float32_mode("fp32"):
+        apart = compare(block(channels).to(CUDA), training, dtype, x.to(CUDA))
+    assert max(apart.values()) < bound, apart
 
 
 def test_an_outer_step_of_both_forms():

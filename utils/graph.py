@@ -1,6 +1,7 @@
-"""CUDA graphs: what the host would launch kernel by kernel is recorded once and replayed as a whole."""
+"""CUDA graphs, which replay as a whole what the host would launch kernel by kernel, and side streams."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +9,31 @@ from torch import Tensor
 from utils.errors import first_line
 
 WARM_UP = 3  # calls before the recording: libraries choose algorithms, optimisers make their states
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream for `beside`; None where there are none."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Within the block work goes to the side stream, after what was queued; with None as ever.
+
+    Before its results are used, and before its inputs are freed, the caller has to `catch_up`.
+    """
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+
+
+def catch_up(stream: torch.cuda.Stream | None) -> None:
+    """What is queued from here on comes after the side stream's work."""
+    if stream is not None:
+        torch.cuda.current_stream().wait_stream(stream)
 
 
 class Recorder:

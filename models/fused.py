@@ -1,0 +1,242 @@
+"""BatchNorm, ReLU and 2x2 average pooling in one pass over the feature map, forward and backward, on CUDA.
+
+After a convolution torch reads and writes the map once for the bias, twice for BatchNorm, once for ReLU
+and reads it for the pooling; at batches of 1000 these passes take longer than the convolutions. Here the
+map is read once (twice with batch statistics) and only the pooled one is written. All arithmetic is in
+float32; the map is channels-last in any float dtype. Gradients are of first order alone.
+"""
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on a Mac, nor with torch's builds for CPUs
+    triton = None
+
+_ALIGNED = 8  # channels with which convolutions run on tensor cores
+_PIXELS, _CHANNELS = 16, 128  # of a block of the pooled map
+_ROWS, _PROGRAMS = 32, 528  # pixels a block of the reductions, and how many programs share them
+_WARPS = 4
+
+
+def fusable(layers: list[nn.Module], x: Tensor) -> bool:
+    """Whether the next four layers are convolution, BatchNorm, ReLU and pooling that `fused` can compute.
+
+    With fixed statistics the parameters of BatchNorm may not need a gradient.
+    """
+    if triton is None or len(layers) < 4 or torch.compiler.is_compiling():
+        return False
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    conv, norm, act, pool = layers[:4]
+    if not (type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and type(act) is nn.ReLU):
+        return False
+    if not isinstance(pool, nn.AvgPool2d) or pool.kernel_size != 2 or conv.groups != 1:
+        return False
+    if conv.padding_mode != "zeros" or norm.running_mean is None or norm.weight is None:
+        return False
+    sides = [n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], conv.padding, conv.kernel_size, strict=True)]
+    if conv.stride != (1, 1) or conv.dilation != (1, 1) or any(side % 2 for side in sides):
+        return False
+    return norm.training or not (torch.is_grad_enabled() and norm.weight.requires_grad)
+
+
+def fused(layers: list[nn.Module], x: Tensor) -> Tensor:
+    """`pool(relu(norm(conv(x))))` of (B, C, H, W), where `fusable` holds; moves the running statistics."""
+    conv, norm = layers[0], layers[1]
+    missing = -x.shape[1] % _ALIGNED
+    x, weight = (F.pad(t, (0, 0, 0, 0, 0, missing)) if missing else t for t in (x, conv.weight))
+    y = F.conv2d(x, weight, None, padding=conv.padding).contiguous(memory_format=torch.channels_last)
+    if not norm.training:  # the bias of the convolution is part of the shift
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+        return _AffineReluPool.apply(y, scale, norm.bias - mean * scale)
+    out, mean, var = _NormReluPool.apply(y, conv.bias, norm.weight, norm.bias, norm.eps)
+    with torch.no_grad():
+        count = y.numel() / y.shape[1]
+        norm.running_mean.lerp_(mean if conv.bias is None else mean + conv.bias, norm.momentum)
+        norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
+        norm.num_batches_tracked.add_(1)
+    return out
+
+
+class _AffineReluPool(torch.autograd.Function):
+    """pool(relu(scale * y + shift)) with a scale and a shift (C,) for each channel of y (B, C, H, W)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(y, scale, shift)
+        return _pooled(y, scale, shift)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        y, scale, shift = ctx.saved_tensors
+        nothing = torch.zeros_like(scale)
+        return _unpooled(grad, y, scale, shift, nothing, nothing), None, None
+
+
+class _NormReluPool(torch.autograd.Function):
+    """pool(relu(batch norm(y))), mean and biased variance of the batch; a bias before it has no effect."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, conv_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, channels = y.numel() // y.shape[1], y.shape[1]
+        partial = y.new_empty(2, _PROGRAMS, channels, dtype=torch.float32)
+        grid = (_PROGRAMS, triton.cdiv(channels, _CHANNELS))
+        _statistics[grid](y, partial, rows, channels, _ROWS, _CHANNELS, num_warps=_WARPS)
+        first, second = partial.sum(1) / rows  # of the differences from the first pixel
+        origin = y[0, :, 0, 0].float()
+        mean, var = origin + first, second - first.square()
+        rstd = torch.rsqrt(var + eps)
+        scale = weight * rstd
+        shift = bias - mean * scale
+        ctx.save_for_backward(y, scale, shift, mean, rstd)
+        ctx.biased = conv_bias is not None
+        ctx.mark_non_differentiable(mean, var)
+        return _pooled(y, scale, shift), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        y, scale, shift, mean, rstd = ctx.saved_tensors
+        rows, channels = y.numel() // y.shape[1], y.shape[1]
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        partial = y.new_empty(2, _PROGRAMS, channels, dtype=torch.float32)
+        grid = (_PROGRAMS, triton.cdiv(channels, _CHANNELS))
+        _gradient_sums[grid](
+            grad, y, scale, shift, mean, rstd, partial, rows // 4, y.shape[3] // 2, channels,
+            _ROWS // 4, _CHANNELS, num_warps=_WARPS,
+        )  # fmt: skip
+        d_bias, d_weight = partial.sum(1)
+        # dL/dy = scale (dz - mean(dz) - xhat mean(dz xhat)) = scale dz - (slope y + offset)
+        slope = scale * rstd * d_weight / rows
+        offset = scale * d_bias / rows - slope * mean
+        d_y = _unpooled(grad, y, scale, shift, slope, offset)
+        return d_y, torch.zeros_like(d_bias) if ctx.biased else None, d_weight, d_bias, None
+
+
+def _pooled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    b, c, h, w = y.shape
+    out = torch.empty((b, c, h // 2, w // 2), dtype=y.dtype, device=y.device).contiguous(
+        memory_format=torch.channels_last
+    )
+    pixels = b * (h // 2) * (w // 2)
+    grid = (triton.cdiv(pixels, _PIXELS), triton.cdiv(c, _CHANNELS))
+    _forward[grid](y, scale, shift, out, pixels, w // 2, c, _PIXELS, _CHANNELS, num_warps=_WARPS)
+    return out
+
+
+def _unpooled(grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
+    """Gradient with respect to y: scale dz - (slope y + offset)."""
+    b, c, h, w = y.shape
+    grad, d_y = grad.contiguous(memory_format=torch.channels_last), torch.empty_like(y)
+    pixels = b * (h // 2) * (w // 2)
+    grid = (triton.cdiv(pixels, _PIXELS), triton.cdiv(c, _CHANNELS))
+    _backward[grid](
+        grad, y, scale, shift, slope, offset, d_y, pixels, w // 2, c, _PIXELS, _CHANNELS, num_warps=_WARPS
+    )
+    return d_y
+
+
+if triton is not None:
+
+    @triton.jit
+    def _offsets(pixel, width, channels, channel, i: tl.constexpr, j: tl.constexpr):
+        """Where pixel (i, j) of the 2x2 block of a pooled pixel is, of a map twice as wide and high."""
+        row, column = pixel // width, pixel % width
+        at = (2 * row + i).to(tl.int64) * (2 * width) + 2 * column + j
+        return at[:, None] * channels + channel[None, :]
+
+    @triton.jit
+    def _forward(y, scale, shift, out, pixels, width, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+        pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+        s = tl.load(scale + channel, channel < channels, 0.0)[None, :]
+        t = tl.load(shift + channel, channel < channels, 0.0)[None, :]
+        total = tl.zeros((PIXELS, CHANNELS), tl.float32)
+        for i in tl.static_range(2):
+            for j in tl.static_range(2):
+                value = tl.load(y + _offsets(pixel, width, channels, channel, i, j), inside, 0.0)
+                total += tl.maximum(value.to(tl.float32) * s + t, 0.0)
+        at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+        tl.store(out + at, (total * 0.25).to(out.dtype.element_ty), inside)
+
+    @triton.jit
+    def _backward(
+        grad, y, scale, shift, slope, offset, d_y, pixels, width, channels,
+        PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    ):  # fmt: skip
+        pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+        s = tl.load(scale + channel, channel < channels, 0.0)[None, :]
+        t = tl.load(shift + channel, channel < channels, 0.0)[None, :]
+        a = tl.load(slope + channel, channel < channels, 0.0)[None, :]
+        b = tl.load(offset + channel, channel < channels, 0.0)[None, :]
+        at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+        g = tl.load(grad + at, inside, 0.0).to(tl.float32) * 0.25 * s
+        for i in tl.static_range(2):
+            for j in tl.static_range(2):
+                place = _offsets(pixel, width, channels, channel, i, j)
+                value = tl.load(y + place, inside, 0.0).to(tl.float32)
+                found = tl.where(value * s + t > 0, g, 0.0) - (value * a + b)
+                tl.store(d_y + place, found.to(d_y.dtype.element_ty), inside)
+
+    @triton.jit
+    def _statistics(y, partial, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+        """Sums, and sums of squares, of the differences from the first row; of each program's rows."""
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        origin = tl.load(y + channel, channel < channels, 0.0).to(tl.float32)[None, :]
+        first = tl.zeros((ROWS, CHANNELS), tl.float32)
+        second = tl.zeros((ROWS, CHANNELS), tl.float32)
+        for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+            row = start + tl.arange(0, ROWS)
+            inside = (row < rows)[:, None] & (channel < channels)[None, :]
+            at = row.to(tl.int64)[:, None] * channels + channel[None, :]
+            value = tl.load(y + at, inside, 0.0).to(tl.float32) - origin
+            value = tl.where(inside, value, 0.0)
+            first += value
+            second += value * value
+        here = partial + tl.program_id(0) * channels + channel
+        tl.store(here, tl.sum(first, 0), channel < channels)
+        tl.store(here + tl.num_programs(0) * channels, tl.sum(second, 0), channel < channels)
+
+    @triton.jit
+    def _gradient_sums(
+        grad, y, scale, shift, mean, rstd, partial, pixels, width, channels,
+        PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    ):  # fmt: skip
+        """Sums of dz, the gradient before ReLU, and of dz times the normalised map."""
+        channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+        s = tl.load(scale + channel, channel < channels, 0.0)[None, :]
+        t = tl.load(shift + channel, channel < channels, 0.0)[None, :]
+        m = tl.load(mean + channel, channel < channels, 0.0)[None, :]
+        r = tl.load(rstd + channel, channel < channels, 0.0)[None, :]
+        first = tl.zeros((PIXELS, CHANNELS), tl.float32)
+        second = tl.zeros((PIXELS, CHANNELS), tl.float32)
+        for start in range(tl.program_id(0) * PIXELS, pixels, tl.num_programs(0) * PIXELS):
+            pixel = start + tl.arange(0, PIXELS)
+            inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+            at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+            g = tl.load(grad + at, inside, 0.0).to(tl.float32) * 0.25
+            for i in tl.static_range(2):
+                for j in tl.static_range(2):
+                    place = _offsets(pixel, width, channels, channel, i, j)
+                    value = tl.load(y + place, inside, 0.0).to(tl.float32)
+                    d_z = tl.where(value * s + t > 0, g, 0.0)
+                    first += d_z
+                    second += d_z * (value - m) * r
+        here = partial + tl.program_id(0) * channels + channel
+        tl.store(here, tl.sum(first, 0), channel < channels)
+        tl.store(here + tl.num_programs(0) * channels, tl.sum(second, 0), channel < channels)

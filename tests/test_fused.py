@@ -1,0 +1,139 @@
+"""The fused kernels, run by Triton's interpreter on a CPU, against torch's layers in float64."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from models import fused, get_model
+
+pytest.importorskip("triton")
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+# Triton decides when it is imported: these tests have a process of their own.
+interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="see the last test")
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    monkeypatch.setattr(fused, "_PROGRAMS", 5)
+
+
+def block(channels, bias=True, **options):
+    """Convolution of 3 channels, BatchNorm with statistics of its own, ReLU, pooling."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, channels, 3, bias=bias, **{"padding": 1} | options)
+    layers = nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AvgPool2d(2))
+    with torch.no_grad():
+        layers[1].weight.uniform_(-1.5, 1.5)
+        layers[1].bias.normal_()
+        layers[1].running_mean.normal_()
+        layers[1].running_var.uniform_(0.5, 2)
+    return layers.to(memory_format=torch.channels_last)
+
+
+def off(found, wanted):
+    return float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
+
+
+def compare(layers, training, dtype, x):
+    """Relative differences of our block from float64: output, gradients, running statistics."""
+    layers.train(training).requires_grad_(training)
+    exact = copy.deepcopy(layers).double()
+    layers[0].to(dtype)
+    ours = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    theirs = x.double().requires_grad_()
+    assert fused.fusable(list(layers), ours)
+    found, wanted = fused.fused(list(layers), ours), exact(theirs)
+    assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
+    grad = torch.randn_like(found)
+    found.backward(grad)
+    wanted.backward(grad.double())
+    apart = {"output": off(found, wanted), "input": off(ours.grad, theirs.grad)}
+    for (name, a), b in zip(layers.named_parameters(), exact.parameters(), strict=True):
+        if name == "0.bias" and training:  # what BatchNorm takes away: rounding in torch, zero here
+            assert b.grad.abs().max() < 1e-10 and not a.grad.any()
+        elif training:
+            apart[name] = off(a.grad, b.grad)
+    assert layers[1].num_batches_tracked == exact[1].num_batches_tracked
+    statistics = ("running_mean", "running_var")
+    return apart | {name: off(getattr(layers[1], name), getattr(exact[1], name)) for name in statistics}
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("channels", "bias"), [(136, True), (8, False)])
+def test_values_and_gradients(training, dtype, channels, bias):
+    x = 1 + torch.randn(3, 3, 8, 12)  # not centred
+    apart = compare(block(channels, bias), training, dtype, x)
+    assert max(apart.values()) < BOUNDS[dtype], apart
+
+
+@interpreted
+def test_statistics_of_maps_far_from_zero():
+    """Mean 1000 and deviation 0.1: sums of squares in float32 would lose all digits."""
+    layers = block(8, bias=False).train()
+    with torch.no_grad():
+        layers[0].weight.zero_()[:, 0, 1, 1] = 1
+    x = 1000 + 0.1 * torch.randn(4, 3, 8, 8)
+    found = fused.fused(list(layers), x)
+    wanted = copy.deepcopy(layers).double()(x.double())
+    assert off(found, wanted) < 1e-3
+
+
+@interpreted
+def test_a_network_of_first_order():
+    torch.manual_seed(0)
+    networks = [get_model("convnet_8_16_bn", (3, 8, 8), 5)]
+    networks.append(copy.deepcopy(networks[0]))
+    networks[1].first_order = True
+    x = torch.randn(6, 3, 8, 8)
+    for network in networks:
+        rate = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
+        for _ in range(3):
+            network(x).square().mean().backward()
+            rate.step()
+            rate.zero_grad()
+    for (name, a), b in zip(networks[0].state_dict().items(), networks[1].state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+    torch.testing.assert_close(networks[0].eval()(x), networks[1].eval()(x), rtol=1e-3, atol=1e-4)
+
+
+@interpreted
+def test_no_second_derivative():
+    layers = block(8).eval().requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(fused.fused(list(layers), x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), x)
+
+
+@interpreted
+def test_what_is_left_to_torch(monkeypatch):
+    x = torch.randn(2, 3, 8, 8)
+    layers = list(block(8))
+    assert fused.fusable(layers, x)
+    assert not fused.fusable(layers[:3], x)
+    assert not fused.fusable(layers, x[:, :, :7])
+    assert not fused.fusable([*layers[:3], nn.MaxPool2d(2)], x)
+    assert not fused.fusable([*layers[:2], nn.LeakyReLU(), layers[3]], x)
+    assert not fused.fusable(list(block(8, stride=2)), x)
+    for layer in layers:
+        layer.eval()
+    assert not fused.fusable(layers, x)  # its parameters need a gradient
+    with torch.no_grad():
+        assert fused.fusable(layers, x)
+        monkeypatch.delenv("TRITON_INTERPRET")
+        assert not fused.fusable(layers, x)
+
+
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
+    here = {"TRITON_INTERPRET": "1"}
+    command += ["-k", "not test_in_the_interpreter"]
+    done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
