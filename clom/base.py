@@ -10,6 +10,7 @@ from clom.source import network_factory
 from data.augment.dsa import diff_augment, no_augmentation
 from distillation.base import Distiller
 from distillation.problem import Problem
+from utils.optim import set_gradients
 from utils.seed import draw_seed
 
 IMAGE_MOMENTUM = 0.5
@@ -71,7 +72,7 @@ class MatchingDistiller(Distiller):
         if self.extra is not None:
             value = self.extra(self.x_syn, self.y_syn)
             gradient = gradient + torch.autograd.grad(value, self.x_syn)[0]
-        self.x_syn.grad = gradient
+        set_gradients([self.x_syn], [gradient])
         self.optimizer.step()
         self.x_syn.grad = None
         return value.detach()

@@ -22,7 +22,7 @@ from krr_st.pool import ModelPool, pool_network
 from krr_st.views import RealBatch, real_loader, targets_for
 from utils.graph import beside, catch_up, side_stream
 from utils.memory import SplitBatches
-from utils.optim import make_optimizer, make_schedule
+from utils.optim import make_optimizer, make_schedule, set_gradients
 from utils.precision import autocast, compiled
 
 
@@ -137,8 +137,7 @@ class KRRST(Distiller):
             y_real = self.targets(RealBatch(x, index, view))  # (b, D)
         gradients = functools.partial(self._gradients, slot.model, x_syn, y_syn)
         loss, *found = self.pool.replayed(slot, "outer", gradients)(x, y_real)
-        for variable, gradient in zip(self.learned, found, strict=True):
-            variable.grad = gradient
+        set_gradients(self.learned, found)
         group.average_([*found, loss])
         if flags.outer_grad_norm > 0:
             for variable in self.learned:

@@ -127,9 +127,8 @@ class _NormReluPool(torch.autograd.Function):
 
 def _pooled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     b, c, h, w = y.shape
-    out = torch.empty((b, c, h // 2, w // 2), dtype=y.dtype, device=y.device).contiguous(
-        memory_format=torch.channels_last
-    )
+    shape, how = (b, c, h // 2, w // 2), {"memory_format": torch.channels_last}
+    out = torch.empty(shape, dtype=y.dtype, device=y.device, **how)
     pixels = b * (h // 2) * (w // 2)
     grid = (triton.cdiv(pixels, _PIXELS), triton.cdiv(c, _CHANNELS))
     _forward[grid](y, scale, shift, out, pixels, w // 2, c, _PIXELS, _CHANNELS, num_warps=_WARPS)

@@ -8,7 +8,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from utils.errors import UserError
-from utils.optim import LARS, make_optimizer, make_schedule
+from utils.optim import LARS, make_optimizer, make_schedule, set_gradients
 
 
 def parameter(values):
@@ -159,3 +159,11 @@ def test_schedule_state_survives():
             schedule.step()
         found.append(optimizer.param_groups[0]["lr"])
     assert found[0] == found[1] == pytest.approx(2e-3)
+
+
+def test_gradients_are_laid_out_as_their_tensors():
+    tensors = [torch.zeros(2, 3, 4, 5, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    given = [torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), torch.randn(3)]
+    set_gradients(tensors, given)
+    for tensor, gradient in zip(tensors, given, strict=True):
+        assert tensor.grad.stride() == tensor.stride() and torch.equal(tensor.grad, gradient)

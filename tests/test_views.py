@@ -22,7 +22,7 @@ from data.specs import Stats
 from distillation.problem import Problem
 from krr_st.config import TrainFlags
 from krr_st.views import DTYPES, OnlineTargets, RealBatch, TargetViews, mapped_table, plan_views, real_loader
-from utils.distributed import Group
+from utils.distributed import Group, _backend, local_gpu
 from utils.errors import UserError
 
 STATS = Stats((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
@@ -372,6 +372,20 @@ def test_ranks_get_equal_shares_of_the_last_batch(tiny, count):
 def test_a_batch_that_cannot_be_dealt(tiny):
     with pytest.raises(ValueError, match="cannot be dealt to 5 ranks"):
         shard_loader(load_set("tiny", 8, "datasets"), 12, 0, 5)
+
+
+@pytest.mark.parametrize(("gpus", "backend", "used"), [(1, "gloo", [0, 0]), (2, "nccl", [0, 1])])
+def test_processes_that_share_a_gpu(monkeypatch, gpus, backend, used):
+    """NCCL refuses two processes on one GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    found = []
+    for rank in ("0", "1"):
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        found.append(local_gpu(0))
+    assert found == used
+    assert (_backend(torch.device("cuda:0")), _backend(CPU)) == (backend, "gloo")
 
 
 def torchrun(*arguments):

@@ -24,6 +24,7 @@ from trajectory.match import DISTANCES, UNROLLS, Batch, functional_loss, tensor_
 from utils.cli import flag
 from utils.device import upload
 from utils.errors import UserError
+from utils.optim import set_gradients
 from utils.seed import draw_seed, local_seed
 
 MOMENTUM = 0.5  # of images, targets and step size
@@ -237,8 +238,7 @@ class TrajectoryMatching(Distiller):
             # A loss that is not finite would stop the run: it counts as one at the threshold.
             loss = loss.nan_to_num(flags.threshold, flags.threshold)
         elif loss.isfinite():  # else the loop stops the run
-            for tensor, gradient in zip([*self.inputs, student.lr], [*of_inputs, of_lr], strict=True):
-                tensor.grad = gradient
+            set_gradients([*self.inputs, student.lr], [*of_inputs, of_lr])
             self.optimizer.step()
             self.check_step_size(float(used))
             if self.average is not None:

@@ -68,17 +68,28 @@ def launched() -> bool:
 
 
 def local_gpu(default: int) -> int:
-    """The GPU that this process uses: its local rank under torchrun, else `default`."""
-    return int(os.environ.get("LOCAL_RANK", default)) if launched() else default
+    """The GPU that this process uses: its local rank under torchrun, else `default`.
+
+    Where there are more processes than GPUs they take turns.
+    """
+    if not launched():
+        return default
+    return int(os.environ.get("LOCAL_RANK", default)) % max(1, torch.cuda.device_count())
+
+
+def _backend(device: torch.device) -> str:
+    """NCCL with a GPU for each process of this machine; gloo where they share one, and on CPUs."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    return "nccl" if device.type == "cuda" and processes <= torch.cuda.device_count() else "gloo"
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[Group]:
-    """Join the processes torchrun started; alone otherwise. NCCL on CUDA, gloo elsewhere."""
+    """Join the processes torchrun started; alone otherwise."""
     if not launched():
         yield Group()
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    dist.init_process_group(_backend(device), timeout=_PATIENCE)
     try:
         yield Group(dist.get_rank(), dist.get_world_size())
     finally:

@@ -146,6 +146,16 @@ def make_optimizer(
     return pick(OPTIMIZERS, name, "optimiser")(list(params), lr, momentum, wd)
 
 
+def set_gradients(tensors: Iterable[Tensor], gradients: Iterable[Tensor]) -> None:
+    """Hand over what torch.autograd.grad gave, in the layout of the tensors.
+
+    As `backward` does: fused optimisers refuse a gradient that came back channels-last.
+    """
+    for tensor, gradient in zip(tensors, gradients, strict=True):
+        same = gradient.stride() == tensor.stride()
+        tensor.grad = gradient if same else torch.empty_like(tensor).copy_(gradient)
+
+
 def _cosine(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return step / max(1, warmup)
