@@ -17,7 +17,7 @@ from distillation.problem import Problem
 from evaluation.target import Target
 from krr_st.config import TrainFlags
 from krr_st.held_out import HeldOutLoss
-from krr_st.loss import krr_weights, predict_with
+from krr_st.loss import krr_weights, real_kernel
 from krr_st.pool import ModelPool, pool_network
 from krr_st.views import RealBatch, real_loader, targets_for
 from utils.graph import beside, catch_up, side_stream
@@ -166,8 +166,9 @@ def outer_gradients(flags: TrainFlags, learned: list[Tensor]) -> Callable[..., l
             weights = krr_weights(f_syn, y_syn, flags.ridge)
         with autocast(flags.precision, x.device), torch.no_grad():
             f_real = embed_real(x, model)  # (b, d)
+        k_rs = real_kernel(f_real, f_syn)
         catch_up(side)
-        loss = mse_loss(predict_with(weights, f_real, f_syn), y_real)
+        loss = mse_loss(k_rs @ weights.to(k_rs.dtype), y_real)
         return [loss.detach(), *torch.autograd.grad(loss, learned)]
 
     return gradients

@@ -20,15 +20,22 @@ class _SpdSolve(torch.autograd.Function):
             factor, failed = torch.linalg.cholesky_ex(k.cpu().double())
             factor, failed = factor.to(k), failed.to(k.device)
         # Of a matrix with NaN, say, half a factor is left: finite garbage on some devices.
-        solution = torch.cholesky_solve(y, factor).masked_fill_(failed > 0, torch.nan)
+        if k.is_cuda:  # triangular solves take longer there than the inverse and two products
+            factor = torch.cholesky_inverse(factor)
+        solution = _apply(factor, y).masked_fill_(failed > 0, torch.nan)
         ctx.save_for_backward(factor, solution)
         return solution
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         factor, solution = ctx.saved_tensors
-        grad_y = torch.cholesky_solve(grad, factor)
+        grad_y = _apply(factor, grad)
         return -grad_y @ solution.mT, grad_y
+
+
+def _apply(factor: Tensor, y: Tensor) -> Tensor:
+    """K⁻¹Y from the inverse on CUDA, elsewhere from K's Cholesky factor."""
+    return factor @ y if factor.is_cuda else torch.cholesky_solve(y, factor)
 
 
 def _solve_dtype(x: Tensor) -> torch.dtype:
@@ -50,7 +57,9 @@ def krr_predict(f_real: Tensor, f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-
 
     Source: Lee et al., arXiv 2310.06511, eq. 4-5 and alg. 1; kernel with bias as in FRePo.
     """
-    return predict_with(krr_weights(f_syn, y_syn, ridge), f_real, f_syn)
+    k_rs, weights = real_kernel(f_real, f_syn), krr_weights(f_syn, y_syn, ridge)
+    with torch.autocast(f_syn.device.type, enabled=False):
+        return k_rs @ weights.to(k_rs.dtype)
 
 
 def krr_weights(f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-6) -> Tensor:
@@ -63,11 +72,11 @@ def krr_weights(f_syn: Tensor, y_syn: Tensor, ridge: float = 1e-6) -> Tensor:
         return kernel_weights(f_syn @ f_syn.mT + 1.0, y_syn, ridge)
 
 
-def predict_with(weights: Tensor, f_real: Tensor, f_syn: Tensor) -> Tensor:
-    """What `krr_weights` (m, D) predict for real images with features f_real (b, d)."""
+def real_kernel(f_real: Tensor, f_syn: Tensor) -> Tensor:
+    """K_rs (b, m) of `krr_predict`."""
     f_syn = _at_least_float32(f_syn)
     with torch.autocast(f_syn.device.type, enabled=False):
-        return (f_real.to(f_syn.dtype) @ f_syn.mT + 1.0) @ weights.to(f_syn.dtype)
+        return f_real.to(f_syn.dtype) @ f_syn.mT + 1.0
 
 
 def _at_least_float32(t: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from models import fused_images
+
 try:
     import triton
     import triton.language as tl
@@ -51,23 +53,35 @@ def fusable(layers: list[nn.Module], x: Tensor) -> bool:
 def fused(layers: list[nn.Module], x: Tensor) -> Tensor:
     """`pool(relu(norm(conv(x))))` of (B, C, H, W), where `fusable` holds; moves the running statistics."""
     conv, norm = layers[0], layers[1]
-    missing = -x.shape[1] % _ALIGNED
-    x, weight = (F.pad(t, (0, 0, 0, 0, 0, missing)) if missing else t for t in (x, conv.weight))
-    y = F.conv2d(x, weight, None, padding=conv.padding).contiguous(memory_format=torch.channels_last)
+    images = fused_images.takes_images(conv, x, norm.training)
     if not norm.training:  # the bias of the convolution is part of the shift
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
-        return _AffineReluPool.apply(y, scale, norm.bias - mean * scale)
-    out, mean, var = _NormReluPool.apply(y, conv.bias, norm.weight, norm.bias, norm.eps)
+        shift = norm.bias - mean * scale
+        if images:
+            return _AffineOfImages.apply(x, fused_images.packed(conv.weight), scale, shift)
+        return _Affine.apply(_convolved(conv, x), scale, shift)
+    parameters = conv.bias, norm.weight, norm.bias, norm.eps
+    if images:
+        out, mean, var = _NormOfImages.apply(x, conv.weight, *parameters)
+    else:
+        out, mean, var = _Norm.apply(_convolved(conv, x), *parameters)
     with torch.no_grad():
-        count = y.numel() / y.shape[1]
+        count = x.numel() / x.shape[1]
         norm.running_mean.lerp_(mean if conv.bias is None else mean + conv.bias, norm.momentum)
         norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
         norm.num_batches_tracked.add_(1)
     return out
 
 
-class _AffineReluPool(torch.autograd.Function):
+def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution without its bias, channels-last."""
+    missing = -x.shape[1] % _ALIGNED
+    x, weight = (F.pad(t, (0, 0, 0, 0, 0, missing)) if missing else t for t in (x, conv.weight))
+    return F.conv2d(x, weight, None, padding=conv.padding).contiguous(memory_format=torch.channels_last)
+
+
+class _Affine(torch.autograd.Function):
     """pool(relu(scale * y + shift)) with a scale and a shift (C,) for each channel of y (B, C, H, W)."""
 
     @staticmethod
@@ -80,26 +94,32 @@ class _AffineReluPool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         y, scale, shift = ctx.saved_tensors
         nothing = torch.zeros_like(scale)
-        return _unpooled(grad, y, scale, shift, nothing, nothing), None, None
+        return _unpooled(_last(grad), y, scale, shift, nothing, nothing), None, None
 
 
-class _NormReluPool(torch.autograd.Function):
+class _AffineOfImages(torch.autograd.Function):
+    """The same of a convolution of images, with weights as fused_images has them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weights, scale, shift)
+        return fused_images.pooled(x, weights, scale, shift)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return fused_images.image_gradient(_last(grad), *ctx.saved_tensors), None, None, None
+
+
+class _Norm(torch.autograd.Function):
     """pool(relu(batch norm(y))), mean and biased variance of the batch; a bias before it has no effect."""
 
     @staticmethod
     def forward(
         ctx: Any, y: Tensor, conv_bias: Tensor | None, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, channels = y.numel() // y.shape[1], y.shape[1]
-        partial = y.new_empty(2, _PROGRAMS, channels, dtype=torch.float32)
-        grid = (_PROGRAMS, triton.cdiv(channels, _CHANNELS))
-        _statistics[grid](y, partial, rows, channels, _ROWS, _CHANNELS, num_warps=_WARPS)
-        first, second = partial.sum(1) / rows  # of the differences from the first pixel
-        origin = y[0, :, 0, 0].float()
-        mean, var = origin + first, second - first.square()
-        rstd = torch.rsqrt(var + eps)
-        scale = weight * rstd
-        shift = bias - mean * scale
+        mean, var = _moments(y)
+        scale, shift, rstd = _standardising(mean, var, weight, bias, eps)
         ctx.save_for_backward(y, scale, shift, mean, rstd)
         ctx.biased = conv_bias is not None
         ctx.mark_non_differentiable(mean, var)
@@ -109,20 +129,90 @@ class _NormReluPool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         y, scale, shift, mean, rstd = ctx.saved_tensors
-        rows, channels = y.numel() // y.shape[1], y.shape[1]
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        partial = y.new_empty(2, _PROGRAMS, channels, dtype=torch.float32)
-        grid = (_PROGRAMS, triton.cdiv(channels, _CHANNELS))
-        _gradient_sums[grid](
-            grad, y, scale, shift, mean, rstd, partial, rows // 4, y.shape[3] // 2, channels,
-            _ROWS // 4, _CHANNELS, num_warps=_WARPS,
-        )  # fmt: skip
-        d_bias, d_weight = partial.sum(1)
-        # dL/dy = scale (dz - mean(dz) - xhat mean(dz xhat)) = scale dz - (slope y + offset)
-        slope = scale * rstd * d_weight / rows
-        offset = scale * d_bias / rows - slope * mean
-        d_y = _unpooled(grad, y, scale, shift, slope, offset)
+        grad, count = _last(grad), y.numel() // y.shape[1]
+        d_bias, d_weight = _gradient_sums_of(grad, y, scale, shift, mean, rstd)
+        line = _line(d_bias, d_weight, scale, mean, rstd, count)
+        d_y = _unpooled(grad, y, scale, shift, *line)
         return d_y, torch.zeros_like(d_bias) if ctx.biased else None, d_weight, d_bias, None
+
+
+class _NormOfImages(torch.autograd.Function):
+    """The same of a convolution of images, which get no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        weights = fused_images.packed(conv_weight)
+        mean, var = fused_images.moments(x, weights)
+        scale, shift, rstd = _standardising(mean, var, weight, bias, eps)
+        ctx.save_for_backward(x, weights, scale, shift, mean, rstd)
+        ctx.biased = conv_bias is not None
+        ctx.mark_non_differentiable(mean, var)
+        return fused_images.pooled(x, weights, scale, shift), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weights, scale, shift, mean, rstd = ctx.saved_tensors
+        grad, given = _last(grad), (x, weights, scale, shift)
+        d_bias, d_weight = fused_images.gradient_sums(grad, *given, mean, rstd)
+        line = _line(d_bias, d_weight, scale, mean, rstd, x.numel() // x.shape[1])
+        d_conv = fused_images.weight_gradient(grad, *given, *line)
+        return None, d_conv, torch.zeros_like(d_bias) if ctx.biased else None, d_weight, d_bias, None
+
+
+def _standardising(
+    mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and shift (C,) that batch norm amounts to, and 1 / deviation."""
+    rstd = torch.rsqrt(var + eps)
+    scale = weight * rstd
+    return scale, bias - mean * scale, rstd
+
+
+def _line(
+    d_bias: Tensor, d_weight: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Slope and offset (C,) of what batch statistics take from the gradient of y.
+
+    dL/dy = scale (dz - mean(dz) - xhat mean(dz xhat)) = scale dz - (slope y + offset), as
+    xhat = (y - mean) rstd, and sums of dz and dz xhat over `count` pixels are those of bias and weight.
+    """
+    slope = scale * rstd * d_weight / count
+    return slope, scale * d_bias / count - slope * mean
+
+
+def _last(grad: Tensor) -> Tensor:
+    return grad.contiguous(memory_format=torch.channels_last)
+
+
+def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of y (B, C, H, W)."""
+    rows, channels = y.numel() // y.shape[1], y.shape[1]
+    partial = torch.empty(2, _PROGRAMS, channels, dtype=torch.float32, device=y.device)
+    grid = (_PROGRAMS, triton.cdiv(channels, _CHANNELS))
+    _statistics[grid](y, partial, rows, channels, _ROWS, _CHANNELS, num_warps=_WARPS)
+    first, second = partial.sum(1) / rows  # of the differences from the first pixel
+    return y[0, :, 0, 0].float() + first, second - first.square()
+
+
+def _gradient_sums_of(
+    grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor
+) -> Tensor:
+    """Sums (2, C) of dz, the gradient before ReLU, and of dz times the normalised map."""
+    rows, channels = y.numel() // y.shape[1], y.shape[1]
+    partial = torch.empty(2, _PROGRAMS, channels, dtype=torch.float32, device=y.device)
+    grid, blocks = (_PROGRAMS, triton.cdiv(channels, _CHANNELS)), (_ROWS // 4, _CHANNELS)
+    given = grad, y, scale, shift, mean, rstd, partial
+    _gradient_sums[grid](*given, rows // 4, y.shape[3] // 2, channels, *blocks, num_warps=_WARPS)
+    return partial.sum(1)
 
 
 def _pooled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -138,7 +228,7 @@ def _pooled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def _unpooled(grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     """Gradient with respect to y: scale dz - (slope y + offset)."""
     b, c, h, w = y.shape
-    grad, d_y = grad.contiguous(memory_format=torch.channels_last), torch.empty_like(y)
+    d_y = torch.empty_like(y)
     pixels = b * (h // 2) * (w // 2)
     grid = (triton.cdiv(pixels, _PIXELS), triton.cdiv(c, _CHANNELS))
     _backward[grid](

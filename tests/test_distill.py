@@ -330,13 +330,13 @@ def test_a_drawn_seed_is_kept_on_resuming(tiny, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_loss_that_is_not_finite_keeps_the_last_save(tiny, monkeypatch, capsys):
-    real, calls = krr_st_module.predict_with, []
+    real, calls = krr_st_module.real_kernel, []
 
     def poisoned(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == 6 else 1.0)
 
-    monkeypatch.setattr(krr_st_module, "predict_with", poisoned)
+    monkeypatch.setattr(krr_st_module, "real_kernel", poisoned)
     assert run("a") == 2
     error = capsys.readouterr().err.strip()
     assert "loss is nan at step 6" in error.splitlines()[-1]
@@ -344,7 +344,7 @@ def test_loss_that_is_not_finite_keeps_the_last_save(tiny, monkeypatch, capsys):
     assert not Path("results/a/results.json").exists()
     state = checkpoint.load("results/a/state.pt")
     assert state["step"] == 4
-    monkeypatch.setattr(krr_st_module, "predict_with", real)
+    monkeypatch.setattr(krr_st_module, "real_kernel", real)
     assert run("a") == run("whole") == 0  # the fault gone, the run ends as if it had never been
     assert same("a", "whole")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from models import fused, get_model
+from models import fused, fused_images, get_model
 
 pytest.importorskip("triton")
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -20,6 +20,9 @@ interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reas
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     monkeypatch.setattr(fused, "_PROGRAMS", 5)
+    monkeypatch.setattr(fused_images, "_PROGRAMS", 2)
+    if os.environ.get("TRITON_INTERPRET") == "1":  # it has no product of bfloat16
+        monkeypatch.setattr(fused_images, "OPERANDS", torch.float32)
 
 
 def block(channels, bias=True, **options):
@@ -39,20 +42,31 @@ def off(found, wanted):
     return float((found.detach().double() - wanted.detach()).norm() / wanted.detach().norm())
 
 
-def compare(layers, training, dtype, x):
-    """Relative differences of our block from float64: output, gradients, running statistics."""
+def compare(layers, training, dtype, x, images=False):
+    """Relative differences of our block from float64: output, gradients, running statistics.
+
+    With `images` the convolution is among the kernels, and the dtype is autocast's.
+    """
     layers.train(training).requires_grad_(training)
     exact = copy.deepcopy(layers).double()
-    layers[0].to(dtype)
-    ours = x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    ours = x if images else x.to(dtype).contiguous(memory_format=torch.channels_last)
+    if not images:
+        layers[0].to(dtype)
+    ours = ours.clone().requires_grad_(not (images and training))
     theirs = x.double().requires_grad_()
     assert fused.fusable(list(layers), ours)
-    found, wanted = fused.fused(list(layers), ours), exact(theirs)
+    with torch.autocast(x.device.type, dtype, enabled=images):
+        assert fused_images.takes_images(layers[0], ours, training) == images
+        found = fused.fused(list(layers), ours)
+    wanted = exact(theirs)
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
     grad = torch.randn_like(found)
     found.backward(grad)
     wanted.backward(grad.double())
-    apart = {"output": off(found, wanted), "input": off(ours.grad, theirs.grad)}
+    apart = {"output": off(found, wanted)}
+    if ours.requires_grad:
+        apart["input"] = off(ours.grad, theirs.grad)
+        assert ours.grad.stride() == ours.stride()
     for (name, a), b in zip(layers.named_parameters(), exact.parameters(), strict=True):
         if name == "0.bias" and training:  # what BatchNorm takes away: rounding in torch, zero here
             assert b.grad.abs().max() < 1e-10 and not a.grad.any()
@@ -71,6 +85,26 @@ def test_values_and_gradients(training, dtype, channels, bias):
     x = 1 + torch.randn(3, 3, 8, 12)  # not centred
     apart = compare(block(channels, bias), training, dtype, x)
     assert max(apart.values()) < BOUNDS[dtype], apart
+
+
+@interpreted
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("channels", "bias", "size"), [(136, True, (8, 12)), (8, False, (20, 20))])
+def test_the_first_block(training, channels, bias, size):
+    x = 1 + torch.randn(3, 3, *size)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        given = x.contiguous(memory_format=layout)
+        apart = compare(block(channels, bias), training, torch.bfloat16, given, images=True)
+        assert max(apart.values()) < BOUNDS[torch.bfloat16], apart
+
+
+@interpreted
+def test_the_first_block_of_one_channel():
+    torch.manual_seed(0)
+    layers = block(8)
+    layers[0] = nn.Conv2d(1, 8, 3, padding=1)
+    apart = compare(layers, True, torch.bfloat16, torch.randn(2, 1, 6, 6), images=True)
+    assert max(apart.values()) < BOUNDS[torch.bfloat16], apart
 
 
 @interpreted

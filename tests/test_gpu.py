@@ -66,14 +66,17 @@ def test_networks(name, precision, bound):
     assert features(name, precision) < bound
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("channels", [128, 136])
-def test_fused_layers(dtype, bound, training, channels):
+@pytest.mark.parametrize("images", [False, True])
+def test_fused_layers(dtype, bound, training, channels, images):
     """Bounds for gradients that ReLU cuts off at other places."""
-    x = 1 + draw(64, 3, 32, 32)
+    if images and dtype == torch.float32:
+        pytest.skip("the first block's kernels are for bf16")
+    x = 1 + draw(64, 3, 32, 32).float()
     with float32_mode("fp32"):
-        apart = compare(block(channels).to(CUDA), training, dtype, x.to(CUDA))
+        apart = compare(block(channels).to(CUDA), training, dtype, x.to(CUDA), images)
     assert max(apart.values()) < bound, apart
 
 
