@@ -39,6 +39,7 @@ from models import get_model
 from models.fold import fold_frozen
 from utils.device import place, resolve_device
 from utils.errors import entry_point
+from utils.graph import WARM_UP
 from utils.precision import float32_mode
 from utils.seed import local_seed
 
@@ -245,7 +246,10 @@ def measure(
     build = functools.partial(make_step, m, b, max(count, b), device)
     makers = {name: functools.partial(build, kind) for name, kind in kinds.items()}
     plain = functools.partial(build, None)
-    counted = {"plain": plain} | {name: makers[f"{name} fp32"] for name in ("online", "table")}
+    counted = {"plain": plain} | {
+        name: functools.partial(build, {"precision": "fp32", "table": name == "table", "fused": False})
+        for name in ("online", "table")
+    }
     counted = {name: count_flops(make()) for name, make in counted.items()}  # of any precision
     flops = {name: counted[re.split("[ ,]", name)[0]] for name in ("plain", *makers)}
     found = contest(plain, makers, device, repeats=repeats, calls=calls, apart=apart)
@@ -307,6 +311,8 @@ def make_step(m: int, b: int, count: int, device: torch.device, kind: Kind) -> C
         with nullcontext() if kind == DEFAULTS else float32_mode(precision):
             step()
 
+    for _ in range(2 * WARM_UP + 2 if ours and kind.get("cuda_graph") else 0):  # recording is no step
+        run()
     return run
 
 

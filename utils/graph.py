@@ -12,8 +12,11 @@ WARM_UP = 3  # calls before the recording: libraries choose algorithms, optimise
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream for `beside`; None where there are none."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+    """A stream for `beside`; None where there are none.
+
+    Its kernels come first: small ones would wait until each large one of other streams is all under way.
+    """
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
 
 @contextlib.contextmanager
