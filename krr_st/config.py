@@ -191,6 +191,7 @@ class TargetFlags(EpochFlags):
     jitter: float = flag(0.5, "strength of the colour jitter; 0: off", minimum=0, maximum=1.25)
     degrees: float = flag(0.0, "largest rotation of a view; 0: off", minimum=0, maximum=180)
     eval_every: int = flag(50, "epochs between k-NN evaluations (labelled sets only)", minimum=1)
+    precision: str = flag("fp32", "precision of the networks; the loss is in float32", choices=tuple(DTYPES))
 
 
 @dataclass(frozen=True)

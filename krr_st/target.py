@@ -21,6 +21,7 @@ from krr_st.config import TargetFlags
 from utils import cli
 from utils.device import place, resolve_device
 from utils.errors import UserError
+from utils.precision import autocast
 from utils.run_folder import RunFolder
 from utils.seed import derive_seed, draw_seed, local_seed, make_generator
 
@@ -127,7 +128,9 @@ def target_trainer(flags: TargetFlags, image_set: ImageSet, device: torch.device
     recipe = recipe.override(warmup=round(flags.warmup_epochs * loader.steps_per_pass))
 
     def loss_fn(net: nn.Module, pair: tuple[Tensor, Tensor], _: None) -> Tensor:
-        return barlow_twins_loss(net(pair[0]), net(pair[1]), flags.off_diagonal)
+        with autocast(flags.precision, device):
+            views = net(pair[0]), net(pair[1])
+        return barlow_twins_loss(*views, flags.off_diagonal)
 
     return Trainer(place(nn.Sequential(model, head), device), loader, recipe, loss_fn=loss_fn)
 

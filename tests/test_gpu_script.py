@@ -42,15 +42,15 @@ def test_the_script_runs_whole(tmp_path):
 
 
 def test_limits_leave_time():
-    """The seconds of all steps, and a margin, are less than eight minutes."""
+    """The seconds of all steps, and a margin, are less than ten minutes."""
     words = [line.split() for line in (ROOT / "benchmarks/gpu.sh").read_text().splitlines()]
     limits = {w[2]: int(w[1]) for w in words if w[:1] == ["step"]}
     limits["stopped"] = next(int(w[1]) for w in words if w[:1] == ["stop_after_a_save"] and w[1].isdigit())
-    assert len(limits) == 7 and sum(limits.values()) <= 470, limits
+    assert len(limits) == 7 and sum(limits.values()) <= 570, limits
 
 
 def test_wrong_usage(tmp_path):
-    for arguments in ([], [tmp_path, tmp_path / "out"], [tmp_path, tmp_path / "out", "tpu"]):
+    for arguments in ([], [tmp_path, tmp_path / "out"], [tmp_path, tmp_path / "out", "tpu"], [tmp_path, tmp_path, "cpu", "some"]):
         done = subprocess.run([ROOT / "benchmarks/gpu.sh", *arguments], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("usage") and not done.stdout
     assert not (tmp_path / "out").exists()
