@@ -1,5 +1,6 @@
 """The one training loop, and how what it trained is measured."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,13 @@ from evaluation.recipes import LOSSES, Recipe
 from models.layout import images_at_once
 from utils.cost import Cost, Forecast
 from utils.errors import UserError, pick
+from utils.graph import Replays
 from utils.memory import SplitBatches
-from utils.optim import make_optimizer
+from utils.optim import forget_steps, make_optimizer, reading_rate
 from utils.progress import FiniteGuard, LossWindow
 
 PROBE_BATCH = 512
+FEW_STEPS = 20  # to record a step takes as long as some steps do
 _LARGE_BATCH = 64  # at 224 pixels one map of the zoo's residual networks takes 13 MB an image
 
 # (model, inputs, targets) -> scalar
@@ -49,12 +52,29 @@ def train_step(
     return total
 
 
+def _step_at_rate(
+    model: nn.Module,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    part: int | None,
+    x: Tensor,
+    y: Tensor,
+    rate: Tensor,
+) -> list[Tensor]:
+    """`train_step` with all that changes from step to step in tensors: what can be replayed."""
+    with reading_rate(optimizer, rate):
+        return [train_step(model, x, y, loss_fn, optimizer, part)]
+
+
 class Trainer:
     """A network, what trains it by a recipe, and how far it has come.
 
     Batches come from the loader's endless stream; `scale` is a factor on the recipe's length, and
     `loss_fn`, which sees whole batches, replaces its loss. `step` of `steps` optimiser steps are done,
     `per_epoch` make one pass over the images, and `window` holds the losses of the last pass.
+
+    On CUDA steps of small batches are replayed (utils.graph), unless `loss_fn` is given. Trainings of one
+    network by one recipe without momentum may share `replays`, with the `optimizer` of the first.
     """
 
     parts = ("model", "optimizer", "schedule", "loader", "window")
@@ -67,6 +87,8 @@ class Trainer:
         *,
         scale: float = 1.0,
         loss_fn: LossFn | None = None,
+        optimizer: Optimizer | None = None,
+        replays: Replays | None = None,
     ) -> None:
         self.model, self.loader, self.recipe = model, loader, recipe
         criterion, self.splits = pick(LOSSES, recipe.loss, "loss"), loss_fn is None
@@ -74,10 +96,14 @@ class Trainer:
         self.per_epoch = loader.steps_per_pass
         self.step, self.steps = 0, recipe.total_steps(self.per_epoch, scale)
         rates = dict(lr=recipe.lr, momentum=recipe.momentum, wd=recipe.wd)
-        self.optimizer = make_optimizer(recipe.optimizer, model.parameters(), **rates)
+        self.optimizer = optimizer or make_optimizer(recipe.optimizer, model.parameters(), **rates)
         self.schedule = recipe.make_schedule(self.optimizer, self.steps, self.per_epoch)
         self.window = LossWindow(self.per_epoch)
-        self._batches = None
+        self._batches, self.replays = None, replays
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        if replays is None and self.splits and fused and self.steps > FEW_STEPS:
+            numbers = loader.batch_size * loader.images[0].numel()
+            self.replays = Replays.where_they_help(numbers, loader.device)
 
     def run(
         self,
@@ -105,7 +131,7 @@ class Trainer:
         for step in tqdm(range(self.step + 1, end + 1), desc=what, disable=hidden, leave=False):
             rate = self.optimizer.param_groups[0]["lr"]
             try:
-                loss = train_step(self.model, *next(self._batches), self.loss_fn, self.optimizer, part)
+                loss = self._advance(*next(self._batches), part)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -116,13 +142,21 @@ class Trainer:
             guard.check(loss, step)
             self.schedule.step()
             if recipe.fresh_momentum and step in {e * self.per_epoch for e in recipe.decay_epochs}:
-                self.optimizer.state.clear()
+                forget_steps(self.optimizer, in_place=self.replays is not None)
             self.step = step
             self.window.add(loss)
             if on_step is not None:
                 on_step(step, loss, rate)
         guard.flush()
         return self.model.eval()
+
+    def _advance(self, x: Any, y: Any, part: int | None) -> Tensor:
+        """One step; each size of a batch is recorded by itself."""
+        if self.replays is None:
+            return train_step(self.model, x, y, self.loss_fn, self.optimizer, part)
+        step = functools.partial(_step_at_rate, self.model, self.loss_fn, self.optimizer, part)
+        rate = x.new_full((), self.optimizer.param_groups[0]["lr"])
+        return self.replays.of(len(x), step)(x, y, rate)[0]
 
     def forecast(self, runs: float = 1, **given: Any) -> Forecast:
         """Of `runs` trainings like what is left of this one, in steps; `given` as for `Forecast`."""
@@ -140,6 +174,8 @@ class Trainer:
         for name in self.parts:
             getattr(self, name).load_state_dict(state[name])
         self.step, self._batches = int(state["step"]), None
+        if self.replays is not None:
+            self.replays = Replays(self.loader.device)  # momenta are in other places now
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:

@@ -1,13 +1,15 @@
 """CUDA graphs, which replay as a whole what the host would launch kernel by kernel, and side streams."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from utils.errors import first_line
 
+LAUNCH_BOUND = 2**22  # numbers in a batch; with more of them the device takes longer than launching does
 WARM_UP = 3  # calls before the recording: libraries choose algorithms, optimisers make their states
 
 
@@ -39,11 +41,17 @@ def catch_up(stream: torch.cuda.Stream | None) -> None:
         torch.cuda.current_stream().wait_stream(stream)
 
 
+@functools.cache
+def _recording_stream(device: int) -> torch.cuda.Stream:
+    """One for all: libraries keep a workspace for every stream they have seen."""
+    return torch.cuda.Stream(device)
+
+
 class Recorder:
     """The stream and the memory that graphs share; no two of them may run at a time."""
 
     def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
+        self.stream = _recording_stream(torch.cuda.current_device())
         self.memory = torch.cuda.graph_pool_handle()
 
     def aside(self, function: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -115,3 +123,26 @@ class Replayed:
 
     def _run(self) -> list[Tensor]:
         return list(self._function(*self._inputs))
+
+
+class Replays:
+    """Functions by name, each `Replayed`, that share a recorder: no two may run at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._recorder = Recorder() if device.type == "cuda" else None
+        self._found: dict[Hashable, Replayed] = {}
+
+    @classmethod
+    def where_they_help(cls, numbers: int, device: torch.device) -> "Replays | None":
+        """For batches of so many numbers: None where launching kernels is not what takes the time."""
+        return cls(device) if device.type == "cuda" and numbers <= LAUNCH_BOUND else None
+
+    def of(self, name: Hashable, function: Callable[..., Sequence[Tensor]]) -> Replayed:
+        """The first function that came under this name."""
+        if name not in self._found:
+            self._found[name] = Replayed(function, self._recorder)
+        return self._found[name]
+
+    def values(self) -> list[Replayed]:
+        """All of them, in the order in which they came."""
+        return list(self._found.values())

@@ -1,5 +1,6 @@
 """Optimisers and learning-rate schedules by name, with the field's defaults in one place."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -154,6 +155,31 @@ def set_gradients(tensors: Iterable[Tensor], gradients: Iterable[Tensor]) -> Non
     for tensor, gradient in zip(tensors, gradients, strict=True):
         same = gradient.stride() == tensor.stride()
         tensor.grad = gradient if same else torch.empty_like(tensor).copy_(gradient)
+
+
+@contextlib.contextmanager
+def reading_rate(optimizer: torch.optim.Optimizer, rate: Tensor) -> Iterator[None]:
+    """Within the block the optimiser reads its rate from a tensor, and may be recorded as a CUDA graph."""
+    kept = [dict(group) for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+            if rate.is_cuda and "capturable" in group:  # the fused ones are; AdamW wants it said
+                group["capturable"] = True
+        yield
+    finally:
+        for group, before in zip(optimizer.param_groups, kept, strict=True):
+            group.update(before)
+
+
+def forget_steps(optimizer: torch.optim.Optimizer, in_place: bool) -> None:
+    """Drop momenta and counts of steps; `in_place` they become those of before the first step."""
+    if not in_place:
+        optimizer.state.clear()
+    for state in optimizer.state.values():
+        for t in state.values():
+            if isinstance(t, Tensor):
+                t.zero_()
 
 
 def _cosine(step: int, steps: int, warmup: int) -> float:
