@@ -1,25 +1,33 @@
 """What DC, DSA and DM share: images in class order, their optimiser, siamese augmentation, CLoM."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from clom.config import DistillFlags
 from clom.source import network_factory
-from data.augment.dsa import diff_augment, no_augmentation
+from data.augment.dsa import apply_drawn, diff_augment, draw_siamese, no_augmentation
 from distillation.base import Distiller
 from distillation.problem import Problem
+from models.layout import arranged
+from utils.device import refill, upload
+from utils.graph import Replays
 from utils.optim import set_gradients
 from utils.seed import draw_seed
 
 IMAGE_MOMENTUM = 0.5
+
+# Real images, synthetic ones, other tensors -> gradient on the synthetic ones and value of a distance.
+Match = Callable[..., tuple[Tensor, Tensor]]
 
 
 class MatchingDistiller(Distiller):
     """Synthetic images in class order, matched to real ones of the same class.
 
     `x_syn` is (classes · ipc, C, H, W), `y_syn` 0 ipc times, 1 ipc times, ...; `extra` is CLoM or None.
+    With `replays` passes are replayed (utils.graph): all networks drawn take the places of the first.
     """
 
     parts = ("optimizer", "extra")
@@ -30,7 +38,10 @@ class MatchingDistiller(Distiller):
         x_syn, self.y_syn = problem.start_by_class(flags.ipc, flags.init)
         self.x_syn = x_syn.clone().requires_grad_()
         self.real, self.extra, self.ipc = problem.real, problem.extra, flags.ipc
-        self.new_network = network_factory(flags.model, problem.image_set, problem.device)
+        numbers = flags.batch_real * self.x_syn[0].numel()
+        self.replays, self._network = Replays.where_they_help(numbers, problem.device), None
+        home = problem.device if self.replays is None else torch.device("cpu")
+        self.new_network = network_factory(flags.model, problem.image_set, home)
         self.augmented = not no_augmentation(flags.dsa_strategy)
         self.optimizer = torch.optim.SGD([self.x_syn], lr=flags.lr_img, momentum=IMAGE_MOMENTUM)
 
@@ -44,8 +55,15 @@ class MatchingDistiller(Distiller):
         return self.losses if self.extra is not None else self.losses[:1]
 
     def draw_network(self) -> nn.Module:
-        """A new random network in train mode."""
-        return self.new_network(draw_seed(self.stream("networks"))).train()
+        """A new random network in train mode; with `replays`, in the place of the one before."""
+        network = self.new_network(draw_seed(self.stream("networks")))
+        if self.replays is None:
+            return network.train()
+        if self._network is None:
+            self._network = arranged(network, self.problem.device)
+        else:
+            refill(self._network, network)
+        return self._network.train()
 
     def draw_classes(self, first: int = 0, end: int | None = None) -> Iterator[Tensor]:
         """Real images of classes first to end - 1 in turn: `batch_real` each, or all if it has fewer."""
@@ -66,6 +84,17 @@ class MatchingDistiller(Distiller):
             for x in batches
         ]
 
+    def matched(self, match: Match, x_real: Tensor, x_c: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
+        """`match` of the images of one class augmented alike: the gradient on x_c and the value."""
+        if self.replays is None:
+            x_real, x_syn = self.siamese(x_real, x_c)
+            gradient, value = match(x_real, x_syn, *more)
+            return torch.autograd.grad(x_syn, x_c, gradient)[0], value
+        flags, seed = self.flags, draw_seed(self.stream("augmentation")) if self.augmented else 0
+        name, values = draw_siamese(flags.dsa_strategy, seed, x_c.shape[1:])
+        function = functools.partial(_match_augmented, match, name, flags.align_corners)
+        return self.replays.of(name, function)(x_real, x_c, upload(values, x_c.device), *more)
+
     def update_images(self, gradient: Tensor) -> Tensor:
         """One SGD step along `gradient` (m, C, H, W) plus CLoM's; returns alpha · CLoM."""
         value = gradient.new_zeros(())
@@ -76,3 +105,13 @@ class MatchingDistiller(Distiller):
         self.optimizer.step()
         self.x_syn.grad = None
         return value.detach()
+
+
+def _match_augmented(
+    match: Match, name: str, align_corners: bool, x_real: Tensor, x_c: Tensor, values: Tensor, *more: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`matched` with an operation that has been drawn: what can be replayed."""
+    x_c = x_c.detach().requires_grad_()
+    x_real, x_syn = (apply_drawn(x, name, values, align_corners) for x in (x_real, x_c))
+    gradient, value = match(x_real, x_syn, *more)
+    return torch.autograd.grad(x_syn, x_c, gradient)[0], value

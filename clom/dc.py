@@ -1,5 +1,7 @@
 """DC and DSA: synthetic images whose gradient on a network is that of real images."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ class GradientMatching(MatchingDistiller):
     def __init__(self, problem: Problem, flags: DistillFlags) -> None:
         super().__init__(problem, flags)
         # Plain SGD on the current synthetic set, each image augmented by itself.
+        self._inner_optimizer: torch.optim.Optimizer | None = None  # of the network that keeps its place
         recipe = sgd_by_epochs(flags.inner_loop, flags.lr_net, 0.0, 0.0, flags.batch_train)
         self.inner = recipe.override(dsa=flags.dsa_strategy, align_corners=flags.align_corners)
 
@@ -60,15 +63,13 @@ class GradientMatching(MatchingDistiller):
     def _match(self, network: nn.Module) -> tuple[Tensor, Tensor]:
         """Gradient on the images and value of the distance summed over classes."""
         gradients, total = [], self.x_syn.new_zeros(())
+        match = functools.partial(match_class, network, self.flags.dis_metric)
         for c, x_real in enumerate(self.draw_classes()):
-            x_c = self.images_of(c, c + 1)
-            x_real, x_syn = self.siamese(x_real, x_c)
-            grads_real = gradient_in_parts(network, x_real, c)
-            grads_syn = network_gradient(network, x_syn, c, create_graph=True)
-            distance = gradient_distance(grads_syn, grads_real, self.flags.dis_metric)
+            y = self.y_syn[c * self.ipc : (c + 1) * self.ipc]
             # Class by class instead of through the sum: the same gradient, one class's graph.
-            gradients += torch.autograd.grad(distance, x_c)
-            total = total + distance.detach()
+            gradient, distance = self.matched(match, x_real, self.images_of(c, c + 1), y)
+            gradients.append(gradient)
+            total = total + distance
         return torch.cat(gradients), total
 
     def _fix_statistics(self, network: nn.Module) -> None:
@@ -85,24 +86,38 @@ class GradientMatching(MatchingDistiller):
         if self.flags.inner_loop:
             x, generator = self.x_syn.detach().clone(), self.stream("inner loop")
             loader = self.inner.loader(x, self.y_syn, x.device, generator)
-            trainer, work = Trainer(network, loader, self.inner), 3 * loader.batch_size
+            kept = dict(optimizer=self._inner_optimizer, replays=self.replays)
+            trainer, work = Trainer(network, loader, self.inner, **kept), 3 * loader.batch_size
             trainer.run(what="inner loop", on_step=lambda *_: self.forecast.tick(work)).train()
+            if self.replays is not None:  # recorded with this optimiser, which has no momentum
+                self._inner_optimizer = trainer.optimizer
 
 
-def gradient_in_parts(network: nn.Module, x: Tensor, label: int) -> list[Tensor]:
+def match_class(
+    network: nn.Module, metric: str, x_real: Tensor, x_syn: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradient on synthetic images of one class, with labels y, and value of their distance to real ones."""
+    x_syn = x_syn.detach().requires_grad_()
+    grads_real = gradient_in_parts(network, x_real, y[:1].expand(len(x_real)))
+    grads_syn = network_gradient(network, x_syn, y, create_graph=True)
+    distance = gradient_distance(grads_syn, grads_real, metric)
+    return torch.autograd.grad(distance, x_syn)[0], distance.detach()
+
+
+def gradient_in_parts(network: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
     """`network_gradient` of a real batch; the mean over images is joined from parts."""
     total: list[Tensor] = []
-    for x_part in x.split(images_at_once(network, x.shape, x.device, len(x))):
-        gradient = network_gradient(network, x_part, label)
+    part = images_at_once(network, x.shape, x.device, len(x))
+    for x_part, y_part in zip(x.split(part), y.split(part), strict=True):
+        gradient = network_gradient(network, x_part, y_part)
         scaled = torch._foreach_mul(gradient, len(x_part) / len(x))
         total = torch._foreach_add(total, scaled) if total else scaled
     return total
 
 
 def network_gradient(
-    network: nn.Module, x: Tensor, label: int, create_graph: bool = False
+    network: nn.Module, x: Tensor, y: Tensor, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
-    """Gradient of the cross-entropy of images of one class on every parameter."""
-    y = torch.full((len(x),), label, device=x.device)
+    """Gradient of the cross-entropy of images and their labels on every parameter."""
     loss = F.cross_entropy(network(x), y)
     return torch.autograd.grad(loss, list(network.parameters()), create_graph=create_graph)

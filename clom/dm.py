@@ -1,9 +1,13 @@
 """DM: synthetic images whose mean features under random networks are those of real images."""
 
+import functools
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from clom.base import MatchingDistiller
+from clom.base import Match, MatchingDistiller
 from clom.matching import distribution_distance
 from models.layout import batch_norms, images_at_once
 
@@ -25,29 +29,49 @@ class DistributionMatching(MatchingDistiller):
         network = self.draw_network().requires_grad_(False)
         classes, size = self.real.num_classes, self._classes_at_once(network)
         gradients, total = [], self.x_syn.new_zeros(())
+        reals, match = self.draw_classes(), functools.partial(match_features, network)
         for first in range(0, classes, size):
             x_group = self.images_of(first, min(first + size, classes))
-            distance = self._distance(network, x_group, first)
             # Group by group instead of through the sum: the same gradient, one group's graph.
-            gradients += torch.autograd.grad(distance, x_group)
-            total = total + distance.detach()
+            if size == 1:
+                gradient, distance = self.matched(match, next(reals), x_group)
+            else:
+                gradient, distance = self._match_group(match, x_group, reals)
+            gradients.append(gradient)
+            total = total + distance
         clom = self.update_images(torch.cat(gradients))
         return {"loss": total / classes, "clom": clom}
 
     def _classes_at_once(self, network: nn.Module) -> int:
         if batch_norms(network):
             return self.real.num_classes
+        if self.replays is not None:
+            return 1
         x = self.x_syn
         synthetic = images_at_once(network, x.shape, x.device, SYNTHETIC_AT_ONCE)
         return max(1, min(synthetic // self.ipc, REAL_HELD // self.flags.batch_real))
 
-    def _distance(self, network: nn.Module, x_group: Tensor, first: int) -> Tensor:
-        """Distance summed over the classes of `x_group`, which begin with class `first`."""
+    def _match_group(self, match: Match, x_group: Tensor, reals: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        """`match` of several classes, whose real images come next, each augmented by itself."""
         parts = x_group.split(self.ipc)
-        reals = self.draw_classes(first, first + len(parts))
-        reals, syns = zip(*map(self.siamese, reals, parts), strict=True)
-        f_real, f_syn = embed_real(network, torch.cat(reals)), network.embed(torch.cat(syns))
-        return distribution_distance(f_real, f_syn, [*map(len, reals)], [*map(len, syns)])
+        pairs = itertools.starmap(self.siamese, zip(itertools.islice(reals, len(parts)), parts, strict=True))
+        own_reals, syns = zip(*pairs, strict=True)
+        counts, x_syn = [[*map(len, batches)] for batches in (own_reals, syns)], torch.cat(syns)
+        gradient, distance = match(torch.cat(own_reals), x_syn, counts=counts)
+        return torch.autograd.grad(x_syn, x_group, gradient)[0], distance
+
+
+def match_features(
+    network: nn.Module, x_real: Tensor, x_syn: Tensor, counts: list[list[int]] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradient on synthetic images, and value, of their distance to real ones, summed over classes.
+
+    `counts` of real and of synthetic images of each class; without, they are of one.
+    """
+    x_syn = x_syn.detach().requires_grad_()
+    f_real, f_syn = embed_real(network, x_real), network.embed(x_syn)
+    distance = distribution_distance(f_real, f_syn, *(counts or ([len(x_real)], [len(x_syn)])))
+    return torch.autograd.grad(distance, x_syn)[0], distance.detach()
 
 
 @torch.no_grad()

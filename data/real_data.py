@@ -14,6 +14,8 @@ from data.specs import Stats
 from utils.device import upload
 from utils.errors import UserError
 
+READ_AT_ONCE = 2**24  # numbers, 64 MB of float32
+
 
 class RealImages:
     """Labelled images with an index list per class.
@@ -82,7 +84,13 @@ class RealImages:
         """A batch of each class in turn, as `draw_class` draws them; all rows move to the device at once."""
         drawn = [self.draw_class(c, count, generator) for c in classes]
         rows = upload(torch.cat(drawn), self.images.device)
-        yield from map(self.at, rows.split([len(index) for index in drawn]))
+        counts = [len(index) for index in drawn]
+        # Several classes are read at once where launching kernels takes the time.
+        most = READ_AT_ONCE // (count * self.images[0].numel()) if self.device.type == "cuda" else 1
+        while counts:
+            part, counts = counts[: max(1, most)], counts[max(1, most) :]
+            here, rows = rows[: sum(part)], rows[sum(part) :]
+            yield from self.at(here).split(part)
 
     def draw_all_classes(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[int]]:
         """A batch of every class in class order: images, and the number of images of each class."""

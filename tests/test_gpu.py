@@ -7,12 +7,16 @@ import torch
 from test_fused import block, compare
 
 from benchmarks import krr_st as bench
+from benchmarks.clom import random_set, sides
 from clom.loss import clom_cosine
 from clom.matching import gradient_distance
+from clom.source import network_factory
 from data.augment.dc import dc_augment
 from data.augment.dsa import diff_augment
 from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
+from evaluation.fit import Trainer
+from evaluation.recipes import sgd_by_epochs
 from krr_st.loss import krr_loss
 from krr_st.views import OnlineTargets, RealBatch, TargetViews
 from models import get_model
@@ -150,6 +154,75 @@ def test_a_step_does_not_wait_for_the_device(graph):
             distiller.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def matching(method, model, replays=True):
+    """A distiller on 24 random images a class, 16 of them a batch."""
+    images = random_set(24, 10, 16)
+    _, ours = sides(method, 2, images, CUDA, model=model, batch_real=16, outer=2, inner=4)
+    if not replays:
+        ours.replays, ours.new_network = None, network_factory(model, images, CUDA)
+    return ours
+
+
+@pytest.mark.parametrize("model", ["ConvNetW32", "ConvNetBN", "MLP"])
+@pytest.mark.parametrize("method", ["DC", "DSA", "DM"])
+def test_replayed_matching_is_the_same(method, model):
+    kinds = [matching(method, model, replays) for replays in (False, True)]
+    assert kinds[1].replays is not None
+    with float32_mode("fp32"):
+        for _ in range(10):
+            kinds[0].x_syn.data.copy_(kinds[1].x_syn)  # rounding does not add up
+            losses = [float(distiller.step()["loss"]) for distiller in kinds]
+            assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+            moved = [distiller.x_syn.detach() for distiller in kinds]
+            assert (moved[1] - moved[0]).norm() < 1e-2 * moved[0].norm()
+    recorded = [replayed.recorded is not None for replayed in kinds[1].replays.values()]
+    together = method == "DM" and model == "ConvNetBN"
+    assert all(recorded) and len(recorded) == {"DC": 2, "DSA": 7, "DM": 0 if together else 6}[method]
+
+
+@pytest.mark.parametrize("method", ["DC", "DSA", "DM"])
+def test_matching_does_not_wait_for_the_device(method):
+    distiller = matching(method, "ConvNetW32")
+    for _ in range(12):  # until every operation is recorded
+        distiller.step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            distiller.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_replayed_training_is_the_same(optimizer, dropout):
+    """Rates that fall, momenta that are forgotten, a small last batch; dropout goes on drawing."""
+    x, y = draw(40, 3, 16, 16).float().to(CUDA), torch.arange(40) % 4
+    recipe = sgd_by_epochs(16, 0.01, 0.9, 1e-3, 32, (6, 10)).override(
+        fresh_momentum=True, optimizer=optimizer, lr=0.01 if optimizer == "sgd" else 1e-3
+    )
+    traces = []
+    for replays in (False, True):
+        with local_seed(0):
+            network = get_model("convnet_32_32_bn", (3, 16, 16), 4, dropout=dropout)
+        draws = torch.Generator().manual_seed(0)
+        loader = TensorLoader(x, y, batch_size=32, device=CUDA, generator=draws)
+        trainer, trace = Trainer(place(network, CUDA), loader, recipe), []
+        assert trainer.replays is not None
+        trainer.replays = trainer.replays if replays else None
+        given = dict(on_step=lambda step, loss, rate, log=trace: log.append(float(loss)))
+        with float32_mode("fp32"), local_seed(1):
+            trainer.run(20, **given)
+            trainer.run(**given)
+        traces.append(trace)
+    assert [r.recorded is not None for r in trainer.replays.values()] == [True, True]
+    assert len(set(traces[1])) == 32
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(recipe.lr / 100)
+    if not dropout:
+        assert traces[1] == pytest.approx(traces[0], rel=2e-2, abs=1e-3)
 
 
 def test_images_that_do_not_fit_come_through_pinned_memory():

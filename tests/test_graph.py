@@ -1,13 +1,29 @@
 """What a CUDA graph would replay computes on a CPU, bit for bit, what runs without one."""
 
+import copy
+import itertools
+import weakref
+
 import pytest
 import torch
-from conftest import make_krrst, plain, resolved, write_set
+from conftest import CPU, make_krrst, plain, resolved, write_set
+from torch import nn
 
+from clom import dm
+from data.augment.dsa import apply_drawn, diff_augment, draw_siamese
 from data.load import load_set
+from data.loader import TensorLoader
+from data.real_data import RealImages
+from distillation.problem import Problem
+from evaluation.fit import Trainer
+from evaluation.recipes import DSA_STRATEGY, sgd_by_epochs
 from krr_st.setup import KRRSTSetup
+from methods import METHODS
+from models import get_network
+from utils.device import refill
 from utils.errors import UserError
-from utils.graph import Replayed
+from utils.graph import Replayed, Replays
+from utils.seed import local_seed
 
 
 @pytest.fixture
@@ -119,3 +135,91 @@ def test_each_pass_is_compiled_once_for_all_networks(image_set, monkeypatch):
         assert float(compiled.step()["loss"]) == pytest.approx(float(eager.step()["loss"]), rel=1e-3)
         drawn |= {n for n, slot in enumerate(compiled.pool.slots) if slot.age}
     assert len(drawn) == 2 and torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 4
+
+
+def matching(image_set, name, replays, **changes):
+    """DC, DSA or DM on the CPU, with or without fixed places."""
+    usual = dict(dataset="tiny", ipc=2, batch_real=9, batch_train=6, outer_loop=2, inner_loop=3, lr_img=1.0)
+    problem = Problem(image_set, CPU, 0, real=RealImages.from_set(image_set, CPU))
+    distiller = METHODS[name].distiller(problem, resolved(name, **{**usual, **changes}))
+    distiller.replays = Replays(CPU) if replays else None
+    return distiller
+
+
+@pytest.mark.parametrize("model", ["ConvNetD1", "ConvNetBN"])
+@pytest.mark.parametrize("name", ["dc", "dsa", "dm"])
+def test_matching_is_the_same_with_fixed_places(workspace, monkeypatch, name, model):
+    """Of 9 real images a class, or of 10 and 9: classes with fewer run as they are."""
+    write_set("datasets", "ragged", train=38, test=8)
+    image_set = load_set("ragged", 8, "datasets")
+    monkeypatch.setattr(dm, "REAL_HELD", 1)  # class by class, as where passes are replayed
+    for batch_real in (9, 100):
+        kinds = [matching(image_set, name, r, batch_real=batch_real, model=model) for r in (False, True)]
+        networks = set()
+        for step in range(7):
+            losses = [distiller.step()["loss"] for distiller in kinds]
+            assert torch.equal(*losses), step
+            assert torch.equal(*(distiller.x_syn for distiller in kinds)), step
+            networks.add(id(kinds[1]._network))
+        assert len(networks) == 1
+        recorded = kinds[1].replays._found
+        augmented = {"none"} if name == "dc" else set(DSA_STRATEGY.split("_"))
+        sizes = {6, 2} if name != "dm" else set()  # of the batches of 8 images in training
+        together = name == "dm" and model == "ConvNetBN"
+        assert set(recorded) <= (set() if together else augmented | sizes)
+        assert together or len(recorded) > len(sizes)
+
+
+def test_a_network_takes_the_place_of_another():
+    for name in ("ConvNetBN", "ConvNetD1", "MLP"):
+        first, second = (get_network(name, 3, 4, (8, 8)).to(memory_format=torch.channels_last) for _ in "ab")
+        second(torch.randn(4, 3, 8, 8))  # moves its statistics
+        places = [t.data_ptr() for t in first.state_dict().values()]
+        refill(first, second)
+        assert places == [t.data_ptr() for t in first.state_dict().values()]
+        assert plain(first.state_dict()) == plain(second.state_dict())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_training_is_the_same_with_fixed_places(optimizer):
+    """Rates that fall, momenta that are forgotten, a small last batch, a resume."""
+    x, y = torch.randn(10, 2), torch.arange(10) % 2
+    recipe = sgd_by_epochs(6, 0.1, 0.9, 1e-3, 4, (2, 4)).override(fresh_momentum=True, optimizer=optimizer)
+
+    def trainer(replays):
+        with local_seed(0):
+            model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+        draws = torch.Generator().manual_seed(0)
+        made = Trainer(model, TensorLoader(x, y, batch_size=4, device=CPU, generator=draws), recipe)
+        made.replays = Replays(CPU) if replays else None
+        return made
+
+    def rest(made, until=None):
+        losses = []
+        made.run(until, on_step=lambda step, loss, rate: losses.extend([float(loss), rate]))
+        return losses
+
+    plain_one, fixed = trainer(False), trainer(True)
+    wanted = rest(plain_one)
+    assert rest(fixed, 8) == pytest.approx(wanted[:16], rel=1e-5)
+    resumed = trainer(True)
+    rest(resumed, 5)
+    resumed.load_state_dict(copy.deepcopy(fixed.state_dict()))
+    assert rest(fixed) == rest(resumed) == pytest.approx(wanted[16:], rel=1e-5)
+    assert [len(r._inputs[0]) for r in fixed.replays.values()] == [4, 2]
+    if optimizer == "sgd":  # AdamW's decay on a CPU is in double precision
+        assert plain(fixed.model.state_dict()) == plain(plain_one.model.state_dict())
+    kept = weakref.ref(fixed.replays)
+    del fixed
+    assert kept() is None  # what was recorded, and its memory, goes with the trainer
+
+
+@pytest.mark.parametrize("name", DSA_STRATEGY.split("_"))
+def test_what_was_drawn_before_is_applied_as_ever(name):
+    for align_corners, seed in itertools.product((False, True), range(5)):
+        x = torch.randn(20, 3, 8, 12)
+        drawn, values = draw_siamese(name, seed, x.shape[1:])
+        found = apply_drawn(x, drawn, values, align_corners)
+        wanted = diff_augment(x, name, seed=seed, siamese=True, align_corners=align_corners)
+        assert drawn == name and torch.equal(found, wanted)
+    assert apply_drawn(x, *draw_siamese("None", 0, x.shape[1:]), False) is x

@@ -94,6 +94,15 @@ def upload(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device, non_blocking=device.type != "mps")
 
 
+@torch.no_grad()
+def refill(network: nn.Module, source: nn.Module) -> None:
+    """Put a like network's weights and statistics, on the CPU, in the places of `network`'s, in one copy."""
+    places, values = ([*n.parameters(), *n.buffers()] for n in (network, source))
+    flat = upload(torch.cat([v.flatten() for v in values]), places[0].device)
+    parts = flat.split([v.numel() for v in values])
+    torch._foreach_copy_(places, [part.view(v.shape) for part, v in zip(parts, values, strict=True)])
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a CUDA device, else those available on this machine."""
     if device.type == "cuda":

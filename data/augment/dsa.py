@@ -5,6 +5,7 @@ arXiv 2102.08259, mode S of the authors' code. The same integer seed gives the s
 that code run on the CPU; the global random state is never touched.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -24,6 +25,7 @@ CUTOUT_RATIO = 0.5
 SCALE_RATIO = 1.2
 ROTATE_DEGREES = 15.0
 FLIP_PROBABILITY = 0.5
+MOST_VALUES = 3  # that an operation draws
 
 
 def diff_augment(
@@ -117,6 +119,62 @@ class Draws:
     def integers(self, low: int, high: int, *size: int) -> Tensor:
         """Whole numbers from low to high - 1."""
         return self._move(self._draw(torch.randint, low, high, size))
+
+
+def draw_siamese(strategy: str, seed: int, shape: torch.Size) -> tuple[str, Tensor]:
+    """What `diff_augment` draws from a seed in Siamese mode: an operation, and its values on the CPU.
+
+    For images (C, H, W), and for `apply_drawn`. Of "none", no operation, all values are 0.
+    """
+    values = torch.zeros(MOST_VALUES)
+    if no_augmentation(strategy):
+        return "none", values
+    names, draw = strategy.split("_"), Draws(seed, None, True, values.device)
+    name = names[draw.number(len(names))]
+    for i, (kind, args) in enumerate(_asked(name, tuple(shape))):
+        values[i] = getattr(draw, kind)(*args).view(())
+    return name, values
+
+
+def apply_drawn(x: Tensor, name: str, values: Tensor, align_corners: bool) -> Tensor:
+    """`diff_augment` with what `draw_siamese` drew, the values on the images' device: can be replayed."""
+    return x if name == "none" else OPERATIONS[name](x, _Told(values), align_corners)
+
+
+@functools.cache
+def _asked(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
+    """The draws of an operation on an image, in order: names of methods of Draws and their arguments."""
+    noted = _Noted()
+    pick(OPERATIONS, name, "DSA operation")(torch.empty(1, *shape, device="meta"), noted, False)
+    return noted.calls
+
+
+class _Noted:
+    """In place of Draws: notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[int, ...]]] = []
+
+    def uniform(self, *size: int) -> Tensor:
+        self.calls.append(("uniform", size))
+        return torch.empty(size, device="meta")
+
+    def integers(self, low: int, high: int, *size: int) -> Tensor:
+        self.calls.append(("integers", (low, high, *size)))
+        return torch.empty(size, dtype=torch.int64, device="meta")
+
+
+class _Told:
+    """In place of Draws: values that were drawn before, as float32."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._left = iter(values.unbind())
+
+    def uniform(self, *size: int) -> Tensor:
+        return next(self._left).view([1] * len(size))
+
+    def integers(self, low: int, high: int, *size: int) -> Tensor:
+        return next(self._left).view([1] * len(size)).long()
 
 
 # Each operation: (x, draw, align_corners) -> x. Its random values have batch size B, or 1 in
