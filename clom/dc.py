@@ -30,8 +30,8 @@ class GradientMatching(MatchingDistiller):
 
     def __init__(self, problem: Problem, flags: DistillFlags) -> None:
         super().__init__(problem, flags)
-        # Plain SGD on the current synthetic set, each image augmented by itself.
         self._inner_optimizer: torch.optim.Optimizer | None = None  # of the network that keeps its place
+        # Plain SGD on the current synthetic set, each image augmented by itself.
         recipe = sgd_by_epochs(flags.inner_loop, flags.lr_net, 0.0, 0.0, flags.batch_train)
         self.inner = recipe.override(dsa=flags.dsa_strategy, align_corners=flags.align_corners)
 

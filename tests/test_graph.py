@@ -142,6 +142,7 @@ def matching(image_set, name, replays, **changes):
     usual = dict(dataset="tiny", ipc=2, batch_real=9, batch_train=6, outer_loop=2, inner_loop=3, lr_img=1.0)
     problem = Problem(image_set, CPU, 0, real=RealImages.from_set(image_set, CPU))
     distiller = METHODS[name].distiller(problem, resolved(name, **{**usual, **changes}))
+    assert distiller.replays is None  # by itself on CUDA alone
     distiller.replays = Replays(CPU) if replays else None
     return distiller
 
