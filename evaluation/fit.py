@@ -268,6 +268,7 @@ def pretrain(
     """
     device = next(model.parameters()).device
     loader = set_loader(recipe, synthetic, device, generator)
+    model.first_order = True
     Trainer(model, loader, recipe, scale=scale).run(what="pre-training", on_step=on_step, progress=True)
     if synthetic.training.whitening is not None:
         model.prepare = synthetic.training.whitening.to(device)

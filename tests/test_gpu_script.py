@@ -50,7 +50,8 @@ def test_limits_leave_time():
 
 
 def test_wrong_usage(tmp_path):
-    for arguments in ([], [tmp_path, tmp_path / "out"], [tmp_path, tmp_path / "out", "tpu"], [tmp_path, tmp_path, "cpu", "some"]):
+    words = [[], ["out"], ["out", "tpu"], ["out", "cpu", "some"]]
+    for arguments in ([tmp_path, *more] if more else more for more in words):
         done = subprocess.run([ROOT / "benchmarks/gpu.sh", *arguments], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("usage") and not done.stdout
     assert not (tmp_path / "out").exists()
