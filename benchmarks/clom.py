@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +263,9 @@ def measure(
     outer: int = 2,
     inner: int = 50,
     epochs: int = 20,
+    ipc: Sequence[int] | None = None,
 ) -> dict[str, Any]:
-    """Seconds and ratios of every method at 1 and 10 images a class, and of an evaluation.
+    """Seconds and ratios of every method at some numbers of images a class, and of an evaluation.
 
     Args:
         device: where to compute.
@@ -274,6 +275,7 @@ def measure(
         outer: updates of the images an iteration at 10 images a class.
         inner: epochs between them.
         epochs: of the evaluation, with the published share of testing for 300 epochs.
+        ipc: images a class; default: 1 and 10, on CUDA 50 as well.
 
     Raises:
         AssertionError: the two sides do not compute the same.
@@ -289,16 +291,17 @@ def measure(
     lengths = {"batch_real": batch_real, "outer": outer, "inner": inner}
     given = dict(size=size, device=device, settings={**lengths, "model": model})
     makers = {
-        f"{method} iteration, ipc {ipc}": functools.partial(method_side, method=method, ipc=ipc, **given)
+        f"{method} iteration, ipc {count}": functools.partial(method_side, method=method, ipc=count, **given)
         for method in STRATEGIES
-        for ipc in ((1, 10, 50) if device.type == "cuda" and not quick else (1, 10))
+        for count in ipc or ((1, 10, 50) if device.type == "cuda" and not quick else (1, 10))
     }
     makers["evaluation of 100 images"] = functools.partial(evaluation_side, device=device, epochs=epochs)
     found = {}
     for name, make in makers.items():
         plain, ours = functools.partial(make, 0), functools.partial(make, 1)
         found[name] = contest(plain, {"ours": ours}, device, repeats=repeats, apart=not quick)
-        print(f"{name}: {shown(ratios(found[name]))} times as fast", flush=True)
+        taken = shown({side: timing.median for side, timing in found[name].items()}, 4)
+        print(f"{name}, seconds: {taken}; times as fast as {shown(ratios(found[name]))}", flush=True)
     return {
         "settings": {**lengths, "epochs": epochs},
         "agreement": agreement,
@@ -327,13 +330,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--outer", type=int, default=2)
     parser.add_argument("--inner", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--ipc", type=int, nargs="+", help="images a class; default: 1 10, on CUDA 50, too")
     parser.add_argument("--quick", action="store_true", help="small sizes, few timings")
     parser.add_argument("--out", type=Path, help="JSON")
     given = vars(parser.parse_args(argv))
     device, out = resolve_device(given.pop("device")), given.pop("out")
     results = measure(device, **given)
-    for name, medians in results["seconds"].items():
-        print(f"{name}, seconds: {shown(medians, 3)}")
     report(out, {"machine": machine(device), "clom": results})
 
 

@@ -20,8 +20,9 @@ class _SpdSolve(torch.autograd.Function):
             factor, failed = torch.linalg.cholesky_ex(k.cpu().double())
             factor, failed = factor.to(k), failed.to(k.device)
         # Of a matrix with NaN, say, half a factor is left: finite garbage on some devices.
-        if k.is_cuda:  # triangular solves take longer there than the inverse and two products
-            factor = torch.cholesky_inverse(factor)
+        if k.is_cuda:  # substitution takes longer there than all the rest
+            lower = triangular_inverse(factor)
+            factor = lower.mT @ lower
         solution = _apply(factor, y).masked_fill_(failed > 0, torch.nan)
         ctx.save_for_backward(factor, solution)
         return solution
@@ -31,6 +32,35 @@ class _SpdSolve(torch.autograd.Function):
         factor, solution = ctx.saved_tensors
         grad_y = _apply(factor, grad)
         return -grad_y @ solution.mT, grad_y
+
+
+def triangular_inverse(lower: Tensor, size: int = 64) -> Tensor:
+    """Inverse of a lower triangular matrix (n, n): substitution in blocks of at most `size`, then products.
+
+    Inverses of neighbours on the diagonal are joined, again and again:
+    [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [-C⁻¹ B A⁻¹, C⁻¹]].
+    """
+    n, count = len(lower), 1
+    while count * size < n:
+        count *= 2
+    size = -(-n // count)
+    whole = torch.eye(count * size, dtype=lower.dtype, device=lower.device)  # filled up with a diagonal of 1
+    whole[:n, :n] = lower
+    eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+    found = torch.linalg.solve_triangular(_blocks(whole, count, 0), eye, upper=False)
+    while count > 1:
+        below = _blocks(whole, count, 1)[::2]
+        first, second, count, size = found[::2], found[1::2], count // 2, 2 * size
+        found = found.new_zeros(count, size, size)
+        found[:, : size // 2, : size // 2], found[:, size // 2 :, size // 2 :] = first, second
+        found[:, size // 2 :, : size // 2] = -second @ (below @ first)
+    return found[0, :n, :n]
+
+
+def _blocks(matrix: Tensor, count: int, below: int) -> Tensor:
+    """The diagonal blocks of count x count, or those `below` them: (count - below, size, size)."""
+    size = len(matrix) // count
+    return matrix.view(count, size, count, size).diagonal(-below, 0, 2).permute(2, 0, 1)
 
 
 def _apply(factor: Tensor, y: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ except ImportError:  # not on a Mac, nor with torch's builds for CPUs
 
 OPERANDS = torch.bfloat16  # of the products
 TAPS = 32  # numbers of a patch, 9 a channel, filled up with zeros
-_PIXELS, _WIDE, _CHANNELS = 32, 64, 128  # pooled pixels and channels of a block; on an H100 the fastest
+_PIXELS, _CHANNELS = 32, 128  # pooled pixels and channels of a block; on an H100 the fastest
 _FOLDED = 256  # pixels of a block of images
 _PROGRAMS = 528  # share a reduction
 _WARPS = 4
@@ -89,7 +89,7 @@ def weight_gradient(
 def image_gradient(grad: Tensor, x: Tensor, weights: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Gradient of the images, in their layout."""
     columns = torch.empty(x.numel() // x.shape[1], TAPS, dtype=OPERANDS, device=x.device)
-    _launch(_columns, x, weights, grad, scale, shift, columns, pixels_at_once=_WIDE)
+    _launch(_columns, x, weights, grad, scale, shift, columns, whole=True)
     out, (b, c, h, w) = torch.empty_like(x), x.shape
     grid = (triton.cdiv(b * h * w, _FOLDED),)
     _fold[grid](columns, out, b * h * w, h, w, *out.stride(), c, TAPS, _FOLDED)
@@ -101,17 +101,15 @@ def _partial(x: Tensor, weights: Tensor, count: int) -> Tensor:
 
 
 def _launch(
-    kernel: Any, x: Tensor, weights: Tensor, *rest: Tensor, programs: int = 0, pixels_at_once: int = 0
+    kernel: Any, x: Tensor, weights: Tensor, *rest: Tensor, programs: int = 0, whole: bool = False
 ) -> None:
-    """Programs for blocks of pixels, or `programs` that share these, by blocks of channels.
-
-    With `pixels_at_once` the kernel goes through the channels itself.
-    """
+    """A program for each block of pixels, or `programs` that share them; and of channels, unless `whole`."""
     b, c_in, h, w = x.shape
-    pixels, channels, block = b * (h // 2) * (w // 2), len(weights), pixels_at_once or _PIXELS
-    rows = 1 if pixels_at_once else triton.cdiv(channels, _CHANNELS)
-    shape = pixels, h // 2, w // 2, *x.stride(), channels, c_in, TAPS, block, _CHANNELS
-    kernel[programs or triton.cdiv(pixels, block), rows](x, weights, *rest, *shape, num_warps=_WARPS)
+    pixels, channels = b * (h // 2) * (w // 2), len(weights)
+    block = max(16, triton.next_power_of_2(channels)) if whole else _CHANNELS
+    grid = programs or triton.cdiv(pixels, _PIXELS), triton.cdiv(channels, block)
+    shape = pixels, h // 2, w // 2, *x.stride(), channels, c_in, TAPS, _PIXELS, block
+    kernel[grid](x, weights, *rest, *shape, num_warps=_WARPS)
 
 
 if triton is not None:
@@ -250,25 +248,23 @@ if triton is not None:
         x, weights, grad, scale, shift, columns, pixels, height, width, sb, sc, sh, sw, channels,
         C_IN: tl.constexpr, TAPS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
     ):  # fmt: skip
-        """What each pixel of the map sends back to the numbers of its patch."""
+        """What each pixel of the map sends back to the numbers of its patch; CHANNELS are all of them."""
         pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+        channel, tap = tl.arange(0, CHANNELS), tl.arange(0, TAPS)
+        taps = _weights(weights, channel, channels, TAPS)
+        s, t = _vector(scale, channel, channels), _vector(shift, channel, channels)
+        g = _gradient(grad, pixel, pixels, channel, channels) * s
         row, column = pixel // width, pixel % width
-        tap = tl.arange(0, TAPS)
+        inside = (pixel < pixels)[:, None] & (tap < 9 * C_IN)[None, :]
         for i in tl.static_range(2):
             for j in tl.static_range(2):
                 patch = _patches(x, weights, pixel, pixels, height, width, sb, sc, sh, sw, C_IN, TAPS, i, j)
-                total = tl.zeros((PIXELS, TAPS), tl.float32)
-                for start in range(0, channels, CHANNELS):
-                    channel = start + tl.arange(0, CHANNELS)
-                    taps = _weights(weights, channel, channels, TAPS)
-                    s, t = _vector(scale, channel, channels), _vector(shift, channel, channels)
-                    g = _gradient(grad, pixel, pixels, channel, channels)
-                    d_y = tl.where(tl.dot(patch, taps) * s + t > 0, g * s, 0.0)
-                    total += tl.dot(d_y.to(taps.dtype), tl.trans(taps))
-                at = (2 * row + i).to(tl.int64) * (2 * width) + 2 * column + j
-                inside = (pixel < pixels)[:, None] & (tap < 9 * C_IN)[None, :]
-                at = at[:, None] * TAPS + tap[None, :]
-                tl.store(columns + at, total.to(columns.dtype.element_ty), inside)
+                d_y = tl.where(tl.dot(patch, taps) * s + t > 0, g, 0.0)
+                sent = tl.dot(d_y.to(taps.dtype), tl.trans(taps))
+                at = ((2 * row + i).to(tl.int64) * (2 * width) + 2 * column + j)[:, None] * TAPS + tap[
+                    None, :
+                ]
+                tl.store(columns + at, sent.to(columns.dtype.element_ty), inside)
 
     @triton.jit
     def _fold(

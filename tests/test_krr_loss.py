@@ -205,3 +205,16 @@ def test_a_ridge_below_the_rounding_of_the_features(ridge):
     torch.testing.assert_close(krr_predict(rows[:4], rows, y, ridge), y[:4], rtol=1e-3, atol=1e-3)
     wanted = krr_predict(real.double(), rows.double(), y.double(), ridge)
     torch.testing.assert_close(krr_predict(real, rows, y, ridge).double(), wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [1, 5, 64, 65, 128, 200, 700])
+def test_the_inverse_by_blocks(n):
+    """As accurate as substitution in one piece, on a factor as the loss has them."""
+    torch.manual_seed(n)
+    f = torch.randn(n, 300, dtype=torch.float64).relu()
+    k = f @ f.mT + 1
+    lower = torch.linalg.cholesky(k + 1e-6 * k.trace() * torch.eye(n, dtype=torch.float64))
+    wanted = torch.linalg.solve_triangular(lower, torch.eye(n, dtype=torch.float64), upper=False)
+    found = loss_module.triangular_inverse(lower)
+    assert torch.equal(found, found.tril())
+    assert (found - wanted).norm() < 1e-11 * wanted.norm()
