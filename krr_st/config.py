@@ -111,8 +111,11 @@ class TrainFlags(FeatureFlags, ViewFlags):
         choices=PRECISIONS,
     )
     compile: bool = flag(False, "compile the pool network's passes with torch.compile")
-    cuda_graph: bool = flag(
-        False, "replay the pool networks' passes from CUDA graphs: less work for the host", identity=False
+    cuda_graph: bool | None = flag(
+        None,
+        "replay the pool networks' passes from CUDA graphs: less work for the host; default: wherever "
+        "that is possible",
+        identity=False,
     )
     target_views: str = flag(
         "auto",

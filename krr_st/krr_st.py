@@ -62,7 +62,7 @@ class KRRST(Distiller):
             reset=flags.pool_reset,
             precision=flags.precision,
             compile=flags.compile,
-            cuda_graph=flags.cuda_graph,
+            cuda_graph=replays(flags, problem.device),
             seen=self._seen,
             draws=None if self._seen is None else self.stream("pool's mixup"),
         )
@@ -150,6 +150,14 @@ class KRRST(Distiller):
     def flush(self) -> None:
         """Keep the table of target views on disk up to date, where there is one."""
         self.targets.flush()
+
+
+def replays(flags: TrainFlags, device: torch.device) -> bool:
+    """--cuda_graph, which by default is wherever the networks' passes can be replayed."""
+    if flags.cuda_graph is not None:
+        return flags.cuda_graph
+    same = not flags.pool_mixup and flags.views == 1  # each step takes the set itself
+    return device.type == "cuda" and same and flags.online_opt == "sgd"
 
 
 def outer_gradients(flags: TrainFlags, learned: list[Tensor]) -> Callable[..., list[Tensor]]:

@@ -34,7 +34,7 @@ class _SpdSolve(torch.autograd.Function):
         return -grad_y @ solution.mT, grad_y
 
 
-def triangular_inverse(lower: Tensor, size: int = 64) -> Tensor:
+def triangular_inverse(lower: Tensor, size: int = 32) -> Tensor:
     """Inverse of a lower triangular matrix (n, n): substitution in blocks of at most `size`, then products.
 
     Inverses of neighbours on the diagonal are joined, again and again:

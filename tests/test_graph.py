@@ -17,6 +17,7 @@ from data.real_data import RealImages
 from distillation.problem import Problem
 from evaluation.fit import Trainer
 from evaluation.recipes import DSA_STRATEGY, sgd_by_epochs
+from krr_st.krr_st import replays
 from krr_st.setup import KRRSTSetup
 from methods import METHODS
 from models import get_network
@@ -87,6 +88,21 @@ def test_where_it_does_not_go(changes, device, words):
     flags = resolved("krr_st", data_name="cifar10", cuda_graph=True, **changes)
     with pytest.raises(UserError, match=words):
         KRRSTSetup.check(flags, torch.device(device))
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "expected"),
+    [
+        (dict(), "cuda", True),
+        (dict(), "cpu", False),
+        (dict(cuda_graph=False), "cuda", False),
+        (dict(pool_mixup=True), "cuda", False),
+        (dict(views=2), "cuda", False),
+        (dict(online_opt="adam"), "cuda", False),
+    ],
+)
+def test_by_default_wherever_it_is_possible(changes, device, expected):
+    assert replays(resolved("krr_st", data_name="cifar10", **changes), torch.device(device)) == expected
 
 
 class Tape:
