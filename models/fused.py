@@ -22,7 +22,6 @@ try:
 except ImportError:  # not on a Mac, nor with torch's builds for CPUs
     triton = None
 
-_ALIGNED = 8  # channels with which convolutions run on tensor cores
 _PIXELS, _CHANNELS = 16, 128  # of a block of the pooled map
 _ROWS, _PROGRAMS = 32, 528  # pixels a block of the reductions, and how many programs share them
 _WARPS = 4
@@ -31,23 +30,25 @@ _WARPS = 4
 def fusable(layers: list[nn.Module], x: Tensor) -> bool:
     """Whether the next four layers are convolution, BatchNorm, ReLU and pooling that `fused` can compute.
 
-    With fixed statistics the parameters of BatchNorm may not need a gradient.
+    With fixed statistics their parameters may not need a gradient.
     """
     if triton is None or len(layers) < 4 or torch.compiler.is_compiling():
         return False
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return False
-    conv, norm, act, pool = layers[:4]
+    conv, norm, act, pool = layers = layers[:4]
     if not (type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and type(act) is nn.ReLU):
         return False
-    if not isinstance(pool, nn.AvgPool2d) or pool.kernel_size != 2 or conv.groups != 1:
+    if not isinstance(pool, nn.AvgPool2d) or (pool.kernel_size, pool.stride, pool.padding) != (2, 2, 0):
         return False
-    if conv.padding_mode != "zeros" or norm.running_mean is None or norm.weight is None:
+    if norm.running_mean is None or norm.weight is None or norm.momentum is None:
         return False
+    plain = conv.padding_mode == "zeros" and conv.stride == conv.dilation == (1, 1) and conv.groups == 1
     sides = [n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], conv.padding, conv.kernel_size, strict=True)]
-    if conv.stride != (1, 1) or conv.dilation != (1, 1) or any(side % 2 for side in sides):
+    if not plain or any(side % 2 for side in sides) or any(layer._forward_hooks for layer in layers):
         return False
-    return norm.training or not (torch.is_grad_enabled() and norm.weight.requires_grad)
+    learned = any(p.requires_grad for layer in (conv, norm) for p in layer.parameters())
+    return norm.training or not (torch.is_grad_enabled() and learned)
 
 
 def fused(layers: list[nn.Module], x: Tensor) -> Tensor:
@@ -76,9 +77,8 @@ def fused(layers: list[nn.Module], x: Tensor) -> Tensor:
 
 def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """The convolution without its bias, channels-last."""
-    missing = -x.shape[1] % _ALIGNED
-    x, weight = (F.pad(t, (0, 0, 0, 0, 0, missing)) if missing else t for t in (x, conv.weight))
-    return F.conv2d(x, weight, None, padding=conv.padding).contiguous(memory_format=torch.channels_last)
+    y = F.conv2d(x, conv.weight, None, padding=conv.padding)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 class _Affine(torch.autograd.Function):

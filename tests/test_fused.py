@@ -155,10 +155,16 @@ def test_what_is_left_to_torch(monkeypatch):
     assert not fused.fusable(layers, x[:, :, :7])
     assert not fused.fusable([*layers[:3], nn.MaxPool2d(2)], x)
     assert not fused.fusable([*layers[:2], nn.LeakyReLU(), layers[3]], x)
+    assert not fused.fusable([*layers[:3], nn.AvgPool2d(2, stride=1)], x)
     assert not fused.fusable(list(block(8, stride=2)), x)
+    hook = layers[1].register_forward_hook(lambda *_: None)
+    assert not fused.fusable(layers, x)
+    hook.remove()
     for layer in layers:
         layer.eval()
     assert not fused.fusable(layers, x)  # its parameters need a gradient
+    layers[1].requires_grad_(False)
+    assert not fused.fusable(layers, x)  # so do the convolution's
     with torch.no_grad():
         assert fused.fusable(layers, x)
         monkeypatch.delenv("TRITON_INTERPRET")
