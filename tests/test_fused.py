@@ -89,13 +89,13 @@ def test_values_and_gradients(training, dtype, channels, bias):
 
 @interpreted
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("channels", "bias", "size"), [(136, True, (8, 12)), (8, False, (20, 20))])
-def test_the_first_block(training, channels, bias, size):
-    x = 1 + torch.randn(3, 3, *size)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        given = x.contiguous(memory_format=layout)
-        apart = compare(block(channels, bias), training, torch.bfloat16, given, images=True)
-        assert max(apart.values()) < BOUNDS[torch.bfloat16], apart
+@pytest.mark.parametrize(
+    ("channels", "bias", "layout"), [(136, True, torch.contiguous_format), (8, False, torch.channels_last)]
+)
+def test_the_first_block(training, channels, bias, layout):
+    x = 1 + torch.randn(3, 3, 8, 12).contiguous(memory_format=layout)
+    apart = compare(block(channels, bias), training, torch.bfloat16, x, images=True)
+    assert max(apart.values()) < BOUNDS[torch.bfloat16], apart
 
 
 @interpreted
@@ -128,7 +128,7 @@ def test_a_network_of_first_order():
     x = torch.randn(6, 3, 8, 8)
     for network in networks:
         rate = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
-        for _ in range(3):
+        for _ in range(2):
             network(x).square().mean().backward()
             rate.step()
             rate.zero_grad()
