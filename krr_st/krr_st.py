@@ -20,7 +20,7 @@ from krr_st.held_out import HeldOutLoss
 from krr_st.loss import krr_weights, real_kernel
 from krr_st.pool import ModelPool, pool_network
 from krr_st.views import RealBatch, real_loader, targets_for
-from utils.graph import beside, catch_up, side_stream
+from utils.graph import beside, side_stream
 from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule, set_gradients
 from utils.precision import autocast, compiled
@@ -170,13 +170,12 @@ def outer_gradients(flags: TrainFlags, learned: list[Tensor]) -> Callable[..., l
     def gradients(model: nn.Module, x_syn: Tensor, y_syn: Tensor, x: Tensor, y_real: Tensor) -> list[Tensor]:
         with autocast(flags.precision, x.device):
             f_syn = embed(x_syn, model)  # (m, d)
-        with beside(side):  # the solve is many small kernels: they run next to the real batch's
-            weights = krr_weights(f_syn, y_syn, flags.ridge)
+        # The solve is many small kernels: they run next to the real batch's.
+        weights = beside(side, functools.partial(krr_weights, f_syn, y_syn, flags.ridge))
         with autocast(flags.precision, x.device), torch.no_grad():
             f_real = embed_real(x, model)  # (b, d)
         k_rs = real_kernel(f_real, f_syn)
-        catch_up(side)
-        loss = mse_loss(k_rs @ weights.to(k_rs.dtype), y_real)
+        loss = mse_loss(k_rs @ weights().to(k_rs.dtype), y_real)
         return [loss.detach(), *torch.autograd.grad(loss, learned)]
 
     return gradients

@@ -1,8 +1,7 @@
 """CUDA graphs, which replay as a whole what the host would launch kernel by kernel, and side streams."""
 
-import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,24 +20,22 @@ def side_stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
 
-@contextlib.contextmanager
-def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Within the block work goes to the side stream, after what was queued; with None as ever.
+def beside(stream: torch.cuda.Stream | None, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """What waits for a function's result: it begins now on the side stream; without one, when it is asked for.
 
-    Before its results are used, and before its inputs are freed, the caller has to `catch_up`.
+    The caller has to ask before what the function reads is freed.
     """
     if stream is None:
-        yield
-        return
+        return function
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        yield
+        result = function()
 
-
-def catch_up(stream: torch.cuda.Stream | None) -> None:
-    """What is queued from here on comes after the side stream's work."""
-    if stream is not None:
+    def wait() -> Tensor:
         torch.cuda.current_stream().wait_stream(stream)
+        return result
+
+    return wait
 
 
 @functools.cache
