@@ -99,11 +99,15 @@ class Trainer:
         self.optimizer = optimizer or make_optimizer(recipe.optimizer, model.parameters(), **rates)
         self.schedule = recipe.make_schedule(self.optimizer, self.steps, self.per_epoch)
         self.window = LossWindow(self.per_epoch)
-        self._batches, self.replays = None, replays
-        fused = all(group.get("fused") for group in self.optimizer.param_groups)
-        if replays is None and self.splits and fused and self.steps > FEW_STEPS:
-            numbers = loader.batch_size * loader.images[0].numel()
-            self.replays = Replays.where_they_help(numbers, loader.device)
+        self._batches, self.replays = None, replays or self._recording()
+
+    def _recording(self) -> Replays | None:
+        """Where steps will be recorded, if that pays and the optimiser can be."""
+        recordable = all(group.get("fused") for group in self.optimizer.param_groups)
+        if not self.splits or not recordable or self.steps <= FEW_STEPS:
+            return None
+        numbers = self.loader.batch_size * self.loader.images[0].numel()
+        return Replays.where_they_help(numbers, self.loader.device)
 
     def run(
         self,
@@ -174,8 +178,7 @@ class Trainer:
         for name in self.parts:
             getattr(self, name).load_state_dict(state[name])
         self.step, self._batches = int(state["step"]), None
-        if self.replays is not None:
-            self.replays = Replays(self.loader.device)  # momenta are in other places now
+        self.replays = self._recording()  # momenta are in other places now
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -265,6 +268,7 @@ def pretrain(
     """Train `model` on a synthetic set, whose targets its outputs fit; `scale` is a factor on the length.
 
     Targets that were standardised for it are undone in its last layer. `on_step` is called after each step.
+    The network is of first order from here on (models.base).
     """
     device = next(model.parameters()).device
     loader = set_loader(recipe, synthetic, device, generator)

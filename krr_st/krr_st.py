@@ -137,8 +137,8 @@ class KRRST(Distiller):
             y_real = self.targets(RealBatch(x, index, view))  # (b, D)
         gradients = functools.partial(self._gradients, slot.model, x_syn, y_syn)
         loss, *found = self.pool.replayed(slot, "outer", gradients)(x, y_real)
-        set_gradients(self.learned, found)
         group.average_([*found, loss])
+        set_gradients(self.learned, found)  # maybe copies
         if flags.outer_grad_norm > 0:
             for variable in self.learned:
                 nn.utils.clip_grad_norm_(variable, flags.outer_grad_norm)
@@ -154,10 +154,7 @@ class KRRST(Distiller):
 
 def replays(flags: TrainFlags, device: torch.device) -> bool:
     """--cuda_graph, which by default is wherever the networks' passes can be replayed."""
-    if flags.cuda_graph is not None:
-        return flags.cuda_graph
-    same = not flags.pool_mixup and flags.views == 1  # each step takes the set itself
-    return device.type == "cuda" and same and flags.online_opt == "sgd"
+    return device.type == "cuda" and flags.can_replay if flags.cuda_graph is None else flags.cuda_graph
 
 
 def outer_gradients(flags: TrainFlags, learned: list[Tensor]) -> Callable[..., list[Tensor]]:

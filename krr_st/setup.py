@@ -64,7 +64,7 @@ class KRRSTSetup(KernelSetup):
         if flags.cuda_graph:
             if device.type != "cuda":
                 raise UserError(f"--cuda_graph needs an NVIDIA GPU, the device is {device}")
-            if flags.pool_mixup or flags.views > 1 or flags.online_opt != "sgd":
+            if not flags.can_replay:
                 raise UserError("--cuda_graph goes with --online_opt sgd, without --pool_mixup and --views")
         if flags.views > 1 and flags.syn_init == "raw":
             raise UserError("--views needs --syn_init normalized: their targets are features of the views")

@@ -1,11 +1,12 @@
 """BatchNorm, ReLU and 2x2 average pooling in one pass over the feature map, forward and backward, on CUDA.
 
 After a convolution torch reads and writes the map once for the bias, twice for BatchNorm, once for ReLU
-and reads it for the pooling; at batches of 1000 these passes take longer than the convolutions. Here the
-map is read once (twice with batch statistics) and only the pooled one is written. All arithmetic is in
-float32; the map is channels-last in any float dtype. Gradients are of first order alone.
+and reads it for the pooling; at batches of 1000 these passes take longer than the convolutions. Here,
+forward, the map is read once (twice with batch statistics) and only the pooled one is written. Arithmetic
+is in float32, maps are channels-last in float32, bfloat16 or float16. Gradients are of first order alone.
 """
 
+import functools
 import os
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models import fused_images
+from utils.errors import first_line
 
 try:
     import triton
@@ -23,8 +25,9 @@ except ImportError:  # not on a Mac, nor with torch's builds for CPUs
     triton = None
 
 _PIXELS, _CHANNELS = 16, 128  # of a block of the pooled map
-_ROWS, _PROGRAMS = 32, 528  # pixels a block of the reductions, and how many programs share them
+_ROWS, _PROGRAMS = 32, 528  # pixels a block of a reduction; four for each multiprocessor of an H100 share it
 _WARPS = 4
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on a CPU, for tests
 
 
 def fusable(layers: list[nn.Module], x: Tensor) -> bool:
@@ -34,21 +37,39 @@ def fusable(layers: list[nn.Module], x: Tensor) -> bool:
     """
     if triton is None or len(layers) < 4 or torch.compiler.is_compiling():
         return False
-    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not (x.is_cuda or _INTERPRETED) or x.dtype == torch.float64:
         return False
     conv, norm, act, pool = layers = layers[:4]
     if not (type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and type(act) is nn.ReLU):
         return False
-    if not isinstance(pool, nn.AvgPool2d) or (pool.kernel_size, pool.stride, pool.padding) != (2, 2, 0):
+    if not isinstance(pool, nn.AvgPool2d) or pool.divisor_override is not None:
+        return False
+    if (pool.kernel_size, pool.stride, pool.padding) != (2, 2, 0):
         return False
     if norm.running_mean is None or norm.weight is None or norm.momentum is None:
         return False
-    plain = conv.padding_mode == "zeros" and conv.stride == conv.dilation == (1, 1) and conv.groups == 1
-    sides = [n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], conv.padding, conv.kernel_size, strict=True)]
-    if not plain or any(side % 2 for side in sides) or any(layer._forward_hooks for layer in layers):
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str) or conv.groups != 1:
         return False
-    learned = any(p.requires_grad for layer in (conv, norm) for p in layer.parameters())
-    return norm.training or not (torch.is_grad_enabled() and learned)
+    sides = [n + 2 * p - k + 1 for n, p, k in zip(x.shape[2:], conv.padding, conv.kernel_size, strict=True)]
+    if not conv.stride == conv.dilation == (1, 1) or any(side % 2 for side in sides):
+        return False
+    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
+        return False
+    parameters = conv.weight, conv.bias, norm.weight, norm.bias
+    learned = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters)
+    return (norm.training or not learned) and _compiles(x.device)
+
+
+@functools.cache
+def _compiles(device: torch.device) -> bool:
+    """Whether Triton can make kernels for a device; says so where not: without a C compiler, say."""
+    y, one = torch.ones(1, 1, 2, 2, device=device), torch.ones(1, device=device)
+    try:
+        _pooled(y.contiguous(memory_format=torch.channels_last), one, one)
+    except Exception as error:  # whatever a compiler raises
+        print(f"warning: no fused kernels on {device} ({first_line(error)}); continuing without", flush=True)
+        return False
+    return True
 
 
 def fused(layers: list[nn.Module], x: Tensor) -> Tensor:
@@ -68,7 +89,7 @@ def fused(layers: list[nn.Module], x: Tensor) -> Tensor:
     else:
         out, mean, var = _Norm.apply(_convolved(conv, x), *parameters)
     with torch.no_grad():
-        count = x.numel() / x.shape[1]
+        count = 4 * out.numel() / out.shape[1]
         norm.running_mean.lerp_(mean if conv.bias is None else mean + conv.bias, norm.momentum)
         norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
         norm.num_batches_tracked.add_(1)
@@ -130,7 +151,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         y, scale, shift, mean, rstd = ctx.saved_tensors
         grad, count = _last(grad), y.numel() // y.shape[1]
-        d_bias, d_weight = _gradient_sums_of(grad, y, scale, shift, mean, rstd)
+        d_bias, d_weight = _gradient_sums(grad, y, scale, shift, mean, rstd)
         line = _line(d_bias, d_weight, scale, mean, rstd, count)
         d_y = _unpooled(grad, y, scale, shift, *line)
         return d_y, torch.zeros_like(d_bias) if ctx.biased else None, d_weight, d_bias, None
@@ -196,23 +217,24 @@ def _last(grad: Tensor) -> Tensor:
 def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,) of y (B, C, H, W)."""
     rows, channels = y.numel() // y.shape[1], y.shape[1]
-    partial = torch.empty(2, _PROGRAMS, channels, dtype=torch.float32, device=y.device)
+    origin = y[0, :, y.shape[2] // 2, y.shape[3] // 2].float()  # of all differences: small sums of squares
+    partial = torch.empty(_PROGRAMS, 2, channels, dtype=torch.float32, device=y.device)
     grid = (_PROGRAMS, triton.cdiv(channels, _CHANNELS))
-    _statistics[grid](y, partial, rows, channels, _ROWS, _CHANNELS, num_warps=_WARPS)
-    first, second = partial.sum(1) / rows  # of the differences from the first pixel
-    return y[0, :, 0, 0].float() + first, second - first.square()
+    _statistics_kernel[grid](y, origin, partial, rows, channels, _ROWS, _CHANNELS, num_warps=_WARPS)
+    first, second = partial.sum(0) / rows
+    return origin + first, second - first.square()
 
 
-def _gradient_sums_of(
+def _gradient_sums(
     grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, rstd: Tensor
 ) -> Tensor:
     """Sums (2, C) of dz, the gradient before ReLU, and of dz times the normalised map."""
     rows, channels = y.numel() // y.shape[1], y.shape[1]
-    partial = torch.empty(2, _PROGRAMS, channels, dtype=torch.float32, device=y.device)
+    partial = torch.empty(_PROGRAMS, 2, channels, dtype=torch.float32, device=y.device)
     grid, blocks = (_PROGRAMS, triton.cdiv(channels, _CHANNELS)), (_ROWS // 4, _CHANNELS)
     given = grad, y, scale, shift, mean, rstd, partial
-    _gradient_sums[grid](*given, rows // 4, y.shape[3] // 2, channels, *blocks, num_warps=_WARPS)
-    return partial.sum(1)
+    _gradient_sums_kernel[grid](*given, rows // 4, y.shape[3] // 2, channels, *blocks, num_warps=_WARPS)
+    return partial.sum(0)
 
 
 def _pooled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -221,7 +243,7 @@ def _pooled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     out = torch.empty(shape, dtype=y.dtype, device=y.device, **how)
     pixels = b * (h // 2) * (w // 2)
     grid = (triton.cdiv(pixels, _PIXELS), triton.cdiv(c, _CHANNELS))
-    _forward[grid](y, scale, shift, out, pixels, w // 2, c, _PIXELS, _CHANNELS, num_warps=_WARPS)
+    _forward_kernel[grid](y, scale, shift, out, pixels, w // 2, c, _PIXELS, _CHANNELS, num_warps=_WARPS)
     return out
 
 
@@ -231,7 +253,7 @@ def _unpooled(grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, slope: Tens
     d_y = torch.empty_like(y)
     pixels = b * (h // 2) * (w // 2)
     grid = (triton.cdiv(pixels, _PIXELS), triton.cdiv(c, _CHANNELS))
-    _backward[grid](
+    _backward_kernel[grid](
         grad, y, scale, shift, slope, offset, d_y, pixels, w // 2, c, _PIXELS, _CHANNELS, num_warps=_WARPS
     )
     return d_y
@@ -247,7 +269,9 @@ if triton is not None:
         return at[:, None] * channels + channel[None, :]
 
     @triton.jit
-    def _forward(y, scale, shift, out, pixels, width, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    def _forward_kernel(
+        y, scale, shift, out, pixels, width, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+    ):
         pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
@@ -262,7 +286,7 @@ if triton is not None:
         tl.store(out + at, (total * 0.25).to(out.dtype.element_ty), inside)
 
     @triton.jit
-    def _backward(
+    def _backward_kernel(
         grad, y, scale, shift, slope, offset, d_y, pixels, width, channels,
         PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
     ):  # fmt: skip
@@ -283,26 +307,26 @@ if triton is not None:
                 tl.store(d_y + place, found.to(d_y.dtype.element_ty), inside)
 
     @triton.jit
-    def _statistics(y, partial, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-        """Sums, and sums of squares, of the differences from the first row; of each program's rows."""
+    def _statistics_kernel(y, origin, partial, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+        """Sums, and sums of squares, of the differences from `origin`; of each program's rows."""
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-        origin = tl.load(y + channel, channel < channels, 0.0).to(tl.float32)[None, :]
+        zero = tl.load(origin + channel, channel < channels, 0.0)[None, :]
         first = tl.zeros((ROWS, CHANNELS), tl.float32)
         second = tl.zeros((ROWS, CHANNELS), tl.float32)
         for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
             row = start + tl.arange(0, ROWS)
             inside = (row < rows)[:, None] & (channel < channels)[None, :]
             at = row.to(tl.int64)[:, None] * channels + channel[None, :]
-            value = tl.load(y + at, inside, 0.0).to(tl.float32) - origin
+            value = tl.load(y + at, inside, 0.0).to(tl.float32) - zero
             value = tl.where(inside, value, 0.0)
             first += value
             second += value * value
-        here = partial + tl.program_id(0) * channels + channel
+        here = partial + tl.program_id(0) * 2 * channels + channel
         tl.store(here, tl.sum(first, 0), channel < channels)
-        tl.store(here + tl.num_programs(0) * channels, tl.sum(second, 0), channel < channels)
+        tl.store(here + channels, tl.sum(second, 0), channel < channels)
 
     @triton.jit
-    def _gradient_sums(
+    def _gradient_sums_kernel(
         grad, y, scale, shift, mean, rstd, partial, pixels, width, channels,
         PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
     ):  # fmt: skip
@@ -326,6 +350,6 @@ if triton is not None:
                     d_z = tl.where(value * s + t > 0, g, 0.0)
                     first += d_z
                     second += d_z * (value - m) * r
-        here = partial + tl.program_id(0) * channels + channel
+        here = partial + tl.program_id(0) * 2 * channels + channel
         tl.store(here, tl.sum(first, 0), channel < channels)
-        tl.store(here + tl.num_programs(0) * channels, tl.sum(second, 0), channel < channels)
+        tl.store(here + channels, tl.sum(second, 0), channel < channels)

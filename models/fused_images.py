@@ -10,6 +10,7 @@ Arguments that all share: images x (B, C_in, H, W), weights as `packed`, and for
 scale and a shift, which stand for BatchNorm.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ try:
 except ImportError:  # not on a Mac, nor with torch's builds for CPUs
     triton = None
 
+_MOST_CHANNELS = 512  # one block holds them all
 OPERANDS = torch.bfloat16  # of the products
 TAPS = 32  # numbers of a patch, 9 a channel, filled up with zeros
 # Pooled pixels and channels of a block, and pixels of one with all channels: on an H100 the fastest.
 _PIXELS, _CHANNELS, _NARROW = 32, 128, 16
 _FOLDED = 256  # pixels of a block of images
-_PROGRAMS = 528  # share a reduction
+_PROGRAMS = 528  # share a reduction: four for each multiprocessor of an H100
 _WARPS = 4
 
 
@@ -38,9 +40,16 @@ def takes_images(conv: nn.Conv2d, x: Tensor, training: bool) -> bool:
     """
     if conv.in_channels * 9 > TAPS or conv.kernel_size != (3, 3) or conv.padding != (1, 1):
         return False
+    if conv.out_channels > _MOST_CHANNELS or (x.is_cuda and not _takes_bf16(x.device)):
+        return False
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
     return autocast and not (training and x.requires_grad)
+
+
+@functools.cache
+def _takes_bf16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def packed(weight: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from krr_st import setup as kernel_setup
 from krr_st.krr_st import KRRST
 from krr_st.loss import krr_loss
 from utils import checkpoint
+from utils.distributed import Group
 from utils.seed import make_generator
 
 
@@ -326,6 +327,14 @@ def test_a_drawn_seed_is_kept_on_resuming(tiny, monkeypatch, capsys):
     seed = json.loads(Path("results/drawn/config.json").read_text())["seed"]
     assert run("given", "--seed", str(seed)) == 0
     assert same("drawn", "given")
+
+
+def test_processes_average_what_the_optimiser_gets(tiny, monkeypatch):
+    """The gradient comes back channels-last: its copy in the images' layout has to be of the mean."""
+    distiller = make_distiller()
+    monkeypatch.setattr(Group, "average_", lambda self, tensors: [t.fill_(3.0) for t in tensors])
+    distiller.step()
+    assert all(t.grad.eq(3.0).all() for t in distiller.learned)
 
 
 @pytest.mark.usefixtures("no_pictures")

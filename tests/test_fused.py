@@ -78,12 +78,14 @@ def compare(layers, training, dtype, x, images=False):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("channels", "bias"), [(136, True), (8, False)])
-def test_values_and_gradients(training, dtype, channels, bias):
+@pytest.mark.parametrize(
+    ("dtype", "channels", "bias", "padding"),
+    [(torch.float32, 136, True, 1), (torch.bfloat16, 136, True, 1), (torch.float32, 8, False, 0)],
+)
+def test_values_and_gradients(training, dtype, channels, bias, padding):
     x = 1 + torch.randn(3, 3, 8, 12)  # not centred
-    apart = compare(block(channels, bias), training, dtype, x)
+    apart = compare(block(channels, bias, padding=padding), training, dtype, x)
     assert max(apart.values()) < BOUNDS[dtype], apart
 
 
@@ -111,8 +113,8 @@ def test_the_first_block_of_one_channel():
 def test_statistics_of_maps_far_from_zero():
     """Mean 1000 and deviation 0.1: sums of squares in float32 would lose all digits."""
     layers = block(8, bias=False).train()
-    with torch.no_grad():
-        layers[0].weight.zero_()[:, 0, 1, 1] = 1
+    with torch.no_grad():  # the corner's is another one: it sees the padding
+        layers[0].weight.fill_(1 / 27)
     x = 1000 + 0.1 * torch.randn(4, 3, 8, 8)
     found = fused.fused(list(layers), x)
     wanted = copy.deepcopy(layers).double()(x.double())
@@ -156,10 +158,14 @@ def test_what_is_left_to_torch(monkeypatch):
     assert not fused.fusable([*layers[:3], nn.MaxPool2d(2)], x)
     assert not fused.fusable([*layers[:2], nn.LeakyReLU(), layers[3]], x)
     assert not fused.fusable([*layers[:3], nn.AvgPool2d(2, stride=1)], x)
+    assert not fused.fusable([*layers[:3], nn.AvgPool2d(2, divisor_override=1)], x)
+    assert not fused.fusable(layers, x.double())
+    assert not fused.fusable(list(block(8, padding="same")), x)
     assert not fused.fusable(list(block(8, stride=2)), x)
-    hook = layers[1].register_forward_hook(lambda *_: None)
-    assert not fused.fusable(layers, x)
-    hook.remove()
+    for register in (layers[1].register_forward_hook, layers[0].register_forward_pre_hook):
+        hook = register(lambda *_: None)
+        assert not fused.fusable(layers, x)
+        hook.remove()
     for layer in layers:
         layer.eval()
     assert not fused.fusable(layers, x)  # its parameters need a gradient
@@ -167,8 +173,27 @@ def test_what_is_left_to_torch(monkeypatch):
     assert not fused.fusable(layers, x)  # so do the convolution's
     with torch.no_grad():
         assert fused.fusable(layers, x)
-        monkeypatch.delenv("TRITON_INTERPRET")
+        monkeypatch.setattr(fused, "_compiles", lambda device: False)
         assert not fused.fusable(layers, x)
+    monkeypatch.undo()
+    monkeypatch.setattr(fused, "_INTERPRETED", False)
+    with torch.no_grad():
+        assert not fused.fusable(layers, x)
+
+
+@interpreted
+def test_a_compiler_that_fails_is_said_once(monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(fused, "_pooled", fails)
+    fused._compiles.cache_clear()
+    try:
+        layers, x = list(block(8)), torch.randn(2, 3, 8, 8)
+        assert not fused.fusable(layers, x) and not fused.fusable(layers, x)
+        assert capsys.readouterr().out.count("no fused kernels on cpu (Failed to find C compiler)") == 1
+    finally:
+        fused._compiles.cache_clear()
 
 
 def test_in_the_interpreter():

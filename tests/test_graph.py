@@ -200,12 +200,12 @@ def test_a_network_takes_the_place_of_another():
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_training_is_the_same_with_fixed_places(optimizer):
     """Rates that fall, momenta that are forgotten, a small last batch, a resume."""
-    x, y = torch.randn(10, 2), torch.arange(10) % 2
+    x, y = torch.randn(10, 2, generator=torch.Generator().manual_seed(0)).double(), torch.arange(10) % 2
     recipe = sgd_by_epochs(6, 0.1, 0.9, 1e-3, 4, (2, 4)).override(fresh_momentum=True, optimizer=optimizer)
 
     def trainer(replays):
         with local_seed(0):
-            model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+            model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)).double()
         draws = torch.Generator().manual_seed(0)
         made = Trainer(model, TensorLoader(x, y, batch_size=4, device=CPU, generator=draws), recipe)
         made.replays = Replays(CPU) if replays else None
@@ -222,6 +222,7 @@ def test_a_training_is_the_same_with_fixed_places(optimizer):
     resumed = trainer(True)
     rest(resumed, 5)
     resumed.load_state_dict(copy.deepcopy(fixed.state_dict()))
+    resumed.replays = Replays(CPU)  # by itself it has none on a CPU
     assert rest(fixed) == rest(resumed) == pytest.approx(wanted[16:], rel=1e-5)
     assert [len(r._inputs[0]) for r in fixed.replays.values()] == [4, 2]
     if optimizer == "sgd":  # AdamW's decay on a CPU is in double precision

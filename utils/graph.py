@@ -21,7 +21,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 def beside(stream: torch.cuda.Stream | None, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """What waits for a function's result: it begins now on the side stream; without one, when it is asked for.
+    """What waits for a function's result: it begins now on the side stream; without one, when it is asked.
 
     The caller has to ask before what the function reads is freed.
     """
@@ -50,6 +50,7 @@ class Recorder:
     def __init__(self) -> None:
         self.stream = _recording_stream(torch.cuda.current_device())
         self.memory = torch.cuda.graph_pool_handle()
+        self._warned = False
 
     def aside(self, function: Callable[[], list[Tensor]]) -> list[Tensor]:
         """A call on that stream: a recording needs some before it."""
@@ -72,9 +73,10 @@ class Recorder:
                 outputs = function()
         except RuntimeError as error:
             torch.cuda.set_stream(here)  # a failed recording leaves its own
-            print(
-                f"warning: no CUDA graph of this step ({first_line(error)}); continuing without", flush=True
-            )
+            if not self._warned:
+                why = first_line(error)
+                print(f"warning: no CUDA graph of this step ({why}); continuing without", flush=True)
+            self._warned = True
             return None
         return graph, outputs
 
@@ -84,8 +86,8 @@ class Replayed:
 
     `function` maps tensors to tensors without making the host wait. What else it reads or writes has to
     stay in its place: weights, momenta. Inputs are copied to places of their own, results are copies;
-    without a `recorder`, on other devices, that is all. A batch smaller than the largest one, and a
-    function that cannot be recorded, run as they are.
+    without a `recorder`, on other devices, that is all. Batches of another size than the largest, and
+    a function that cannot be recorded, run as they are.
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor]], recorder: Recorder | None = None) -> None:
@@ -101,7 +103,7 @@ class Replayed:
         if not self._inputs or len(inputs[0]) > len(self._inputs[0]):
             self._forget()
             self._inputs = [t.detach().clone() for t in inputs]
-        elif len(inputs[0]) < len(self._inputs[0]):
+        elif [t.shape for t in inputs] != [t.shape for t in self._inputs]:
             return list(self._function(*inputs))
         for own, given in zip(self._inputs, inputs, strict=True):
             own.copy_(given)
