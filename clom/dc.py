@@ -86,8 +86,8 @@ class GradientMatching(MatchingDistiller):
         if self.flags.inner_loop:
             x, generator = self.x_syn.detach().clone(), self.stream("inner loop")
             loader = self.inner.loader(x, self.y_syn, x.device, generator)
-            kept = dict(optimizer=self._inner_optimizer, replays=self.replays)
-            trainer, work = Trainer(network, loader, self.inner, **kept), 3 * loader.batch_size
+            optimizer, work = self._inner_optimizer, 3 * loader.batch_size
+            trainer = Trainer(network, loader, self.inner, optimizer=optimizer, replays=self.replays)
             trainer.run(what="inner loop", on_step=lambda *_: self.forecast.tick(work)).train()
             if self.replays is not None:  # recorded with this optimiser, which has no momentum
                 self._inner_optimizer = trainer.optimizer

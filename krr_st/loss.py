@@ -37,6 +37,8 @@ class _SpdSolve(torch.autograd.Function):
 def triangular_inverse(lower: Tensor, size: int = 32) -> Tensor:
     """Inverse of a lower triangular matrix (n, n): substitution in blocks of at most `size`, then products.
 
+    For a GPU, where substitution waits for itself: at n = 1000 on an H100 blocks of 32 were the fastest.
+
     Inverses of neighbours on the diagonal are joined, again and again:
     [[A, 0], [B, C]]⁻¹ = [[A⁻¹, 0], [-C⁻¹ B A⁻¹, C⁻¹]].
     """

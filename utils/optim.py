@@ -164,7 +164,7 @@ def reading_rate(optimizer: torch.optim.Optimizer, rate: Tensor) -> Iterator[Non
     try:
         for group in optimizer.param_groups:
             group["lr"] = rate
-            if rate.is_cuda and "capturable" in group:  # the fused ones are; AdamW wants it said
+            if rate.is_cuda and "capturable" in group:  # fused AdamW can be recorded, but looks at the flag
                 group["capturable"] = True
         yield
     finally:
