@@ -173,7 +173,7 @@ def test_matching_is_the_same_with_fixed_places(workspace, monkeypatch, name, mo
     for batch_real in (9, 100):
         kinds = [matching(image_set, name, r, batch_real=batch_real, model=model) for r in (False, True)]
         networks = set()
-        for step in range(7):
+        for step in range(3):
             losses = [distiller.step()["loss"] for distiller in kinds]
             assert torch.equal(*losses), step
             assert torch.equal(*(distiller.x_syn for distiller in kinds)), step
