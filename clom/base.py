@@ -65,10 +65,11 @@ class MatchingDistiller(Distiller):
             refill(self._network, network)
         return self._network.train()
 
-    def draw_classes(self, first: int = 0, end: int | None = None) -> Iterator[Tensor]:
-        """Real images of classes first to end - 1 in turn: `batch_real` each, or all if it has fewer."""
-        classes = range(first, self.real.num_classes if end is None else end)
-        return self.real.draw_classes(classes, self.flags.batch_real, self.stream("real images"))
+    def draw_classes(self) -> Iterator[Tensor]:
+        """Real images of each class in turn: `batch_real` of it, or all if it has fewer."""
+        return self.real.draw_classes(
+            range(self.real.num_classes), self.flags.batch_real, self.stream("real images")
+        )
 
     def images_of(self, first: int, end: int) -> Tensor:
         """A new leaf with the images of classes first to end - 1: its gradient has their size."""

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from models import fused_images
 from utils.errors import first_line
+from utils.memory import is_out_of_memory
 
 try:
     import triton
@@ -67,6 +68,8 @@ def _compiles(device: torch.device) -> bool:
     try:
         _pooled(y.contiguous(memory_format=torch.channels_last), one, one)
     except Exception as error:  # whatever a compiler raises
+        if is_out_of_memory(error):
+            raise
         print(f"warning: no fused kernels on {device} ({first_line(error)}); continuing without", flush=True)
         return False
     return True
@@ -260,6 +263,7 @@ def _unpooled(grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, slope: Tens
 
 
 if triton is not None:
+    from models.fused_images import pixel_gradient, store_sums, vector
 
     @triton.jit
     def _offsets(pixel, width, channels, channel, i: tl.constexpr, j: tl.constexpr):
@@ -275,8 +279,8 @@ if triton is not None:
         pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-        s = tl.load(scale + channel, channel < channels, 0.0)[None, :]
-        t = tl.load(shift + channel, channel < channels, 0.0)[None, :]
+        s = vector(scale, channel, channels)
+        t = vector(shift, channel, channels)
         total = tl.zeros((PIXELS, CHANNELS), tl.float32)
         for i in tl.static_range(2):
             for j in tl.static_range(2):
@@ -293,12 +297,11 @@ if triton is not None:
         pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-        s = tl.load(scale + channel, channel < channels, 0.0)[None, :]
-        t = tl.load(shift + channel, channel < channels, 0.0)[None, :]
-        a = tl.load(slope + channel, channel < channels, 0.0)[None, :]
-        b = tl.load(offset + channel, channel < channels, 0.0)[None, :]
-        at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
-        g = tl.load(grad + at, inside, 0.0).to(tl.float32) * 0.25 * s
+        s = vector(scale, channel, channels)
+        t = vector(shift, channel, channels)
+        a = vector(slope, channel, channels)
+        b = vector(offset, channel, channels)
+        g = pixel_gradient(grad, pixel, pixels, channel, channels) * s
         for i in tl.static_range(2):
             for j in tl.static_range(2):
                 place = _offsets(pixel, width, channels, channel, i, j)
@@ -310,7 +313,7 @@ if triton is not None:
     def _statistics_kernel(y, origin, partial, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
         """Sums, and sums of squares, of the differences from `origin`; of each program's rows."""
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-        zero = tl.load(origin + channel, channel < channels, 0.0)[None, :]
+        zero = vector(origin, channel, channels)
         first = tl.zeros((ROWS, CHANNELS), tl.float32)
         second = tl.zeros((ROWS, CHANNELS), tl.float32)
         for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
@@ -321,9 +324,7 @@ if triton is not None:
             value = tl.where(inside, value, 0.0)
             first += value
             second += value * value
-        here = partial + tl.program_id(0) * 2 * channels + channel
-        tl.store(here, tl.sum(first, 0), channel < channels)
-        tl.store(here + channels, tl.sum(second, 0), channel < channels)
+        store_sums(first, second, partial, channel, channels)
 
     @triton.jit
     def _gradient_sums_kernel(
@@ -332,17 +333,16 @@ if triton is not None:
     ):  # fmt: skip
         """Sums of dz, the gradient before ReLU, and of dz times the normalised map."""
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-        s = tl.load(scale + channel, channel < channels, 0.0)[None, :]
-        t = tl.load(shift + channel, channel < channels, 0.0)[None, :]
-        m = tl.load(mean + channel, channel < channels, 0.0)[None, :]
-        r = tl.load(rstd + channel, channel < channels, 0.0)[None, :]
+        s = vector(scale, channel, channels)
+        t = vector(shift, channel, channels)
+        m = vector(mean, channel, channels)
+        r = vector(rstd, channel, channels)
         first = tl.zeros((PIXELS, CHANNELS), tl.float32)
         second = tl.zeros((PIXELS, CHANNELS), tl.float32)
         for start in range(tl.program_id(0) * PIXELS, pixels, tl.num_programs(0) * PIXELS):
             pixel = start + tl.arange(0, PIXELS)
             inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-            at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
-            g = tl.load(grad + at, inside, 0.0).to(tl.float32) * 0.25
+            g = pixel_gradient(grad, pixel, pixels, channel, channels)
             for i in tl.static_range(2):
                 for j in tl.static_range(2):
                     place = _offsets(pixel, width, channels, channel, i, j)
@@ -350,6 +350,4 @@ if triton is not None:
                     d_z = tl.where(value * s + t > 0, g, 0.0)
                     first += d_z
                     second += d_z * (value - m) * r
-        here = partial + tl.program_id(0) * 2 * channels + channel
-        tl.store(here, tl.sum(first, 0), channel < channels)
-        tl.store(here + channels, tl.sum(second, 0), channel < channels)
+        store_sums(first, second, partial, channel, channels)

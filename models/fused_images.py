@@ -126,6 +126,25 @@ def _launch(
 if triton is not None:
 
     @triton.jit
+    def vector(values, channel, channels):
+        """A number of each channel, in a row."""
+        return tl.load(values + channel, channel < channels, 0.0)[None, :]
+
+    @triton.jit
+    def pixel_gradient(grad, pixel, pixels, channel, channels):
+        """That of each pixel under a pooled one."""
+        at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
+        inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
+        return tl.load(grad + at, inside, 0.0).to(tl.float32) * 0.25
+
+    @triton.jit
+    def store_sums(first, second, partial, channel, channels):
+        """Two sums over the pixels of this program, into its rows of (programs, 2, channels)."""
+        here = partial + tl.program_id(0) * 2 * channels + channel
+        tl.store(here, tl.sum(first, 0), channel < channels)
+        tl.store(here + channels, tl.sum(second, 0), channel < channels)
+
+    @triton.jit
     def _patches(
         x, weights, pixel, pixels, height, width, sb, sc, sh, sw,
         C_IN: tl.constexpr, TAPS: tl.constexpr, i: tl.constexpr, j: tl.constexpr,
@@ -149,10 +168,6 @@ if triton is not None:
         return tl.load(weights + at, (channel < channels)[None, :], 0.0)
 
     @triton.jit
-    def _vector(values, channel, channels):
-        return tl.load(values + channel, channel < channels, 0.0)[None, :]
-
-    @triton.jit
     def _forward(
         x, weights, scale, shift, out, pixels, height, width, sb, sc, sh, sw, channels,
         C_IN: tl.constexpr, TAPS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -160,7 +175,7 @@ if triton is not None:
         pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         taps = _weights(weights, channel, channels, TAPS)
-        s, t = _vector(scale, channel, channels), _vector(shift, channel, channels)
+        s, t = vector(scale, channel, channels), vector(shift, channel, channels)
         total = tl.zeros((PIXELS, CHANNELS), tl.float32)
         for i in tl.static_range(2):
             for j in tl.static_range(2):
@@ -177,7 +192,7 @@ if triton is not None:
     ):  # fmt: skip
         """Sums, and sums of squares, of the differences from `origin`; of each program's pixels."""
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-        taps, zero = _weights(weights, channel, channels, TAPS), _vector(origin, channel, channels)
+        taps, zero = _weights(weights, channel, channels, TAPS), vector(origin, channel, channels)
         first = tl.zeros((PIXELS, CHANNELS), tl.float32)
         second = tl.zeros((PIXELS, CHANNELS), tl.float32)
         for start in range(tl.program_id(0) * PIXELS, pixels, tl.num_programs(0) * PIXELS):
@@ -190,16 +205,7 @@ if triton is not None:
                     value = tl.where((pixel < pixels)[:, None], tl.dot(patch, taps) - zero, 0.0)
                     first += value
                     second += value * value
-        here = partial + tl.program_id(0) * 2 * channels + channel
-        tl.store(here, tl.sum(first, 0), channel < channels)
-        tl.store(here + channels, tl.sum(second, 0), channel < channels)
-
-    @triton.jit
-    def _gradient(grad, pixel, pixels, channel, channels):
-        """That of each pixel under a pooled one."""
-        at = pixel.to(tl.int64)[:, None] * channels + channel[None, :]
-        inside = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-        return tl.load(grad + at, inside, 0.0).to(tl.float32) * 0.25
+        store_sums(first, second, partial, channel, channels)
 
     @triton.jit
     def _gradient_sums(
@@ -208,13 +214,13 @@ if triton is not None:
     ):  # fmt: skip
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         taps = _weights(weights, channel, channels, TAPS)
-        s, t = _vector(scale, channel, channels), _vector(shift, channel, channels)
-        m, r = _vector(mean, channel, channels), _vector(rstd, channel, channels)
+        s, t = vector(scale, channel, channels), vector(shift, channel, channels)
+        m, r = vector(mean, channel, channels), vector(rstd, channel, channels)
         first = tl.zeros((PIXELS, CHANNELS), tl.float32)
         second = tl.zeros((PIXELS, CHANNELS), tl.float32)
         for start in range(tl.program_id(0) * PIXELS, pixels, tl.num_programs(0) * PIXELS):
             pixel = start + tl.arange(0, PIXELS)
-            g = _gradient(grad, pixel, pixels, channel, channels)
+            g = pixel_gradient(grad, pixel, pixels, channel, channels)
             for i in tl.static_range(2):
                 for j in tl.static_range(2):
                     patch = _patches(
@@ -224,9 +230,7 @@ if triton is not None:
                     d_z = tl.where(value * s + t > 0, g, 0.0)
                     first += d_z
                     second += d_z * (value - m) * r
-        here = partial + tl.program_id(0) * 2 * channels + channel
-        tl.store(here, tl.sum(first, 0), channel < channels)
-        tl.store(here + channels, tl.sum(second, 0), channel < channels)
+        store_sums(first, second, partial, channel, channels)
 
     @triton.jit
     def _weight_gradient(
@@ -236,12 +240,12 @@ if triton is not None:
     ):  # fmt: skip
         channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
         taps = _weights(weights, channel, channels, TAPS)
-        s, t = _vector(scale, channel, channels), _vector(shift, channel, channels)
-        a, b = _vector(slope, channel, channels), _vector(offset, channel, channels)
+        s, t = vector(scale, channel, channels), vector(shift, channel, channels)
+        a, b = vector(slope, channel, channels), vector(offset, channel, channels)
         total = tl.zeros((TAPS, CHANNELS), tl.float32)
         for start in range(tl.program_id(0) * PIXELS, pixels, tl.num_programs(0) * PIXELS):
             pixel = start + tl.arange(0, PIXELS)
-            g = _gradient(grad, pixel, pixels, channel, channels)
+            g = pixel_gradient(grad, pixel, pixels, channel, channels)
             for i in tl.static_range(2):
                 for j in tl.static_range(2):
                     patch = _patches(
@@ -263,8 +267,8 @@ if triton is not None:
         pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
         channel, tap = tl.arange(0, CHANNELS), tl.arange(0, TAPS)
         taps = _weights(weights, channel, channels, TAPS)
-        s, t = _vector(scale, channel, channels), _vector(shift, channel, channels)
-        g = _gradient(grad, pixel, pixels, channel, channels) * s
+        s, t = vector(scale, channel, channels), vector(shift, channel, channels)
+        g = pixel_gradient(grad, pixel, pixels, channel, channels) * s
         row, column = pixel // width, pixel % width
         inside = (pixel < pixels)[:, None] & (tap < 9 * C_IN)[None, :]
         for i in tl.static_range(2):

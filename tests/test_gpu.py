@@ -141,12 +141,7 @@ def test_a_replayed_step_is_the_same():
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("graph", [False, True])
-def test_a_step_does_not_wait_for_the_device(graph):
-    parts = bench.make_parts(32, 1024, CUDA)
-    distiller = bench.our_side(parts, 64, CUDA, precision="bf16", table=True, cuda_graph=graph)
-    for _ in range(6):  # a first pass, the first order of the data and a recording may wait
-        distiller.step()
+def three_steps_without_waiting(distiller):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -154,6 +149,15 @@ def test_a_step_does_not_wait_for_the_device(graph):
             distiller.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_step_does_not_wait_for_the_device(graph):
+    parts = bench.make_parts(32, 1024, CUDA)
+    distiller = bench.our_side(parts, 64, CUDA, precision="bf16", table=True, cuda_graph=graph)
+    for _ in range(6):  # a first pass, the first order of the data and a recording may wait
+        distiller.step()
+    three_steps_without_waiting(distiller)
 
 
 def matching(method, model, replays=True):
@@ -187,13 +191,7 @@ def test_matching_does_not_wait_for_the_device(method):
     distiller = matching(method, "ConvNetW32")
     for _ in range(12):  # until every operation is recorded
         distiller.step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            distiller.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    three_steps_without_waiting(distiller)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
