@@ -90,7 +90,6 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "random + class labels": ("random", {}),
 }
 HELD_OUT = 0.2
-FRACTIONS = (0.01, 0.05)
 FINETUNED = ("10", "all")  # labels per class
 READ = {"body": ("body",), "outputs": ("outputs",), "both": ("body", "outputs")}
 
@@ -108,6 +107,9 @@ class StudyFlags(JobFlags):
     target_ckpt: Path | None = flag(None, "checkpoint of the target model; default: it is trained first")
     probe_on: str = flag(
         "body", "what probes read, as in test.py: body, outputs or both", choices=tuple(READ)
+    )
+    fractions: tuple[float, ...] = flag(
+        (0.01, 0.05), "shares of the labels of the probes", above=0, maximum=1
     )
     target_error: bool = flag(False, "also measure the error of the outputs, as test.py does")
     validation: bool = flag(False, "probe on a held-out fifth of the training images")
@@ -187,7 +189,9 @@ class Study:
         self.targets = load_targets((self.name, *flags.targets), flags.img_size, flags.data_dir, None)
         shots = () if flags.shots == "none" else parse_shots(flags.shots)
         read = READ[flags.probe_on]
-        self.probes = [Measure("linear", on=on, fraction=fraction) for on in read for fraction in FRACTIONS]
+        self.probes = [
+            Measure("linear", on=on, fraction=fraction) for on in read for fraction in flags.fractions
+        ]
         self.probes += [Measure(TARGET_ERROR, on="outputs")] * flags.target_error
         self.few_shot = [Measure("linear", count) for count in shots]
         self.finetuning = [Measure("finetune", count) for count in FINETUNED if flags.finetune_iteration]
@@ -309,7 +313,7 @@ class Study:
             flags = TestFlags(**given, **length, **mixup, method=row.method, synthetic_path=path)
         probes = [m for m in self.probes if m.on == "body" or not row.classes]
         if row in self.curves:
-            return Transfer(flags, probes, self.targets[:1])
+            return Transfer(flags, probes, self.targets)
         return Transfer(flags, [*probes, *self.few_shot, *self.finetuning], self.targets)
 
     def read(self, row: Row, seed: int) -> bool:
@@ -331,20 +335,23 @@ class Study:
         self._read.add((row.name, seed))
         return True
 
-    def mean(self, row: str, probe: Measure) -> float:
-        """The mean accuracy, or error, of a row on the source set; NaN where it has none."""
-        found = self.found[row, self.name, probe].values()
+    def mean(self, row: str, probe: Measure, target: str) -> float:
+        """The mean accuracy, or error, of a row on a target set; NaN where it has none."""
+        found = self.found[row, target, probe].values()
         return fmean(found) if found else math.nan
 
-    def curve(self, probe: Measure) -> dict[int, float]:
-        """Number of random images -> their mean accuracy or error."""
-        return {count: self.mean(f"curve {count}", probe) for count in self.flags.curve}
+    def curve(self, probe: Measure, target: str) -> dict[int, float]:
+        """Number of random images -> their mean accuracy or error on a target set."""
+        return {count: self.mean(f"curve {count}", probe, target) for count in self.flags.curve}
 
-    def worth(self, row: str, probe: Measure) -> str:
-        """The equivalence ratio of a row."""
+    def worth(self, row: str, probe: Measure, target: str) -> str:
+        """The equivalence ratio of a row on a target set."""
         sign = -1 if probe.protocol == TARGET_ERROR else 1  # the less, the better
-        value, curve = sign * self.mean(row, probe), {n: sign * v for n, v in self.curve(probe).items()}
-        return "" if math.isnan(value) else str(equivalent_images(curve, value, self.flags.num_images))
+        value, curve = self.mean(row, probe, target), self.curve(probe, target)
+        if math.isnan(value):
+            return ""
+        signed = {count: sign * found for count, found in curve.items()}
+        return str(equivalent_images(signed, sign * value, self.flags.num_images))
 
     def shown(self, row: str, measure: Measure, target: str) -> str:
         """The values of a row as a table prints them."""
@@ -358,24 +365,22 @@ def jobs(flags: StudyFlags) -> Callable[[], list[Job]]:
 
 
 def tables(study: Study) -> dict[str, str]:
-    """The Markdown tables of a finished study: probes with equivalence ratios, few shots."""
-    flags, images = study.flags, f"{study.flags.num_images} images"
-    rows = [row.name for row in study.rows]
-    heads, body, curves = [images], [[row] for row in rows], []
-    for probe in study.probes:
-        heads += [probe.heading(), "worth"]
-        for line in body:
-            line += [study.shown(line[0], probe, study.name), study.worth(line[0], probe)]
-        numbers = [study.shown(f"curve {count}", probe, study.name) for count in flags.curve]
-        curves.append([probe.heading(), *numbers])
-    found = {
-        "probe": markdown(heads, body),
-        "curve": markdown(["random images + features", *map(str, flags.curve)], curves),
-    }
+    """The Markdown tables of a finished study, for each target set: probes with their worth, few shots."""
+    flags, rows, found = study.flags, [row.name for row in study.rows], {}
     for name in (image_set.name for image_set in study.targets):
+        where = "" if name == study.name else f", {name}"
+        heads, body, curves = [f"{flags.num_images} images{where}"], [[row] for row in rows], []
+        for probe in study.probes:
+            heads += [probe.heading(), "worth"]
+            for line in body:
+                line += [study.shown(line[0], probe, name), study.worth(line[0], probe, name)]
+            numbers = [study.shown(f"curve {count}", probe, name) for count in flags.curve]
+            curves.append([probe.heading(), *numbers])
+        found[f"probe{where}"] = markdown(heads, body)
+        found[f"curve{where}"] = markdown(["random images + features", *map(str, flags.curve)], curves)
         for title, measures in (("few-shot", study.few_shot), ("fine-tuning", study.finetuning)):
             if measures:
-                heads = [f"{images}, {name}", *(measure.heading() for measure in measures)]
+                heads = [f"{flags.num_images} images, {name}", *(measure.heading() for measure in measures)]
                 lines = [[row, *(study.shown(row, measure, name) for measure in measures)] for row in rows]
                 found[f"{title} {name}"] = markdown(heads, lines)
     return found
@@ -385,11 +390,13 @@ def draw(study: Study) -> None:
     """worth.png, a panel per measure: the curve of random images, and each row's set beside it."""
     panels: dict[str, Lines] = {}
     for probe in study.probes:
-        curve, error = study.curve(probe), probe.protocol == TARGET_ERROR
+        curve, error = study.curve(probe, study.name), probe.protocol == TARGET_ERROR
         lines = panels[probe.heading() if error else f"accuracy in %, {probe.heading()}"] = {}
         lines["random images by their number"] = (list(curve), list(curve.values()))
         for row in study.rows:  # that of an untrained network would leave the others no room
-            if not math.isnan(value := study.mean(row.name, probe)) and not (error and row.method == SCRATCH):
+            if not math.isnan(value := study.mean(row.name, probe, study.name)) and not (
+                error and row.method == SCRATCH
+            ):
                 lines[row.name] = ([study.flags.num_images], [value])
     save_lines(panels, study.folder / "worth.png", x_label="images", y_label="", log_x=True)
 

@@ -100,6 +100,25 @@ def test_outputs_errors_and_another_student(quick, monkeypatch):
     assert Path("study/tiny/worth.png").exists()
 
 
+def test_transfer_to_a_second_set(quick):
+    """Each target set has its own table and its own curve, from which its worth is read."""
+    write_set("datasets", "second", train=400, test=40, seed=1)
+    argv = [*FLAGS, "--levers=none", "--shots=none", "--fractions", "0.05", "1", "--target_error"]
+    assert study.main([*argv, "--targets=second"]) == 0
+    text = Path("study/tiny/tables.md").read_text()
+    assert "5 % of labels" in text and "100 % of labels" in text and " 1 % of labels" not in text
+    for name in ("tiny", "second"):
+        title = "curve" if name == "tiny" else "curve, second"
+        table = text.split(f"{title}\n\n")[1].split("\n\n")[0]
+        for count, column in ((4, 2), (8, 3)):
+            log = Path(f"study/tiny/test_log/curve {count}/results.jsonl").read_text()
+            cells = [c for c in map(json.loads, log.splitlines()) if c["target"] == name]
+            assert len(cells) == 3
+            found = [float(line.split("|")[column]) for line in table.splitlines()[2:]]
+            assert found == [round(c.get("accuracy", c.get("error")), 2 + ("error" in c)) for c in cells]
+    assert "| 4 images, second " in text
+
+
 def test_what_is_measured_is_left_and_what_fails_is_said(quick, capsys):
     flags = [*FLAGS, "--levers=none"]
     assert study.main(flags) == 0
