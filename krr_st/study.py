@@ -86,6 +86,8 @@ LEVERS: dict[str, dict[str, Any]] = {
 SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "random + features": ("random_features", {}),
     "k-means + features": ("kmeans_features", {}),
+    "herding + features": ("herding_features", {}),
+    "high-loss + features": ("high_loss_features", {}),
     "random + features, blended views": ("random_features", dict(views=50, blend=True)),
     "random + class labels": ("random", {}),
 }
@@ -104,6 +106,7 @@ class StudyFlags(JobFlags):
     img_size: int = flag(16, "side in pixels", minimum=8)
     network: str = flag("convnet_64_128_256_bn", "target, pool and student network")
     student: str | None = flag(None, "network of pool and students, where it is another one than the target")
+    test_model: str | None = flag(None, "network that sets are judged with, where it is not the student")
     target_ckpt: Path | None = flag(None, "checkpoint of the target model; default: it is trained first")
     probe_on: str = flag(
         "body", "what probes read, as in test.py: body, outputs or both", choices=tuple(READ)
@@ -186,6 +189,7 @@ class Study:
         if flags.target_ckpt and not self.checkpoint.exists():
             raise UserError(f"--target_ckpt {self.checkpoint} does not exist")
         self.student = flags.student or flags.network
+        self.test_model = flags.test_model or self.student
         self.targets = load_targets((self.name, *flags.targets), flags.img_size, flags.data_dir, None)
         shots = () if flags.shots == "none" else parse_shots(flags.shots)
         read = READ[flags.probe_on]
@@ -264,7 +268,7 @@ class Study:
         """One set of `krr_st.baselines`, where it is missing."""
         place = self.set_folder(seed, method, count, more)
         if not (place if more else place / "y_syn.pt").exists():
-            which = dict(method=method, num_images=count, seed=seed, **more)
+            which = dict(method=method, num_images=count, seed=seed, student=self.student, **more)
             if self.suffix and PRETRAIN[method].loss == "mse":
                 which |= dict(target_scale=self.flags.target_scale)
             root = place.parents[1]
@@ -301,7 +305,7 @@ class Study:
     def transfer(self, row: Row, seed: int) -> Transfer:
         """All probes of a row's set (or of none) with one seed, on one pre-trained network."""
         f, path = self.flags, row.folder(seed)
-        given = shared_flags(f, ScratchFlags) | dict(source_data_name=self.name, test_model=self.student)
+        given = shared_flags(f, ScratchFlags) | dict(source_data_name=self.name, test_model=self.test_model)
         given |= dict(seed=seed, finetune_iteration=f.finetune_iteration or None)
         given |= dict(target_model=f.network, target_ckpt=self.checkpoint)
         given |= dict(target_error=f.target_error and not row.classes)
@@ -416,8 +420,8 @@ def main(flags: StudyFlags) -> int:
     text = "\n\n".join(f"{title}\n\n{table}" for title, table in tables(study).items())
     note = (
         f"accuracy in %, or error in variances of the target's features, on {split} of {flags.data_name} at "
-        f"{flags.img_size} pixels, mean ± std over {flags.seeds} seeds; worth: random real images of equal "
-        f"accuracy or error, divided by {flags.num_images}"
+        f"{flags.img_size} pixels, {study.test_model}, mean ± std over {flags.seeds} seeds; worth: random real "
+        f"images of equal accuracy or error, divided by {flags.num_images}"
     )
     checkpoint.write_text(study.folder / "tables.md", f"{text}\n\n{note}\n")
     write_json(
