@@ -420,8 +420,8 @@ def main(flags: StudyFlags) -> int:
     text = "\n\n".join(f"{title}\n\n{table}" for title, table in tables(study).items())
     note = (
         f"accuracy in %, or error in variances of the target's features, on {split} of {flags.data_name} at "
-        f"{flags.img_size} pixels, {study.test_model}, mean ± std over {flags.seeds} seeds; worth: random real "
-        f"images of equal accuracy or error, divided by {flags.num_images}"
+        f"{flags.img_size} pixels, {study.test_model}, mean ± std over {flags.seeds} seeds; worth: random "
+        f"real images of equal accuracy or error, divided by {flags.num_images}"
     )
     checkpoint.write_text(study.folder / "tables.md", f"{text}\n\n{note}\n")
     write_json(
