@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clom.config import DistillFlags
 from clom.source import network_factory
-from data.augment.dsa import apply_drawn, diff_augment, draw_siamese, no_augmentation
+from data.augment.dsa import apply_drawn, draw_siamese, no_augmentation
 from distillation.base import Distiller
 from distillation.problem import Problem
 from models.layout import arranged
@@ -42,7 +42,6 @@ class MatchingDistiller(Distiller):
         self.replays, self._network = Replays.where_they_help(numbers, problem.device), None
         home = problem.device if self.replays is None else torch.device("cpu")
         self.new_network = network_factory(flags.model, problem.image_set, home)
-        self.augmented = not no_augmentation(flags.dsa_strategy)
         self.optimizer = torch.optim.SGD([self.x_syn], lr=flags.lr_img, momentum=IMAGE_MOMENTUM)
 
     @classmethod
@@ -75,26 +74,26 @@ class MatchingDistiller(Distiller):
         """A new leaf with the images of classes first to end - 1: its gradient has their size."""
         return self.x_syn.detach()[first * self.ipc : end * self.ipc].clone().requires_grad_()
 
+    def draw_augmentation(self, x: Tensor) -> tuple[str, Tensor]:
+        """An operation and its values, on the device, for all batches of one class: see `apply_drawn`."""
+        strategy, seed = self.flags.dsa_strategy, 0
+        if not no_augmentation(strategy):
+            seed = draw_seed(self.stream("augmentation"))
+        name, values = draw_siamese(strategy, seed, x.shape[1:])
+        return name, upload(values, x.device)
+
     def siamese(self, *batches: Tensor) -> list[Tensor]:
-        """Augment batches of one class alike: one seed, one set of parameters."""
-        if not self.augmented:
-            return list(batches)
-        flags, seed = self.flags, draw_seed(self.stream("augmentation"))
-        return [
-            diff_augment(x, flags.dsa_strategy, seed=seed, siamese=True, align_corners=flags.align_corners)
-            for x in batches
-        ]
+        """Augment batches of one class alike."""
+        name, values = self.draw_augmentation(batches[0])
+        return [apply_drawn(x, name, values, self.flags.align_corners) for x in batches]
 
     def matched(self, match: Match, x_real: Tensor, x_c: Tensor, *more: Tensor) -> tuple[Tensor, Tensor]:
         """`match` of the images of one class augmented alike: the gradient on x_c and the value."""
-        if self.replays is None:
-            x_real, x_syn = self.siamese(x_real, x_c)
-            gradient, value = match(x_real, x_syn, *more)
-            return torch.autograd.grad(x_syn, x_c, gradient)[0], value
-        flags, seed = self.flags, draw_seed(self.stream("augmentation")) if self.augmented else 0
-        name, values = draw_siamese(flags.dsa_strategy, seed, x_c.shape[1:])
-        function = functools.partial(_match_augmented, match, name, flags.align_corners)
-        return self.replays.of(name, function)(x_real, x_c, upload(values, x_c.device), *more)
+        name, values = self.draw_augmentation(x_c)
+        function = functools.partial(_match_augmented, match, name, self.flags.align_corners)
+        if self.replays is not None:
+            function = self.replays.of(name, function)
+        return function(x_real, x_c, values, *more)
 
     def update_images(self, gradient: Tensor) -> Tensor:
         """One SGD step along `gradient` (m, C, H, W) plus CLoM's; returns alpha · CLoM."""
@@ -111,7 +110,7 @@ class MatchingDistiller(Distiller):
 def _match_augmented(
     match: Match, name: str, align_corners: bool, x_real: Tensor, x_c: Tensor, values: Tensor, *more: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`matched` with an operation that has been drawn: what can be replayed."""
+    """`matched` with an operation that has been drawn."""
     x_c = x_c.detach().requires_grad_()
     x_real, x_syn = (apply_drawn(x, name, values, align_corners) for x in (x_real, x_c))
     gradient, value = match(x_real, x_syn, *more)
