@@ -199,6 +199,45 @@ def test_a_compiler_that_fails_is_said_once(monkeypatch, capsys):
 def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
     here = {"TRITON_INTERPRET": "1"}
-    command += ["-k", "not test_in_the_interpreter"]
+    command += ["-k", "not test_in_the_interpreter and not h100"]
     done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+P = {"PIXELS": 16, "CHANNELS": 128}
+Q = {"C_IN": 3, "TAPS": 32, "PIXELS": 32, "CHANNELS": 128}
+BFLOAT16 = {"y", "out", "grad", "d_y", "weights", "columns"}
+INTEGERS = {"pixels", "rows", "height", "width", "sb", "sc", "sh", "sw", "channels"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name", "constants"),
+    [
+        (fused, "_forward_kernel", P),
+        (fused, "_backward_kernel", P),
+        (fused, "_statistics_kernel", {"ROWS": 32, "CHANNELS": 128}),
+        (fused, "_gradient_sums_kernel", {"PIXELS": 8, "CHANNELS": 128}),
+        *(
+            (fused_images, f"_{name}", Q)
+            for name in ["forward", "statistics", "gradient_sums", "weight_gradient"]
+        ),
+        (fused_images, "_columns", Q | {"PIXELS": 16}),
+        (fused_images, "_fold", Q | {"PIXELS": 256}),
+    ],
+)
+def test_kernels_compile_for_an_h100(module, name, constants):
+    """To machine code, which needs no GPU: the interpreter takes types that the compiler refuses."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(module, name)
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    kinds = dict.fromkeys(constants, "constexpr") | dict.fromkeys(INTEGERS, "i32")
+    kinds |= dict.fromkeys(BFLOAT16, "*bf16")
+    signature = {key: kinds.get(key, "*fp32") for key in kernel.arg_names}
+    places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert made.asm["cubin"]
