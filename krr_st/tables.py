@@ -56,6 +56,7 @@ class TablesFlags(JobFlags, DeviceFlags):
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
     table: str = flag("1", "1, 2, 3, 4, fig3, or probe_{source}_{percent of labels}")
+    methods: tuple[str, ...] = flag((), "rows of the table; default: all")
     run: bool = flag(False, "first run what is missing, cheapest first")
     log_dir: Path = flag(Path("./test_log"), "folder of the cells; the table is written there")
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "where the synthetic sets are")
@@ -240,11 +241,14 @@ class KernelTable:
     """The layout that the flags ask for, its places and its jobs.
 
     Raises:
-        UserError: an unknown table, or a bad file of published numbers.
+        UserError: an unknown table or row, or a bad file of published numbers.
     """
 
     def __init__(self, flags: TablesFlags) -> None:
-        self.flags, self.layout = flags, pick(LAYOUTS, flags.table, "table")
+        layout = pick(LAYOUTS, flags.table, "table")
+        wanted = [pick({m: m for m in layout.methods}, m, "row in --methods") for m in flags.methods]
+        methods = tuple(m for m in layout.methods if m in wanted or not wanted)
+        self.flags, self.layout = flags, replace(layout, methods=methods)
         self.published = with_published_file(PROBE_CELLS, flags.published)
         self.results = flags.log_dir / "results.jsonl"
 

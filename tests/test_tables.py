@@ -262,6 +262,17 @@ def test_figure_3_is_a_picture(log):
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
 
 
+def test_rows_that_are_asked_for(log, capsys):
+    folder = log(*(cell(method, "cifar100", 0, 50.0) for method in ("scratch", "krr_st")))
+    assert tables.main([f"--log_dir={folder}", "--methods", "krr_st", "random"]) == 0
+    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
+    assert rows[2:] == ["random", "krr_st"]  # in the table's order
+    table = KernelTable(TablesFlags(log_dir=folder, methods=("krr_st",)))
+    assert {method for method, *_ in table.layout.triples()} == {"krr_st"}
+    assert tables.main([f"--log_dir={folder}", "--methods", "mkdt"]) == 2
+    assert "unknown row in --methods 'mkdt'; available: dm" in capsys.readouterr().err
+
+
 def test_unknown_table(capsys):
     assert tables.main(["--table", "7"]) == 2
     assert "fig3" in capsys.readouterr().err

@@ -214,7 +214,7 @@ _ALL = (
     Command(
         "krr_st.tables",
         "krr_st.tables",
-        "--table probe_cifar10_1 --run --num_test 1 --device cpu",
+        "--table probe_cifar10_1 --methods scratch --run --num_test 1 --device cpu",
         ("test_log/results.jsonl", "test_log/table_probe_cifar10_1.*"),
         write_probe_targets,
     ),
