@@ -270,7 +270,7 @@ def test_rows_that_are_asked_for(log, capsys):
     table = KernelTable(TablesFlags(log_dir=folder, methods=("krr_st",)))
     assert {method for method, *_ in table.layout.triples()} == {"krr_st"}
     assert tables.main([f"--log_dir={folder}", "--methods", "mkdt"]) == 2
-    assert "unknown row in --methods 'mkdt'; available: dm" in capsys.readouterr().err
+    assert "unknown row in --methods 'mkdt'; valid: dm" in capsys.readouterr().err
 
 
 def test_unknown_table(capsys):
