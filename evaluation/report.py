@@ -27,7 +27,7 @@ from evaluation.ranking import SCORES, titled
 from utils import checkpoint
 from utils.cli import flag
 from utils.errors import UserError
-from utils.plots import Lines, save_curves, save_shared_curves
+from utils.plots import Lines, save_curves
 from utils.run_folder import START_FILE, read_log, read_series
 from utils.table import format_mean_std, mean_std
 
@@ -385,12 +385,12 @@ def draw_curves(folder: Path, runs: list[Run], alone: bool) -> str:
     """Draw curves.png; returns the shared curves of several runs as a data URI, "" without any."""
     if alone:
         if runs[0].series:
-            save_curves(runs[0].series, runs[0].path / "curves.png")
+            save_curves({"": runs[0].series}, runs[0].path / "curves.png")
         return ""
     shared = {run.name: found for run in runs if (found := shared_series(run))}
     if not shared:
         return ""
-    save_shared_curves(shared, folder / "curves.png")
+    save_curves(shared, folder / "curves.png")
     return data_uri((folder / "curves.png").read_bytes())
 
 

@@ -108,6 +108,5 @@ class KRRSTSetup(KernelSetup):
             found = {"held_out_loss": {"of": self.monitored, "start": curve[0], "end": curve[-1]}}
             lines = {self.monitored: series["held_out_loss"], **lines}
         title = "Only the fixed networks compare step with step: the pool's age and follow the set"
-        axes = dict(x_label="outer step", y_label="KRR loss", log_y=True)
-        save_lines({title: lines}, run.path / "loss.png", **axes)
+        save_lines({title: lines}, run.path / "loss.png", x_label="outer step", y_label="KRR loss")
         return found

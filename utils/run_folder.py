@@ -236,7 +236,7 @@ class RunFolder:
         """Draw curves.png, unless the run drew loss.png; write results.json; drop the state."""
         series = read_series(self._log)
         if series and not (self.path / "loss.png").exists():
-            save_curves(series, self.path / "curves.png")
+            save_curves({"": series}, self.path / "curves.png")
         if self._board is not None:
             self._board.close()
         write_json(self.path / "results.json", results)
