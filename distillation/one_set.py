@@ -194,7 +194,7 @@ class SetSetup(Setup):
 
     def evaluation_cost(self) -> float:
         """That of the labels' evaluation."""
-        return self.labels.evaluation_cost()
+        return self.labels.evaluation_cost() if self.image_set.labelled else 0.0
 
     def evaluations(self) -> int:
         """Every `eval_every` steps and at the end."""
@@ -238,21 +238,20 @@ class SetObserver:
     """Evaluates the set as its labels ask for, and writes it beside every save."""
 
     def __init__(self, setup: SetSetup, run: Run, distiller: Distiller) -> None:
-        self.flags, self.path, self.key = setup.flags, run.path, setup.labels.key
-        self.cost = setup.evaluation_cost()
+        self.flags, self.path, self.seed = setup.flags, run.path, run.seed
+        self.labels, self.key, self.cost = setup.labels, setup.labels.key, setup.evaluation_cost()
         self.monitor = distiller.monitor() if setup.group.first else None
         if self.monitor is not None:
             print(f"held-out loss: {self.monitor}")
-        self.evaluation = setup.labels.evaluation(run.seed)
 
     def due(self, step: int) -> bool:
         """Every `eval_every` steps and at the end, where there is something to test with."""
-        last = step == self.flags.outer_iteration
-        return self.evaluation is not None and (last or (step > 0 and step % self.flags.eval_every == 0))
+        every, last = self.flags.eval_every, step == self.flags.outer_iteration
+        return self.labels.image_set.labelled and (last or (step > 0 and step % every == 0))
 
     def evaluate(self, step: int, distiller: Distiller) -> Any:
         """Accuracy in %."""
-        return self.evaluation(step, distiller.synthetic())
+        return self.labels.evaluate(step, distiller.synthetic(), self.seed)
 
     def watch(self, step: int, distiller: Distiller) -> dict[str, Any]:
         """The loss that depends on the set alone, where the method has one."""

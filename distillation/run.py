@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from data.augment import denormalize
 from data.load import ImageSet
 from data.specs import Stats
 from distillation.base import Distiller
-from distillation.loop import Observer, Plan, run_loop
+from distillation.loop import Plan, run_loop
 from distillation.problem import Problem
 from utils import checkpoint, cli
 from utils.cost import Cost, Forecast, tensor_bytes
@@ -52,6 +51,12 @@ class Setup:
 
     Errors in flags, data and checkpoints are raised when it is built, before anything is written.
     Contexts entered in `held` stay open to the end of the run.
+
+    A family gives `folder`, the run folder; `run(run)`, which distils and returns what goes into
+    results.json; and of one distillation `plan(experiment)`, its length; `problem(seed)`, what it is given;
+    `evaluation_cost()`, the images through networks in one evaluation, counted as in `Distiller.cost`;
+    `evaluations()`, their number; and `observer(run, plan, distiller)`, which evaluates the set, with the
+    distiller in its initial state.
     """
 
     image_set: ImageSet  # the source
@@ -79,11 +84,6 @@ class Setup:
         """Raise a UserError for what this device cannot do."""
 
     @property
-    def folder(self) -> Path:
-        """The run folder."""
-        raise NotImplementedError
-
-    @property
     def syn_stats(self) -> Stats:
         """What undoes the normalisation of the set."""
         return self.image_set.stats
@@ -106,28 +106,8 @@ class Setup:
         """Whether everything that the flags ask for is there."""
         return run.finished
 
-    def run(self, run: Run) -> dict[str, Any]:
-        """Distil; returns what goes into results.json."""
-        raise NotImplementedError
-
     def after(self, run: Run) -> None:
         """Do what follows a finished run, now or earlier."""
-
-    def plan(self, experiment: int | None = None) -> Plan:
-        """The length of one distillation."""
-        raise NotImplementedError
-
-    def problem(self, seed: int) -> Problem:
-        """What a distillation is given."""
-        raise NotImplementedError
-
-    def evaluation_cost(self) -> float:
-        """Images through networks in one evaluation, counted as in `Distiller.cost`."""
-        raise NotImplementedError
-
-    def evaluations(self) -> int:
-        """How many of them a distillation has."""
-        raise NotImplementedError
 
     def forecast(self, distiller: Distiller, plan: Plan) -> Forecast:
         """Of this distillation and those of the run that come after it."""
@@ -155,10 +135,6 @@ class Setup:
 
         return forecast.trial(run)
 
-    def observer(self, run: Run, plan: Plan, distiller: Distiller) -> Observer:
-        """What evaluates the set while it is distilled; the distiller is in its initial state."""
-        raise NotImplementedError
-
     def distil(self, run: Run, problem: Problem, plan: Plan) -> tuple[Distiller, dict[str, Any]]:
         """One distillation to its end; returns the distiller and what `run_loop` gives.
 
@@ -171,8 +147,7 @@ class Setup:
             checkpoint.save(pixels.mul(255).round().byte().cpu(), path)
         if not self.told:
             distiller.forecast = self.forecast(distiller, plan)
-        observer = self.observer(run, plan, distiller)
-        found = run_loop(distiller, run, observer, plan)
+        found = run_loop(distiller, run, self.observer(run, plan, distiller), plan)
         self.told |= distiller.forecast.told
         return distiller, found
 
