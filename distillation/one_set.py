@@ -24,7 +24,7 @@ from distillation.problem import Problem
 from distillation.run import Method, Setup
 from evaluation.fit import outputs
 from evaluation.presets import resolve_preset
-from evaluation.recipes import PRE_MIXUP, PRETRAIN
+from evaluation.recipes import PRETRAIN, PreFlags
 from evaluation.target import TARGET_CKPT, TARGET_MODEL
 from models import get_model
 from utils import checkpoint
@@ -45,13 +45,8 @@ TARGET_SCALE = (
 ZCA = "whiten images by ZCA (ridge 0.1) before networks see them; default: as published"
 
 
-def _of_method(what: str, **limits: Any) -> Any:
-    """A flag of the evaluations whose default is the method's published recipe."""
-    return flag(None, f"{what}; default: the method's", **limits)
-
-
 @dataclass(frozen=True)
-class SetFlags(RunFlags):
+class SetFlags(PreFlags, RunFlags):
     """Flags of every run of one synthetic set."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
@@ -69,17 +64,6 @@ class SetFlags(RunFlags):
     eval_every: int = flag(1000, "steps between evaluations", minimum=1)
     precision: str = flag("fp32", "precision of the networks (tf32: CUDA only)", choices=PRECISIONS)
     layout: str = flag("channels_last", "memory layout of images in the networks", choices=tuple(LAYOUTS))
-
-    pre_opt: str | None = _of_method("optimiser in evaluations", choices=("sgd", "adam"))
-    pre_epoch: int | None = _of_method("epochs of training in evaluations", minimum=1)
-    pre_iteration: int | None = _of_method(
-        "steps of training in evaluations, in place of epochs", minimum=1, instead_of="pre_epoch"
-    )
-    pre_batch_size: int | None = _of_method("batch size in evaluations", minimum=1)
-    pre_lr: float | None = _of_method("learning rate in evaluations", above=0)
-    pre_wd: float | None = _of_method("weight decay in evaluations", minimum=0)
-    pre_dsa: str | None = _of_method("DSA strategy in evaluations, or none")
-    pre_mixup: bool | None = flag(None, PRE_MIXUP)
 
 
 @dataclass(frozen=True)

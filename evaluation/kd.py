@@ -20,7 +20,7 @@ from data.load import ImageSet, load_set
 from data.meta import keeps_meaning_mirrored
 from evaluation.fit import Trainer, held_out_accuracy
 from evaluation.measure import Cell, CellStore, spread
-from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, kd_loss
+from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, kd_loss, of_recipe
 from evaluation.transfer import MeasureFlags, Measurement, PretrainFlags, load_pretraining
 from models import get_model
 from models.layout import batch_norms
@@ -47,9 +47,9 @@ class KdFlags(PretrainFlags, MeasureFlags):
     teacher_ckpt: Path | None = flag(None, "default: teacher_ckpt/teacher_{target_data_name}.pt")
     teacher_arch: str = flag("resnet18", "architecture of the teacher (zoo A)")
     kd_bn: str = flag("running", KD_BN, choices=("batch", "running"))
-    kd_epoch: int | None = flag(None, "distillation epochs; default: table", minimum=1)
-    kd_lr: float | None = flag(None, "distillation learning rate; default: table", above=0)
-    kd_batch_size: int | None = flag(None, "distillation batch; default: table", minimum=1)
+    kd_epoch: int | None = of_recipe("distillation epochs", minimum=1)
+    kd_lr: float | None = of_recipe("distillation learning rate", above=0)
+    kd_batch_size: int | None = of_recipe("distillation batch", minimum=1)
 
 
 @contextlib.contextmanager

@@ -29,11 +29,12 @@ from evaluation.probe import feature_error, frozen_accuracy, labelled_subset
 from evaluation.recipes import (
     BASELINES,
     MATCHING,
-    PRE_MIXUP,
     PRETRAIN,
     SCRATCH,
+    PreFlags,
     Recipe,
     finetune_recipe,
+    of_recipe,
     pretrain_recipe,
 )
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, target_sample
@@ -49,11 +50,6 @@ from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
 from utils.table import format_mean_std, markdown
 
 TARGET_ERROR = "target_error"
-
-
-def _of_table(what: str, **limits: Any) -> Any:
-    """A flag for a hyper-parameter whose default is the published table's."""
-    return flag(None, f"{what}; default: table", **limits)
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class MeasureFlags(NetworkFlags):
 
 
 @dataclass(frozen=True)
-class PretrainFlags:
+class PretrainFlags(PreFlags):
     """Flags that name a synthetic set and how it trains a network."""
 
     source_data_name: str = flag("tinyimagenet", "source: sets the image size and base network")
@@ -92,17 +88,9 @@ class PretrainFlags:
     synthetic_path: Path | None = flag(
         None, "a set elsewhere: its folder (e.g. results/EXP) or file", instead_of="synthetic_data_dir"
     )
-    pre_epoch: int | None = _of_table("pre-training epochs", minimum=1)
-    pre_iteration: int | None = _of_table("pre-training steps", minimum=1, instead_of="pre_epoch")
-    pre_opt: str | None = _of_table("pre-training optimiser", choices=("sgd", "adam"))
-    pre_momentum: float | None = _of_table("pre-training momentum (sgd)", minimum=0, maximum=0.999)
-    pre_schedule: str | None = _of_table("pre-training learning-rate schedule", choices=tuple(SCHEDULES))
-    pre_warmup: int | None = _of_table("warm-up steps (cosine), at most half of all", minimum=0)
-    pre_lr: float | None = _of_table("pre-training learning rate", above=0)
-    pre_wd: float | None = _of_table("pre-training weight decay", minimum=0)
-    pre_batch_size: int | None = _of_table("pre-training batch", minimum=1)
-    pre_dsa: str | None = _of_table("pre-training DSA strategy or none")
-    pre_mixup: bool | None = flag(None, PRE_MIXUP)
+    pre_momentum: float | None = of_recipe("pre-training momentum (sgd)", minimum=0, maximum=0.999)
+    pre_schedule: str | None = of_recipe("pre-training learning-rate schedule", choices=tuple(SCHEDULES))
+    pre_warmup: int | None = of_recipe("warm-up steps (cosine), at most half of all", minimum=0)
     pre_target_scale: str | None = flag(
         None,
         "learn the set's target vectors standardised (std), which is undone in the network's outputs, or as "
@@ -145,13 +133,13 @@ class ScratchFlags(MeasureFlags):
     )
     target_model: str | None = flag(None, f"for --target_error: {TARGET_MODEL}")
     target_ckpt: Path | None = flag(None, TARGET_CKPT)
-    finetune_iteration: int | None = _of_table("fine-tuning steps", minimum=1)
-    finetune_opt: str | None = _of_table("fine-tuning optimiser", choices=("sgd", "adam"))
-    finetune_momentum: float | None = _of_table("fine-tuning momentum (sgd)", minimum=0, maximum=0.999)
-    finetune_schedule: str | None = _of_table("fine-tuning learning-rate schedule", choices=tuple(SCHEDULES))
-    finetune_lr: float | None = _of_table("fine-tuning learning rate", above=0)
-    finetune_wd: float | None = _of_table("fine-tuning weight decay", minimum=0)
-    finetune_batch_size: int | None = _of_table("fine-tuning batch", minimum=1)
+    finetune_iteration: int | None = of_recipe("fine-tuning steps", minimum=1)
+    finetune_opt: str | None = of_recipe("fine-tuning optimiser", choices=("sgd", "adam"))
+    finetune_momentum: float | None = of_recipe("fine-tuning momentum (sgd)", minimum=0, maximum=0.999)
+    finetune_schedule: str | None = of_recipe("fine-tuning learning-rate schedule", choices=tuple(SCHEDULES))
+    finetune_lr: float | None = of_recipe("fine-tuning learning rate", above=0)
+    finetune_wd: float | None = of_recipe("fine-tuning weight decay", minimum=0)
+    finetune_batch_size: int | None = of_recipe("fine-tuning batch", minimum=1)
 
     @property
     def wants_error(self) -> bool:
