@@ -21,7 +21,7 @@ from krr_st.krr_st import KRRST
 from utils import checkpoint
 from utils.errors import entry_point
 from utils.progress import LossWindow
-from utils.run_folder import run_claims
+from utils.run_folder import is_claimed
 from utils.seed import local_seed
 from utils.stop import Stopped, StopRequest, terminable
 
@@ -220,5 +220,5 @@ def test_a_stopped_command_gives_its_folder_back(inputs, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         signal_at(patch, *step, signal.SIGTERM, call=2)
         assert command.main(flags.split()) == 143
-    assert not run_claims(Path("results")).held_elsewhere("run")
+    assert not is_claimed(Path("results/run"))
     assert checkpoint.load("results/run/state.pt")["step"] == 2
