@@ -9,7 +9,7 @@ from torch import Tensor
 from data.synthetic import SyntheticSet, TrainingSettings
 from distillation.problem import Problem
 from evaluation.presets import Preset
-from utils.cli import SEED, DeviceFlags, flag
+from utils.cli import SEED, DeviceFlags, flag, how
 from utils.cost import DryRunFlags, Forecast
 from utils.progress import Every
 from utils.run_folder import TENSORBOARD
@@ -21,13 +21,11 @@ class RunFlags(DeviceFlags, DryRunFlags):
     """Flags of every run of a method."""
 
     method: str = flag("krr_st", "distillation method")
-    seed: int | None = flag(None, "seed; default: drawn and printed", **SEED, identity=False)
-    overwrite: bool = flag(False, "start again in a folder that holds another run", identity=False)
-    print_every: int = flag(100, "steps between log lines", minimum=1, identity=False)
-    save_every: Every = flag(
-        Every(2000), "steps between saves of the run, or seconds such as 300s", identity=False
-    )
-    tensorboard: bool = flag(False, TENSORBOARD, identity=False)
+    seed: int | None = how(None, "seed; default: drawn and printed", **SEED)
+    overwrite: bool = how(False, "start again in a folder that holds another run")
+    print_every: int = how(100, "steps between log lines", minimum=1)
+    save_every: Every = how(Every(2000), "steps between saves of the run, or seconds such as 300s")
+    tensorboard: bool = how(False, TENSORBOARD)
 
 
 class Monitor(Protocol):

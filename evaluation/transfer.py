@@ -40,7 +40,7 @@ from evaluation.recipes import (
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, target_sample
 from models import get_model
 from utils.checkpoint import apply_state, fingerprint
-from utils.cli import SEED, DeviceFlags, as_json, flag
+from utils.cli import SEED, DeviceFlags, as_json, flag, how
 from utils.cost import Cost, DryRunFlags, Forecast
 from utils.device import place, resolve_device
 from utils.errors import UserError, pick
@@ -57,7 +57,7 @@ class NetworkFlags(DeviceFlags, DryRunFlags):
     """Flags that say which network, and how long it is trained."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
-    seed: int | None = flag(0, "seed of the first repetition; the next ones add 1", **SEED, identity=False)
+    seed: int | None = how(0, "seed of the first repetition; the next ones add 1", **SEED)
     source_data_name: str = flag("cifar100", "source: sets the image size and the base network")
     test_model: str = flag("base", "base (the source's network) or a name of zoo A")
     dropout: float = flag(0.0, "dropout before the last layer", minimum=0, maximum=0.99)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from utils.cli import flag
+from utils.cli import how
 from utils.memory import peak_memory
 from utils.progress import byte_size, duration
 
@@ -24,11 +25,9 @@ _STEPS, _RUN, _TRIAL = 3, (2.0, 10.0), (0.3, 1.0)
 class DryRunFlags:
     """Flags of commands that say what they would do."""
 
-    dry_run: bool = flag(False, "print the resolved configuration and stop", identity=False)
-    cost: bool = flag(
-        False,
-        "take a few steps, print the expected time, memory and disk, and stop; no run is written",
-        identity=False,
+    dry_run: bool = how(False, "print the resolved configuration and stop")
+    cost: bool = how(
+        False, "take a few steps, print the expected time, memory and disk, and stop; no run is written"
     )
 
 
@@ -151,13 +150,18 @@ def tensor_bytes(value: Any) -> int:
     return sum(map(tensor_bytes, value)) if isinstance(value, Iterable) and not isinstance(value, str) else 0
 
 
+def forward_flops(make_model: Callable[[], nn.Module], img_shape: tuple[int, int, int]) -> int:
+    """Floating-point operations of one (C, H, W) image's forward pass; no tensor has data."""
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        make_model().eval()(torch.empty(1, *img_shape))
+    return counter.get_total_flops()
+
+
 def largest(fits: Callable[[int], bool], most: int) -> int:
     """The largest number from 1 to `most` that fits, where all smaller ones do, too; at least 1."""
-    low, high = 1, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return max(1, bisect.bisect_left(range(1, most + 1), True, key=lambda number: not fits(number)))
 
 
 def round_down(value: float) -> int:
