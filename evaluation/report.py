@@ -8,10 +8,10 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,11 +68,7 @@ class ReportFlags:
     )
 
 
-class Value(NamedTuple):
-    """A cell of the table: what is read, and what it is sorted by."""
-
-    text: str
-    key: float | str = ""
+Value = tuple[str, float | str]  # a cell of the table: what is read, and what it is sorted by
 
 
 @dataclass
@@ -94,29 +90,38 @@ class Card:
         return f"{own} · {self.distance}{near}" if self.nearest else own
 
 
-@dataclass
 class Run:
-    """What the page says about one folder."""
+    """What the page says about one folder, whose files are read when it is built."""
 
-    path: Path
-    name: str
-    config: dict[str, Any] = field(default_factory=dict)
-    results: dict[str, Any] = field(default_factory=dict)
-    log: list[dict[str, Any]] = field(default_factory=list)
-    series: Lines = field(default_factory=dict)
-    synthetic: SyntheticSet | None = None
-    scores: list[dict[str, Any]] = field(default_factory=list)  # evaluations of the set, a row each
-    nearness: str = ""  # how near the set is to its training pictures, in words
-    near: tuple[int, int] | None = None  # so many of so many images are near to one
-    notes: list[str] = field(default_factory=list)  # what is damaged or not there
-    cards: list[Card] = field(default_factory=list)
-    pictures: list[tuple[str, str]] = field(default_factory=list)  # file name, data URI
-    cells: dict[str, Value] = field(default_factory=dict)
-
-    @cached_property
-    def flags(self) -> dict[str, Any]:
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+        self.notes: list[str] = []  # what is damaged or not there
+        self.config: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
+        self.log: list[dict[str, Any]] = []
+        self.series: Lines = {}
+        self.synthetic: SyntheticSet | None = None
+        with self.noting():
+            self.config = read_json(path / "config.json")
+        with self.noting():
+            self.results = read_json(path / "results.json")
+        with self.noting():
+            check_regular(path / "log.jsonl")
+            self.log = read_log(path / "log.jsonl")
+            try:
+                series = {k: kept for k, s in read_series(path / "log.jsonl").items() if (kept := finite(s))}
+            except (OverflowError, RecursionError):
+                raise UserError(f"{path / 'log.jsonl'} holds entries that no run writes; no curves") from None
+            self.series = dict(list(series.items())[:_PANELS])
+        with self.noting():
+            if (place := find_set(path)) is not None:
+                self.synthetic = SyntheticSet.load(place)
         flags = self.config.get("flags")
-        return flags if isinstance(flags, dict) else {}
+        self.flags: dict[str, Any] = flags if isinstance(flags, dict) else {}
+        self.scores: list[dict[str, Any]] = []  # evaluations of the set, a row each
+        self.nearness = ""  # how near the set is to its training pictures, in words
+        self.near: tuple[int, int] | None = None  # so many of so many images are near to one
+        self.cards: list[Card] = []
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -213,7 +218,7 @@ def report(folder: Path, flags: ReportFlags | None = None) -> Path:
     alone = len(folders) == 1
     scores, read = read_scores([folder, flags.test_log]), cache(read_pictures)  # a source of many runs once
     title = (folders[0] if alone else folder).resolve().name
-    runs = [read_run(p, title if alone else p.relative_to(folder).as_posix()) for p in folders]
+    runs = [Run(p, title if alone else p.relative_to(folder).as_posix()) for p in folders]
     curves = draw_curves(folder, runs, alone)
     for run in runs:
         if run.synthetic is not None:
@@ -236,7 +241,6 @@ def report(folder: Path, flags: ReportFlags | None = None) -> Path:
         columns=[name for name in COLUMNS if any(name in run.cells for run in runs)],
         alone=alone,
         curves=curves,
-        nothing=Value("–"),
         charts=_CHARTS,
         explained=EXPLAINED,
     )
@@ -270,29 +274,6 @@ def is_run(folder: Path) -> bool:
     except UserError:
         return True
     return "flags" in config or find_set(folder) is not None
-
-
-def read_run(path: Path, name: str) -> Run:
-    """Read what a run folder holds."""
-    run = Run(path, name)
-    with run.noting():
-        run.config = read_json(path / "config.json")
-    with run.noting():
-        run.results = read_json(path / "results.json")
-    with run.noting():
-        check_regular(path / "log.jsonl")
-        run.log = read_log(path / "log.jsonl")
-        try:
-            series = {
-                name: kept for name, s in read_series(path / "log.jsonl").items() if (kept := finite(s))
-            }
-        except (OverflowError, RecursionError):
-            raise UserError(f"{path / 'log.jsonl'} holds entries that no run writes; no curves") from None
-        run.series = dict(list(series.items())[:_PANELS])
-    with run.noting():
-        place = find_set(path)
-        run.synthetic = None if place is None else SyntheticSet.load(place)
-    return run
 
 
 def finite(series: tuple[list[float], list[float]]) -> tuple[list[float], list[float]] | None:
@@ -349,7 +330,7 @@ def summary(run: Run) -> dict[str, Value]:
 
     def put(name: str, value: Any, text: str = "") -> None:
         if isinstance(value, (str, int, float)) and value != "":
-            cells[name] = Value(text or plain_text(value), value)
+            cells[name] = text or plain_text(value), value
 
     info = {} if run.synthetic is None else run.synthetic.info
     put("method", run.flags.get("method", info.get("method")))
