@@ -351,10 +351,6 @@ class Measurement:
         self.device = resolve_device(flags.device, flags.gpu_id)
         self.forecast = Forecast(0, self.device)  # speaks while `run` runs
 
-    def missing(self, seed: int, store: CellStore) -> bool:
-        """Whether any cell of a seed is not there yet."""
-        return any(store.get(key) is None for key in self.keys(seed))
-
     def settings(self) -> dict[str, Any]:
         """What the value of every cell depends on."""
         return {
@@ -406,7 +402,8 @@ class Measurement:
             return 0
         store, cells = CellStore(flags.log_dir / "results.jsonl"), []
         seeds = range(first, first + flags.num_test)
-        self.forecast = self.new_forecast(sum(self.missing(seed, store) for seed in seeds))
+        left = sum(any(store.get(key) is None for key in self.keys(seed)) for seed in seeds)
+        self.forecast = self.new_forecast(left)
         with out_of_memory_says(self.device, self.knobs):
             for seed in seeds:
                 cells += self.repetition(seed, store)

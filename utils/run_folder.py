@@ -66,10 +66,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole entries of a log.jsonl; torn lines are left out."""
+def read_log(path: Path, errors: str = "replace") -> list[dict[str, Any]]:
+    """The whole entries of a file of JSON lines, without torn ones; `errors` as for `bytes.decode`."""
     entries = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(errors=errors).splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, RecursionError):
             entries.append(json.loads(line))
     return [entry for entry in entries if isinstance(entry, dict)]
@@ -313,8 +313,8 @@ def save_run(path: Path, step: int, parts: Mapping[str, Any], **named: Any) -> N
 
 def forget_run(path: Path) -> None:
     """Drop the saves of a run."""
-    path.unlink(missing_ok=True)
-    previous_path(path).unlink(missing_ok=True)
+    for place in (path, previous_path(path)):
+        place.unlink(missing_ok=True)
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
