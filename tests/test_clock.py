@@ -15,7 +15,7 @@ from clom import tables
 from evaluation.measure import CellStore
 from models import get_network
 from utils import checkpoint, progress
-from utils.locks import is_left_over
+from utils.checkpoint import is_left_over
 from utils.progress import SaveTimer
 from utils.run_folder import InUse, claim_run, is_claimed
 from utils.seed import local_seed

@@ -33,7 +33,6 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -57,19 +56,11 @@ class LAMB(torch.optim.Optimizer):
     Source: You et al., "Large Batch Optimization for Deep Learning", arXiv 1904.00962, alg. 2.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, dict(lr=lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every parameter that has a gradient."""
         for group, p, state, (m, v) in _moments(self):
             first, second = group["betas"]
             m.lerp_(p.grad, 1 - first)
@@ -87,14 +78,11 @@ class AdaBelief(torch.optim.Optimizer):
     Source: Zhuang et al., "AdaBelief Optimizer", arXiv 2010.07468, alg. 2.
     """
 
-    def __init__(
-        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-16
-    ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
+        super().__init__(params, dict(lr=lr, betas=(0.9, 0.999), eps=1e-16))
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every parameter that has a gradient."""
         for group, p, state, (m, s) in _moments(self):
             first, second = group["betas"]
             m.lerp_(p.grad, 1 - first)
