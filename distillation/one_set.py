@@ -143,7 +143,6 @@ class SetSetup(Setup):
 
     @property
     def folder(self) -> Path:
-        """{save_dir}/{exp_name}."""
         return Path(self.flags.save_dir) / self.flags.exp_name
 
     @property
@@ -166,7 +165,6 @@ class SetSetup(Setup):
         return results
 
     def plan(self, experiment: int | None = None) -> Plan:
-        """A run has one set."""
         return Plan(self.flags.outer_iteration, self.flags.print_every, self.flags.save_every)
 
     def problem(self, seed: int) -> Problem:
@@ -177,7 +175,6 @@ class SetSetup(Setup):
         return Problem(self.image_set, self.device, seed, self.group, **given)
 
     def evaluation_cost(self) -> float:
-        """That of the labels' evaluation."""
         return self.labels.evaluation_cost() if self.image_set.labelled else 0.0
 
     def evaluations(self) -> int:
@@ -210,11 +207,9 @@ class SetSetup(Setup):
         return {}
 
     def observer(self, run: Run, plan: Plan, distiller: Distiller) -> SetObserver:
-        """Evaluations, the method's monitor, the set beside every save."""
         return SetObserver(self, run, distiller)
 
     def after(self, run: Run) -> None:
-        """Say where the set is."""
         print(f"synthetic set: {run.path}/x_syn.pt, y_syn.pt; picture: {run.path}/x_syn.png")
 
 

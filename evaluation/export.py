@@ -60,7 +60,6 @@ class Encoder(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Width of the features."""
         return self.network.num_features
 
     def forward(self, pixels: Tensor) -> Tensor:

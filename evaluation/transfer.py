@@ -537,7 +537,6 @@ class Transfer(Measurement):
         return key
 
     def keys(self, seed: int) -> list[dict[str, Any]]:
-        """Of all cells of one seed."""
         return [self.key(target, measure, seed) for target in self.targets for measure in self.measures]
 
     def finetuning(self, target: ImageSet) -> Recipe:

@@ -127,7 +127,6 @@ class Plan:
         return self.chosen[name]
 
     def save(self) -> None:
-        """Write the file."""
         kept = dict(chosen=self.chosen, done=self.done, commands=self.commands)
         write_json(self.path, {"asked": self.asked, "seconds": self.spent, **kept})
 
@@ -227,7 +226,6 @@ class FolderRun:
         ]
 
     def prepare(self) -> list[str]:
-        """data.prepare."""
         flags = self.flags
         how = PrepareFlags(
             data_name=self.name,
@@ -286,7 +284,6 @@ class FolderRun:
         return dict(epochs=min(MOST_EPOCHS, round_down(TARGET_SHARE * self.left / epoch)))
 
     def learn(self) -> list[str]:
-        """krr_st.target."""
         epochs = self.plan.choose("target", self.choose_epochs)["epochs"]
         flags = self.target_flags(self.target["target_model"])
         flags = replace(flags, epochs=epochs, eval_every=epochs, save_every=max(1, epochs // 20))
@@ -334,7 +331,6 @@ class FolderRun:
         return dict(steps=steps, precision=fastest, pre_iteration=pre_iteration)
 
     def distil(self) -> list[str]:
-        """train.py."""
         flags = self.train_flags(**self.plan.choose("distil", self.choose_distillation))
         named = dict(method=self.method.name.lower())
         return [cli.command_line("train.py", flags, self.method.recipes[RECIPE], **named)]
@@ -396,7 +392,6 @@ class FolderRun:
         return self.rows(**self.plan.choose("judge", lambda: self.choose_judging(0.9 * self.left)))
 
     def judge(self) -> list[str]:
-        """test_scratch.py and test.py."""
         return [
             cli.command_line("test.py" if isinstance(flags, TestFlags) else "test_scratch.py", flags)
             for flags, _ in self.judged.values()

@@ -171,7 +171,7 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise UserError(f"{what} {path} cannot be read: {os.strerror(error.errno).lower()}") from None
         raise _damaged(f"{what} {path}", "is truncated or not a torch file", error) from None
-    if kind := next(filter(None, map(_oddity, _tensors(value))), None):
+    if kind := next(filter(None, map(_oddity, tensors_in(value))), None):
         raise UserError(f"{what} {path} holds a {kind} tensor; expected tensors with plain values")
     return value
 
@@ -183,13 +183,13 @@ def _oddity(tensor: torch.Tensor) -> str | None:
     return next((kind for kind, found in kinds.items() if found), None)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in nested containers."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 def _damaged(file: str, verdict: str, error: Exception) -> UserError:

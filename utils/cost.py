@@ -5,13 +5,14 @@ from __future__ import annotations
 import bisect
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from utils.checkpoint import tensors_in
 from utils.cli import how
 from utils.memory import peak_memory
 from utils.progress import byte_size, duration
@@ -143,11 +144,7 @@ class Forecast:
 
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        value = value.values()
-    return sum(map(tensor_bytes, value)) if isinstance(value, Iterable) and not isinstance(value, str) else 0
+    return sum(t.numel() * t.element_size() for t in tensors_in(value))
 
 
 def forward_flops(make_model: Callable[[], nn.Module], img_shape: tuple[int, int, int]) -> int:
