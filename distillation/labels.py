@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.augment.dsa import without_flip
 from data.load import ImageSet
 from data.loader import ImagePipeline
 from data.prepared import labelled_classes
@@ -47,16 +46,12 @@ class Labels:
     def __init__(self, method: Method, flags: Any, image_set: ImageSet, device: torch.device) -> None:
         self.method, self.flags, self.image_set, self.device = method, flags, image_set, device
 
-
-def set_recipe(method: Method, flags: Any, image_set: ImageSet, training: TrainingSettings) -> Recipe:
-    """How a network is trained on the method's set: the table's recipe, what the set says, the flags."""
-    name, count = method.name.lower(), flags.num_images
-    recipe = pretrain_recipe(name, flags.data_name, flags.test_model, count=count)
-    stored = count if getattr(flags, "views", 1) > 1 else None
-    recipe = recipe.fitted(training, stored).with_flags(flags, "pre_")
-    if flags.pre_dsa is None and not image_set.hflip:
-        recipe = recipe.override(dsa=without_flip(recipe.dsa))
-    return recipe
+    def recipe(self, training: TrainingSettings) -> Recipe:
+        """How a network is trained on the set: the method's recipe, what the set says, the flags."""
+        flags, name = self.flags, self.method.name.lower()
+        recipe = pretrain_recipe(name, flags.data_name, flags.test_model, count=flags.num_images)
+        stored = flags.num_images if getattr(flags, "views", 1) > 1 else None
+        return recipe.for_set(training, stored, flags, self.image_set.hflip)
 
 
 def linear_recipe(flags: Any) -> Recipe:
@@ -96,8 +91,8 @@ class FeatureLabels(Labels):
             model = get_model(flags.test_model, image_set.img_shape, synthetic.targets.shape[1])
             linear = nn.Linear(model.num_features, image_set.num_classes).to(device)
         generator = make_generator(seed, "evaluation batches", step)
-        model, recipe = place(model, device), set_recipe(self.method, flags, image_set, synthetic.training)
-        pretrain(model, synthetic, recipe, generator)
+        model = place(model, device)
+        pretrain(model, synthetic, self.recipe(synthetic.training), generator)
         model.requires_grad_(False)
         images, labels = image_set.train.images, image_set.train.labels
         if len(images) * model.num_features * 4 <= _CACHE_BYTES:
@@ -114,9 +109,8 @@ class FeatureLabels(Labels):
 
     def evaluation_cost(self) -> float:
         """Pre-training, features of all images."""
-        image_set = self.image_set
-        recipe = set_recipe(self.method, self.flags, image_set, TrainingSettings())
-        read = sum(len(part) for part in (image_set.train, image_set.test) if part is not None)
+        recipe, splits = self.recipe(TrainingSettings()), (self.image_set.train, self.image_set.test)
+        read = sum(len(part) for part in splits if part is not None)
         return recipe.work_on(self.flags.num_images * getattr(self.flags, "views", 1)) + read
 
 
@@ -163,7 +157,7 @@ class ClassLabels(Labels):
 
     def evaluate(self, step: int, synthetic: SyntheticSet, seed: int) -> list[float]:
         """Test accuracies in % of `num_eval` networks."""
-        recipe = set_recipe(self.method, self.flags, self.image_set, synthetic.training)
+        recipe = self.recipe(synthetic.training)
         seeds = [derive_seed(seed, "evaluation", step, n) for n in range(self.flags.num_eval)]
         found = score_networks(self.new_network, synthetic, self.image_set, recipe, seeds, self.device)
         found = [100 * value for value in found]
@@ -173,7 +167,7 @@ class ClassLabels(Labels):
 
     def evaluation_cost(self) -> float:
         """Training and test of each network."""
-        recipe = set_recipe(self.method, self.flags, self.image_set, TrainingSettings())
+        recipe = self.recipe(TrainingSettings())
         tested = len(self.image_set.test or self.image_set.train)
         return self.flags.num_eval * (recipe.work_on(self.flags.num_images) + tested)
 

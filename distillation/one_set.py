@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from utils.device import LAYOUTS
 from utils.distributed import Group
 from utils.errors import UserError, pick
 from utils.plots import save_grid
-from utils.precision import PRECISIONS, check_precision, float32_mode
+from utils.precision import PRECISIONS, check_precision
 from utils.run_folder import SET_FILE, Run, RunFolder
 
 TARGET_SCALE = (
@@ -126,11 +125,8 @@ class SetSetup(Setup):
         if flags.pre_mixup and PRETRAIN[flags.method.lower()].loss == "cross_entropy":
             raise UserError(f"--pre_mixup needs target vectors; sets of {flags.method} have class labels")
 
-    def __init__(
-        self, method: Method, flags: SetFlags, device: torch.device, group: Group, held: ExitStack
-    ) -> None:
-        super().__init__(method, flags, device, group, held)
-        held.enter_context(float32_mode(flags.precision))
+    def __init__(self, method: Method, flags: SetFlags, device: torch.device, group: Group) -> None:
+        super().__init__(method, flags, device, group)
         self.image_set = load_set(flags.data_name, flags.img_size, flags.data_dir)
         train = self.image_set.train
         if flags.num_images > len(train):

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +24,7 @@ from utils.device import resolve_device
 from utils.distributed import Group, local_gpu, process_group, quiet_unless_first
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
+from utils.precision import float32_mode
 from utils.run_folder import START_FILE, FollowedRun, Run, RunFolder, claim_run
 
 
@@ -50,7 +50,6 @@ class Setup:
     """What a family of methods adds around the outer loop: data in, evaluations, files out.
 
     Errors in flags, data and checkpoints are raised when it is built, before anything is written.
-    Contexts entered in `held` stay open to the end of the run.
 
     A family gives `folder`, the run folder; `run(run)`, which distils and returns what goes into
     results.json; and of one distillation `plan(experiment)`, its length; `problem(seed)`, what it is given;
@@ -66,9 +65,7 @@ class Setup:
     repeats = 1  # distillations of a run
     several_processes = False  # whether the family's methods run under torchrun
 
-    def __init__(
-        self, method: Method, flags: Any, device: torch.device, group: Group, held: ExitStack
-    ) -> None:
+    def __init__(self, method: Method, flags: Any, device: torch.device, group: Group) -> None:
         self.method, self.flags, self.device, self.group = method, flags, device, group
         self.told = not group.first  # what the run takes
         if group.ranks > 1 and not self.several_processes:
@@ -159,12 +156,13 @@ def resolved(method: Method, flags: Any) -> Any:
 
 
 @contextlib.contextmanager
-def set_up(method: Method, flags: Any) -> Iterator[tuple[Setup, ExitStack]]:
-    """Data and models of resolved flags, and what stays open with them; see `Setup`."""
+def set_up(method: Method, flags: Any) -> Iterator[Setup]:
+    """Data and models of resolved flags; see `Setup`."""
     device = resolve_device(flags.device, local_gpu(flags.gpu_id))
     method.setup.check(flags, device)
-    with process_group(device) as group, out_of_memory_says(device, method.setup.knobs), ExitStack() as held:
-        yield method.setup(method, flags, device, group, held), held
+    precision = float32_mode(getattr(flags, "precision", None))
+    with precision, process_group(device) as group, out_of_memory_says(device, method.setup.knobs):
+        yield method.setup(method, flags, device, group)
 
 
 def run_method(method: Method, flags: Any) -> int:
@@ -178,19 +176,19 @@ def run_method(method: Method, flags: Any) -> int:
         if flags.dry_run and not flags.cost:
             method.setup.check(flags, resolve_device(flags.device, local_gpu(flags.gpu_id)))
             return 0
-        with set_up(method, flags) as (setup, held):
+        with set_up(method, flags) as setup:
             if flags.cost:
                 print(setup.measure())
                 return 0
-            run = open_run(setup, held)
-            if setup.finished(run):
-                print(f"{run.path} holds the finished run of these flags; --overwrite repeats it")
-            else:
-                results = setup.run(run)
-                if setup.device.type == "cuda":
-                    results["peak_memory_bytes"] = torch.cuda.max_memory_allocated(setup.device)
-                run.finish(results)
-            setup.after(run)
+            with open_run(setup) as run:
+                if setup.finished(run):
+                    print(f"{run.path} holds the finished run of these flags; --overwrite repeats it")
+                else:
+                    results = setup.run(run)
+                    if setup.device.type == "cuda":
+                        results["peak_memory_bytes"] = torch.cuda.max_memory_allocated(setup.device)
+                    run.finish(results)
+                setup.after(run)
     return 0
 
 
@@ -201,18 +199,21 @@ def repeating(method: Method, flags: Any) -> str:
     return cli.command_line("python train.py", flags, recipe, **given)
 
 
-def open_run(setup: Setup, held: ExitStack) -> Run:
+@contextlib.contextmanager
+def open_run(setup: Setup) -> Iterator[Run]:
     """The run folder, claimed and made by the first process, followed by the others.
 
     A UserError where it holds a run with other flags or inputs, is in use, or cannot be written.
     """
-    path, flags, run = setup.folder, setup.flags, None
-    if setup.group.first:
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file; expected a folder for the run")
-        if getattr(flags, "resume", False) and not (path / "config.json").exists():
-            raise UserError(f"--resume: {path} holds no run to resume")
-        held.enter_context(claim_run(path))
+    path, flags, group = setup.folder, setup.flags, setup.group
+    if not group.first:
+        yield FollowedRun(path, *group.gathered(None)[0])
+        return
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; expected a folder for the run")
+    if getattr(flags, "resume", False) and not (path / "config.json").exists():
+        raise UserError(f"--resume: {path} holds no run to resume")
+    with claim_run(path):
         run = RunFolder(
             path,
             cli.identity(flags),
@@ -226,5 +227,5 @@ def open_run(setup: Setup, held: ExitStack) -> Run:
         )
         if not run.resumed:
             setup.begun(run)
-    shared = setup.group.gathered((run.seed, run.finished) if run else None)[0]
-    return run or FollowedRun(path, *shared)
+        group.gathered((run.seed, run.finished))
+        yield run

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.augment.dc import dc_augment
-from data.augment.dsa import diff_augment, no_augmentation
+from data.augment.dsa import diff_augment, no_augmentation, without_flip
 from data.loader import TensorLoader, Transform
 from data.synthetic import SyntheticSet, TrainingSettings
 from utils.cli import flag
@@ -135,6 +135,13 @@ class Recipe:
             target_scale=scale,
             mixup=training.mixup,
         )
+
+    def for_set(self, training: TrainingSettings, images: int | None, flags: PreFlags, hflip: bool) -> Recipe:
+        """`fitted`, with the flags put in; without `hflip` DSA does not mirror, unless a flag says so."""
+        recipe = self.fitted(training, images).with_flags(flags, "pre_")
+        if flags.pre_dsa is None and not hflip:
+            recipe = recipe.override(dsa=without_flip(recipe.dsa))
+        return recipe
 
     def check_targets(self, synthetic: SyntheticSet) -> None:
         """Raise a UserError where mixup or the scale of targets is not to be had with a set."""

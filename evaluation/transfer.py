@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from data.augment.crop_flip import default_padding
-from data.augment.dsa import without_flip
 from data.load import ImageSet, load_set
 from data.loader import ImagePipeline
 from data.meta import keeps_meaning_mirrored, read_meta
@@ -278,9 +277,8 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
     synthetic = SyntheticSet.load(path)
     recipe = pretrain_recipe(flags.method, source, arch, kd=kd, count=len(synthetic))
     stored = None if synthetic.views is None else len(synthetic) // synthetic.views.each
-    recipe = recipe.fitted(synthetic.training, stored).with_flags(flags, "pre_")
-    if flags.pre_dsa is None and not keeps_meaning_mirrored(flags.data_dir / source):
-        recipe = recipe.override(dsa=without_flip(recipe.dsa))
+    hflip = keeps_meaning_mirrored(flags.data_dir / source)
+    recipe = recipe.for_set(synthetic.training, stored, flags, hflip)
     found = tuple(synthetic.images.shape[2:])
     if found != (size, size):
         raise UserError(f"{path} holds images of {found} pixels, expected {size} x {size}; see --img_size")

@@ -1,6 +1,5 @@
 """What the kernel regression family adds to runs of one set: real batches, several processes."""
 
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -33,10 +32,8 @@ class KernelSetup(SetSetup):
         if getattr(flags, "learn_label", None) is False and getattr(flags, "outer_lr_y", None):
             raise UserError("--outer_lr_y is the learning rate of labels that --no-learn_label keeps")
 
-    def __init__(
-        self, method: Method, flags: Any, device: torch.device, group: Group, held: ExitStack
-    ) -> None:
-        super().__init__(method, flags, device, group, held)
+    def __init__(self, method: Method, flags: Any, device: torch.device, group: Group) -> None:
+        super().__init__(method, flags, device, group)
         batch = min(flags.outer_batch_size, len(self.image_set.train))
         if batch % group.ranks:
             raise UserError(

@@ -316,7 +316,7 @@ class FolderRun:
         rates, evaluation, kind = {}, 0.0, self.method.distiller
         for precision in ("fp32", "bf16"):
             flags = self.train_flags(self.recipe.outer_iteration, precision, pre_iteration)
-            with set_up(self.method, resolved(self.method, flags)) as (setup, _):
+            with set_up(self.method, resolved(self.method, flags)) as setup:
                 cost, evaluation = setup.measure(), setup.evaluation_cost()
                 rates[precision] = cost.seconds / cost.work
         budget -= (time.monotonic() - began) / 2  # the run itself has to start, too

@@ -86,7 +86,7 @@ class AdaBelief(torch.optim.Optimizer):
 def _moments(
     optimizer: torch.optim.Optimizer, about_mean: bool = False
 ) -> Iterator[tuple[dict, Tensor, Tensor, Tensor]]:
-    """(group, parameter, the two unbiased running moments of its gradient): the second about 0 or the mean."""
+    """(group, parameter, the unbiased running moments of its gradient: first, and second about 0 or it)."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is None:
