@@ -1,7 +1,7 @@
 """The contract of a distillation method."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +26,6 @@ class RunFlags(DeviceFlags, DryRunFlags):
     print_every: int = how(100, "steps between log lines", minimum=1)
     save_every: Every = how(Every(2000), "steps between saves of the run, or seconds such as 300s")
     tensorboard: bool = how(False, TENSORBOARD)
-
-
-class Monitor(Protocol):
-    """Losses that change with the set alone, measured after steps that are `due`."""
-
-    def due(self, step: int) -> bool: ...
-
-    def __call__(self, x_syn: Tensor, y_syn: Tensor) -> list[float]: ...
 
 
 class Distiller:
@@ -105,8 +97,11 @@ class Distiller:
         """`synthetic` without further views of its images."""
         return self.synthetic().plain()
 
-    def monitor(self) -> Monitor | None:
-        """A loss that can be compared over steps, made from the initial state; None without one."""
+    def monitor(self) -> Any | None:
+        """Losses that change with the set alone, made from the initial state; None without any.
+
+        Called with `x_syn` and `y_syn` it gives a list, after steps that are `due(step)`.
+        """
         return None
 
     def flush(self) -> None:

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from models import get_model
 from models.layout import batch_norms
 from utils import checkpoint
 from utils.checkpoint import apply_state, fingerprint, state_fingerprint
-from utils.cli import flag
+from utils.cli import flag, typed
 from utils.device import place
 from utils.errors import UserError, pick
 from utils.seed import derive_seed, local_seed, make_generator
@@ -76,11 +75,9 @@ def load_teacher(flags: KdFlags, target: ImageSet) -> nn.Module:
     name = f"teacher_{flags.target_data_name}.pt"
     path = flags.teacher_ckpt or Path("teacher_ckpt") / name
     if not path.exists():
-        command = (
-            f"python -m krr_st.kd_teacher --data_name {quote(flags.target_data_name)} "
-            f"--img_size {target.size} --arch {quote(flags.teacher_arch)} "
-            f"--data_dir {quote(str(flags.data_dir))} --save_dir {quote(str(path.parent))}"
-        )
+        how = dict(data_name=flags.target_data_name, img_size=target.size, arch=flags.teacher_arch)
+        how |= dict(data_dir=flags.data_dir, save_dir=path.parent)
+        command = typed("python -m krr_st.kd_teacher", **how)
         renamed = "" if path.name == name else f" (it writes {path.parent / name})"
         raise UserError(f"teacher checkpoint {path} does not exist; make it with: {command}{renamed}")
     with local_seed(0):  # every weight is replaced

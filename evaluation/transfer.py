@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +38,7 @@ from evaluation.recipes import (
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, target_sample
 from models import get_model
 from utils.checkpoint import apply_state, fingerprint
-from utils.cli import SEED, DeviceFlags, as_json, flag, how
+from utils.cli import SEED, DeviceFlags, as_json, flag, how, typed
 from utils.cost import Cost, DryRunFlags, Forecast
 from utils.device import place, resolve_device
 from utils.errors import UserError, pick
@@ -250,18 +249,14 @@ def source_classes(name: str, data_dir: Path) -> int:
 def set_command(flags: PretrainFlags, size: int) -> str:
     """The command that makes the synthetic set that the flags name, where they look for it."""
     source, method, folder = flags.source_data_name, flags.method, flags.synthetic_data_dir
-    command = ["train.py"] if method not in BASELINES else ["-m", "krr_st.baselines"]
-    command += ["--method", method, "--data_name", source, "--img_size", size, "--data_dir", flags.data_dir]
+    named: dict[str, Any] = dict(method=method, data_name=source, img_size=size, data_dir=flags.data_dir)
     if method in BASELINES:
-        command += ["--synthetic_data_dir", folder]
-    elif method in MATCHING:
-        classes = source_classes(source, flags.data_dir)
-        count = resolve_preset(source, flags.data_dir, size).num_images
-        command += ["--ipc", max(1, count // classes)] if classes else []
-        command += ["--export", folder / source / method]
-    else:
-        command += ["--save_dir", folder / source, "--exp_name", method]
-    return shlex.join(["python", *map(str, command)])
+        return typed("python -m krr_st.baselines", **named, synthetic_data_dir=folder)
+    if method not in MATCHING:
+        return typed("python train.py", **named, save_dir=folder / source, exp_name=method)
+    if classes := source_classes(source, flags.data_dir):
+        named["ipc"] = max(1, resolve_preset(source, flags.data_dir, size).num_images // classes)
+    return typed("python train.py", **named, export=folder / source / method)
 
 
 def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = False) -> Pretraining:

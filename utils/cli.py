@@ -234,6 +234,12 @@ def command_line(
     return shlex.join(words)
 
 
+def typed(program: str, **flags: Any) -> str:
+    """A command as one types it, in shell syntax: `program` (`python -m krr_st.target`) with these flags."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return shlex.join([*shlex.split(program), *words])
+
+
 def as_json(config: Any) -> dict[str, Any]:
     """A config as plain JSON values (paths become strings)."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
