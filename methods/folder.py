@@ -4,8 +4,6 @@ Every stage is ordinary commands of the project, printed as a user would type th
 from the measured speed of a few steps and kept in {out}/plan.json, so that the same command resumes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

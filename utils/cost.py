@@ -1,7 +1,5 @@
 """What a run takes: time, memory and disk, told by its first steps."""
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import time
@@ -95,13 +93,11 @@ class Forecast:
 
     def trial(self, run: Callable[[], object]) -> Cost:
         """What the whole takes; `run`, which ticks, is left as soon as this is known."""
-        self._trial, began = True, time.perf_counter()
-        self._mark = began
-        try:
+        self._trial = True
+        began = self._mark = time.perf_counter()
+        with contextlib.suppress(_Known):
             run()
-        except _Known:
-            return self._cost(self.work)
-        self._measured, self._seconds = self._done, time.perf_counter() - began
+            self._measured, self._seconds = self._done, time.perf_counter() - began  # over before it is known
         return self._cost(self.work)
 
     @contextlib.contextmanager
