@@ -93,7 +93,10 @@ class ClassFlags(SetFlags):
 
 
 class SetSetup(Setup):
-    """Runs of one set with features or classes as labels, whichever the method's row says."""
+    """Runs of one set with features or classes as labels, whichever the method's row says.
+
+    It is the observer of its run, too.
+    """
 
     knobs = "lower --num_images, or use --precision bf16"
     length = "outer_iteration"
@@ -202,31 +205,25 @@ class SetSetup(Setup):
         """Draw more of a finished run; returns more results."""
         return {}
 
-    def observer(self, run: Run, plan: Plan, distiller: Distiller) -> SetObserver:
-        return SetObserver(self, run, distiller)
-
     def after(self, run: Run) -> None:
         print(f"synthetic set: {run.path}/x_syn.pt, y_syn.pt; picture: {run.path}/x_syn.png")
 
-
-class SetObserver:
-    """Evaluates the set as its labels ask for, and writes it beside every save."""
-
-    def __init__(self, setup: SetSetup, run: Run, distiller: Distiller) -> None:
-        self.flags, self.path, self.seed = setup.flags, run.path, run.seed
-        self.labels, self.key, self.cost = setup.labels, setup.labels.key, setup.evaluation_cost()
-        self.monitor = distiller.monitor() if setup.group.first else None
+    def observer(self, run: Run, plan: Plan, distiller: Distiller) -> SetSetup:
+        """Itself, with the method's monitor."""
+        self.key, self.cost = self.labels.key, self.evaluation_cost()
+        self.monitor = distiller.monitor() if self.group.first else None
         if self.monitor is not None:
             print(f"held-out loss: {self.monitor}")
+        return self
 
     def due(self, step: int) -> bool:
         """Every `eval_every` steps and at the end, where there is something to test with."""
         every, last = self.flags.eval_every, step == self.flags.outer_iteration
-        return self.labels.image_set.labelled and (last or (step > 0 and step % every == 0))
+        return self.image_set.labelled and (last or (step > 0 and step % every == 0))
 
     def evaluate(self, step: int, distiller: Distiller) -> Any:
         """Accuracy in %."""
-        return self.labels.evaluate(step, distiller.synthetic(), self.seed)
+        return self.labels.evaluate(step, distiller.synthetic(), distiller.problem.seed)
 
     def watch(self, step: int, distiller: Distiller) -> dict[str, Any]:
         """The loss that depends on the set alone, where the method has one."""
@@ -242,8 +239,8 @@ class SetObserver:
         """
         synthetic = distiller.synthetic()
         if synthetic.views is not None:
-            save_compact(synthetic, self.path / SET_FILE)
+            save_compact(synthetic, self.folder / SET_FILE)
         plain = synthetic.plain()
-        checkpoint.save(plain.images.cpu(), self.path / "x_syn.pt")
-        checkpoint.save(plain.targets.cpu(), self.path / "y_syn.pt")
-        write_training(synthetic.training, self.path / TRAINING_FILE)
+        checkpoint.save(plain.images.cpu(), self.folder / "x_syn.pt")
+        checkpoint.save(plain.targets.cpu(), self.folder / "y_syn.pt")
+        write_training(synthetic.training, self.folder / TRAINING_FILE)
