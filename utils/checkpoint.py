@@ -35,12 +35,11 @@ _SAFE_GLOBALS = [
 
 
 @contextlib.contextmanager
-def _flock(path: Path, kind: int) -> Iterator[None]:
-    """Lock a file or folder itself, or raise an OSError."""
+def _opened(path: Path) -> Iterator[int]:
+    """A file or folder itself, to lock or sync it, or an OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-        yield
+        yield handle
     finally:
         os.close(handle)
 
@@ -51,7 +50,7 @@ def in_use(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if fcntl is not None:
             with contextlib.suppress(OSError):
-                stack.enter_context(_flock(path, fcntl.LOCK_SH))
+                fcntl.flock(stack.enter_context(_opened(path)), fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
 
 
@@ -61,7 +60,8 @@ def is_left_over(path: Path) -> bool:
     Never where the file system has no advisory locks.
     """
     if fcntl is not None:
-        with contextlib.suppress(OSError), _flock(path, fcntl.LOCK_EX):
+        with contextlib.suppress(OSError), _opened(path) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
     return False
 
@@ -91,7 +91,8 @@ def atomic_path(path: Path | str, then: Callable[[], None] = lambda: None) -> It
             temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
             then()
             temporary.replace(path)
-            _sync_folder(path.parent)
+            with contextlib.suppress(OSError), _opened(path.parent) as folder:
+                os.fsync(folder)  # the name outlasts a power cut, where the system can do that
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -105,16 +106,6 @@ def _remove_left_overs(path: Path) -> None:
     for name in os.listdir(path.parent):
         if pattern.fullmatch(name) and is_left_over(path.parent / name):
             (path.parent / name).unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make names that files have taken outlast a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_atomic(
