@@ -3,7 +3,6 @@
 import hashlib
 import re
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from clom.loss import CE_FORMS, DISTANCES
@@ -12,7 +11,7 @@ from data.specs import DC_SPECS
 from distillation.base import RunFlags
 from evaluation.recipes import DSA_STRATEGY, Recipe, sgd_by_epochs
 from models import EVAL_MODES, NETWORKS
-from utils.cli import SEED, DeviceFlags, flag, same_flag
+from utils.cli import SEED, DeviceFlags, flag, how, same_flag
 from utils.cost import DryRunFlags
 from utils.errors import UserError, pick
 from utils.progress import Every
@@ -24,9 +23,6 @@ LONGEST_NAME = 150  # characters of a default run folder's name
 
 # ipc -> (outer_loop, inner_loop), as published.
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
-
-# A flag of where, how fast or how verbosely: runs that differ in it are the same run.
-how = partial(flag, identity=False)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from utils import checkpoint, cli
 from utils.device import resolve_gpus
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
-from utils.run_folder import RunFolder, changed_inputs, claim_run, run_claims
+from utils.run_folder import RunFolder, changed_inputs, claim_run, is_claimed
 from utils.seed import derive_seed, make_generator, resolve_seed
 
 
@@ -108,14 +108,14 @@ def next_index(folder: Path) -> Path:
 
 def earlier_runs(folder: Path, identity: dict) -> dict[Path, dict]:
     """Index folders of the same flags, that no other process is training in, and their config.json."""
-    found, claims = {}, run_claims(folder)
+    found = {}
     for place in index_folders(folder):
         try:
             config = json.loads((place / "config.json").read_text())
             flags = config["flags"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
-        if flags == json.loads(json.dumps(identity)) and not claims.held_elsewhere(place.name):
+        if flags == json.loads(json.dumps(identity)) and not is_claimed(place):
             found[place] = config
     return found
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +91,8 @@ class MatchingSetup(Setup):
             save_path=place or default_run_folder(flags),
         )
 
-    def __init__(
-        self, method: Method, flags: DistillFlags, device: torch.device, group: Group, held: ExitStack
-    ) -> None:
-        super().__init__(method, flags, device, group, held)
+    def __init__(self, method: Method, flags: DistillFlags, device: torch.device, group: Group) -> None:
+        super().__init__(method, flags, device, group)
         self.image_set, self.repeats = load_data(flags), flags.num_exp
         pool = eval_pool(flags.eval_mode, flags.model)
         self.networks = {name: network_factory(name, self.image_set, device) for name in pool}

@@ -35,8 +35,9 @@ from evaluation.slurm import JobFlags, run_jobs
 from evaluation.tables import NOTE, Place, Published, make_table, with_published_file
 from methods import METHODS, find_method
 from models import get_network
-from utils import checkpoint, cli, flops
+from utils import checkpoint, cli
 from utils.cli import SEED, flag
+from utils.cost import forward_flops
 from utils.errors import UserError, entry_point, pick
 from utils.run_folder import read_log
 
@@ -321,7 +322,7 @@ def estimate(run: DistillFlags) -> float:
 @functools.cache
 def _network_flops(model: str, img_shape: tuple[int, int, int], num_classes: int) -> int:
     channels, *size = img_shape
-    return flops.forward_flops(lambda: get_network(model, channels, num_classes, tuple(size)), img_shape)
+    return forward_flops(lambda: get_network(model, channels, num_classes, tuple(size)), img_shape)
 
 
 @entry_point

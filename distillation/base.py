@@ -1,7 +1,7 @@
 """The contract of a distillation method."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch import Tensor
 from data.synthetic import SyntheticSet, TrainingSettings
 from distillation.problem import Problem
 from evaluation.presets import Preset
-from utils.cli import SEED, DeviceFlags, flag
+from utils.cli import SEED, DeviceFlags, flag, how
 from utils.cost import DryRunFlags, Forecast
 from utils.progress import Every
 from utils.run_folder import TENSORBOARD
@@ -21,21 +21,11 @@ class RunFlags(DeviceFlags, DryRunFlags):
     """Flags of every run of a method."""
 
     method: str = flag("krr_st", "distillation method")
-    seed: int | None = flag(None, "seed; default: drawn and printed", **SEED, identity=False)
-    overwrite: bool = flag(False, "start again in a folder that holds another run", identity=False)
-    print_every: int = flag(100, "steps between log lines", minimum=1, identity=False)
-    save_every: Every = flag(
-        Every(2000), "steps between saves of the run, or seconds such as 300s", identity=False
-    )
-    tensorboard: bool = flag(False, TENSORBOARD, identity=False)
-
-
-class Monitor(Protocol):
-    """Losses that change with the set alone, measured after steps that are `due`."""
-
-    def due(self, step: int) -> bool: ...
-
-    def __call__(self, x_syn: Tensor, y_syn: Tensor) -> list[float]: ...
+    seed: int | None = how(None, "seed; default: drawn and printed", **SEED)
+    overwrite: bool = how(False, "start again in a folder that holds another run")
+    print_every: int = how(100, "steps between log lines", minimum=1)
+    save_every: Every = how(Every(2000), "steps between saves of the run, or seconds such as 300s")
+    tensorboard: bool = how(False, TENSORBOARD)
 
 
 class Distiller:
@@ -107,8 +97,11 @@ class Distiller:
         """`synthetic` without further views of its images."""
         return self.synthetic().plain()
 
-    def monitor(self) -> Monitor | None:
-        """A loss that can be compared over steps, made from the initial state; None without one."""
+    def monitor(self) -> Any | None:
+        """Losses that change with the set alone, made from the initial state; None without any.
+
+        Called with `x_syn` and `y_syn` it gives a list, after steps that are `due(step)`.
+        """
         return None
 
     def flush(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from distillation.problem import Problem
 from distillation.run import Method, Setup
 from evaluation.fit import outputs
 from evaluation.presets import resolve_preset
-from evaluation.recipes import PRE_MIXUP, PRETRAIN
+from evaluation.recipes import PRETRAIN, PreFlags
 from evaluation.target import TARGET_CKPT, TARGET_MODEL
 from models import get_model
 from utils import checkpoint
@@ -33,7 +32,7 @@ from utils.device import LAYOUTS
 from utils.distributed import Group
 from utils.errors import UserError, pick
 from utils.plots import save_grid
-from utils.precision import PRECISIONS, check_precision, float32_mode
+from utils.precision import PRECISIONS, check_precision
 from utils.run_folder import SET_FILE, Run, RunFolder
 
 TARGET_SCALE = (
@@ -45,13 +44,8 @@ TARGET_SCALE = (
 ZCA = "whiten images by ZCA (ridge 0.1) before networks see them; default: as published"
 
 
-def _of_method(what: str, **limits: Any) -> Any:
-    """A flag of the evaluations whose default is the method's published recipe."""
-    return flag(None, f"{what}; default: the method's", **limits)
-
-
 @dataclass(frozen=True)
-class SetFlags(RunFlags):
+class SetFlags(PreFlags, RunFlags):
     """Flags of every run of one synthetic set."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
@@ -69,17 +63,6 @@ class SetFlags(RunFlags):
     eval_every: int = flag(1000, "steps between evaluations", minimum=1)
     precision: str = flag("fp32", "precision of the networks (tf32: CUDA only)", choices=PRECISIONS)
     layout: str = flag("channels_last", "memory layout of images in the networks", choices=tuple(LAYOUTS))
-
-    pre_opt: str | None = _of_method("optimiser in evaluations", choices=("sgd", "adam"))
-    pre_epoch: int | None = _of_method("epochs of training in evaluations", minimum=1)
-    pre_iteration: int | None = _of_method(
-        "steps of training in evaluations, in place of epochs", minimum=1, instead_of="pre_epoch"
-    )
-    pre_batch_size: int | None = _of_method("batch size in evaluations", minimum=1)
-    pre_lr: float | None = _of_method("learning rate in evaluations", above=0)
-    pre_wd: float | None = _of_method("weight decay in evaluations", minimum=0)
-    pre_dsa: str | None = _of_method("DSA strategy in evaluations, or none")
-    pre_mixup: bool | None = flag(None, PRE_MIXUP)
 
 
 @dataclass(frozen=True)
@@ -110,7 +93,10 @@ class ClassFlags(SetFlags):
 
 
 class SetSetup(Setup):
-    """Runs of one set with features or classes as labels, whichever the method's row says."""
+    """Runs of one set with features or classes as labels, whichever the method's row says.
+
+    It is the observer of its run, too.
+    """
 
     knobs = "lower --num_images, or use --precision bf16"
     length = "outer_iteration"
@@ -142,11 +128,8 @@ class SetSetup(Setup):
         if flags.pre_mixup and PRETRAIN[flags.method.lower()].loss == "cross_entropy":
             raise UserError(f"--pre_mixup needs target vectors; sets of {flags.method} have class labels")
 
-    def __init__(
-        self, method: Method, flags: SetFlags, device: torch.device, group: Group, held: ExitStack
-    ) -> None:
-        super().__init__(method, flags, device, group, held)
-        held.enter_context(float32_mode(flags.precision))
+    def __init__(self, method: Method, flags: SetFlags, device: torch.device, group: Group) -> None:
+        super().__init__(method, flags, device, group)
         self.image_set = load_set(flags.data_name, flags.img_size, flags.data_dir)
         train = self.image_set.train
         if flags.num_images > len(train):
@@ -159,7 +142,6 @@ class SetSetup(Setup):
 
     @property
     def folder(self) -> Path:
-        """{save_dir}/{exp_name}."""
         return Path(self.flags.save_dir) / self.flags.exp_name
 
     @property
@@ -182,7 +164,6 @@ class SetSetup(Setup):
         return results
 
     def plan(self, experiment: int | None = None) -> Plan:
-        """A run has one set."""
         return Plan(self.flags.outer_iteration, self.flags.print_every, self.flags.save_every)
 
     def problem(self, seed: int) -> Problem:
@@ -193,8 +174,7 @@ class SetSetup(Setup):
         return Problem(self.image_set, self.device, seed, self.group, **given)
 
     def evaluation_cost(self) -> float:
-        """That of the labels' evaluation."""
-        return self.labels.evaluation_cost()
+        return self.labels.evaluation_cost() if self.image_set.labelled else 0.0
 
     def evaluations(self) -> int:
         """Every `eval_every` steps and at the end."""
@@ -225,34 +205,25 @@ class SetSetup(Setup):
         """Draw more of a finished run; returns more results."""
         return {}
 
-    def observer(self, run: Run, plan: Plan, distiller: Distiller) -> SetObserver:
-        """Evaluations, the method's monitor, the set beside every save."""
-        return SetObserver(self, run, distiller)
-
     def after(self, run: Run) -> None:
-        """Say where the set is."""
         print(f"synthetic set: {run.path}/x_syn.pt, y_syn.pt; picture: {run.path}/x_syn.png")
 
-
-class SetObserver:
-    """Evaluates the set as its labels ask for, and writes it beside every save."""
-
-    def __init__(self, setup: SetSetup, run: Run, distiller: Distiller) -> None:
-        self.flags, self.path, self.key = setup.flags, run.path, setup.labels.key
-        self.cost = setup.evaluation_cost()
-        self.monitor = distiller.monitor() if setup.group.first else None
+    def observer(self, run: Run, plan: Plan, distiller: Distiller) -> SetSetup:
+        """Itself, with the method's monitor."""
+        self.key, self.cost = self.labels.key, self.evaluation_cost()
+        self.monitor = distiller.monitor() if self.group.first else None
         if self.monitor is not None:
             print(f"held-out loss: {self.monitor}")
-        self.evaluation = setup.labels.evaluation(run.seed)
+        return self
 
     def due(self, step: int) -> bool:
         """Every `eval_every` steps and at the end, where there is something to test with."""
-        last = step == self.flags.outer_iteration
-        return self.evaluation is not None and (last or (step > 0 and step % self.flags.eval_every == 0))
+        every, last = self.flags.eval_every, step == self.flags.outer_iteration
+        return self.image_set.labelled and (last or (step > 0 and step % every == 0))
 
     def evaluate(self, step: int, distiller: Distiller) -> Any:
         """Accuracy in %."""
-        return self.evaluation(step, distiller.synthetic())
+        return self.labels.evaluate(step, distiller.synthetic(), distiller.problem.seed)
 
     def watch(self, step: int, distiller: Distiller) -> dict[str, Any]:
         """The loss that depends on the set alone, where the method has one."""
@@ -268,8 +239,8 @@ class SetObserver:
         """
         synthetic = distiller.synthetic()
         if synthetic.views is not None:
-            save_compact(synthetic, self.path / SET_FILE)
+            save_compact(synthetic, self.folder / SET_FILE)
         plain = synthetic.plain()
-        checkpoint.save(plain.images.cpu(), self.path / "x_syn.pt")
-        checkpoint.save(plain.targets.cpu(), self.path / "y_syn.pt")
-        write_training(synthetic.training, self.path / TRAINING_FILE)
+        checkpoint.save(plain.images.cpu(), self.folder / "x_syn.pt")
+        checkpoint.save(plain.targets.cpu(), self.folder / "y_syn.pt")
+        write_training(synthetic.training, self.folder / TRAINING_FILE)

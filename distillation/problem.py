@@ -1,7 +1,7 @@
 """What a method is given: real data, the target model, seed, device, and initial images."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,16 +20,6 @@ from utils.errors import UserError
 from utils.seed import draw_seed, make_generator
 
 
-class ExtraLoss(Protocol):
-    """A scalar added to the method's own loss, weight included, such as CLoM; its draws have a state."""
-
-    def __call__(self, x_syn: Tensor, y_syn: Tensor) -> Tensor: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 @dataclass(frozen=True)
 class Problem:
     """One distillation: what is given, not how it is solved."""
@@ -40,7 +30,8 @@ class Problem:
     group: Group = Group()  # processes that share the work
     target: Target | None = None  # None for methods that work with class labels; see `target_scale`
     real: RealImages | None = None  # labelled, class by class; None for methods without labels
-    extra: ExtraLoss | None = None
+    # (x_syn, y_syn) -> a scalar added to the method's own loss, such as CLoM; its draws have a state_dict.
+    extra: Callable[[Tensor, Tensor], Tensor] | None = None
     whitening: Whitening | None = None  # networks see images whitened by it
     target_scale: TargetScale | None = None  # by which the features of `target` are standardised
 

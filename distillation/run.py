@@ -7,9 +7,7 @@ import dataclasses
 import json
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from data.augment import denormalize
 from data.load import ImageSet
 from data.specs import Stats
 from distillation.base import Distiller
-from distillation.loop import Observer, Plan, run_loop
+from distillation.loop import Plan, run_loop
 from distillation.problem import Problem
 from utils import checkpoint, cli
 from utils.cost import Cost, Forecast, tensor_bytes
@@ -26,6 +24,7 @@ from utils.device import resolve_device
 from utils.distributed import Group, local_gpu, process_group, quiet_unless_first
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
+from utils.precision import float32_mode
 from utils.run_folder import START_FILE, FollowedRun, Run, RunFolder, claim_run
 
 
@@ -51,7 +50,12 @@ class Setup:
     """What a family of methods adds around the outer loop: data in, evaluations, files out.
 
     Errors in flags, data and checkpoints are raised when it is built, before anything is written.
-    Contexts entered in `held` stay open to the end of the run.
+
+    A family gives `folder`, the run folder; `run(run)`, which distils and returns what goes into
+    results.json; and of one distillation `plan(experiment)`, its length; `problem(seed)`, what it is given;
+    `evaluation_cost()`, the images through networks in one evaluation, counted as in `Distiller.cost`;
+    `evaluations()`, their number; and `observer(run, plan, distiller)`, which evaluates the set, with the
+    distiller in its initial state.
     """
 
     image_set: ImageSet  # the source
@@ -61,9 +65,7 @@ class Setup:
     repeats = 1  # distillations of a run
     several_processes = False  # whether the family's methods run under torchrun
 
-    def __init__(
-        self, method: Method, flags: Any, device: torch.device, group: Group, held: ExitStack
-    ) -> None:
+    def __init__(self, method: Method, flags: Any, device: torch.device, group: Group) -> None:
         self.method, self.flags, self.device, self.group = method, flags, device, group
         self.told = not group.first  # what the run takes
         if group.ranks > 1 and not self.several_processes:
@@ -77,11 +79,6 @@ class Setup:
     @classmethod
     def check(cls, flags: Any, device: torch.device) -> None:
         """Raise a UserError for what this device cannot do."""
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        raise NotImplementedError
 
     @property
     def syn_stats(self) -> Stats:
@@ -106,28 +103,8 @@ class Setup:
         """Whether everything that the flags ask for is there."""
         return run.finished
 
-    def run(self, run: Run) -> dict[str, Any]:
-        """Distil; returns what goes into results.json."""
-        raise NotImplementedError
-
     def after(self, run: Run) -> None:
         """Do what follows a finished run, now or earlier."""
-
-    def plan(self, experiment: int | None = None) -> Plan:
-        """The length of one distillation."""
-        raise NotImplementedError
-
-    def problem(self, seed: int) -> Problem:
-        """What a distillation is given."""
-        raise NotImplementedError
-
-    def evaluation_cost(self) -> float:
-        """Images through networks in one evaluation, counted as in `Distiller.cost`."""
-        raise NotImplementedError
-
-    def evaluations(self) -> int:
-        """How many of them a distillation has."""
-        raise NotImplementedError
 
     def forecast(self, distiller: Distiller, plan: Plan) -> Forecast:
         """Of this distillation and those of the run that come after it."""
@@ -155,10 +132,6 @@ class Setup:
 
         return forecast.trial(run)
 
-    def observer(self, run: Run, plan: Plan, distiller: Distiller) -> Observer:
-        """What evaluates the set while it is distilled; the distiller is in its initial state."""
-        raise NotImplementedError
-
     def distil(self, run: Run, problem: Problem, plan: Plan) -> tuple[Distiller, dict[str, Any]]:
         """One distillation to its end; returns the distiller and what `run_loop` gives.
 
@@ -171,8 +144,7 @@ class Setup:
             checkpoint.save(pixels.mul(255).round().byte().cpu(), path)
         if not self.told:
             distiller.forecast = self.forecast(distiller, plan)
-        observer = self.observer(run, plan, distiller)
-        found = run_loop(distiller, run, observer, plan)
+        found = run_loop(distiller, run, self.observer(run, plan, distiller), plan)
         self.told |= distiller.forecast.told
         return distiller, found
 
@@ -184,12 +156,13 @@ def resolved(method: Method, flags: Any) -> Any:
 
 
 @contextlib.contextmanager
-def set_up(method: Method, flags: Any) -> Iterator[tuple[Setup, ExitStack]]:
-    """Data and models of resolved flags, and what stays open with them; see `Setup`."""
+def set_up(method: Method, flags: Any) -> Iterator[Setup]:
+    """Data and models of resolved flags; see `Setup`."""
     device = resolve_device(flags.device, local_gpu(flags.gpu_id))
     method.setup.check(flags, device)
-    with process_group(device) as group, out_of_memory_says(device, method.setup.knobs), ExitStack() as held:
-        yield method.setup(method, flags, device, group, held), held
+    precision = float32_mode(getattr(flags, "precision", None))
+    with precision, process_group(device) as group, out_of_memory_says(device, method.setup.knobs):
+        yield method.setup(method, flags, device, group)
 
 
 def run_method(method: Method, flags: Any) -> int:
@@ -203,19 +176,19 @@ def run_method(method: Method, flags: Any) -> int:
         if flags.dry_run and not flags.cost:
             method.setup.check(flags, resolve_device(flags.device, local_gpu(flags.gpu_id)))
             return 0
-        with set_up(method, flags) as (setup, held):
+        with set_up(method, flags) as setup:
             if flags.cost:
                 print(setup.measure())
                 return 0
-            run = open_run(setup, held)
-            if setup.finished(run):
-                print(f"{run.path} holds the finished run of these flags; --overwrite repeats it")
-            else:
-                results = setup.run(run)
-                if setup.device.type == "cuda":
-                    results["peak_memory_bytes"] = torch.cuda.max_memory_allocated(setup.device)
-                run.finish(results)
-            setup.after(run)
+            with open_run(setup) as run:
+                if setup.finished(run):
+                    print(f"{run.path} holds the finished run of these flags; --overwrite repeats it")
+                else:
+                    results = setup.run(run)
+                    if setup.device.type == "cuda":
+                        results["peak_memory_bytes"] = torch.cuda.max_memory_allocated(setup.device)
+                    run.finish(results)
+                setup.after(run)
     return 0
 
 
@@ -226,18 +199,21 @@ def repeating(method: Method, flags: Any) -> str:
     return cli.command_line("python train.py", flags, recipe, **given)
 
 
-def open_run(setup: Setup, held: ExitStack) -> Run:
+@contextlib.contextmanager
+def open_run(setup: Setup) -> Iterator[Run]:
     """The run folder, claimed and made by the first process, followed by the others.
 
     A UserError where it holds a run with other flags or inputs, is in use, or cannot be written.
     """
-    path, flags, run = setup.folder, setup.flags, None
-    if setup.group.first:
-        if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file; expected a folder for the run")
-        if getattr(flags, "resume", False) and not (path / "config.json").exists():
-            raise UserError(f"--resume: {path} holds no run to resume")
-        held.enter_context(claim_run(path))
+    path, flags, group = setup.folder, setup.flags, setup.group
+    if not group.first:
+        yield FollowedRun(path, *group.gathered(None)[0])
+        return
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; expected a folder for the run")
+    if getattr(flags, "resume", False) and not (path / "config.json").exists():
+        raise UserError(f"--resume: {path} holds no run to resume")
+    with claim_run(path):
         run = RunFolder(
             path,
             cli.identity(flags),
@@ -251,5 +227,5 @@ def open_run(setup: Setup, held: ExitStack) -> Run:
         )
         if not run.resumed:
             setup.begun(run)
-    shared = setup.group.gathered((run.seed, run.finished) if run else None)[0]
-    return run or FollowedRun(path, *shared)
+        group.gathered((run.seed, run.finished))
+        yield run

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data.load import ImageSet
 from evaluation.fit import Trainer
 from utils import checkpoint, cli
-from utils.cli import SEED, DeviceFlags, flag
+from utils.cli import SEED, DeviceFlags, flag, how
 from utils.cost import Cost, DryRunFlags, tensor_bytes
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
@@ -27,13 +27,13 @@ class EpochFlags(DeviceFlags, DryRunFlags):
     """Flags of the commands that train a network over epochs and write its checkpoint."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
-    seed: int | None = flag(None, "seed; default: drawn and printed", **SEED, identity=False)
+    seed: int | None = how(None, "seed; default: drawn and printed", **SEED)
     img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
     save_dir: Path = flag(Path("./teacher_ckpt"), "folder of the checkpoint")
-    tensorboard: bool = flag(False, TENSORBOARD, identity=False)
-    overwrite: bool = flag(False, "train again over a checkpoint of another configuration", identity=False)
+    tensorboard: bool = how(False, TENSORBOARD)
+    overwrite: bool = how(False, "train again over a checkpoint of another configuration")
     epochs: int = flag(200, "passes over the training images", minimum=1)
-    save_every: int = flag(10, "epochs between saves of the run state", minimum=1, identity=False)
+    save_every: int = how(10, "epochs between saves of the run state", minimum=1)
 
 
 def make_checkpoint(

@@ -5,8 +5,6 @@ python -m evaluation.export --source_data_name mine --synthetic_path results/min
 One line loads it: from evaluation.export import load_encoder; encoder = load_encoder("encoders/mine")
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +58,6 @@ class Encoder(nn.Module):
 
     @property
     def num_features(self) -> int:
-        """Width of the features."""
         return self.network.num_features
 
     def forward(self, pixels: Tensor) -> Tensor:

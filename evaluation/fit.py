@@ -1,6 +1,5 @@
 """The one training loop, and how what it trained is measured."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,20 +49,6 @@ def train_step(
         total = total + loss.detach()
     optimizer.step()
     return total
-
-
-def _step_at_rate(
-    model: nn.Module,
-    loss_fn: LossFn,
-    optimizer: Optimizer,
-    part: int | None,
-    x: Tensor,
-    y: Tensor,
-    rate: Tensor,
-) -> list[Tensor]:
-    """`train_step` with all that changes from step to step in tensors: what can be replayed."""
-    with reading_rate(optimizer, rate):
-        return [train_step(model, x, y, loss_fn, optimizer, part)]
 
 
 class Trainer:
@@ -156,11 +141,16 @@ class Trainer:
 
     def _advance(self, x: Any, y: Any, part: int | None) -> Tensor:
         """One step; each size of a batch is recorded by itself."""
+        model, loss_fn, optimizer = self.model, self.loss_fn, self.optimizer
         if self.replays is None:
-            return train_step(self.model, x, y, self.loss_fn, self.optimizer, part)
-        step = functools.partial(_step_at_rate, self.model, self.loss_fn, self.optimizer, part)
-        rate = x.new_full((), self.optimizer.param_groups[0]["lr"])
-        return self.replays.of(len(x), step)(x, y, rate)[0]
+            return train_step(model, x, y, loss_fn, optimizer, part)
+
+        # All that changes from step to step is in tensors. It does not hold the trainer, which holds it.
+        def step(x: Tensor, y: Tensor, rate: Tensor) -> list[Tensor]:
+            with reading_rate(optimizer, rate):
+                return [train_step(model, x, y, loss_fn, optimizer, part)]
+
+        return self.replays.of(len(x), step)(x, y, x.new_full((), optimizer.param_groups[0]["lr"]))[0]
 
     def forecast(self, runs: float = 1, **given: Any) -> Forecast:
         """Of `runs` trainings like what is left of this one, in steps; `given` as for `Forecast`."""

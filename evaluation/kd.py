@@ -9,7 +9,6 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ from data.load import ImageSet, load_set
 from data.meta import keeps_meaning_mirrored
 from evaluation.fit import Trainer, held_out_accuracy
 from evaluation.measure import Cell, CellStore, spread
-from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, kd_loss
+from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, kd_loss, of_recipe
 from evaluation.transfer import MeasureFlags, Measurement, PretrainFlags, load_pretraining
 from models import get_model
 from models.layout import batch_norms
 from utils import checkpoint
 from utils.checkpoint import apply_state, fingerprint, state_fingerprint
-from utils.cli import flag
+from utils.cli import flag, typed
 from utils.device import place
 from utils.errors import UserError, pick
 from utils.seed import derive_seed, local_seed, make_generator
@@ -47,9 +46,9 @@ class KdFlags(PretrainFlags, MeasureFlags):
     teacher_ckpt: Path | None = flag(None, "default: teacher_ckpt/teacher_{target_data_name}.pt")
     teacher_arch: str = flag("resnet18", "architecture of the teacher (zoo A)")
     kd_bn: str = flag("running", KD_BN, choices=("batch", "running"))
-    kd_epoch: int | None = flag(None, "distillation epochs; default: table", minimum=1)
-    kd_lr: float | None = flag(None, "distillation learning rate; default: table", above=0)
-    kd_batch_size: int | None = flag(None, "distillation batch; default: table", minimum=1)
+    kd_epoch: int | None = of_recipe("distillation epochs", minimum=1)
+    kd_lr: float | None = of_recipe("distillation learning rate", above=0)
+    kd_batch_size: int | None = of_recipe("distillation batch", minimum=1)
 
 
 @contextlib.contextmanager
@@ -76,11 +75,9 @@ def load_teacher(flags: KdFlags, target: ImageSet) -> nn.Module:
     name = f"teacher_{flags.target_data_name}.pt"
     path = flags.teacher_ckpt or Path("teacher_ckpt") / name
     if not path.exists():
-        command = (
-            f"python -m krr_st.kd_teacher --data_name {quote(flags.target_data_name)} "
-            f"--img_size {target.size} --arch {quote(flags.teacher_arch)} "
-            f"--data_dir {quote(str(flags.data_dir))} --save_dir {quote(str(path.parent))}"
-        )
+        how = dict(data_name=flags.target_data_name, img_size=target.size, arch=flags.teacher_arch)
+        how |= dict(data_dir=flags.data_dir, save_dir=path.parent)
+        command = typed("python -m krr_st.kd_teacher", **how)
         renamed = "" if path.name == name else f" (it writes {path.parent / name})"
         raise UserError(f"teacher checkpoint {path} does not exist; make it with: {command}{renamed}")
     with local_seed(0):  # every weight is replaced

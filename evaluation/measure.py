@@ -3,7 +3,6 @@
 Several processes, on one node or several, may write the same file.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,27 +17,21 @@ from filelock import FileLock
 from evaluation.parallel import in_parallel
 from utils import cli
 from utils.errors import UserError
-from utils.run_folder import environment, write_json
+from utils.run_folder import environment, read_log, write_json
 from utils.table import mean_std
 
 Cell = dict[str, Any]
 
 
 def read_cells(path: Path | str) -> list[Cell]:
-    """All finished cells of a file, oldest first, without torn and foreign lines.
+    """All finished cells of a file, oldest first, without foreign lines and those torn by a kill.
 
     A UserError where the file cannot be read.
     """
-    path = Path(path)
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
+        return [cell for cell in read_log(Path(path), errors="strict") if "id" in cell]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    cells = []
-    for line in lines:
-        with contextlib.suppress(ValueError, RecursionError):  # torn by a kill: measured again
-            cells.append(json.loads(line))
-    return [cell for cell in cells if isinstance(cell, dict) and "id" in cell]
 
 
 class CellStore:

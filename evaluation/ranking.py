@@ -8,9 +8,10 @@ Source: https://github.com/NUS-HPC-AI-Lab/DD-Ranking, whose package puts percent
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from statistics import fmean, pstdev
 
-WEIGHT = 0.5
+WEIGHT = 0.5  # of a score's second difference in the label-robust one, of the first in the other
 
 
 def bounded(gain: float) -> float:
@@ -18,9 +19,7 @@ def bounded(gain: float) -> float:
     return (math.exp(gain) - math.exp(-1)) / (math.e - math.exp(-1))
 
 
-def label_robust_score(
-    all_real: float, hard_labels: float, own_labels: float, random: float, weight: float = WEIGHT
-) -> float:
+def label_robust_score(all_real: float, hard_labels: float, own_labels: float, random: float) -> float:
     """How much of a set's accuracy does not come from soft labels and training alone.
 
     Args:
@@ -28,30 +27,22 @@ def label_robust_score(
         hard_labels: on the set with classes as labels; the difference to `all_real` counts against it.
         own_labels: on the set with its own labels.
         random: on random real images instead; the difference to `own_labels` counts for the set.
-        weight: of the second difference; the first one's is 1 - weight.
     """
-    return bounded(weight * (own_labels - random) - (1 - weight) * (all_real - hard_labels))
+    return bounded(WEIGHT * (own_labels - random) - (1 - WEIGHT) * (all_real - hard_labels))
 
 
 def augmentation_robust_score(
-    set_augmented: float,
-    random_augmented: float,
-    set_plain: float,
-    random_plain: float,
-    weight: float = WEIGHT,
+    set_augmented: float, random_augmented: float, set_plain: float, random_plain: float
 ) -> float:
-    """What a set is ahead of random real images with augmentation (`weight`) and without (1 - weight)."""
+    """What a set is ahead of random real images with augmentation and without."""
     augmented, plain = set_augmented - random_augmented, set_plain - random_plain
-    return bounded(weight * augmented + (1 - weight) * plain)
+    return bounded(WEIGHT * augmented + (1 - WEIGHT) * plain)
 
 
 # Score -> its formula, and the accuracies it takes.
 SCORES: dict[str, tuple[Callable[..., float], tuple[str, ...]]] = {
-    "label_robust_score": (label_robust_score, ("all_real", "hard_labels", "own_labels", "random")),
-    "augmentation_robust_score": (
-        augmentation_robust_score,
-        ("set_augmented", "random_augmented", "set_plain", "random_plain"),
-    ),
+    formula.__name__: (formula, tuple(signature(formula).parameters))
+    for formula in (label_robust_score, augmentation_robust_score)
 }
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.augment.dc import dc_augment
-from data.augment.dsa import diff_augment, no_augmentation
+from data.augment.dsa import diff_augment, no_augmentation, without_flip
 from data.loader import TensorLoader, Transform
 from data.synthetic import SyntheticSet, TrainingSettings
+from utils.cli import flag
 from utils.errors import UserError, pick
 from utils.optim import make_schedule
 
@@ -41,12 +42,28 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": F.mse_loss,
 }
 
-# Help of the flag --pre_mixup.
-PRE_MIXUP = (
-    "mixup of images and target vectors (shares ~ U(0, 1)) in pre-training; default: where the set says so"
-)
-
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
+
+
+def of_recipe(what: str, **limits: Any) -> Any:
+    """A flag for a value whose default is the published recipe's; see `Recipe.with_flags`."""
+    return flag(None, f"{what}; default: the recipe's", **limits)
+
+
+@dataclass(frozen=True)
+class PreFlags:
+    """Flags for how a network is trained on a synthetic set."""
+
+    pre_epoch: int | None = of_recipe("pre-training epochs", minimum=1)
+    pre_iteration: int | None = of_recipe("pre-training steps, not epochs", minimum=1, instead_of="pre_epoch")
+    pre_opt: str | None = of_recipe("pre-training optimiser", choices=("sgd", "adam"))
+    pre_lr: float | None = of_recipe("pre-training learning rate", above=0)
+    pre_wd: float | None = of_recipe("pre-training weight decay", minimum=0)
+    pre_batch_size: int | None = of_recipe("pre-training batch", minimum=1)
+    pre_dsa: str | None = of_recipe("pre-training DSA strategy or none")
+    pre_mixup: bool | None = flag(
+        None, "mixup of images and targets (shares ~ U(0, 1)) in pre-training; default: where the set says so"
+    )
 
 
 # Usually defaults.
@@ -118,6 +135,13 @@ class Recipe:
             target_scale=scale,
             mixup=training.mixup,
         )
+
+    def for_set(self, training: TrainingSettings, images: int | None, flags: PreFlags, hflip: bool) -> Recipe:
+        """`fitted`, with the flags put in; without `hflip` DSA does not mirror, unless a flag says so."""
+        recipe = self.fitted(training, images).with_flags(flags, "pre_")
+        if flags.pre_dsa is None and not hflip:
+            recipe = recipe.override(dsa=without_flip(recipe.dsa))
+        return recipe
 
     def check_targets(self, synthetic: SyntheticSet) -> None:
         """Raise a UserError where mixup or the scale of targets is not to be had with a set."""

@@ -7,11 +7,11 @@ import base64
 import contextlib
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from evaluation.ranking import SCORES, titled
 from utils import checkpoint
 from utils.cli import flag
 from utils.errors import UserError
-from utils.plots import Lines, save_curves, save_shared_curves
+from utils.plots import Lines, save_curves
 from utils.run_folder import START_FILE, read_log, read_series
 from utils.table import format_mean_std, mean_std
 
@@ -68,11 +68,7 @@ class ReportFlags:
     )
 
 
-class Value(NamedTuple):
-    """A cell of the table: what is read, and what it is sorted by."""
-
-    text: str
-    key: float | str = ""
+Value = tuple[str, float | str]  # a cell of the table: what is read, and what it is sorted by
 
 
 @dataclass
@@ -94,46 +90,44 @@ class Card:
         return f"{own} · {self.distance}{near}" if self.nearest else own
 
 
-@dataclass
 class Run:
-    """What the page says about one folder."""
+    """What the page says about one folder, whose files are read when it is built."""
 
-    path: Path
-    name: str
-    config: dict[str, Any] = field(default_factory=dict)
-    results: dict[str, Any] = field(default_factory=dict)
-    log: list[dict[str, Any]] = field(default_factory=list)
-    series: Lines = field(default_factory=dict)
-    synthetic: SyntheticSet | None = None
-    scores: list[dict[str, Any]] = field(default_factory=list)  # evaluations of the set, a row each
-    nearness: str = ""  # how near the set is to its training pictures, in words
-    near: tuple[int, int] | None = None  # so many of so many images are near to one
-    notes: list[str] = field(default_factory=list)  # what is damaged or not there
-    cards: list[Card] = field(default_factory=list)
-    pictures: list[tuple[str, str]] = field(default_factory=list)  # file name, data URI
-    cells: dict[str, Value] = field(default_factory=dict)
-
-    @cached_property
-    def flags(self) -> dict[str, Any]:
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+        self.notes: list[str] = []  # what is damaged or not there
+        self.config: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
+        self.log: list[dict[str, Any]] = []
+        self.series: Lines = {}
+        self.synthetic: SyntheticSet | None = None
+        with self.noting():
+            self.config = read_json(path / "config.json")
+        with self.noting():
+            self.results = read_json(path / "results.json")
+        with self.noting():
+            check_regular(path / "log.jsonl")
+            self.log = read_log(path / "log.jsonl")
+            try:
+                series = {k: kept for k, s in read_series(path / "log.jsonl").items() if (kept := finite(s))}
+            except (OverflowError, RecursionError):
+                raise UserError(f"{path / 'log.jsonl'} holds entries that no run writes; no curves") from None
+            self.series = dict(list(series.items())[:_PANELS])
+        with self.noting():
+            if (place := find_set(path)) is not None:
+                self.synthetic = SyntheticSet.load(place)
         flags = self.config.get("flags")
-        return flags if isinstance(flags, dict) else {}
+        self.flags: dict[str, Any] = flags if isinstance(flags, dict) else {}
+        self.scores: list[dict[str, Any]] = []  # evaluations of the set, a row each
+        self.nearness = ""  # how near the set is to its training pictures, in words
+        self.near: tuple[int, int] | None = None  # so many of so many images are near to one
+        self.cards: list[Card] = []
 
     @property
-    def facts(self) -> dict[str, str]:
+    def facts(self) -> dict[str, Any]:
         """The resolved configuration."""
         left_out = ("flags", "environment", "command")
-        facts = {k: v for k, v in self.config.items() if k not in left_out}
-        return shown_values({**facts, **self.flags})
-
-    @property
-    def environment(self) -> dict[str, str]:
-        found = self.config.get("environment")
-        return shown_values(found if isinstance(found, dict) else {})
-
-    @property
-    def command(self) -> str:
-        command = self.config.get("command")
-        return command if isinstance(command, str) else ""
+        return {k: v for k, v in self.config.items() if k not in left_out} | self.flags
 
     @property
     def data_name(self) -> str:
@@ -155,16 +149,8 @@ class Run:
         return f"not finished: there is no results.json yet; step {step}{of} is logged"
 
     @property
-    def shown_results(self) -> dict[str, str]:
-        return shown_values({k: v for k, v in self.results.items() if k != "linear_evaluations"})
-
-    @property
     def score_names(self) -> list[str]:
-        return list(dict.fromkeys(str(name) for row in self.scores for name in row))
-
-    @property
-    def shown_scores(self) -> list[dict[str, str]]:
-        return [shown_values(row) for row in self.scores]
+        return list(dict.fromkeys(name for row in self.scores for name in row))
 
     @property
     def strip(self) -> list[Card]:
@@ -190,10 +176,6 @@ class Run:
     def files(self) -> str:
         return ", ".join(sorted(p.name for p in self.path.iterdir() if p.is_file()))
 
-    @property
-    def anchor(self) -> str:
-        return f"run-{self.name}"
-
     @contextlib.contextmanager
     def noting(self) -> Iterator[None]:
         """What goes wrong with a file becomes a note of the page."""
@@ -203,11 +185,6 @@ class Run:
             self.notes.append(str(error))
         except OSError as error:
             self.notes.append(f"{error.filename or self.path}: {error.strerror or error}")
-
-
-def shown_values(values: dict[str, Any]) -> dict[str, str]:
-    """Values as the page's tables show them."""
-    return {str(name): plain_text(value) for name, value in values.items()}
 
 
 def plain_text(value: Any) -> str:
@@ -223,16 +200,9 @@ def _plain(value: Any) -> str:
     rows = [value] if isinstance(value, dict) else value
     if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
         return "\n".join(", ".join(f"{k} {_plain(v)}" for k, v in row.items()) for row in rows)
-    return value if isinstance(value, str) else json.dumps(_rounded(value))
-
-
-def _rounded(value: Any) -> Any:
-    """A JSON value whose numbers have six digits."""
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_rounded(v) for v in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    if isinstance(value, str):
+        return value
+    return json.dumps(json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.6g}")))
 
 
 def report(folder: Path, flags: ReportFlags | None = None) -> Path:
@@ -246,19 +216,17 @@ def report(folder: Path, flags: ReportFlags | None = None) -> Path:
     flags = flags or ReportFlags()
     folders = run_folders(folder)
     alone = len(folders) == 1
-    sources, scores = Sources(flags.data_dir), read_scores([folder, flags.test_log])
+    scores, read = read_scores([folder, flags.test_log]), cache(read_pictures)  # a source of many runs once
     title = (folders[0] if alone else folder).resolve().name
-    runs = [read_run(p, title if alone else p.relative_to(folder).as_posix()) for p in folders]
+    runs = [Run(p, title if alone else p.relative_to(folder).as_posix()) for p in folders]
+    curves = draw_curves(folder, runs, alone)
     for run in runs:
         if run.synthetic is not None:
             which = checkpoint.fingerprint(run.synthetic.images, run.synthetic.targets)
             run.scores = scores.get(which, [])
             with run.noting():
-                show_set(run, sources, flags.images)
-        run.cells = summary(run)
-    curves = draw_curves(folder, runs, alone)
-    for run in runs:
-        run.pictures = pictures_of(run, alone)
+                show_set(run, flags, read)
+        run.cells, run.pictures = summary(run), pictures_of(run, alone)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -266,13 +234,13 @@ def report(folder: Path, flags: ReportFlags | None = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["words"] = plain_text
     page = environment.get_template("report.html").render(
         title=title,
         runs=runs,
         columns=[name for name in COLUMNS if any(name in run.cells for run in runs)],
         alone=alone,
         curves=curves,
-        nothing=Value("–"),
         charts=_CHARTS,
         explained=EXPLAINED,
     )
@@ -306,29 +274,6 @@ def is_run(folder: Path) -> bool:
     except UserError:
         return True
     return "flags" in config or find_set(folder) is not None
-
-
-def read_run(path: Path, name: str) -> Run:
-    """Read what a run folder holds."""
-    run = Run(path, name)
-    with run.noting():
-        run.config = read_json(path / "config.json")
-    with run.noting():
-        run.results = read_json(path / "results.json")
-    with run.noting():
-        check_regular(path / "log.jsonl")
-        run.log = read_log(path / "log.jsonl")
-        try:
-            series = {
-                name: kept for name, s in read_series(path / "log.jsonl").items() if (kept := finite(s))
-            }
-        except (OverflowError, RecursionError):
-            raise UserError(f"{path / 'log.jsonl'} holds entries that no run writes; no curves") from None
-        run.series = dict(list(series.items())[:_PANELS])
-    with run.noting():
-        place = find_set(path)
-        run.synthetic = None if place is None else SyntheticSet.load(place)
-    return run
 
 
 def finite(series: tuple[list[float], list[float]]) -> tuple[list[float], list[float]] | None:
@@ -385,7 +330,7 @@ def summary(run: Run) -> dict[str, Value]:
 
     def put(name: str, value: Any, text: str = "") -> None:
         if isinstance(value, (str, int, float)) and value != "":
-            cells[name] = Value(text or plain_text(value), value)
+            cells[name] = text or plain_text(value), value
 
     info = {} if run.synthetic is None else run.synthetic.info
     put("method", run.flags.get("method", info.get("method")))
@@ -421,12 +366,12 @@ def draw_curves(folder: Path, runs: list[Run], alone: bool) -> str:
     """Draw curves.png; returns the shared curves of several runs as a data URI, "" without any."""
     if alone:
         if runs[0].series:
-            save_curves(runs[0].series, runs[0].path / "curves.png")
+            save_curves({"": runs[0].series}, runs[0].path / "curves.png")
         return ""
     shared = {run.name: found for run in runs if (found := shared_series(run))}
     if not shared:
         return ""
-    save_shared_curves(shared, folder / "curves.png")
+    save_curves(shared, folder / "curves.png")
     return data_uri((folder / "curves.png").read_bytes())
 
 
@@ -450,11 +395,9 @@ def data_uri(png: bytes) -> str:
 
 def tile(pixels: Tensor) -> str:
     """A C×H×W float image in [0, 1] as a data URI, at most _SIDE pixels wide and high."""
-    from PIL import Image
+    from torchvision.transforms.functional import to_pil_image  # slow to import
 
-    image = pixels.mul(255).round().byte().permute(1, 2, 0)
-    image = image.expand(-1, -1, 3) if image.shape[2] == 1 else image
-    picture = Image.fromarray(image.contiguous().numpy())
+    picture = to_pil_image(pixels.mul(255).round().byte())
     picture.thumbnail((_SIDE, _SIDE))
     file = io.BytesIO()
     picture.save(file, "PNG")
@@ -465,80 +408,65 @@ def pictures_of(run: Run, alone: bool) -> list[tuple[str, str]]:
     """The PNGs of a run folder; beside other runs only what the page does not draw itself."""
     found = []
     for path in sorted(run.path.glob("*.png")):
-        drawn = path.name in ("x_syn.png", "curves.png") or path.name.startswith("vis_")
-        if alone or not drawn:
+        if alone or not path.name.startswith(("x_syn.png", "curves.png", "vis_")):
             with run.noting():
                 check_regular(path)
                 found.append((path.name, data_uri(path.read_bytes())))
     return found
 
 
-class Sources:
-    """The prepared sets of the runs, each read once."""
-
-    def __init__(self, data_dir: Path | None) -> None:
-        self.data_dir = data_dir
-        self._known: dict[tuple[Path, int], Pictures] = {}
-
-    def of(self, run: Run) -> Pictures:
-        """The pictures of a run's source; a UserError that says why there are none."""
-        name, shape = run.data_name, tuple(run.synthetic.images.shape[1:])
-        if not name:
-            raise UserError("the set does not say what it was made from: no nearest real images")
-        spec, size = find_row(name), shape[-1]
-        folder = spec.folder if spec else name
-        for place in self._places(run, folder):
-            if (place / folder / file_name("X", "train", size)).exists():
-                break
-        else:
-            raise UserError(
-                f"{name} at {size} pixels is not prepared in {place}: no nearest real images; give "
-                f"--data_dir, or make it with: {prepare_command(folder, size, place)}"
-            )
-        key = place / folder, size
-        if key not in self._known:
-            self._known[key] = read_pictures(*key)
-        if self._known[key].train.shape[1:] != shape:
-            found = tuple(self._known[key].train.shape[1:])
-            raise UserError(f"{key[0]} holds pictures of {found}, the set {shape}: no nearest real images")
-        return self._known[key]
-
-    def _places(self, run: Run, folder: str) -> list[Path]:
-        """The folders that may hold the set's own."""
-        if self.data_dir is not None:
-            return [self.data_dir]
-        given = (run.flags.get("data_dir"), run.flags.get("data_path"))
-        places = [Path(p) for p in given if isinstance(p, str)]
-        places += [p.parent for p in places if p.name == folder]
-        return [*places, Path("./data") / run.data_name, Path("./datasets")]
+Read = Callable[[Path, int], Pictures]
 
 
-def show_set(run: Run, sources: Sources, count: int) -> None:
-    """Fill in the run's cards: start, end and nearest real image of `count` images of its set."""
+def find_source(run: Run, data_dir: Path | None, read: Read) -> Pictures:
+    """The pictures of a run's source, by `read`; a UserError that says why there are none."""
+    name, shape = run.data_name, tuple(run.synthetic.images.shape[1:])
+    if not name:
+        raise UserError("the set does not say what it was made from: no nearest real images")
+    spec, size = find_row(name), shape[-1]
+    folder = spec.folder if spec else name
+    given = [Path(p) for key in ("data_dir", "data_path") if isinstance(p := run.flags.get(key), str)]
+    given += [p.parent for p in given if p.name == folder]
+    places = [*given, Path("./data") / name, Path("./datasets")] if data_dir is None else [data_dir]
+    for place in places:
+        if (place / folder / file_name("X", "train", size)).exists():
+            break
+    else:
+        raise UserError(
+            f"{name} at {size} pixels is not prepared in {place}: no nearest real images; give "
+            f"--data_dir, or make it with: {prepare_command(folder, size, place)}"
+        )
+    pictures = read(place / folder, size)
+    if (found := tuple(pictures.train.shape[1:])) != shape:
+        raise UserError(
+            f"{place / folder} holds pictures of {found}, the set {shape}: no nearest real images"
+        )
+    return pictures
+
+
+def show_set(run: Run, flags: ReportFlags, read: Read) -> None:
+    """Fill in the run's cards: start, end and nearest real image of some images of its set."""
     synthetic = run.synthetic.plain()
     pixels = synthetic.to_pixels().cpu()
     if pixels.shape[1] not in (1, 3):
         raise UserError(f"images of {pixels.shape[1]} channels cannot be shown")
-    start = None
+    start = pictures = nearest = None
     with run.noting():
         start = read_start(run.path / START_FILE, pixels)
-    pictures = nearest = None
     # What is compared is spread evenly over the set, and so is what is shown of that.
     compared = spaced(len(pixels), COMPARED)
-    chosen = spaced(len(compared), count).tolist()
+    chosen = spaced(len(compared), flags.images).tolist()
     with run.noting():
-        pictures = sources.of(run)
+        pictures = find_source(run, flags.data_dir, read)
         nearest = find_nearest(pixels[compared], pictures.train, mirror=pictures.mirror)
         begun = None if start is None else start[compared]
         run.near = near_training(nearest, pictures), len(compared)
         run.nearness = describe(nearest, pictures, begun, of=len(pixels))
-    classes = None if synthetic.soft else synthetic.targets.tolist()
     names = pictures.class_names if pictures else []
     for place in chosen:
         number = int(compared[place])
-        card = Card(
-            number, "" if classes is None else class_name(classes[number], names), tile(pixels[number])
-        )
+        label = "" if synthetic.soft else class_name(int(synthetic.targets[number]), names)
+        card = Card(number, label, tile(pixels[number]))
         if start is not None:
             card.start = tile(to_float(start[number]))
         if nearest is not None:

@@ -29,7 +29,7 @@ from evaluation.jobs import Job, last_line, run_missing
 from evaluation.measure import CellStore
 from evaluation.workers import run_in_workers
 from utils import checkpoint, cli
-from utils.cli import flag
+from utils.cli import how
 from utils.distributed import launched
 from utils.errors import UserError
 from utils.stop import TIME_LIMIT, Stopped, terminable
@@ -42,27 +42,19 @@ class JobFlags:
     Account, QoS and what else a cluster wants are read by sbatch itself from its SBATCH_* variables.
     """
 
-    workers: int = flag(
+    workers: int = how(
         1,
         "missing jobs that run at the same time, each in a process and, of several GPUs, on one of its own",
         minimum=1,
-        identity=False,
     )
-    slurm: str | None = flag(
-        None, "run what is missing on a SLURM cluster, as one array on this partition", identity=False
+    slurm: str | None = how(None, "run what is missing on a SLURM cluster, as one array on this partition")
+    slurm_gpus: int = how(1, "GPUs of each job, which computes on the first", minimum=0)
+    slurm_cpus: int = how(4, "CPU cores of each job", minimum=1)
+    slurm_hours: float = how(
+        24.0, "time limit of each job in hours; one that reaches it is queued again and goes on", minimum=0.1
     )
-    slurm_gpus: int = flag(1, "GPUs of each job, which computes on the first", minimum=0, identity=False)
-    slurm_cpus: int = flag(4, "CPU cores of each job", minimum=1, identity=False)
-    slurm_hours: float = flag(
-        24.0,
-        "time limit of each job in hours; one that reaches it is queued again and goes on",
-        minimum=0.1,
-        identity=False,
-    )
-    slurm_array: int = flag(64, "jobs that run at the same time, at most", minimum=1, identity=False)
-    detach: bool = flag(
-        False, "with --slurm: submit and come back; called again, show how far the jobs are", identity=False
-    )
+    slurm_array: int = how(64, "jobs that run at the same time, at most", minimum=1)
+    detach: bool = how(False, "with --slurm: submit and come back; called again, show how far the jobs are")
 
 
 # Of a command: its flags -> what gives the jobs that are missing at the time.

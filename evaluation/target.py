@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from shlex import quote
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from models.fold import fold_frozen
 from models.foundation import Foundation, load_hf, load_torchvision
 from utils import checkpoint
 from utils.checkpoint import state_fingerprint
+from utils.cli import typed
 from utils.device import place
 from utils.errors import UserError, pick
 from utils.memory import SplitBatches
@@ -125,10 +125,8 @@ def load_target(
         return place(model, device, layout).eval().requires_grad_(False)
     model = Representation(arch, img_shape)
     if not path.exists():
-        command = (
-            f"python -m krr_st.target --data_name {quote(data_name)} --img_size {image_set.size} "
-            f"--target_model {quote(arch)} --data_dir {quote(str(data_dir))}"
-        )
+        how = dict(data_name=data_name, img_size=image_set.size, target_model=arch, data_dir=data_dir)
+        command = typed("python -m krr_st.target", **how)
         raise UserError(f"target checkpoint {path} does not exist; make it with: {command}")
     state = checkpoint.load_state(path, what="target checkpoint")
     checkpoint.apply_state(model.backbone, state, origin=path, skip=("fc.",))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shlex
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from data.augment.crop_flip import default_padding
-from data.augment.dsa import without_flip
 from data.load import ImageSet, load_set
 from data.loader import ImagePipeline
 from data.meta import keeps_meaning_mirrored, read_meta
@@ -29,17 +27,18 @@ from evaluation.probe import feature_error, frozen_accuracy, labelled_subset
 from evaluation.recipes import (
     BASELINES,
     MATCHING,
-    PRE_MIXUP,
     PRETRAIN,
     SCRATCH,
+    PreFlags,
     Recipe,
     finetune_recipe,
+    of_recipe,
     pretrain_recipe,
 )
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, target_sample
 from models import get_model
 from utils.checkpoint import apply_state, fingerprint
-from utils.cli import SEED, DeviceFlags, as_json, flag
+from utils.cli import SEED, DeviceFlags, as_json, flag, how, typed
 from utils.cost import Cost, DryRunFlags, Forecast
 from utils.device import place, resolve_device
 from utils.errors import UserError, pick
@@ -51,17 +50,12 @@ from utils.table import format_mean_std, markdown
 TARGET_ERROR = "target_error"
 
 
-def _of_table(what: str, **limits: Any) -> Any:
-    """A flag for a hyper-parameter whose default is the published table's."""
-    return flag(None, f"{what}; default: table", **limits)
-
-
 @dataclass(frozen=True)
 class NetworkFlags(DeviceFlags, DryRunFlags):
     """Flags that say which network, and how long it is trained."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
-    seed: int | None = flag(0, "seed of the first repetition; the next ones add 1", **SEED, identity=False)
+    seed: int | None = how(0, "seed of the first repetition; the next ones add 1", **SEED)
     source_data_name: str = flag("cifar100", "source: sets the image size and the base network")
     test_model: str = flag("base", "base (the source's network) or a name of zoo A")
     dropout: float = flag(0.0, "dropout before the last layer", minimum=0, maximum=0.99)
@@ -78,7 +72,7 @@ class MeasureFlags(NetworkFlags):
 
 
 @dataclass(frozen=True)
-class PretrainFlags:
+class PretrainFlags(PreFlags):
     """Flags that name a synthetic set and how it trains a network."""
 
     source_data_name: str = flag("tinyimagenet", "source: sets the image size and base network")
@@ -92,17 +86,9 @@ class PretrainFlags:
     synthetic_path: Path | None = flag(
         None, "a set elsewhere: its folder (e.g. results/EXP) or file", instead_of="synthetic_data_dir"
     )
-    pre_epoch: int | None = _of_table("pre-training epochs", minimum=1)
-    pre_iteration: int | None = _of_table("pre-training steps", minimum=1, instead_of="pre_epoch")
-    pre_opt: str | None = _of_table("pre-training optimiser", choices=("sgd", "adam"))
-    pre_momentum: float | None = _of_table("pre-training momentum (sgd)", minimum=0, maximum=0.999)
-    pre_schedule: str | None = _of_table("pre-training learning-rate schedule", choices=tuple(SCHEDULES))
-    pre_warmup: int | None = _of_table("warm-up steps (cosine), at most half of all", minimum=0)
-    pre_lr: float | None = _of_table("pre-training learning rate", above=0)
-    pre_wd: float | None = _of_table("pre-training weight decay", minimum=0)
-    pre_batch_size: int | None = _of_table("pre-training batch", minimum=1)
-    pre_dsa: str | None = _of_table("pre-training DSA strategy or none")
-    pre_mixup: bool | None = flag(None, PRE_MIXUP)
+    pre_momentum: float | None = of_recipe("pre-training momentum (sgd)", minimum=0, maximum=0.999)
+    pre_schedule: str | None = of_recipe("pre-training learning-rate schedule", choices=tuple(SCHEDULES))
+    pre_warmup: int | None = of_recipe("warm-up steps (cosine), at most half of all", minimum=0)
     pre_target_scale: str | None = flag(
         None,
         "learn the set's target vectors standardised (std), which is undone in the network's outputs, or as "
@@ -145,13 +131,13 @@ class ScratchFlags(MeasureFlags):
     )
     target_model: str | None = flag(None, f"for --target_error: {TARGET_MODEL}")
     target_ckpt: Path | None = flag(None, TARGET_CKPT)
-    finetune_iteration: int | None = _of_table("fine-tuning steps", minimum=1)
-    finetune_opt: str | None = _of_table("fine-tuning optimiser", choices=("sgd", "adam"))
-    finetune_momentum: float | None = _of_table("fine-tuning momentum (sgd)", minimum=0, maximum=0.999)
-    finetune_schedule: str | None = _of_table("fine-tuning learning-rate schedule", choices=tuple(SCHEDULES))
-    finetune_lr: float | None = _of_table("fine-tuning learning rate", above=0)
-    finetune_wd: float | None = _of_table("fine-tuning weight decay", minimum=0)
-    finetune_batch_size: int | None = _of_table("fine-tuning batch", minimum=1)
+    finetune_iteration: int | None = of_recipe("fine-tuning steps", minimum=1)
+    finetune_opt: str | None = of_recipe("fine-tuning optimiser", choices=("sgd", "adam"))
+    finetune_momentum: float | None = of_recipe("fine-tuning momentum (sgd)", minimum=0, maximum=0.999)
+    finetune_schedule: str | None = of_recipe("fine-tuning learning-rate schedule", choices=tuple(SCHEDULES))
+    finetune_lr: float | None = of_recipe("fine-tuning learning rate", above=0)
+    finetune_wd: float | None = of_recipe("fine-tuning weight decay", minimum=0)
+    finetune_batch_size: int | None = of_recipe("fine-tuning batch", minimum=1)
 
     @property
     def wants_error(self) -> bool:
@@ -263,18 +249,14 @@ def source_classes(name: str, data_dir: Path) -> int:
 def set_command(flags: PretrainFlags, size: int) -> str:
     """The command that makes the synthetic set that the flags name, where they look for it."""
     source, method, folder = flags.source_data_name, flags.method, flags.synthetic_data_dir
-    command = ["train.py"] if method not in BASELINES else ["-m", "krr_st.baselines"]
-    command += ["--method", method, "--data_name", source, "--img_size", size, "--data_dir", flags.data_dir]
+    named: dict[str, Any] = dict(method=method, data_name=source, img_size=size, data_dir=flags.data_dir)
     if method in BASELINES:
-        command += ["--synthetic_data_dir", folder]
-    elif method in MATCHING:
-        classes = source_classes(source, flags.data_dir)
-        count = resolve_preset(source, flags.data_dir, size).num_images
-        command += ["--ipc", max(1, count // classes)] if classes else []
-        command += ["--export", folder / source / method]
-    else:
-        command += ["--save_dir", folder / source, "--exp_name", method]
-    return shlex.join(["python", *map(str, command)])
+        return typed("python -m krr_st.baselines", **named, synthetic_data_dir=folder)
+    if method not in MATCHING:
+        return typed("python train.py", **named, save_dir=folder / source, exp_name=method)
+    if classes := source_classes(source, flags.data_dir):
+        named["ipc"] = max(1, resolve_preset(source, flags.data_dir, size).num_images // classes)
+    return typed("python train.py", **named, export=folder / source / method)
 
 
 def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = False) -> Pretraining:
@@ -290,9 +272,8 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
     synthetic = SyntheticSet.load(path)
     recipe = pretrain_recipe(flags.method, source, arch, kd=kd, count=len(synthetic))
     stored = None if synthetic.views is None else len(synthetic) // synthetic.views.each
-    recipe = recipe.fitted(synthetic.training, stored).with_flags(flags, "pre_")
-    if flags.pre_dsa is None and not keeps_meaning_mirrored(flags.data_dir / source):
-        recipe = recipe.override(dsa=without_flip(recipe.dsa))
+    hflip = keeps_meaning_mirrored(flags.data_dir / source)
+    recipe = recipe.for_set(synthetic.training, stored, flags, hflip)
     found = tuple(synthetic.images.shape[2:])
     if found != (size, size):
         raise UserError(f"{path} holds images of {found} pixels, expected {size} x {size}; see --img_size")
@@ -363,10 +344,6 @@ class Measurement:
         self.device = resolve_device(flags.device, flags.gpu_id)
         self.forecast = Forecast(0, self.device)  # speaks while `run` runs
 
-    def missing(self, seed: int, store: CellStore) -> bool:
-        """Whether any cell of a seed is not there yet."""
-        return any(store.get(key) is None for key in self.keys(seed))
-
     def settings(self) -> dict[str, Any]:
         """What the value of every cell depends on."""
         return {
@@ -418,7 +395,8 @@ class Measurement:
             return 0
         store, cells = CellStore(flags.log_dir / "results.jsonl"), []
         seeds = range(first, first + flags.num_test)
-        self.forecast = self.new_forecast(sum(self.missing(seed, store) for seed in seeds))
+        left = sum(any(store.get(key) is None for key in self.keys(seed)) for seed in seeds)
+        self.forecast = self.new_forecast(left)
         with out_of_memory_says(self.device, self.knobs):
             for seed in seeds:
                 cells += self.repetition(seed, store)
@@ -552,7 +530,6 @@ class Transfer(Measurement):
         return key
 
     def keys(self, seed: int) -> list[dict[str, Any]]:
-        """Of all cells of one seed."""
         return [self.key(target, measure, seed) for target in self.targets for measure in self.measures]
 
     def finetuning(self, target: ImageSet) -> Recipe:

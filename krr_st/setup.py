@@ -1,15 +1,12 @@
 """What the kernel regression family adds to runs of one set: real batches, several processes."""
 
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from data.specs import Stats
-from distillation.base import Distiller
-from distillation.loop import Plan
-from distillation.one_set import SetObserver, SetSetup
+from distillation.one_set import SetSetup
 from distillation.run import Method
 from krr_st.config import TrainFlags
 from utils.cost import Cost
@@ -33,10 +30,8 @@ class KernelSetup(SetSetup):
         if getattr(flags, "learn_label", None) is False and getattr(flags, "outer_lr_y", None):
             raise UserError("--outer_lr_y is the learning rate of labels that --no-learn_label keeps")
 
-    def __init__(
-        self, method: Method, flags: Any, device: torch.device, group: Group, held: ExitStack
-    ) -> None:
-        super().__init__(method, flags, device, group, held)
+    def __init__(self, method: Method, flags: Any, device: torch.device, group: Group) -> None:
+        super().__init__(method, flags, device, group)
         batch = min(flags.outer_batch_size, len(self.image_set.train))
         if batch % group.ranks:
             raise UserError(
@@ -92,12 +87,6 @@ class KRRSTSetup(KernelSetup):
         results = super().run(run)
         return {**results, "linear_evaluations": results["evaluations"]}
 
-    def observer(self, run: Run, plan: Plan, distiller: Distiller) -> SetObserver:
-        """As any; what its held-out loss is of becomes the name of a line."""
-        observer = super().observer(run, plan, distiller)
-        self.monitored = str(observer.monitor)
-        return observer
-
     def drawn(self, run: RunFolder) -> dict[str, Any]:
         """Draw loss.png; returns where the held-out loss began and ended."""
         series = read_series(run.path / "log.jsonl")
@@ -105,9 +94,8 @@ class KRRSTSetup(KernelSetup):
         found = {}
         if "held_out_loss" in series:
             curve = [e["held_out_loss"] for e in run.read_log() if "held_out_loss" in e]
-            found = {"held_out_loss": {"of": self.monitored, "start": curve[0], "end": curve[-1]}}
-            lines = {self.monitored: series["held_out_loss"], **lines}
+            found = {"held_out_loss": {"of": str(self.monitor), "start": curve[0], "end": curve[-1]}}
+            lines = {str(self.monitor): series["held_out_loss"], **lines}
         title = "Only the fixed networks compare step with step: the pool's age and follow the set"
-        axes = dict(x_label="outer step", y_label="KRR loss", log_y=True)
-        save_lines({title: lines}, run.path / "loss.png", **axes)
+        save_lines({title: lines}, run.path / "loss.png", x_label="outer step", y_label="KRR loss")
         return found

@@ -402,7 +402,7 @@ def draw(study: Study) -> None:
                 error and row.method == SCRATCH
             ):
                 lines[row.name] = ([study.flags.num_images], [value])
-    save_lines(panels, study.folder / "worth.png", x_label="images", y_label="", log_x=True)
+    save_lines(panels, study.folder / "worth.png", x_label="images", log_x=True)
 
 
 @cli.command(StudyFlags, prog="python -m krr_st.study", description=__doc__)

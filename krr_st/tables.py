@@ -42,9 +42,10 @@ from krr_st.config import TargetFlags, TrainFlags, shared_flags
 from krr_st.published import PROBE_CELLS, PROBE_TABLES, PROBE_TARGETS
 from methods import METHODS
 from models import get_model
-from utils import cli, flops
+from utils import cli
 from utils.checkpoint import fingerprint
 from utils.cli import SEED, DeviceFlags, flag
+from utils.cost import forward_flops as count_flops
 from utils.errors import UserError, pick
 from utils.plots import save_bar_groups
 from utils.table import mean_std
@@ -396,7 +397,7 @@ def jobs(flags: TablesFlags) -> Callable[[], list[Job]]:
 def forward_flops(arch: str, size: int) -> int:
     """Floating-point operations of one image's forward pass."""
     shape = (3, size, size)
-    return flops.forward_flops(lambda: get_model(arch, shape), shape)
+    return count_flops(lambda: get_model(arch, shape), shape)
 
 
 @cli.command(TablesFlags, prog="python -m krr_st.tables", description=__doc__)

@@ -4,8 +4,6 @@ Every stage is ordinary commands of the project, printed as a user would type th
 from the measured speed of a few steps and kept in {out}/plan.json, so that the same command resumes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
@@ -127,18 +125,8 @@ class Plan:
         return self.chosen[name]
 
     def save(self) -> None:
-        """Write the file."""
         kept = dict(chosen=self.chosen, done=self.done, commands=self.commands)
         write_json(self.path, {"asked": self.asked, "seconds": self.spent, **kept})
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one stage is called, and what gives its commands, without `python`."""
-
-    name: str
-    title: str
-    commands: Callable[[], list[str]]
 
 
 class FolderRun:
@@ -154,9 +142,18 @@ class FolderRun:
         self.out = out if out.name else out.resolve()  # "." has no name to be a run's
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file; expected a folder")
+        self.data_dir, self.random_dir = self.out / "data", self.out / "random"
+        # Flags of all commands that read the prepared pictures.
+        self.place = dict(data_dir=self.data_dir, img_size=flags.img_size, seed=flags.seed)
+        self.place |= dict(device=flags.device, gpu_id=flags.gpu_id)
         self.method, recipe = parse(["--recipe", RECIPE], "krr_st", prog="train.py", description="")
         self.recipe = replace(recipe, **STEPS)
+        self.views = {f.name: getattr(self.recipe, f.name) for f in fields(ViewFlags)}
+        self.foreign = ":" in (flags.target or "")  # the target model is one from elsewhere
         self.source = self._read()
+        self.labelled = len(self.source.class_names or ()) > 1  # sub-folders name two classes or more
+        # Random images with class labels make a row where each class has one of them.
+        self.can_label = self.labelled and flags.num_images >= len(self.source.class_names)
         asked = {"folder": str(pictures.resolve()), **cli.identity(flags), "set of pictures": self._digest()}
         self.plan = Plan(self.out / "plan.json", asked)
 
@@ -197,30 +194,9 @@ class FolderRun:
         """Seconds of the budget."""
         return max(0.0, 60 * self.flags.minutes - self.plan.spent)
 
-    @property
-    def labelled(self) -> bool:
-        """Whether sub-folders name two classes or more."""
-        return len(self.source.class_names or ()) > 1
-
-    @property
-    def foreign(self) -> bool:
-        """Whether the target model is one from elsewhere."""
-        return ":" in (self.flags.target or "")
-
-    @property
-    def data_dir(self) -> Path:
-        return self.out / "data"
-
     @cached_property
     def image_set(self) -> ImageSet:
         return load_set(self.name, self.flags.img_size, self.data_dir)
-
-    @property
-    def place(self) -> dict[str, Any]:
-        """Flags of all commands that read the prepared pictures."""
-        flags = self.flags
-        where = dict(data_dir=self.data_dir, img_size=flags.img_size, seed=flags.seed)
-        return {**where, "device": flags.device, "gpu_id": flags.gpu_id}
 
     @property
     def network(self) -> str:
@@ -236,19 +212,18 @@ class FolderRun:
 
     # The stages.
 
-    def stages(self) -> list[Stage]:
-        """In their order."""
-        learn = [Stage("target", "The target model learns from the pictures, without labels", self.learn)]
+    def stages(self) -> list[tuple[str, str, Callable[[], list[str]]]]:
+        """In their order: the name, the title, and what gives the commands, without `python`."""
+        learn = ("target", "The target model learns from the pictures, without labels", self.learn)
         return [
-            Stage("prepare", f"Pictures become tensors of {self.flags.img_size} pixels", self.prepare),
-            *([] if self.foreign else learn),
-            Stage("random", "Random pictures, to compare with", self.draw),
-            Stage("distil", f"Distillation into {self.flags.num_images} images", self.distil),
-            Stage("judge", "What networks are worth that are pre-trained on them", self.judge),
+            ("prepare", f"Pictures become tensors of {self.flags.img_size} pixels", self.prepare),
+            *([] if self.foreign else [learn]),
+            ("random", "Random pictures, to compare with", self.draw),
+            ("distil", f"Distillation into {self.flags.num_images} images", self.distil),
+            ("judge", "What networks are worth that are pre-trained on them", self.judge),
         ]
 
     def prepare(self) -> list[str]:
-        """data.prepare."""
         flags = self.flags
         how = PrepareFlags(
             data_name=self.name,
@@ -307,37 +282,19 @@ class FolderRun:
         return dict(epochs=min(MOST_EPOCHS, round_down(TARGET_SHARE * self.left / epoch)))
 
     def learn(self) -> list[str]:
-        """krr_st.target."""
         epochs = self.plan.choose("target", self.choose_epochs)["epochs"]
         flags = self.target_flags(self.target["target_model"])
         flags = replace(flags, epochs=epochs, eval_every=epochs, save_every=max(1, epochs // 20))
         return [cli.command_line("-m krr_st.target", flags)]
 
-    @property
-    def random_dir(self) -> Path:
-        return self.out / "random"
-
-    @property
-    def views(self) -> dict[str, Any]:
-        """The recipe's views of each image."""
-        return {f.name: getattr(self.recipe, f.name, f.default) for f in fields(ViewFlags)}
-
     def draw(self) -> list[str]:
         """krr_st.baselines; images with features are trained on as the distilled ones are."""
         shared = dict(data_name=self.name, num_images=self.flags.num_images, **self.target)
         shared |= dict(synthetic_data_dir=self.random_dir, **self.place)
-        alike = dict(
-            target_scale=getattr(self.recipe, "target_scale", None) or "none",
-            mixup=bool(getattr(self.recipe, "pool_mixup", False)),
-        )
+        alike = dict(target_scale=self.recipe.target_scale or "none", mixup=bool(self.recipe.pool_mixup))
         chosen = [BaselineFlags(method="random_features", **shared, **alike, **self.views)]
         chosen += [BaselineFlags(method="random", **shared)] * self.can_label
         return [cli.command_line("-m krr_st.baselines", flags) for flags in chosen]
-
-    @property
-    def can_label(self) -> bool:
-        """Whether random images with class labels make a row: each class has one of them."""
-        return self.labelled and self.flags.num_images >= len(self.source.class_names)
 
     def train_flags(self, steps: int, precision: str, pre_iteration: int) -> Any:
         """Those of train.py: the recipe, shortened in proportion: networks of the pool age with it."""
@@ -345,9 +302,8 @@ class FolderRun:
         shared = dict(data_name=self.name, num_images=count, train_model=self.network, **self.target)
         shared |= dict(save_dir=self.out.parent, exp_name=self.out.name, save_every="60s", **self.place)
         shared |= dict(outer_iteration=steps, eval_every=steps, print_every=max(1, steps // 20))
-        if hasattr(recipe, "online_iteration"):
-            age = round(recipe.online_iteration * steps / recipe.outer_iteration)
-            shared |= dict(online_iteration=min(recipe.online_iteration, max(5, age)))
+        age = round(recipe.online_iteration * steps / recipe.outer_iteration)
+        shared |= dict(online_iteration=min(recipe.online_iteration, max(5, age)))
         # Its own evaluation at the end is a short one: the judging follows.
         return replace(recipe, precision=precision, pre_iteration=pre_iteration, test_iteration=500, **shared)
 
@@ -358,7 +314,7 @@ class FolderRun:
         rates, evaluation, kind = {}, 0.0, self.method.distiller
         for precision in ("fp32", "bf16"):
             flags = self.train_flags(self.recipe.outer_iteration, precision, pre_iteration)
-            with set_up(self.method, resolved(self.method, flags)) as (setup, _):
+            with set_up(self.method, resolved(self.method, flags)) as setup:
                 cost, evaluation = setup.measure(), setup.evaluation_cost()
                 rates[precision] = cost.seconds / cost.work
         budget -= (time.monotonic() - began) / 2  # the run itself has to start, too
@@ -373,7 +329,6 @@ class FolderRun:
         return dict(steps=steps, precision=fastest, pre_iteration=pre_iteration)
 
     def distil(self) -> list[str]:
-        """train.py."""
         flags = self.train_flags(**self.plan.choose("distil", self.choose_distillation))
         named = dict(method=self.method.name.lower())
         return [cli.command_line("train.py", flags, self.method.recipes[RECIPE], **named)]
@@ -435,7 +390,6 @@ class FolderRun:
         return self.rows(**self.plan.choose("judge", lambda: self.choose_judging(0.9 * self.left)))
 
     def judge(self) -> list[str]:
-        """test_scratch.py and test.py."""
         return [
             cli.command_line("test.py" if isinstance(flags, TestFlags) else "test_scratch.py", flags)
             for flags, _ in self.judged.values()
@@ -464,16 +418,16 @@ class FolderRun:
         """Run what is not done yet; returns the exit code of the command that stopped, or 0."""
         stages, plan = self.stages(), self.plan
         try:
-            for number, stage in enumerate(stages, 1):
-                if stage.name in plan.done:
+            for number, (name, title, commands) in enumerate(stages, 1):
+                if name in plan.done:
                     continue
                 left = f"{duration(self.left)} of {self.flags.minutes:g} min left"
-                print(f"\n[{number}/{len(stages)}] {stage.title} ({left})", flush=True)
-                plan.commands[stage.name] = stage.commands()
-                for command in plan.commands[stage.name]:
+                print(f"\n[{number}/{len(stages)}] {title} ({left})", flush=True)
+                plan.commands[name] = commands()
+                for command in plan.commands[name]:
                     if code := run_command(command):
                         return code
-                plan.done.append(stage.name)
+                plan.done.append(name)
                 plan.save()
         finally:
             if self.out.is_dir():
@@ -489,26 +443,24 @@ class FolderRun:
         print()
         if code := run_command(shlex.join(["-m", "utils.report", str(out)])):
             return code
-        seeds = self.plan.chosen["judge"]["num_test"]
+        seeds, steps = self.plan.chosen["judge"]["num_test"], self.plan.chosen["distil"]["steps"]
         unseen = f"{len(self.image_set.test)} pictures that were not learned from, {seeds} seeds"
+        advice = ""
+        if steps < ENOUGH_DISTIL:
+            more = math.ceil(self.flags.minutes * ENOUGH_DISTIL / steps)
+            advice = (
+                f"{steps} outer steps are few: --minutes {more} with another --out gives {ENOUGH_DISTIL}\n\n"
+            )
         print(
             f"\nWhat networks are worth, judged on {unseen}:\n\n"
             f"{markdown(list(table[0]), [list(row.values()) for row in table])}\n\n"
             f"{EXPLAINED if self.labelled else EXPLAINED_ERROR}\n\n"
-            f"{self.advice()}"
+            f"{advice}"
             f"set:    {out}/x_syn.pt, y_syn.pt; pictures: {out}/x_syn.png\n"
             f"report: {out}/report.html\n"
             f"{duration(self.plan.spent)} of {self.flags.minutes:g} min"
         )
         return 0
-
-    def advice(self) -> str:
-        """What to do where the distillation was short."""
-        steps, minutes = self.plan.chosen["distil"]["steps"], self.flags.minutes
-        if steps >= ENOUGH_DISTIL:
-            return ""
-        more = math.ceil(minutes * ENOUGH_DISTIL / steps)
-        return f"{steps} outer steps are few: --minutes {more} with another --out gives {ENOUGH_DISTIL}\n\n"
 
 
 @entry_point

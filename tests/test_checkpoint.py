@@ -273,7 +273,7 @@ def test_pictures(tmp_path):
     assert picture.shape == (8 + 4, 3 * 8 + 4 * 2, 3)
     assert [int(picture[6, 6 + 10 * i, 0]) for i in range(3)] == [0, 128, 255]
     lines = {"a": ([1, 2], [1.0, 0.1]), "b": ([1], [0.5])}
-    save_lines({"t": lines, "u": lines}, tmp_path / "c.png", x_label="x", y_label="y", log_y=True)
+    save_lines({"t": lines, "u": lines}, tmp_path / "c.png", x_label="x", y_label="loss")
     assert Image.open(tmp_path / "c.png").size[0] > 100
     with pytest.raises(UserError, match=r"cannot draw images of shape \(0, 3, 4, 4\)"):
         save_grid(torch.zeros(0, 3, 4, 4), tmp_path / "no.png")

@@ -15,8 +15,9 @@ from clom import tables
 from evaluation.measure import CellStore
 from models import get_network
 from utils import checkpoint, progress
-from utils.locks import Claims, is_left_over
+from utils.checkpoint import is_left_over
 from utils.progress import SaveTimer
+from utils.run_folder import InUse, claim_run, is_claimed
 from utils.seed import local_seed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,10 +77,10 @@ def test_a_run_under_a_jumping_clock_is_the_same(workspace, monkeypatch, capsys)
 
 
 def test_locks_and_left_overs_under_a_jumping_clock(tmp_path, jumping):
-    with Claims(tmp_path).claim("a") as ours, Claims(tmp_path).claim("a", patience=0.1) as again:
-        assert ours and not again
-    with Claims(tmp_path).claim("a") as ours:
-        assert ours
+    with claim_run(tmp_path / "a"), pytest.raises(InUse), claim_run(tmp_path / "a", patience=0.1):
+        pass
+    with claim_run(tmp_path / "a"):
+        assert is_claimed(tmp_path / "a")
     store = CellStore(tmp_path / "results.jsonl")
     store.add({"a": 1}, accuracy=2.0)
     for when in (0, 2**31):  # a file from before the clock was set back, or from its future

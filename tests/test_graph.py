@@ -224,7 +224,7 @@ def test_a_training_is_the_same_with_fixed_places(optimizer):
     resumed.load_state_dict(copy.deepcopy(fixed.state_dict()))
     resumed.replays = Replays(CPU)  # by itself it has none on a CPU
     assert rest(fixed) == rest(resumed) == pytest.approx(wanted[16:], rel=1e-5)
-    assert [len(r._inputs[0]) for r in fixed.replays.values()] == [4, 2]
+    assert [len(r._inputs[0]) for r in fixed.replays._found.values()] == [4, 2]
     if optimizer == "sgd":  # AdamW's decay on a CPU is in double precision
         assert plain(fixed.model.state_dict()) == plain(plain_one.model.state_dict())
     kept = weakref.ref(fixed.replays)

@@ -18,17 +18,17 @@ from evaluation.jobs import Job, file_name, run_missing
 from evaluation.measure import CellStore
 from evaluation.tables import Entry, Place, crossed, to_csv, to_latex, with_published_file
 from utils.errors import UserError
-from utils.locks import Claims
 from utils.progress import duration
+from utils.run_folder import InUse, claim_run, is_claimed
 from utils.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 
 HOLDER = """
 import sys, time
-from utils.locks import Claims
+from utils.run_folder import claim_run
 
-with Claims(sys.argv[1]).claim("a"):
+with claim_run(sys.argv[1] + "/a"):
     print("held", flush=True)
     time.sleep(1e6)
 """
@@ -45,41 +45,39 @@ def holder(tmp_path):
 
 
 def test_a_claim_ends_with_its_process(tmp_path, holder):
-    assert Claims(tmp_path).held_elsewhere("a")
+    assert is_claimed(tmp_path / "a")
     holder.kill()
     holder.wait()
-    assert not Claims(tmp_path).held_elsewhere("a")
+    assert not is_claimed(tmp_path / "a")
 
 
 def test_a_claim_is_one_process_and_one_block(tmp_path):
-    claims = Claims(tmp_path / "claims")
-    assert not claims.held_elsewhere("a")
-    with claims.claim("a") as ours:
-        assert ours and claims.held_elsewhere("a")
-        with Claims(tmp_path / "claims").claim("a") as twice:
-            assert not twice
-        assert f"process {os.getpid()} on " in claims.owner("a")
-    assert not claims.held_elsewhere("a")
-    with claims.claim("a") as again:
-        assert again
+    path = tmp_path / "runs" / "a"
+    assert not is_claimed(path)
+    with claim_run(path):
+        assert is_claimed(path)
+        with pytest.raises(InUse, match=rf"\(process {os.getpid()} on "), claim_run(path):
+            pass
+    assert not is_claimed(path)
+    with claim_run(path):
+        pass
 
 
 def test_another_name_of_the_folder_is_the_same_folder(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    with Claims(tmp_path / "real").claim("a"), Claims(tmp_path / "link").claim("a") as twice:
-        assert not twice
+    with claim_run(tmp_path / "real" / "a"), pytest.raises(InUse), claim_run(tmp_path / "link" / "a"):
+        pass
 
 
 def test_a_suspended_process_keeps_its_claim(tmp_path, holder):
     holder.send_signal(signal.SIGSTOP)
-    assert Claims(tmp_path).held_elsewhere("a")
+    assert is_claimed(tmp_path / "a")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    claims = Claims(tmp_path / "file" / "claims")
-    with pytest.raises(UserError, match=r"cannot write .*claims"), claims.claim("a"):
+    with pytest.raises(UserError, match=r"cannot write .*a\.lock"), claim_run(tmp_path / "file" / "a"):
         pass
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from data.synthetic import TrainingSettings
-from distillation.labels import set_recipe
+from distillation.labels import Labels
 from evaluation.recipes import LOSSES, Recipe, finetune_recipe, pretrain_recipe
 from krr_st.config import TrainFlags
 from methods import METHODS
@@ -136,6 +136,6 @@ def test_a_set_of_views_is_trained_on_as_long_by_train_py_as_by_test_py(tmp_path
         TrainFlags(data_name="cifar10", views=50, num_images=100), test_model="convnet_128_256_512_bn"
     )
     image_set = SimpleNamespace(hflip=True)
-    found = set_recipe(METHODS["krr_st"], flags, image_set, TrainingSettings())
+    found = Labels(METHODS["krr_st"], flags, image_set, None).recipe(TrainingSettings())
     alone = pretrain_recipe("krr_st", "cifar10", flags.test_model, count=100)
     assert found.steps_on(5000) == alone.steps_on(100) == 1000

@@ -14,8 +14,8 @@ from torch import nn
 
 from evaluation.measure import CellStore, read_cells
 from utils import checkpoint
+from utils.checkpoint import in_use, is_left_over
 from utils.errors import UserError
-from utils.locks import in_use, is_left_over
 from utils.run_folder import RunFolder, claim_run, forget_run, load_run, previous_path, read_state, save_run
 
 

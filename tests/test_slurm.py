@@ -22,6 +22,7 @@ from evaluation.measure import CellStore, read_cells
 from evaluation.slurm import JobFlags, run_jobs
 from krr_st import study
 from krr_st import tables as krr_tables
+from utils.cli import flag
 from utils.errors import UserError
 from utils.stop import StopRequest
 
@@ -64,7 +65,7 @@ def cluster(workspace, monkeypatch):
 
 @dataclass(frozen=True)
 class Flags(JobFlags):
-    count: int = slurm.flag(3, "jobs")
+    count: int = flag(3, "jobs")
 
 
 def work(number):

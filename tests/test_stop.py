@@ -14,14 +14,14 @@ import train
 import train_original_models
 from clom.dm import DistributionMatching
 from distillation import one_set
-from evaluation.linear import LinearEvaluation
+from distillation.labels import FeatureLabels
 from evaluation.target import Representation
 from krr_st import kd_teacher, setup, target
 from krr_st.krr_st import KRRST
 from utils import checkpoint
 from utils.errors import entry_point
 from utils.progress import LossWindow
-from utils.run_folder import run_claims
+from utils.run_folder import is_claimed
 from utils.seed import local_seed
 from utils.stop import Stopped, StopRequest, terminable
 
@@ -130,12 +130,12 @@ def test_a_linear_evaluation_is_not_waited_for(inputs, monkeypatch, capsys, call
             ended.append(1)
         return linear_evaluation(self, *args)
 
-    calls, linear_evaluation = [], LinearEvaluation.__call__
+    calls, linear_evaluation = [], FeatureLabels.evaluate
     monkeypatch.chdir(inputs / "whole")
     assert train.main(flags) == 0
     monkeypatch.chdir(inputs / "stopped")
     with monkeypatch.context() as patch:
-        patch.setattr(LinearEvaluation, "__call__", evaluation)
+        patch.setattr(FeatureLabels, "evaluate", evaluation)
         assert train.main(flags) == CODES[signal.SIGTERM]
     assert not ended
     line = f"stopped in the evaluation after step {4 * call} of 8 by SIGTERM"
@@ -220,5 +220,5 @@ def test_a_stopped_command_gives_its_folder_back(inputs, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         signal_at(patch, *step, signal.SIGTERM, call=2)
         assert command.main(flags.split()) == 143
-    assert not run_claims(Path("results")).held_elsewhere("run")
+    assert not is_claimed(Path("results/run"))
     assert checkpoint.load("results/run/state.pt")["step"] == 2

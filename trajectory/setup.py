@@ -1,7 +1,6 @@
 """What trajectory matching adds to runs of one set: published settings, experts made on demand."""
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,10 +62,8 @@ class TrajectorySetup(SetSetup):
             )
         return replace(flags, buffer_dir=flags.buffer_dir or expert_flags(method, flags).buffer_dir)
 
-    def __init__(
-        self, method: Method, flags: TrajectoryFlags, device: torch.device, group: Group, held: ExitStack
-    ) -> None:
-        super().__init__(method, flags, device, group, held)
+    def __init__(self, method: Method, flags: TrajectoryFlags, device: torch.device, group: Group) -> None:
+        super().__init__(method, flags, device, group)
         folder, self.missing = Path(flags.buffer_dir), expert_flags(method, flags)
         on_demand = self.missing.buffer_dir == folder
         check_origin(folder, method, flags, super().inputs, on_demand)

@@ -18,8 +18,12 @@ import torch
 from torch import nn
 
 from utils.errors import UserError, first_line
-from utils.locks import in_use, is_left_over
 from utils.memory import is_out_of_memory
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # Old `res_*.pt` files keep accuracies as NumPy scalars; these only rebuild a number.
 _SAFE_GLOBALS = [
@@ -28,6 +32,38 @@ _SAFE_GLOBALS = [
     np.dtype,
     *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefdFD"},
 ]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A file or folder itself, to lock or sync it, or an OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Mark a temporary file or folder as in use for the block, or until this process dies."""
+    with contextlib.ExitStack() as stack:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(stack.enter_context(_opened(path)), fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether the process that made a temporary file or folder was killed.
+
+    Never where the file system has no advisory locks.
+    """
+    if fcntl is not None:
+        with contextlib.suppress(OSError), _opened(path) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
 
 @contextlib.contextmanager
@@ -55,7 +91,8 @@ def atomic_path(path: Path | str, then: Callable[[], None] = lambda: None) -> It
             temporary.chmod(0o666 & ~umask)  # mkstemp makes private files
             then()
             temporary.replace(path)
-            _sync_folder(path.parent)
+            with contextlib.suppress(OSError), _opened(path.parent) as folder:
+                os.fsync(folder)  # the name outlasts a power cut, where the system can do that
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -69,16 +106,6 @@ def _remove_left_overs(path: Path) -> None:
     for name in os.listdir(path.parent):
         if pattern.fullmatch(name) and is_left_over(path.parent / name):
             (path.parent / name).unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make names that files have taken outlast a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_atomic(
@@ -135,7 +162,7 @@ def load(path: Path | str, *, what: str = "file", mmap: bool = False) -> Any:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise UserError(f"{what} {path} cannot be read: {os.strerror(error.errno).lower()}") from None
         raise _damaged(f"{what} {path}", "is truncated or not a torch file", error) from None
-    if kind := next(filter(None, map(_oddity, _tensors(value))), None):
+    if kind := next(filter(None, map(_oddity, tensors_in(value))), None):
         raise UserError(f"{what} {path} holds a {kind} tensor; expected tensors with plain values")
     return value
 
@@ -147,13 +174,13 @@ def _oddity(tensor: torch.Tensor) -> str | None:
     return next((kind for kind, found in kinds.items() if found), None)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in nested containers."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
+            yield from tensors_in(part)
 
 
 def _damaged(file: str, verdict: str, error: Exception) -> UserError:

@@ -41,6 +41,10 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+# A flag of where, how fast or how verbosely: runs that differ in it are the same run.
+how = functools.partial(flag, identity=False)
+
+
 def same_flag(config_class: type, name: str, **changes: Any) -> Any:
     """Declare a flag that another config has, with `changes`."""
     original = config_class.__dataclass_fields__[name]
@@ -51,8 +55,8 @@ def same_flag(config_class: type, name: str, **changes: Any) -> Any:
 class DeviceFlags:
     """Where a command computes."""
 
-    device: str | None = flag(None, "cpu, cuda, cuda:N or mps; default: the best there is", identity=False)
-    gpu_id: int = flag(0, "which GPU, where CUDA is present", minimum=0, also=("gpu",), identity=False)
+    device: str | None = how(None, "cpu, cuda, cuda:N or mps; default: the best there is")
+    gpu_id: int = how(0, "which GPU, where CUDA is present", minimum=0, also=("gpu",))
 
 
 class Parser(argparse.ArgumentParser):
@@ -230,6 +234,12 @@ def command_line(
     return shlex.join(words)
 
 
+def typed(program: str, **flags: Any) -> str:
+    """A command as one types it, in shell syntax: `program` (`python -m krr_st.target`) with these flags."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    return shlex.join([*shlex.split(program), *words])
+
+
 def as_json(config: Any) -> dict[str, Any]:
     """A config as plain JSON values (paths become strings)."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(config).items()}
@@ -237,5 +247,5 @@ def as_json(config: Any) -> dict[str, Any]:
 
 def identity(config: Any) -> dict[str, Any]:
     """The flags that say which run this is, as plain JSON values."""
-    fields = {f.name: f for f in dataclasses.fields(config)}
+    fields = config.__dataclass_fields__
     return {k: v for k, v in as_json(config).items() if fields[k].metadata["identity"]}

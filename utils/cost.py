@@ -1,17 +1,17 @@
 """What a run takes: time, memory and disk, told by its first steps."""
 
-from __future__ import annotations
-
+import bisect
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from utils.cli import flag
+from utils.checkpoint import tensors_in
+from utils.cli import how
 from utils.memory import peak_memory
 from utils.progress import byte_size, duration
 
@@ -24,11 +24,9 @@ _STEPS, _RUN, _TRIAL = 3, (2.0, 10.0), (0.3, 1.0)
 class DryRunFlags:
     """Flags of commands that say what they would do."""
 
-    dry_run: bool = flag(False, "print the resolved configuration and stop", identity=False)
-    cost: bool = flag(
-        False,
-        "take a few steps, print the expected time, memory and disk, and stop; no run is written",
-        identity=False,
+    dry_run: bool = how(False, "print the resolved configuration and stop")
+    cost: bool = how(
+        False, "take a few steps, print the expected time, memory and disk, and stop; no run is written"
     )
 
 
@@ -95,13 +93,11 @@ class Forecast:
 
     def trial(self, run: Callable[[], object]) -> Cost:
         """What the whole takes; `run`, which ticks, is left as soon as this is known."""
-        self._trial, began = True, time.perf_counter()
-        self._mark = began
-        try:
+        self._trial = True
+        began = self._mark = time.perf_counter()
+        with contextlib.suppress(_Known):
             run()
-        except _Known:
-            return self._cost(self.work)
-        self._measured, self._seconds = self._done, time.perf_counter() - began
+            self._measured, self._seconds = self._done, time.perf_counter() - began  # over before it is known
         return self._cost(self.work)
 
     @contextlib.contextmanager
@@ -144,20 +140,21 @@ class Forecast:
 
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors in nested dicts and lists."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        value = value.values()
-    return sum(map(tensor_bytes, value)) if isinstance(value, Iterable) and not isinstance(value, str) else 0
+    return sum(t.numel() * t.element_size() for t in tensors_in(value))
+
+
+def forward_flops(make_model: Callable[[], nn.Module], img_shape: tuple[int, int, int]) -> int:
+    """Floating-point operations of one (C, H, W) image's forward pass; no tensor has data."""
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        make_model().eval()(torch.empty(1, *img_shape))
+    return counter.get_total_flops()
 
 
 def largest(fits: Callable[[int], bool], most: int) -> int:
     """The largest number from 1 to `most` that fits, where all smaller ones do, too; at least 1."""
-    low, high = 1, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    return max(1, bisect.bisect_left(range(1, most + 1), True, key=lambda number: not fits(number)))
 
 
 def round_down(value: float) -> int:

@@ -19,12 +19,11 @@ def resolve_device(device: str | None, gpu_id: int = 0) -> torch.device:
     """
     expected = "expected cpu, cuda, cuda:N or mps"
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    name, why = ("mps", "no CUDA, Apple GPU present") if mps else ("cpu", "no CUDA, no Apple GPU")
+    if cuda:
+        name, why = "cuda", f"CUDA present, --gpu_id {gpu_id}"
     if device is not None:
         name, why = device, "--device"
-    elif cuda:
-        name, why = "cuda", f"CUDA present, --gpu_id {gpu_id}"
-    else:
-        name, why = ("mps", "no CUDA, Apple GPU present") if mps else ("cpu", "no CUDA, no Apple GPU")
     try:
         chosen = torch.device(f"cuda:{gpu_id}" if name == "cuda" else name)
     except RuntimeError:

@@ -141,7 +141,3 @@ class Replays:
         if name not in self._found:
             self._found[name] = Replayed(function, self._recorder)
         return self._found[name]
-
-    def values(self) -> list[Replayed]:
-        """All of them, in the order in which they came."""
-        return list(self._found.values())

@@ -33,7 +33,6 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -57,25 +56,13 @@ class LAMB(torch.optim.Optimizer):
     Source: You et al., "Large Batch Optimization for Deep Learning", arXiv 1904.00962, alg. 2.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-    ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, dict(lr=lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every parameter that has a gradient."""
-        for group, p, state, (m, v) in _moments(self):
-            first, second = group["betas"]
-            m.lerp_(p.grad, 1 - first)
-            v.mul_(second).addcmul_(p.grad, p.grad, value=1 - second)
-            m_hat, v_hat = m / (1 - first ** state["step"]), v / (1 - second ** state["step"])
-            update = (m_hat / (v_hat.sqrt() + group["eps"])).add(p, alpha=group["weight_decay"])
+        for group, p, m, v in _moments(self):
+            update = (m / (v.sqrt() + group["eps"])).add(p, alpha=group["weight_decay"])
             weight, size = p.norm(), update.norm()
             ratio = torch.where((weight > 0) & (size > 0), weight / size.clamp_min(1e-30), 1.0)
             p.sub_(update * ratio, alpha=group["lr"])
@@ -87,25 +74,19 @@ class AdaBelief(torch.optim.Optimizer):
     Source: Zhuang et al., "AdaBelief Optimizer", arXiv 2010.07468, alg. 2.
     """
 
-    def __init__(
-        self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-16
-    ) -> None:
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps))
+    def __init__(self, params: Iterable[Any], lr: float) -> None:
+        super().__init__(params, dict(lr=lr, betas=(0.9, 0.999), eps=1e-16))
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every parameter that has a gradient."""
-        for group, p, state, (m, s) in _moments(self):
-            first, second = group["betas"]
-            m.lerp_(p.grad, 1 - first)
-            deviation = p.grad - m
-            s.mul_(second).addcmul_(deviation, deviation, value=1 - second).add_(group["eps"])
-            m_hat, s_hat = m / (1 - first ** state["step"]), s / (1 - second ** state["step"])
-            p.addcdiv_(m_hat, s_hat.sqrt().add_(group["eps"]), value=-group["lr"])
+        for group, p, m, s in _moments(self, about_mean=True):
+            p.addcdiv_(m, s.sqrt() + group["eps"], value=-group["lr"])
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor, dict, tuple[Tensor, Tensor]]]:
-    """(group, parameter, its state, its two running moments), its step counted."""
+def _moments(
+    optimizer: torch.optim.Optimizer, about_mean: bool = False
+) -> Iterator[tuple[dict, Tensor, Tensor, Tensor]]:
+    """(group, parameter, the unbiased running moments of its gradient: first, and second about 0 or it)."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is None:
@@ -114,7 +95,13 @@ def _moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict, Tensor, d
             if not state:
                 state |= {"step": 0, "first": torch.zeros_like(p), "second": torch.zeros_like(p)}
             state["step"] += 1
-            yield group, p, state, (state["first"], state["second"])
+            m, v, (first, second) = state["first"], state["second"], group["betas"]
+            m.lerp_(p.grad, 1 - first)
+            deviation = p.grad - m if about_mean else p.grad
+            v.mul_(second).addcmul_(deviation, deviation, value=1 - second)
+            if about_mean:
+                v.add_(group["eps"])
+            yield group, p, m / (1 - first ** state["step"]), v / (1 - second ** state["step"])
 
 
 def _fused(params: list[Any]) -> bool | None:

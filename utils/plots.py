@@ -33,12 +33,12 @@ def save_grid(
         save_image(grid, temporary, format="PNG")
 
 
-def _panels(count: int, columns: int, width: float, height: float, dpi: int = 120) -> tuple[Any, Any]:
+def _panels(count: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     """A figure and its `count` axes; width and height of each in inches."""
     from matplotlib.figure import Figure  # slow to import, and only drawing needs it
 
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(width * columns, height * rows), dpi=dpi, layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows), dpi=120, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[count:]:
         axes.set_axis_off()
@@ -50,18 +50,17 @@ def _save(figure: Any, path: Path | str) -> None:
         figure.savefig(temporary, format="png")
 
 
+def _text(name: str) -> str:
+    """A name from a file as plain text: matplotlib reads formulas between dollars."""
+    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def save_lines(
-    panels: Mapping[str, Lines],
-    path: Path | str,
-    *,
-    x_label: str,
-    y_label: str,
-    log_x: bool = False,
-    log_y: bool = False,
+    panels: Mapping[str, Lines], path: Path | str, *, x_label: str, y_label: str = "", log_x: bool = False
 ) -> None:
     """Draw a panel per title, three per row; a line of a single point becomes a mark.
 
-    A name keeps its colour and its mark in all panels.
+    A name keeps its colour and its mark in all panels. Positive losses are on a logarithmic axis.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     single = len(panels) == 1
@@ -70,17 +69,29 @@ def save_lines(
     for axes, (title, lines) in zip(grid, panels.items(), strict=True):
         for name, (x, y) in lines.items():
             number = names.index(name)
-            style: dict[str, Any] = dict(linewidth=1.4, marker=".")
+            style = dict(linestyle=("-", "--", ":", "-.")[number // 10 % 4], marker="." * (len(x) < 30))
             if len(x) == 1:
                 style = dict(linestyle="", marker="osD^v<>pPX*hd"[number % 13])
-            (handles[name],) = axes.plot(x, y, color=f"C{number % 10}", **style)
-        axes.set_title(title, fontsize="medium")
+            (handles[name],) = axes.plot(x, y, color=f"C{number % 10}", linewidth=1.3, **style)
+        logarithmic = "loss" in title + y_label and min(min(y) for _, y in lines.values()) > 0
+        axes.set_title(_text(title), fontsize="medium")
         axes.set(xlabel=x_label, xscale="log" if log_x else "linear")
-        axes.set(ylabel=y_label, yscale="log" if log_y else "linear")
+        axes.set(ylabel=y_label, yscale="log" if logarithmic else "linear")
         axes.grid(alpha=0.3)
-    shown = [handles[name] for name in names]
-    figure.legend(shown, names, loc="outside lower center", ncols=1 if single else 3, fontsize="small")
+    if any(names):
+        columns = 1 if single else 3
+        figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(names) / columns))
+        shown = [handles[name] for name in names]
+        style = dict(loc="outside lower center", ncols=columns, fontsize="small")
+        figure.legend(shown, map(_text, names), **style)
     _save(figure, path)
+
+
+def save_curves(runs: Mapping[str, Lines], path: Path | str) -> None:
+    """Draw one panel per name of a series with all runs (one may be called "") on its axes."""
+    names = dict.fromkeys(name for series in runs.values() for name in series)
+    panels = {n: {run: series[n] for run, series in runs.items() if n in series} for n in names}
+    save_lines(panels, path, x_label="step")
 
 
 def save_bar_groups(
@@ -111,38 +122,4 @@ def save_bar_groups(
         axes.set_axisbelow(True)
     handles = [Patch(color=f"C{number}", label=name) for number, name in enumerate(names)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 9))
-    _save(figure, path)
-
-
-def _text(name: str) -> str:
-    """A name from a file as plain text: matplotlib reads formulas between dollars."""
-    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
-
-
-def save_curves(series: Lines, path: Path | str) -> None:
-    """Draw one panel per series; positive losses on a logarithmic axis."""
-    save_shared_curves({"": series}, path)
-
-
-def save_shared_curves(runs: Mapping[str, Lines], path: Path | str) -> None:
-    """Draw one panel per name of a series with all runs, which keep their colours, on its axes."""
-    names = list(dict.fromkeys(name for series in runs.values() for name in series))
-    figure, grid = _panels(len(names), min(3, len(names)), 4.2, 2.8, dpi=100)
-    handles: dict[str, Any] = {}
-    for axes, name in zip(grid, names, strict=True):
-        for number, (run, series) in enumerate(runs.items()):
-            if name not in series:
-                continue
-            steps, values = series[name]
-            style = dict(color=f"C{number % 10}", linestyle=("-", "--", ":", "-.")[number // 10 % 4])
-            marker = "." if len(steps) < 30 else None
-            (handles[run],) = axes.plot(steps, values, linewidth=1.2, marker=marker, **style)
-        lowest = min(min(series[name][1]) for series in runs.values() if name in series)
-        logarithmic = "loss" in name and lowest > 0
-        axes.set(title=_text(name), xlabel="step", yscale="log" if logarithmic else "linear")
-        axes.grid(alpha=0.3)
-    if len(runs) > 1:
-        shown = {_text(run): handles[run] for run in runs if run in handles}
-        figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(shown) / 3))
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(3, len(shown)))
     _save(figure, path)

@@ -18,15 +18,16 @@ def check_precision(name: str, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def float32_mode(name: str) -> Iterator[None]:
+def float32_mode(name: str | None) -> Iterator[None]:
     """Within the block float32 products are exact (fp32) or rounded to TF32 (tf32, bf16) on CUDA.
 
-    PyTorch's own default differs between convolutions (TF32) and matrix products (exact). Commands
-    without a flag for it keep that default: the DC family and evaluations, as in the released codes.
+    PyTorch's own default differs between convolutions (TF32) and matrix products (exact). None keeps
+    it: commands without a flag, the DC family and evaluations, as in the released codes.
     """
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = cuda.allow_tf32, cudnn.allow_tf32
-    cuda.allow_tf32 = cudnn.allow_tf32 = name != "fp32"
+    if name is not None:
+        cuda.allow_tf32 = cudnn.allow_tf32 = name != "fp32"
     try:
         yield
     finally:

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import math
+import os
 import platform
+import socket
 import statistics
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -12,10 +14,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from utils import checkpoint
 from utils.errors import UserError, first_line
-from utils.locks import Claims
 from utils.plots import Lines, save_curves
 from utils.seed import resolve_seed
 
@@ -64,10 +66,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The whole entries of a log.jsonl; torn lines are left out."""
+def read_log(path: Path, errors: str = "replace") -> list[dict[str, Any]]:
+    """The whole entries of a file of JSON lines, without torn ones; `errors` as for `bytes.decode`."""
     entries = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(errors=errors).splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError, RecursionError):
             entries.append(json.loads(line))
     return [entry for entry in entries if isinstance(entry, dict)]
@@ -110,23 +112,50 @@ def changed_inputs(config: dict[str, Any], inputs: Mapping[str, str]) -> str:
     return " and ".join(f"another {k}" for k, now in inputs.items() if before.get(k, now) != now)
 
 
-def run_claims(folder: Path) -> Claims:
-    """The claims of the run folders in `folder`."""
-    return Claims(folder / ".locks")
+class InUse(UserError):
+    """Another process works in the run folder."""
+
+
+def _lock_of(path: Path) -> Path:
+    """What is locked while a process works in a run folder: a file beside it, for it need not exist yet."""
+    return path.parent / ".locks" / f"{path.name}.lock"
 
 
 @contextlib.contextmanager
-def claim_run(path: Path | str) -> Iterator[None]:
-    """Keep a run folder, which need not exist yet, to this process; a UserError if another has it."""
+def claim_run(path: Path | str, patience: float = 0.3) -> Iterator[None]:
+    """Keep a run folder, which need not exist yet, to this process; a UserError if another has it.
+
+    The lock is the operating system's: it ends with its process, and a process that is only suspended
+    keeps its own. One that only asks for it (`is_claimed`) has it for an instant: hence `patience` seconds.
+    """
     path = Path(path).resolve()  # one folder, whatever it is called
-    claims = run_claims(path.parent)
-    with claims.claim(path.name) as ours:
-        if not ours:
-            raise UserError(
-                f"{path} is in use by another process ({claims.owner(path.name)}); wait for it, "
-                "or choose another name"
-            )
+    file = _lock_of(path)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file).acquire(timeout=patience, poll_interval=0.05)
+        with contextlib.suppress(OSError):  # for messages alone
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except Timeout:
+        owner = ""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            owner = file.read_text()
+        by = "by another process" + f" ({owner})" * bool(owner)
+        raise InUse(f"{path} is in use {by}; wait for it, or choose another name") from None
+    except OSError as error:
+        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
+    with lock:
         yield
+
+
+def is_claimed(path: Path) -> bool:
+    """Whether another process works in a run folder at present."""
+    if not _lock_of(path.resolve()).exists():
+        return False
+    try:
+        with claim_run(path, patience=0):
+            return False
+    except InUse:
+        return True
 
 
 def _summary_writer() -> Any:
@@ -236,7 +265,7 @@ class RunFolder:
         """Draw curves.png, unless the run drew loss.png; write results.json; drop the state."""
         series = read_series(self._log)
         if series and not (self.path / "loss.png").exists():
-            save_curves(series, self.path / "curves.png")
+            save_curves({"": series}, self.path / "curves.png")
         if self._board is not None:
             self._board.close()
         write_json(self.path / "results.json", results)
@@ -284,8 +313,8 @@ def save_run(path: Path, step: int, parts: Mapping[str, Any], **named: Any) -> N
 
 def forget_run(path: Path) -> None:
     """Drop the saves of a run."""
-    path.unlink(missing_ok=True)
-    previous_path(path).unlink(missing_ok=True)
+    for place in (path, previous_path(path)):
+        place.unlink(missing_ok=True)
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
