@@ -453,11 +453,21 @@ class Features:
         return outputs(counted, images, self.target, self.device)
 
 
+@dataclass(frozen=True)
+class TargetModel:
+    """A target model on the images of one target set."""
+
+    dim: int
+    features: Features
+    digest: str  # what it computes, in short
+
+
 class Transfer(Measurement):
     """A synthetic set (with TestFlags) or none, and target sets: read and checked, ready to measure.
 
-    `measures` and `targets` (read already) take the place of those that the flags name. A UserError
-    says what is wrong with flags, data or synthetic set.
+    `measures` and `targets` (read already) take the place of those that the flags name. `target_models`
+    (by target set) takes up those that are loaded: it may serve several with the same flags for them. A
+    UserError says what is wrong with flags, data or synthetic set.
     """
 
     knobs = "lower --pre_batch_size or --finetune_batch_size"
@@ -468,6 +478,7 @@ class Transfer(Measurement):
         flags: ScratchFlags,
         measures: list[Measure] | None = None,
         targets: list[ImageSet] | None = None,
+        target_models: dict[str, TargetModel] | None = None,
     ) -> None:
         self.measures = wanted_measures(flags) if measures is None else measures
         super().__init__(flags)
@@ -486,8 +497,7 @@ class Transfer(Measurement):
             get_model(self.arch, target.img_shape, target.num_classes or 1)
             for measure in self.measures:
                 labelled_indices(target, measure, flags.seed or 0)
-        self.wanted_features: dict[str, Features] = {}  # of the target model, by target set
-        self.digests: dict[str, str] = {}  # what the target model computes, in short
+        self.target_models = {} if target_models is None else target_models
         outputs_read = any(measure.on == "outputs" for measure in self.measures)
         if flags.wants_error or (self.pretraining is None and outputs_read):
             for target in targets:
@@ -496,17 +506,20 @@ class Transfer(Measurement):
     def _add_target_model(self, target: ImageSet) -> None:
         flags, pretraining = self.flags, self.pretraining
         name = flags.target_model or self.preset.target_model
-        where = dict(data_name=flags.source_data_name, data_dir=flags.data_dir)
-        model = load_target(name, flags.target_ckpt, target, self.device, **where)
-        if pretraining and not (pretraining.synthetic.soft and pretraining.outputs == model.dim):
+        if target.name not in self.target_models:
+            where = dict(data_name=flags.source_data_name, data_dir=flags.data_dir)
+            model = load_target(name, flags.target_ckpt, target, self.device, **where)
+            digest = fingerprint(target_sample(model, target, self.device))
+            features = Features(lambda: model, target, self.device)
+            self.target_models[target.name] = TargetModel(model.dim, features, digest)
+        dim = self.target_models[target.name].dim
+        if pretraining and not (pretraining.synthetic.soft and pretraining.outputs == dim):
             kind = "target vectors" if pretraining.synthetic.soft else "class labels"
             raise UserError(
                 f"--target_error: the synthetic set has {kind} for {pretraining.outputs} outputs; "
-                f"expected the {model.dim} features of target model {name}"
+                f"expected the {dim} features of target model {name}"
             )
-        self.width = model.dim
-        self.wanted_features[target.name] = Features(lambda: model, target, self.device)
-        self.digests[target.name] = fingerprint(target_sample(model, target, self.device))
+        self.width = dim
 
     def key(self, target: ImageSet, measure: Measure, seed: int) -> dict[str, Any]:
         """All that a cell's value depends on."""
@@ -526,7 +539,7 @@ class Transfer(Measurement):
         if target.test is target.train:
             key["tested_on"] = "training images"
         if measure.protocol == TARGET_ERROR:
-            key["target_model"] = self.digests[target.name]
+            key["target_model"] = self.target_models[target.name].digest
         return key
 
     def keys(self, seed: int) -> list[dict[str, Any]]:
@@ -578,7 +591,8 @@ class Transfer(Measurement):
     def _measure(self, features: Features, measure: Measure, seed: int) -> dict[str, Any]:
         target, on = features.target, measure.on
         if measure.protocol == TARGET_ERROR:
-            wanted = (self.wanted_features[target.name](split, on).float() for split in ("test", "train"))
+            theirs = self.target_models[target.name].features
+            wanted = (theirs(split, on).float() for split in ("test", "train"))
             return {"error": feature_error(features("test", on).float(), *wanted)}
         index = labelled_indices(target, measure, seed)
         if measure.protocol == "finetune":

@@ -40,6 +40,7 @@ from evaluation.transfer import (
     TARGET_ERROR,
     Measure,
     ScratchFlags,
+    TargetModel,
     TestFlags,
     Transfer,
     load_targets,
@@ -204,6 +205,7 @@ class Study:
         # (row, target, measure) -> seed -> accuracy, of what is measured
         self.found: dict[tuple, dict[int, float]] = defaultdict(dict)
         self._read: set[tuple[str, int]] = set()
+        self._target_models: dict[str, TargetModel] = {}  # their features of all images are kept
 
     def _rows(self) -> Iterator[Row]:
         flags = self.flags
@@ -317,8 +319,9 @@ class Study:
             flags = TestFlags(**given, **length, **mixup, method=row.method, synthetic_path=path)
         probes = [m for m in self.probes if m.on == "body" or not row.classes]
         if row in self.curves:
-            return Transfer(flags, probes, self.targets)
-        return Transfer(flags, [*probes, *self.few_shot, *self.finetuning], self.targets)
+            return Transfer(flags, probes, self.targets, self._target_models)
+        probes += [*self.few_shot, *self.finetuning]
+        return Transfer(flags, probes, self.targets, self._target_models)
 
     def read(self, row: Row, seed: int) -> bool:
         """Whether a row is measured with a seed; its accuracies are in `found` then."""
