@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.augment import normalize
-from data.augment.crop_flip import CropFlip, apply_crop_flip, draw_crop_flip, view_numbers
+from data.augment.crop_flip import apply_crop_flip, draw_crop_flip
 from data.augment.mixup import mixup
 from data.specs import Stats
 from utils.device import free_memory, upload
@@ -58,10 +58,8 @@ class ViewPipeline:
     def __call__(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> the same shape, float32, normalised; and (B,) view numbers on the CPU."""
         rank, ranks = self.shard
-        drawn = draw_crop_flip(len(x) * ranks, self.pad, self.hflip, generator)
-        views = CropFlip(*(t[rank::ranks] for t in drawn))
-        shown = normalize(apply_crop_flip(x, views, self.pad), self.stats)
-        return shown, view_numbers(views, self.pad)
+        views = draw_crop_flip(len(x) * ranks, self.pad, self.hflip, generator)[rank::ranks]
+        return normalize(apply_crop_flip(x, views, self.pad), self.stats), views
 
 
 class _Slice(NamedTuple):

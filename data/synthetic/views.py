@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data.augment import denormalize, normalize
-from data.augment.crop_flip import apply_crop_flip, count_views, default_padding, views_from_numbers
+from data.augment.crop_flip import apply_crop_flip, count_views, default_padding
 from data.specs import Stats
 from utils.cli import flag
 from utils.device import upload
@@ -130,10 +130,9 @@ class SetViews:
         k, pixels = self.each, denormalize(x, stats)
 
         def seen(index: Tensor, numbers: Tensor) -> Tensor:
-            views = views_from_numbers(numbers.flatten()[rows].long(), self.pad)
             # Not by brackets: threads would add up their gradient in any order.
             chosen = pixels.index_select(0, upload(index, x.device))
-            return apply_crop_flip(chosen, views, self.pad, self.border)
+            return apply_crop_flip(chosen, numbers.flatten()[rows].long(), self.pad, self.border)
 
         own = seen(rows // k, self.numbers)
         if self.blend is None:
