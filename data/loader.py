@@ -206,46 +206,23 @@ class TensorLoader:
         if self.resident:
             yield from ((part, self.images.index_select(0, part.index)) for part in slices)
             return
-        copier = _PinnedCopier(self.images, self.batch_size, self.device)
-        ahead = ((part, copier.start(part.index)) for part in slices)
-        current = next(ahead, None)
-        while current is not None:
-            following = next(ahead, None)  # copied while the current one is in use
-            yield current[0], copier.finish(current[1])
-            current = following
+        cuda = self.device.type == "cuda"
+        stream = torch.cuda.Stream(self.device) if cuda else None
 
+        def start(part: _Slice) -> tuple[_Slice, Tensor]:
+            shape = len(part.index), *self.images.shape[1:]
+            rows = torch.empty(shape, dtype=self.images.dtype, pin_memory=cuda)
+            torch.index_select(self.images, 0, part.index, out=rows)
+            with torch.cuda.stream(stream):  # torch reuses the pinned memory only after the copy
+                return part, rows.to(self.device, non_blocking=cuda)
 
-class _PinnedCopier:
-    """Gathers rows into two pinned buffers in turn, copied on a stream of its own; without CUDA, at once."""
-
-    def __init__(self, images: Tensor, batch_size: int, device: torch.device) -> None:
-        self.images, self.device = images, device
-        self.cuda = device.type == "cuda"
-        if self.cuda:
-            shape = (batch_size, *images.shape[1:])
-            self._stream = torch.cuda.Stream(device)
-            self._buffers = [torch.empty(shape, dtype=images.dtype).pin_memory() for _ in range(2)]
-            self._copied = [torch.cuda.Event() for _ in range(2)]
-            self._turn = 0
-
-    def start(self, index: Tensor) -> tuple[Tensor, int]:
-        """Begin to copy the rows at `index`; returns the argument of `finish`."""
-        if not self.cuda:
-            return self.images[index].to(self.device), 0
-        turn, self._turn = self._turn, 1 - self._turn
-        self._copied[turn].synchronize()  # the copy before last has left this buffer
-        buffer = self._buffers[turn][: len(index)]
-        torch.index_select(self.images, 0, index, out=buffer)
-        with torch.cuda.stream(self._stream):
-            x = buffer.to(self.device, non_blocking=True)
-            self._copied[turn].record(self._stream)
-        return x, turn
-
-    def finish(self, started: tuple[Tensor, int]) -> Tensor:
-        """Rows on the device, ordered before whatever is queued there next."""
-        x, turn = started
-        if self.cuda:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(self._copied[turn])
-            x.record_stream(current)
-        return x
+        ahead = map(start, slices)
+        following = next(ahead, None)
+        while following is not None:
+            part, x = following
+            if cuda:
+                current = torch.cuda.current_stream(self.device)
+                current.wait_stream(stream)
+                x.record_stream(current)
+            following = next(ahead, None)  # copied while this one is in use
+            yield part, x
