@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -78,11 +78,9 @@ class RealImages:
         index = self.index_of_class[c]
         return index[torch.randperm(len(index), generator=generator)[:count]]
 
-    def draw_classes(
-        self, classes: Sequence[int], count: int, generator: torch.Generator
-    ) -> Iterator[Tensor]:
+    def draw_classes(self, count: int, generator: torch.Generator) -> Iterator[Tensor]:
         """A batch of each class in turn, as `draw_class` draws them; all rows move to the device at once."""
-        drawn = [self.draw_class(c, count, generator) for c in classes]
+        drawn = [self.draw_class(c, count, generator) for c in range(self.num_classes)]
         rows = upload(torch.cat(drawn), self.images.device)
         counts = [len(index) for index in drawn]
         # Several classes are read at once where launching kernels takes the time.
@@ -91,8 +89,3 @@ class RealImages:
             part, counts = counts[: max(1, most)], counts[max(1, most) :]
             here, rows = rows[: sum(part)], rows[sum(part) :]
             yield from self.at(here).split(part)
-
-    def draw_all_classes(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-        """A batch of every class in class order: images, and the number of images of each class."""
-        drawn = [self.draw_class(c, count, generator) for c in range(self.num_classes)]
-        return self.at(torch.cat(drawn)), [len(index) for index in drawn]
