@@ -97,7 +97,7 @@ def original_trainer(
 
 def in_space(image_set: ImageSet, normalized: bool) -> ImageSet:
     """The set with its own statistics, or with those that leave pixels in [0, 1]."""
-    return image_set if normalized else replace(image_set, stats=pixel_stats(image_set.channels))
+    return image_set if normalized else replace(image_set, stats=pixel_stats(image_set.img_shape[0]))
 
 
 def next_index(folder: Path) -> Path:

@@ -36,11 +36,6 @@ class ImageSet:
     hflip: bool  # whether mirroring keeps the meaning
 
     @property
-    def channels(self) -> int:
-        """Number of image channels."""
-        return self.train.images.shape[1]
-
-    @property
     def img_shape(self) -> tuple[int, int, int]:
         """(C, H, W), what the model zoos take."""
         return tuple(self.train.images.shape[1:])
@@ -53,9 +48,8 @@ class ImageSet:
     @cached_property
     def fingerprint(self) -> str:
         """Which data it is: images and labels (from 1 GiB on a sample of them), statistics, mirroring."""
-        tensors = []
-        for part in (self.train, self.test) if self.test is not None else (self.train,):
-            tensors += [sample(part.images)] + ([] if part.labels is None else [part.labels])
+        parts = [part for part in (self.train, self.test) if part is not None]
+        tensors = [t for part in parts for t in (sample(part.images), part.labels) if t is not None]
         rest = torch.tensor([*self.stats.mean, *self.stats.std, self.hflip], dtype=torch.float64)
         return fingerprint(*tensors, rest)
 
@@ -108,6 +102,5 @@ def load_set(
             f"{test.path} holds images of shape {tuple(test.images.shape[1:])}, "
             f"expected {tuple(train.images.shape[1:])} like the training images"
         )
-    stats = spec.stats.get(size) if spec else None
-    stats = stats or own_statistics(folder, size, train.images)
+    stats = (spec and spec.stats.get(size)) or own_statistics(folder, size, train.images)
     return ImageSet(name, size, train, test, num_classes, stats, keeps_meaning_mirrored(folder))

@@ -78,7 +78,8 @@ class KRRSTSetup(KernelSetup):
         """With a raw start there is nothing to undo."""
         if self.flags.syn_init != "raw":
             return self.image_set.stats
-        return Stats((0.0,) * self.image_set.channels, (1.0,) * self.image_set.channels)
+        channels = self.image_set.img_shape[0]
+        return Stats((0.0,) * channels, (1.0,) * channels)
 
     shorter = "--recipe best, lower --num_images, a smaller --train_model, --precision bf16"
 

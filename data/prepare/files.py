@@ -36,15 +36,13 @@ def check_not_html(path: Path) -> None:
 
 def read_lines(path: Path) -> list[str]:
     """The non-empty lines of a text file, which must have one (UserError)."""
-    check_regular(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        check_not_html(path)
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not a readable text file ({error})") from None
-    check_not_html(path)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty")
     return lines
