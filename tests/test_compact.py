@@ -200,10 +200,9 @@ def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, border)
         for j in range(k):
             expected = seen(i, numbers[i][j])
             if blend:
-                mixed = views.blend
-                partner, share = int(mixed.partners[i, j]), int(mixed.shares[i, j]) / 255
+                partner, share = int(views.partners[i, j]), int(views.shares[i, j]) / 255
                 assert (partner == i) == (j == 0)
-                expected = share * expected + (1 - share) * seen(partner, int(mixed.numbers[i, j]))
+                expected = share * expected + (1 - share) * seen(partner, int(views.partner_views[i, j]))
             np.testing.assert_allclose(again.images[i * k + j], expected, atol=1e-5)
 
 

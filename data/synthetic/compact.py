@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.specs import Stats
-from data.synthetic.views import BORDERS, INTEGERS, LARGEST_PAD, SetViews, index_type, view_bytes
+from data.synthetic.views import BORDERS, INTEGERS, LARGEST_PAD, SetViews, index_type
 from utils.cli import flag
 from utils.cost import largest
 from utils.errors import UserError
@@ -284,7 +284,8 @@ def images_within(
         once += (how.y_rank + 1) * label * y_type.itemsize if how.y_rank else 0
 
     def total(count: int) -> int:  # the partners of many images take more bytes each
-        return once + count * (each + view_bytes(count, views, blend))
+        view = 3 + index_type(count - 1).itemsize if blend else 1
+        return once + count * (each + (views * view if views > 1 else 0))
 
     if budget < total(1):
         first = total(1)
