@@ -61,7 +61,6 @@ def load_set(
     *,
     family: str = "krr",
     splits: tuple[str, ...] = ("train", "test"),
-    mmap: bool | None = None,
 ) -> ImageSet:
     """Read a prepared set.
 
@@ -72,8 +71,7 @@ def load_set(
         family: "krr" or "dc": whose statistics to use. Listed sets of "dc" are prepared on first
             use, downloaded through torchvision where it can.
         splits: what to read. Without "train" no training file is opened and the training split
-            is empty; an own set then needs its statistics in meta.json.
-        mmap: map the image files instead of reading them; None: from 1 GiB on.
+            is empty; an own set then needs its statistics in meta.json. Files are mapped from 1 GiB on.
 
     Raises:
         UserError: unknown name, missing or damaged files, wrong dtype, shape, range or lengths.
@@ -87,7 +85,7 @@ def load_set(
 
         print(f"{folder.name} at size {size} is not prepared in {data_dir}: preparing it now")
         prepare(PrepareFlags(folder.name, size, Path(data_dir), download=True))
-    parts = {s: read_split(folder, s, size, spec, mmap) for s in SPLITS if s in splits}
+    parts = {s: read_split(folder, s, size, spec) for s in SPLITS if s in splits}
     if parts[first] is None:
         command = prepare_command(folder.name, size, data_dir)
         raise UserError(f"{path} does not exist; make it with: {command}")

@@ -93,11 +93,11 @@ def default_size(name: str, data_dir: Path | str, family: str = "krr") -> int:
 
 
 def read_split(
-    folder: Path, split: str, size: int, spec: DatasetSpec | None, mmap: bool | None = None
+    folder: Path, split: str, size: int, spec: DatasetSpec | None, mmap: bool = False
 ) -> ImageSplit | None:
     """Read one split and check it, also against `spec`, the set's row; None if neither file exists.
 
-    `mmap` maps the image file instead of reading it; None: from 1 GiB on.
+    `mmap` maps the image file instead of reading it; from 1 GiB on it always is.
 
     Raises:
         UserError: one file of the pair is missing, or either is damaged or holds something else.
@@ -107,9 +107,8 @@ def read_split(
         if y_path.exists():
             raise UserError(f"{x_path} does not exist, but its labels {y_path} do; expected the pair")
         return None
-    if mmap is None:
-        mmap = x_path.stat().st_size >= _MAP_FROM_BYTES
-    images = checkpoint.load_tensor(x_path, what="image tensor", mmap=mmap)
+    large = x_path.stat().st_size >= _MAP_FROM_BYTES
+    images = checkpoint.load_tensor(x_path, what="image tensor", mmap=mmap or large)
     _check_images(images, x_path, size, spec.channels if spec else None)
     labels = None
     if y_path.exists():
