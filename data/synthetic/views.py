@@ -54,13 +54,36 @@ class ViewFlags:
     def draw(self, count: int, size: int, hflip: bool, generator: torch.Generator) -> SetViews | None:
         """Views of `count` images of `size` pixels; None where there is one of each.
 
-        A UserError for views that these images do not have.
+        Of each image the plain view, then others: different ones, or random blends, each with another
+        image. A UserError for views that these images do not have.
         """
-        if self.views > 1:
-            return SetViews.draw(count, self.views, default_padding(size), hflip, generator, self.blend)
-        if self.blend:
-            raise UserError("--blend: the first view of an image is never blended; add --views 2 or more")
-        return None
+        if self.views == 1:
+            if self.blend:
+                raise UserError("--blend: the first view of an image is never blended; add --views 2 or more")
+            return None
+        pad, more = default_padding(size), (count, self.views - 1)
+        known, plain = count_views(pad, hflip), pad * (2 * pad + 1) + pad
+        if not self.blend:
+            if self.views > known:
+                raise UserError(
+                    f"--views {self.views}: an image has {known} different views, shifted by up to {pad} "
+                    "pixels; with --blend there are more"
+                )
+            others = torch.rand(count, known - 1, generator=generator).argsort(1)[:, : more[1]]
+            return SetViews(_after(plain, others + (others >= plain)).to(torch.uint8), pad)
+        if count < 2:
+            raise UserError("--blend: a single image has no other to be blended with")
+        own, theirs = torch.randint(known, (2, *more), generator=generator)
+        partners = torch.arange(count)[:, None] + _after(
+            0, torch.randint(1, count, more, generator=generator)
+        )
+        shares = torch.randint(256, more, generator=generator)
+        numbers, theirs, shares = (
+            _after(first, others).to(torch.uint8)
+            for first, others in ((plain, own), (plain, theirs), (255, shares))
+        )
+        partners = (partners % count).to(index_type(count - 1))
+        return SetViews(numbers, pad, "reflect", partners, theirs, shares)
 
 
 @dataclass(frozen=True)
@@ -74,36 +97,6 @@ class SetViews:
     partners: Tensor | None = None  # integers: which of the n images
     partner_views: Tensor | None = None  # uint8: in which view
     shares: Tensor | None = None  # uint8: of the image itself, in 255ths
-
-    @classmethod
-    def draw(
-        cls, count: int, k: int, pad: int, hflip: bool, generator: torch.Generator, blend: bool = False
-    ) -> SetViews:
-        """Of `count` images each the plain view, then k - 1 others: different ones, or random blends.
-
-        A blend is with another image, by a share ~ U(0, 1). A UserError for too many views, and for
-        blends of a single image; `pad` is at most 5.
-        """
-        known, plain = count_views(pad, hflip), pad * (2 * pad + 1) + pad
-        if not blend:
-            if k > known:
-                raise UserError(
-                    f"--views {k}: an image has {known} different views, shifted by up to {pad} pixels; "
-                    "with --blend there are more"
-                )
-            others = torch.rand(count, known - 1, generator=generator).argsort(1)[:, : k - 1]
-            return cls(_after(plain, others + (others >= plain)).to(torch.uint8), pad)
-        if count < 2:
-            raise UserError("--blend: a single image has no other to be blended with")
-        own, theirs = torch.randint(known, (2, count, k - 1), generator=generator)
-        steps = torch.randint(1, count, (count, k - 1), generator=generator)
-        shares = torch.randint(256, (count, k - 1), generator=generator)
-        partners = (torch.arange(count)[:, None] + _after(0, steps)) % count
-        numbers, theirs, shares = (
-            _after(first, others).to(torch.uint8)
-            for first, others in ((plain, own), (plain, theirs), (255, shares))
-        )
-        return cls(numbers, pad, "reflect", partners.to(index_type(count - 1)), theirs, shares)
 
     def __len__(self) -> int:
         return self.numbers.numel()
