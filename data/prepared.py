@@ -38,11 +38,6 @@ def file_name(kind: str, split: str, size: int) -> str:
     return f"{kind}_{SPLITS[split]}_{size}.pth"
 
 
-def tensor_path(data_dir: Path | str, folder: str, kind: str, split: str, size: int) -> Path:
-    """Path of that file."""
-    return Path(data_dir) / folder / file_name(kind, split, size)
-
-
 def prepared_names(data_dir: Path | str) -> list[str]:
     """Folders below `data_dir` that hold at least one prepared tensor."""
     return sorted({p.parent.name for p in Path(data_dir).glob("*/[XY]_t[re]_*.pth")})

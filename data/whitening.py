@@ -100,9 +100,5 @@ class Whitening:
 
 def _rows(stats: Stats, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """(D,) float64 standard deviations and means of the values of a flattened (C, H, W) image."""
-    count = shape[-2] * shape[-1]
-    std, mean = (
-        torch.tensor(values, dtype=torch.float64, device=device).repeat_interleave(count)
-        for values in (stats.std, stats.mean)
-    )
-    return std, mean
+    values = torch.tensor((stats.std, stats.mean), dtype=torch.float64, device=device)
+    return values.repeat_interleave(shape[-2] * shape[-1], dim=1).unbind()
