@@ -62,16 +62,12 @@ def load_set(
     family: str = "krr",
     splits: tuple[str, ...] = ("train", "test"),
 ) -> ImageSet:
-    """Read a prepared set.
+    """Read the set of a name of the family, or an own prepared set, from its folder in `data_dir`.
 
-    Args:
-        name: data set name of the family, or of an own prepared set.
-        size: height = width in pixels.
-        data_dir: the folder that holds one folder per set.
-        family: "krr" or "dc": whose statistics to use. Listed sets of "dc" are prepared on first
-            use, downloaded through torchvision where it can.
-        splits: what to read. Without "train" no training file is opened and the training split
-            is empty; an own set then needs its statistics in meta.json. Files are mapped from 1 GiB on.
+    Height and width are `size` pixels. The family ("krr" or "dc") says whose statistics to use; listed
+    sets of "dc" are prepared on first use, downloaded through torchvision where it can. Without "train" in
+    `splits` no training file is opened and the training split is empty; an own set then needs its
+    statistics in meta.json. Files are mapped from 1 GiB on.
 
     Raises:
         UserError: unknown name, missing or damaged files, wrong dtype, shape, range or lengths.

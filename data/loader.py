@@ -37,8 +37,7 @@ class ImagePipeline:
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C, H, W) on its device -> the same shape, float32, normalised."""
         if self.pad is not None:
-            views = draw_crop_flip(len(x), self.pad, self.hflip, generator)
-            x = apply_crop_flip(x, views, self.pad)
+            x = apply_crop_flip(x, draw_crop_flip(len(x), self.pad, self.hflip, generator), self.pad)
         return normalize(x, self.stats)
 
 
@@ -78,14 +77,15 @@ class TensorLoader:
     memory, and the next batch is gathered into pinned memory and copied while the current one is in use.
 
     `epoch()` yields every sample once, `forever()` an endless stream, whose state can be saved between
-    any two batches and restored: the following batches are the same.
+    any two batches and restored: the following batches are the same. A ValueError for arguments that do
+    not fit each other.
 
     Args:
         images: (N, C, H, W), or any tensor of N rows.
         targets: (N, ...), or None: batches carry the row numbers instead, int64 on the CPU.
-        batch_size: images per batch.
+        batch_size: at least 1 and a multiple of the number of ranks.
         device: of the batches.
-        generator: CPU generator; order and augmentation come from it alone.
+        generator: on the CPU; order and augmentation come from it alone.
         transform: maps (batch on the device, generator) to the network's input.
         mix: mixup of inputs and targets, which are float vectors; after the transform.
         shuffle: a new order for each pass.
@@ -94,10 +94,6 @@ class TensorLoader:
         max_device_bytes: limit for the images on the device; None: see `fits`.
         shard: (rank, ranks): the rows of each batch of the endless stream are dealt to the ranks in
             equal numbers; the rows of an incomplete last batch that are left over are dropped.
-
-    Raises:
-        ValueError: images and targets differ in length, the batch size is below 1, or the number of
-            ranks does not divide it; targets that cannot be mixed.
     """
 
     def __init__(

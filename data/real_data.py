@@ -20,13 +20,9 @@ READ_AT_ONCE = 2**24  # numbers, 64 MB of float32
 class RealImages:
     """Labelled images with an index list per class.
 
-    Args:
-        images: (N, C, H, W) uint8 or float in [0, 1]; with `stats` None, float images already in the
-            space of the synthetic ones. Kept as they are, on the device if they fit.
-        labels: (N,) int64.
-        stats: normalisation of every batch; None: none.
-        num_classes: None means the largest label + 1.
-        device: of the batches; None: where the images are.
+    The images are (N, C, H, W) uint8 or float in [0, 1], kept as they are, on the device if they fit;
+    without `stats`, which normalise every batch, float images in the space of the synthetic ones. Labels
+    are (N,) int64; their classes are by default up to the largest. The device is by default the images'.
     """
 
     def __init__(

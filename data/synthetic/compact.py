@@ -83,15 +83,9 @@ def encode(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of a compact file.
 
-    Args:
-        images: (m, C, H, W) float32.
-        targets: (m,) int64 or (m, D) float32.
-        how: sizes and number types.
-        views: what n stored images stand for, m in all; the first view shows each as it is.
-        unit: (D,) above 0, in which errors of the target vectors count; None: equally.
-
-    Raises:
-        UserError: a size or rank that these images and targets do not have.
+    Of images (m, C, H, W) float32 with targets (m,) int64 or (m, D) float32. `views` are what n stored
+    images stand for, m in all; the first view shows each as it is. `unit` (D,) above 0 is that in which
+    errors of the target vectors count; None: equally. A UserError for a size or rank that they do not have.
     """
     size, images = tuple(images.shape[2:]), images.cpu()
     x = images if views is None else images[:: views.each]

@@ -181,13 +181,8 @@ def save_experiments(
 ) -> None:
     """Write several experiments into one `res_*.pt`; the first one's facts go beside it as JSON.
 
-    Args:
-        path: the file, published as `res_{method}_{dataset}_{model}_{ipc}ipc.pt`.
-        sets: one set of class indices per experiment.
-        accuracies: evaluation network -> test accuracies in [0, 1].
-
-    Raises:
-        UserError: float targets, no set at all, or `path` cannot be written.
+    The published name is `res_{method}_{dataset}_{model}_{ipc}ipc.pt`; `accuracies` are evaluation network
+    -> test accuracies in [0, 1]. A UserError for float targets, no set, or where it cannot be written.
     """
     path = Path(path)
     if not sets:
