@@ -17,7 +17,7 @@ from data.load import ImageSet
 from data.meta import read_meta
 from data.real_data import RealImages
 from data.space import Space, convert
-from data.specs import DC_SPECS, Stats
+from data.specs import DC_SPECS, Stats, pixel_stats
 from models import get_network
 from models.foundation import load_hf
 from models.layout import arranged, images_at_once
@@ -108,11 +108,6 @@ def load_networks(
             own, source = (replace(s, stats=pixel_stats(s.channels)) for s in (own, given))
         teachers.append(Teacher(arranged(network, device), own, source))
     return teachers, num_classes
-
-
-def pixel_stats(channels: int) -> Stats:
-    """Statistics that change nothing."""
-    return Stats((0.0,) * channels, (1.0,) * channels)
 
 
 def load_foundation(name: str, given: Space, device: torch.device) -> Teacher:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.augment import to_float
-from data.specs import Stats
+from data.specs import Stats, pixel_stats
 from utils.device import free_memory
 from utils.errors import UserError
 
@@ -47,9 +47,8 @@ class Whitening:
                 f"--zca: whitening {size} values per image takes {needed / 1e9:.0f} GB on {device}; "
                 "use --no-zca or a smaller --img_size"
             )
-        scale, shift = _rows(stats, images.shape[1:], device)
-        if not normalized:
-            scale, shift = torch.ones_like(scale), torch.zeros_like(shift)
+        used, shape = stats if normalized else pixel_stats(images.shape[1]), images.shape[1:]
+        scale, shift = _rows(used, shape, device)
 
         def part(start: int) -> Tensor:
             x = to_float(images[start : start + _ROWS].to(device)).flatten(1).double()
@@ -63,17 +62,12 @@ class Whitening:
             covariance.addmm_(x.mT, x)
         values, vectors = torch.linalg.eigh(covariance / max(1, len(images) - 1))
         matrix = (vectors * (values.clamp_min(0) + RIDGE).rsqrt()) @ vectors.mT
-        found = cls(mean.float(), matrix.float())
-        return found if normalized else found._moved(*_rows(stats, images.shape[1:], device))
+        return cls(mean.float(), matrix.float()).moved(used, stats, shape)
 
     def moved(self, source: Stats, target: Stats, shape: tuple[int, ...]) -> Whitening:
         """The same map for images (C, H, W) normalised with `target` where it took `source`."""
         own, other = (_rows(stats, shape, self.mean.device) for stats in (source, target))
-        scale = other[0] / own[0]
-        return self._moved(scale, (other[1] - own[1]) / own[0])
-
-    def _moved(self, scale: Tensor, shift: Tensor) -> Whitening:
-        """For inputs y in place of x = scale · y + shift; both (D,)."""
+        scale, shift = other[0] / own[0], (other[1] - own[1]) / own[0]  # x = scale · y + shift
         mean = (self.mean.double() - shift) / scale
         return Whitening(mean.float(), (scale[:, None] * self.matrix.double()).float())
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from data.specs import Stats
+from data.specs import Stats, pixel_stats
 from distillation.base import Distiller
 from distillation.loop import Plan
 from distillation.one_set import SetObserver, SetSetup
@@ -78,8 +78,7 @@ class KRRSTSetup(KernelSetup):
         """With a raw start there is nothing to undo."""
         if self.flags.syn_init != "raw":
             return self.image_set.stats
-        channels = self.image_set.img_shape[0]
-        return Stats((0.0,) * channels, (1.0,) * channels)
+        return pixel_stats(self.image_set.img_shape[0])
 
     shorter = "--recipe best, lower --num_images, a smaller --train_model, --precision bf16"
 
