@@ -10,7 +10,6 @@ Framework for Visual Recognition", arXiv 2112.01528.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from utils.device import upload
 from utils.errors import UserError
 
 LARGEST_PAD = 5  # of views whose numbers take one byte
-_BLEND = ("partners", "partner_views", "shares")
+BLEND = ("partners", "partner_views", "shares")
 BORDERS = ("reflect", "constant")
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -129,43 +128,8 @@ class SetViews:
 
     def tensors(self) -> dict[str, Tensor]:
         """As a compact file holds them."""
-        blend = {} if self.partners is None else {f"x.{name}": getattr(self, name) for name in _BLEND}
-        return {"x.views": self.numbers} | blend
-
-    @classmethod
-    def parse(
-        cls,
-        tensors: Mapping[str, Tensor],
-        count: int,
-        check: Callable[[bool, str], None],
-        pad: int,
-        border: str,
-    ) -> SetViews | None:
-        """The views in a file of `count` images; None where there are none.
-
-        `check` is called with what has to hold, and the words for it.
-        """
-        numbers, parts = tensors.get("x.views"), [tensors.get(f"x.{name}") for name in _BLEND]
-        present = [part is not None for part in parts]
-        check(all(present) or not any(present), "x.partners, x.partner_views and x.shares, or none of them")
-        check(numbers is not None or not any(present), "blends of the views in x.views")
-        if numbers is None:
-            return None
-
-        def check_views(views: Tensor) -> None:
-            check(views.dtype == torch.uint8, "view numbers in uint8")
-            check(int(views.max()) < count_views(pad, True), f"view numbers for padding {pad}")
-
-        check(numbers.dim() == 2 and len(numbers) == count and numbers.numel() > 0, "x.views of shape (n, k)")
-        check_views(numbers)
-        if not any(present):
-            return cls(numbers, pad, border)
-        partners, theirs, shares = parts
-        check(all(part.shape == numbers.shape for part in parts), "parts of blends of the shape of x.views")
-        check_views(theirs)
-        check(partners.dtype in INTEGERS and shares.dtype == torch.uint8, "partners and shares in integers")
-        check(int(partners.min()) >= 0 and int(partners.max()) < count, f"partners below {count}")
-        return cls(numbers, pad, border, *parts)
+        found = {"views": self.numbers, **{name: getattr(self, name) for name in BLEND}}
+        return {f"x.{name}": tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _after(first: int, others: Tensor) -> Tensor:
