@@ -17,13 +17,9 @@ from utils.seed import draw_seed
 Transform = Callable[[Tensor, torch.Generator], Any]
 
 
-def fits(images: Tensor, device: torch.device, limit: int | None = None) -> bool:
-    """Whether images may live on the device: within `limit` bytes, or half of what is free on CUDA."""
-    if limit is None:
-        if device.type != "cuda":
-            return True
-        limit = free_memory(device) // 2
-    return images.numel() * images.element_size() <= limit
+def fits(images: Tensor, device: torch.device) -> bool:
+    """Whether images may live on the device: on CUDA within half of what is free."""
+    return device.type != "cuda" or images.nbytes <= free_memory(device) // 2
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,6 @@ class TensorLoader:
         shuffle: a new order for each pass.
         drop_last: the endless stream leaves out the incomplete last batch of each pass (a split
             smaller than a batch is one batch).
-        max_device_bytes: limit for the images on the device; None: see `fits`.
         shard: (rank, ranks): the rows of each batch of the endless stream are dealt to the ranks in
             equal numbers; the rows of an incomplete last batch that are left over are dropped.
     """
@@ -108,7 +103,6 @@ class TensorLoader:
         mix: bool = False,
         shuffle: bool = True,
         drop_last: bool = False,
-        max_device_bytes: int | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         if targets is not None and len(targets) != len(images):
@@ -125,7 +119,7 @@ class TensorLoader:
         if self.batch_size % shard[1]:
             raise ValueError(f"a batch of {self.batch_size} cannot be dealt to {shard[1]} ranks")
         self.targets = None if targets is None else targets.to(self.device)
-        self.resident = images.device.type != "cpu" or fits(images, self.device, max_device_bytes)
+        self.resident = images.device.type != "cpu" or fits(images, self.device)
         self.images = images.to(self.device) if self.resident else images
         # Orders have a stream of their own: looking a batch ahead does not disturb augmentation.
         self._order_generator = torch.Generator().manual_seed(draw_seed(generator))
