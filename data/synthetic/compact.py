@@ -252,23 +252,18 @@ def _check_tensors(
     return SetViews(tensors["x.views"], **shifts, **blend) if "x.views" in tensors else None
 
 
-def _parts(tensors: Mapping[str, Tensor], kinds: str) -> dict[str, Tensor]:
-    """The tensors of images (x) or targets (y), not what says how to train."""
-    return {name: t for name, t in tensors.items() if name.split(".")[0] in tuple(kinds)}
-
-
 def describe(tensors: Mapping[str, Tensor]) -> str:
-    """A compact file's tensors in one line."""
+    """A compact file's images (x) and targets (y) in one line, not what says how to train."""
     return ", ".join(
         f"{name} {' x '.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}"
-        for name, t in sorted(_parts(tensors, "xy").items())
+        for name, t in sorted(tensors.items())
+        if name.split(".")[0] in ("x", "y")
     )
 
 
 def count_bytes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """Bytes of a compact file's images (with views and map) and of its targets."""
-    x, y = (sum(t.nbytes for t in _parts(tensors, kind).values()) for kind in "xy")
-    return x, y
+    return tuple(sum(t.nbytes for name, t in tensors.items() if name.split(".")[0] == k) for k in "xy")
 
 
 def images_within(
