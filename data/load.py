@@ -67,10 +67,8 @@ def load_set(
     Height and width are `size` pixels. The family ("krr" or "dc") says whose statistics to use; listed
     sets of "dc" are prepared on first use, downloaded through torchvision where it can. Without "train" in
     `splits` no training file is opened and the training split is empty; an own set then needs its
-    statistics in meta.json. Files are mapped from 1 GiB on.
-
-    Raises:
-        UserError: unknown name, missing or damaged files, wrong dtype, shape, range or lengths.
+    statistics in meta.json. Files are mapped from 1 GiB on. A UserError for an unknown name, missing or
+    damaged files, and a wrong dtype, shape, range or length.
     """
     spec = find_spec(name, data_dir, family)
     folder = Path(data_dir) / (spec.folder if spec else name)

@@ -92,10 +92,8 @@ def read_split(
 ) -> ImageSplit | None:
     """Read one split and check it, also against `spec`, the set's row; None if neither file exists.
 
-    `mmap` maps the image file instead of reading it; from 1 GiB on it always is.
-
-    Raises:
-        UserError: one file of the pair is missing, or either is damaged or holds something else.
+    `mmap` maps the image file instead of reading it; from 1 GiB on it always is. A UserError where one file
+    of the pair is missing, or either is damaged or holds something else.
     """
     x_path, y_path = (folder / file_name(kind, split, size) for kind in "XY")
     if not x_path.exists():
@@ -183,8 +181,7 @@ def _check_labels(labels: Tensor, path: Path, count: int, num_classes: int | Non
 def labelled_classes(name: str, data_dir: Path | str, size: int) -> int | None:
     """Classes of a set of the KRR-ST family, read from its files where no row says it; None: unlabelled.
 
-    Raises:
-        UserError: neither listed nor prepared at that size, or damaged.
+    A UserError for a set that is neither listed nor prepared at that size, or damaged.
     """
     spec, folder = find_spec(name, data_dir), Path(data_dir) / name
     if spec is not None:

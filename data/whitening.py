@@ -34,10 +34,8 @@ class Whitening:
         """ZCA of the images (N, C, H, W), uint8 or float in [0, 1], in float64.
 
         With covariance U S Uᵀ of the pixels (of the normalised images, if `normalized`) it is
-        U (S + 0.1)^-½ Uᵀ. The result takes images that are normalised with `stats`.
-
-        Raises:
-            UserError: the images are too large for the memory.
+        U (S + 0.1)^-½ Uᵀ. The result takes images that are normalised with `stats`. A UserError for
+        images that are too large for the memory.
         """
         size = images[0].numel()
         if device.type == "mps":  # has no float64

@@ -51,9 +51,8 @@ def read_lines(path: Path) -> list[str]:
 def load_arrays(path: Path, *keys: str) -> list[Any]:
     """The values under `keys` in an .npz file, a MATLAB file or a pickled dict (any other suffix).
 
-    Raises:
-        UserError: missing, a web page, damaged, without one of the keys, far larger unpacked than
-            packed, or a pickle that names anything but plain containers and arrays of numbers.
+    A UserError for a file that is missing, a web page, damaged, without one of the keys, far larger unpacked
+    than packed, or a pickle that names anything but plain containers and arrays of numbers.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")

@@ -55,19 +55,13 @@ def write_prepared(
     skip_broken: bool = False,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Convert `source` and put the X/Y tensors of one size and meta.json into `folder`.
+    """Convert `source`, put X/Y tensors of one size and meta.json into `folder`; what that says of this size.
 
     All files of this size appear together at the end; after any failure the folder is as before. A
     process that is killed while they appear leaves files that meta.json does not describe, which
     `data.load` refuses. `skip_broken` leaves unreadable pictures out and lists them in meta.json;
-    `facts` go to its top level.
-
-    Returns:
-        What meta.json says about this size.
-
-    Raises:
-        UserError: unreadable pictures (without `skip_broken`), labels out of range, a disk that
-            is full or cannot be written, or other classes than this set's other sizes have.
+    `facts` go to its top level. A UserError for unreadable pictures (without `skip_broken`), labels out of
+    range, a disk that is full or cannot be written, and other classes than this set's other sizes have.
     """
     fresh, unreadable = not folder.exists(), folder.with_name(f"{folder.name}.unreadable.txt")
     try:

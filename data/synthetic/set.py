@@ -26,10 +26,8 @@ class SyntheticSet:
     """Distilled images with their targets.
 
     The tensors are detached but share storage with those given: clone these first if they are
-    optimised further. Other number types are cast.
-
-    Raises:
-        UserError: wrong type, shape, dtype or length, or non-finite values.
+    optimised further. Other number types are cast. A UserError for a wrong type, shape, dtype or length,
+    and for non-finite values.
     """
 
     images: Tensor  # m×C×H×W float32 in normalised space, m >= 1
