@@ -92,20 +92,16 @@ def _draw(
 
     Numbers U(0, 1) are float32 whatever the images are, so that the parameters are the same.
     """
-    seeds = itertools.repeat(None) if seed is None else itertools.count(seed)
-    generator = torch.Generator() if generator is None else generator
-
-    def draw(sampler: Callable[..., Tensor], *args: int, **options: torch.dtype) -> Tensor:
-        if (fresh := next(seeds)) is not None:
-            generator.manual_seed(fresh)
-        return sampler(*args, generator=generator, **options)
-
-    names = strategy.split("_")
-    name = names[int(draw(torch.randint, 0, len(names), (1,)))]
+    fresh, names = torch.Generator(), strategy.split("_")
+    streams = itertools.repeat(generator) if seed is None else map(fresh.manual_seed, itertools.count(seed))
+    name = names[int(torch.randint(len(names), (1,), generator=next(streams)))]
     operation, count = pick(OPERATIONS, name, "DSA operation"), shape[:1]
-    drawn = [draw(torch.rand, count, dtype=torch.float32) for _ in range(operation.uniform)]
-    sides = shape[2:] if operation.bounds else ()
-    return name, drawn + [draw(torch.randint, *operation.bounds(side), count) for side in sides]
+    drawn = [
+        torch.rand(count, generator=next(streams), dtype=torch.float32) for _ in range(operation.uniform)
+    ]
+    for side in shape[2:] if operation.bounds else ():
+        drawn.append(torch.randint(*operation.bounds(side), count, generator=next(streams)))
+    return name, drawn
 
 
 def draw_siamese(strategy: str, seed: int, shape: torch.Size) -> tuple[str, Tensor]:
