@@ -66,9 +66,7 @@ class MatchingDistiller(Distiller):
 
     def draw_classes(self) -> Iterator[Tensor]:
         """Real images of each class in turn: `batch_real` of it, or all if it has fewer."""
-        return self.real.draw_classes(
-            range(self.real.num_classes), self.flags.batch_real, self.stream("real images")
-        )
+        return self.real.draw_classes(self.flags.batch_real, self.stream("real images"))
 
     def images_of(self, first: int, end: int) -> Tensor:
         """A new leaf with the images of classes first to end - 1: its gradient has their size."""

@@ -74,10 +74,10 @@ class GradientMatching(MatchingDistiller):
 
     def _fix_statistics(self, network: nn.Module) -> None:
         """One forward pass over real images in train mode, then BatchNorm in eval mode."""
-        x, _ = self.real.draw_all_classes(BATCH_NORM_IMAGES, self.stream("real images"))
+        reals = self.real.draw_classes(BATCH_NORM_IMAGES, self.stream("real images"))
         network.train()
         with torch.no_grad():
-            network(x)
+            network(torch.cat(list(reals)))
         for module in batch_norms(network):
             module.eval()
 

@@ -17,7 +17,7 @@ from data.load import ImageSet
 from data.meta import read_meta
 from data.real_data import RealImages
 from data.space import Space, convert
-from data.specs import DC_SPECS, Stats
+from data.specs import DC_SPECS, Stats, pixel_stats
 from models import get_network
 from models.foundation import load_hf
 from models.layout import arranged, images_at_once
@@ -110,15 +110,10 @@ def load_networks(
     return teachers, num_classes
 
 
-def pixel_stats(channels: int) -> Stats:
-    """Statistics that change nothing."""
-    return Stats((0.0,) * channels, (1.0,) * channels)
-
-
 def load_foundation(name: str, given: Space, device: torch.device) -> Teacher:
     """Load `hf:NAME_OR_FOLDER` for images of the space `given`; raises as `models.foundation.load_hf`."""
     found = load_hf(name.removeprefix(PREFIX))
-    own = Space.of(Stats(found.mean, found.std), found.size)
+    own = Space(Stats(found.mean, found.std), found.size)
     return Teacher(found.network, own, given, found.mode).to(device)
 
 
@@ -133,9 +128,9 @@ def source_space(path: Path, dataset: str) -> tuple[Space, int]:
         if not isinstance(facts, dict):
             raise TypeError("not an object")
         if "img_shape" in facts:
-            channels, *size = facts["img_shape"]
+            _, *size = facts["img_shape"]
             stats = Stats(tuple(facts["mean"]), tuple(facts["std"]))
-            return Space(stats, channels, tuple(size)), int(facts["num_classes"])
+            return Space(stats, tuple(size)), int(facts["num_classes"])
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise UserError(f"{config} is damaged; expected what train_original_models.py writes") from None
     if dataset not in DC_SPECS:
@@ -144,7 +139,7 @@ def source_space(path: Path, dataset: str) -> tuple[Space, int]:
         raise UserError(f"the image size of {dataset} is unknown: {missing}")
     spec = DC_SPECS[dataset]
     size = spec.sizes[0]
-    return Space.of(spec.stats[size], (size, size)), spec.num_classes
+    return Space(spec.stats[size], (size, size)), spec.num_classes
 
 
 def load_pool(flags: DistillFlags, image_set: ImageSet, device: torch.device) -> ModelPool:
@@ -152,7 +147,7 @@ def load_pool(flags: DistillFlags, image_set: ImageSet, device: torch.device) ->
 
     A UserError if they are too few, damaged, or, with ce, of other labels than the set's.
     """
-    given, families = Space.of(image_set.stats, image_set.img_shape[1:]), []
+    given, families = Space(image_set.stats, image_set.img_shape[1:]), []
     for name, alpha in pair_pool(flags):
         if name.startswith(PREFIX):
             models = [load_foundation(name, given, device)]

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from clom.config import OriginalFlags
-from clom.pool import checkpoint_name, index_folders, model_folder, pixel_stats
+from clom.pool import checkpoint_name, index_folders, model_folder
 from clom.source import load_data, network_factory
 from data.load import ImageSet
+from data.specs import pixel_stats
 from evaluation.epochs import epoch_cost, train_epochs
 from evaluation.fit import Trainer, real_loader
 from evaluation.recipes import Recipe
@@ -97,7 +98,7 @@ def original_trainer(
 
 def in_space(image_set: ImageSet, normalized: bool) -> ImageSet:
     """The set with its own statistics, or with those that leave pixels in [0, 1]."""
-    return image_set if normalized else replace(image_set, stats=pixel_stats(image_set.channels))
+    return image_set if normalized else replace(image_set, stats=pixel_stats(image_set.img_shape[0]))
 
 
 def next_index(folder: Path) -> Path:

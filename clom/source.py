@@ -11,7 +11,7 @@ from clom.config import CommonFlags
 from data import prepared
 from data.augment import normalize
 from data.load import ImageSet, load_set
-from data.prepared import default_size, prepare_command, tensor_path
+from data.prepared import default_size, file_name, prepare_command
 from data.specs import DC_SPECS, Stats
 from data.synthetic import SyntheticSet
 from models import get_network
@@ -55,7 +55,7 @@ def load_data(flags: CommonFlags) -> ImageSet:
     """
     data_dir, folder = find_data_dir(flags), set_folder(flags.dataset)
     size = flags.img_size or default_size(flags.dataset, data_dir, "dc")
-    path = tensor_path(data_dir, folder, "X", "train", size)
+    path = data_dir / folder / file_name("X", "train", size)
     missing = not path.exists()
     try:
         image_set = load_set(flags.dataset, size, data_dir, family="dc")
@@ -68,7 +68,7 @@ def load_data(flags: CommonFlags) -> ImageSet:
         raise UserError(f"{path.parent} has no labels in each split; this family needs them")
     if image_set.test is None:
         if flags.dataset in DC_SPECS and DC_SPECS[flags.dataset].has_test:
-            test = tensor_path(data_dir, folder, "X", "test", size)
+            test = path.with_name(file_name("X", "test", size))
             raise UserError(f"{test} does not exist; prepare {folder} again with its test split")
         print(f"{flags.dataset} has no test split: accuracies are on the training images")
     return image_set

@@ -36,11 +36,6 @@ class ImageSet:
     hflip: bool  # whether mirroring keeps the meaning
 
     @property
-    def channels(self) -> int:
-        """Number of image channels."""
-        return self.train.images.shape[1]
-
-    @property
     def img_shape(self) -> tuple[int, int, int]:
         """(C, H, W), what the model zoos take."""
         return tuple(self.train.images.shape[1:])
@@ -53,9 +48,8 @@ class ImageSet:
     @cached_property
     def fingerprint(self) -> str:
         """Which data it is: images and labels (from 1 GiB on a sample of them), statistics, mirroring."""
-        tensors = []
-        for part in (self.train, self.test) if self.test is not None else (self.train,):
-            tensors += [sample(part.images)] + ([] if part.labels is None else [part.labels])
+        parts = [part for part in (self.train, self.test) if part is not None]
+        tensors = [t for part in parts for t in (sample(part.images), part.labels) if t is not None]
         rest = torch.tensor([*self.stats.mean, *self.stats.std, self.hflip], dtype=torch.float64)
         return fingerprint(*tensors, rest)
 
@@ -67,22 +61,14 @@ def load_set(
     *,
     family: str = "krr",
     splits: tuple[str, ...] = ("train", "test"),
-    mmap: bool | None = None,
 ) -> ImageSet:
-    """Read a prepared set.
+    """Read the set of a name of the family, or an own prepared set, from its folder in `data_dir`.
 
-    Args:
-        name: data set name of the family, or of an own prepared set.
-        size: height = width in pixels.
-        data_dir: the folder that holds one folder per set.
-        family: "krr" or "dc": whose statistics to use. Listed sets of "dc" are prepared on first
-            use, downloaded through torchvision where it can.
-        splits: what to read. Without "train" no training file is opened and the training split
-            is empty; an own set then needs its statistics in meta.json.
-        mmap: map the image files instead of reading them; None: from 1 GiB on.
-
-    Raises:
-        UserError: unknown name, missing or damaged files, wrong dtype, shape, range or lengths.
+    Height and width are `size` pixels. The family ("krr" or "dc") says whose statistics to use; listed
+    sets of "dc" are prepared on first use, downloaded through torchvision where it can. Without "train" in
+    `splits` no training file is opened and the training split is empty; an own set then needs its
+    statistics in meta.json. Files are mapped from 1 GiB on. A UserError for an unknown name, missing or
+    damaged files, and a wrong dtype, shape, range or length.
     """
     spec = find_spec(name, data_dir, family)
     folder = Path(data_dir) / (spec.folder if spec else name)
@@ -93,7 +79,7 @@ def load_set(
 
         print(f"{folder.name} at size {size} is not prepared in {data_dir}: preparing it now")
         prepare(PrepareFlags(folder.name, size, Path(data_dir), download=True))
-    parts = {s: read_split(folder, s, size, spec, mmap) for s in SPLITS if s in splits}
+    parts = {s: read_split(folder, s, size, spec) for s in SPLITS if s in splits}
     if parts[first] is None:
         command = prepare_command(folder.name, size, data_dir)
         raise UserError(f"{path} does not exist; make it with: {command}")
@@ -108,6 +94,5 @@ def load_set(
             f"{test.path} holds images of shape {tuple(test.images.shape[1:])}, "
             f"expected {tuple(train.images.shape[1:])} like the training images"
         )
-    stats = spec.stats.get(size) if spec else None
-    stats = stats or own_statistics(folder, size, train.images)
+    stats = (spec and spec.stats.get(size)) or own_statistics(folder, size, train.images)
     return ImageSet(name, size, train, test, num_classes, stats, keeps_meaning_mirrored(folder))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.augment import normalize
-from data.augment.crop_flip import CropFlip, apply_crop_flip, draw_crop_flip, view_numbers
+from data.augment.crop_flip import apply_crop_flip, draw_crop_flip
 from data.augment.mixup import mixup
 from data.specs import Stats
 from utils.device import free_memory, upload
@@ -17,13 +17,9 @@ from utils.seed import draw_seed
 Transform = Callable[[Tensor, torch.Generator], Any]
 
 
-def fits(images: Tensor, device: torch.device, limit: int | None = None) -> bool:
-    """Whether images may live on the device: within `limit` bytes, or half of what is free on CUDA."""
-    if limit is None:
-        if device.type != "cuda":
-            return True
-        limit = free_memory(device) // 2
-    return images.numel() * images.element_size() <= limit
+def fits(images: Tensor, device: torch.device) -> bool:
+    """Whether images may live on the device: on CUDA within half of what is free."""
+    return device.type != "cuda" or images.nbytes <= free_memory(device) // 2
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,7 @@ class ImagePipeline:
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C, H, W) on its device -> the same shape, float32, normalised."""
         if self.pad is not None:
-            views = draw_crop_flip(len(x), self.pad, self.hflip, generator)
-            x = apply_crop_flip(x, views, self.pad)
+            x = apply_crop_flip(x, draw_crop_flip(len(x), self.pad, self.hflip, generator), self.pad)
         return normalize(x, self.stats)
 
 
@@ -58,10 +53,8 @@ class ViewPipeline:
     def __call__(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> the same shape, float32, normalised; and (B,) view numbers on the CPU."""
         rank, ranks = self.shard
-        drawn = draw_crop_flip(len(x) * ranks, self.pad, self.hflip, generator)
-        views = CropFlip(*(t[rank::ranks] for t in drawn))
-        shown = normalize(apply_crop_flip(x, views, self.pad), self.stats)
-        return shown, view_numbers(views, self.pad)
+        views = draw_crop_flip(len(x) * ranks, self.pad, self.hflip, generator)[rank::ranks]
+        return normalize(apply_crop_flip(x, views, self.pad), self.stats), views
 
 
 class _Slice(NamedTuple):
@@ -80,26 +73,22 @@ class TensorLoader:
     memory, and the next batch is gathered into pinned memory and copied while the current one is in use.
 
     `epoch()` yields every sample once, `forever()` an endless stream, whose state can be saved between
-    any two batches and restored: the following batches are the same.
+    any two batches and restored: the following batches are the same. A ValueError for arguments that do
+    not fit each other.
 
     Args:
         images: (N, C, H, W), or any tensor of N rows.
         targets: (N, ...), or None: batches carry the row numbers instead, int64 on the CPU.
-        batch_size: images per batch.
+        batch_size: at least 1 and a multiple of the number of ranks.
         device: of the batches.
-        generator: CPU generator; order and augmentation come from it alone.
+        generator: on the CPU; order and augmentation come from it alone.
         transform: maps (batch on the device, generator) to the network's input.
         mix: mixup of inputs and targets, which are float vectors; after the transform.
         shuffle: a new order for each pass.
         drop_last: the endless stream leaves out the incomplete last batch of each pass (a split
             smaller than a batch is one batch).
-        max_device_bytes: limit for the images on the device; None: see `fits`.
         shard: (rank, ranks): the rows of each batch of the endless stream are dealt to the ranks in
             equal numbers; the rows of an incomplete last batch that are left over are dropped.
-
-    Raises:
-        ValueError: images and targets differ in length, the batch size is below 1, or the number of
-            ranks does not divide it; targets that cannot be mixed.
     """
 
     def __init__(
@@ -114,7 +103,6 @@ class TensorLoader:
         mix: bool = False,
         shuffle: bool = True,
         drop_last: bool = False,
-        max_device_bytes: int | None = None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         if targets is not None and len(targets) != len(images):
@@ -131,7 +119,7 @@ class TensorLoader:
         if self.batch_size % shard[1]:
             raise ValueError(f"a batch of {self.batch_size} cannot be dealt to {shard[1]} ranks")
         self.targets = None if targets is None else targets.to(self.device)
-        self.resident = images.device.type != "cpu" or fits(images, self.device, max_device_bytes)
+        self.resident = images.device.type != "cpu" or fits(images, self.device)
         self.images = images.to(self.device) if self.resident else images
         # Orders have a stream of their own: looking a batch ahead does not disturb augmentation.
         self._order_generator = torch.Generator().manual_seed(draw_seed(generator))
@@ -208,46 +196,23 @@ class TensorLoader:
         if self.resident:
             yield from ((part, self.images.index_select(0, part.index)) for part in slices)
             return
-        copier = _PinnedCopier(self.images, self.batch_size, self.device)
-        ahead = ((part, copier.start(part.index)) for part in slices)
-        current = next(ahead, None)
-        while current is not None:
-            following = next(ahead, None)  # copied while the current one is in use
-            yield current[0], copier.finish(current[1])
-            current = following
+        cuda = self.device.type == "cuda"
+        stream = torch.cuda.Stream(self.device) if cuda else None
 
+        def start(part: _Slice) -> tuple[_Slice, Tensor]:
+            shape = len(part.index), *self.images.shape[1:]
+            rows = torch.empty(shape, dtype=self.images.dtype, pin_memory=cuda)
+            torch.index_select(self.images, 0, part.index, out=rows)
+            with torch.cuda.stream(stream):  # torch reuses the pinned memory only after the copy
+                return part, rows.to(self.device, non_blocking=cuda)
 
-class _PinnedCopier:
-    """Gathers rows into two pinned buffers in turn, copied on a stream of its own; without CUDA, at once."""
-
-    def __init__(self, images: Tensor, batch_size: int, device: torch.device) -> None:
-        self.images, self.device = images, device
-        self.cuda = device.type == "cuda"
-        if self.cuda:
-            shape = (batch_size, *images.shape[1:])
-            self._stream = torch.cuda.Stream(device)
-            self._buffers = [torch.empty(shape, dtype=images.dtype).pin_memory() for _ in range(2)]
-            self._copied = [torch.cuda.Event() for _ in range(2)]
-            self._turn = 0
-
-    def start(self, index: Tensor) -> tuple[Tensor, int]:
-        """Begin to copy the rows at `index`; returns the argument of `finish`."""
-        if not self.cuda:
-            return self.images[index].to(self.device), 0
-        turn, self._turn = self._turn, 1 - self._turn
-        self._copied[turn].synchronize()  # the copy before last has left this buffer
-        buffer = self._buffers[turn][: len(index)]
-        torch.index_select(self.images, 0, index, out=buffer)
-        with torch.cuda.stream(self._stream):
-            x = buffer.to(self.device, non_blocking=True)
-            self._copied[turn].record(self._stream)
-        return x, turn
-
-    def finish(self, started: tuple[Tensor, int]) -> Tensor:
-        """Rows on the device, ordered before whatever is queued there next."""
-        x, turn = started
-        if self.cuda:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(self._copied[turn])
-            x.record_stream(current)
-        return x
+        ahead = map(start, slices)
+        following = next(ahead, None)
+        while following is not None:
+            part, x = following
+            if cuda:
+                current = torch.cuda.current_stream(self.device)
+                current.wait_stream(stream)
+                x.record_stream(current)
+            following = next(ahead, None)  # copied while this one is in use
+            yield part, x

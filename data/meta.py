@@ -44,7 +44,7 @@ def keeps_meaning_mirrored(folder: Path) -> bool:
 
 def checksum(tensor: Tensor) -> str:
     """SHA-256 over the SHA-256 digests of a tensor's bytes in blocks of 16 MiB, on all cores."""
-    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    content = checkpoint.as_bytes(tensor)
     blocks = [content[start : start + (1 << 24)] for start in range(0, len(content), 1 << 24)]
     with ThreadPoolExecutor() as pool:
         digests = pool.map(lambda block: hashlib.sha256(block).digest(), blocks)

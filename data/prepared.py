@@ -38,11 +38,6 @@ def file_name(kind: str, split: str, size: int) -> str:
     return f"{kind}_{SPLITS[split]}_{size}.pth"
 
 
-def tensor_path(data_dir: Path | str, folder: str, kind: str, split: str, size: int) -> Path:
-    """Path of that file."""
-    return Path(data_dir) / folder / file_name(kind, split, size)
-
-
 def prepared_names(data_dir: Path | str) -> list[str]:
     """Folders below `data_dir` that hold at least one prepared tensor."""
     return sorted({p.parent.name for p in Path(data_dir).glob("*/[XY]_t[re]_*.pth")})
@@ -93,23 +88,20 @@ def default_size(name: str, data_dir: Path | str, family: str = "krr") -> int:
 
 
 def read_split(
-    folder: Path, split: str, size: int, spec: DatasetSpec | None, mmap: bool | None = None
+    folder: Path, split: str, size: int, spec: DatasetSpec | None, mmap: bool = False
 ) -> ImageSplit | None:
     """Read one split and check it, also against `spec`, the set's row; None if neither file exists.
 
-    `mmap` maps the image file instead of reading it; None: from 1 GiB on.
-
-    Raises:
-        UserError: one file of the pair is missing, or either is damaged or holds something else.
+    `mmap` maps the image file instead of reading it; from 1 GiB on it always is. A UserError where one file
+    of the pair is missing, or either is damaged or holds something else.
     """
     x_path, y_path = (folder / file_name(kind, split, size) for kind in "XY")
     if not x_path.exists():
         if y_path.exists():
             raise UserError(f"{x_path} does not exist, but its labels {y_path} do; expected the pair")
         return None
-    if mmap is None:
-        mmap = x_path.stat().st_size >= _MAP_FROM_BYTES
-    images = checkpoint.load_tensor(x_path, what="image tensor", mmap=mmap)
+    large = x_path.stat().st_size >= _MAP_FROM_BYTES
+    images = checkpoint.load_tensor(x_path, what="image tensor", mmap=mmap or large)
     _check_images(images, x_path, size, spec.channels if spec else None)
     labels = None
     if y_path.exists():
@@ -189,8 +181,7 @@ def _check_labels(labels: Tensor, path: Path, count: int, num_classes: int | Non
 def labelled_classes(name: str, data_dir: Path | str, size: int) -> int | None:
     """Classes of a set of the KRR-ST family, read from its files where no row says it; None: unlabelled.
 
-    Raises:
-        UserError: neither listed nor prepared at that size, or damaged.
+    A UserError for a set that is neither listed nor prepared at that size, or damaged.
     """
     spec, folder = find_spec(name, data_dir), Path(data_dir) / name
     if spec is not None:

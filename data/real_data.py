@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,13 +20,9 @@ READ_AT_ONCE = 2**24  # numbers, 64 MB of float32
 class RealImages:
     """Labelled images with an index list per class.
 
-    Args:
-        images: (N, C, H, W) uint8 or float in [0, 1]; with `stats` None, float images already in the
-            space of the synthetic ones. Kept as they are, on the device if they fit.
-        labels: (N,) int64.
-        stats: normalisation of every batch; None: none.
-        num_classes: None means the largest label + 1.
-        device: of the batches; None: where the images are.
+    The images are (N, C, H, W) uint8 or float in [0, 1], kept as they are, on the device if they fit;
+    without `stats`, which normalise every batch, float images in the space of the synthetic ones. Labels
+    are (N,) int64; their classes are by default up to the largest. The device is by default the images'.
     """
 
     def __init__(
@@ -78,11 +74,9 @@ class RealImages:
         index = self.index_of_class[c]
         return index[torch.randperm(len(index), generator=generator)[:count]]
 
-    def draw_classes(
-        self, classes: Sequence[int], count: int, generator: torch.Generator
-    ) -> Iterator[Tensor]:
+    def draw_classes(self, count: int, generator: torch.Generator) -> Iterator[Tensor]:
         """A batch of each class in turn, as `draw_class` draws them; all rows move to the device at once."""
-        drawn = [self.draw_class(c, count, generator) for c in classes]
+        drawn = [self.draw_class(c, count, generator) for c in range(self.num_classes)]
         rows = upload(torch.cat(drawn), self.images.device)
         counts = [len(index) for index in drawn]
         # Several classes are read at once where launching kernels takes the time.
@@ -91,8 +85,3 @@ class RealImages:
             part, counts = counts[: max(1, most)], counts[max(1, most) :]
             here, rows = rows[: sum(part)], rows[sum(part) :]
             yield from self.at(here).split(part)
-
-    def draw_all_classes(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-        """A batch of every class in class order: images, and the number of images of each class."""
-        drawn = [self.draw_class(c, count, generator) for c in range(self.num_classes)]
-        return self.at(torch.cat(drawn)), [len(index) for index in drawn]

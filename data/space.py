@@ -1,7 +1,5 @@
 """Image spaces: which form a network's images have, and the way from one form into another."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -13,17 +11,15 @@ from data.specs import Stats
 
 @dataclass(frozen=True)
 class Space:
-    """The form of image batches: normalisation, channels (1 or 3), height and width."""
+    """The form of image batches: normalisation, and with it the number of channels; height and width."""
 
     stats: Stats
-    channels: int
     size: tuple[int, int]
 
-    @classmethod
-    def of(cls, stats: Stats, size: tuple[int, ...]) -> Space:
-        """As many channels as the statistics have."""
-        height, width = size
-        return cls(stats, len(stats.mean), (height, width))
+    @property
+    def channels(self) -> int:
+        """1 or 3."""
+        return len(self.stats.mean)
 
 
 def convert(x: Tensor, source: Space, target: Space, mode: str = "bilinear") -> Tensor:
@@ -32,14 +28,7 @@ def convert(x: Tensor, source: Space, target: Space, mode: str = "bilinear") -> 
     De-normalise, one channel to three equal ones (or three to their mean), resize (antialiased),
     normalise. Equal spaces return x itself.
 
-    Args:
-        x: (B, C, H, W) float in `source`.
-        source: where x lives.
-        target: where it should.
-        mode: interpolation, bilinear or bicubic.
-
-    Returns:
-        (B, C', H', W') in `target`.
+    x is (B, C, H, W) float in `source`, the result (B, C', H', W') in `target`; `mode`: bilinear or bicubic.
     """
     if source == target:
         return x

@@ -1,7 +1,6 @@
 """Reading files that somebody else made: regular files, JSON objects, pictures of known raster formats."""
 
 import contextlib
-import functools
 import json
 import stat
 import warnings
@@ -45,13 +44,6 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
     return value
 
 
-@functools.cache
-def _formats() -> list[str]:
-    """The formats that this Pillow was built with."""
-    Image.init()
-    return [name for name in _FORMATS if name in Image.OPEN]
-
-
 @contextlib.contextmanager
 def open_picture(path: Path | str) -> Iterator[Image.Image]:
     """Open a picture of one of the known raster formats; prints a line for a very large one.
@@ -63,9 +55,10 @@ def open_picture(path: Path | str) -> Iterator[Image.Image]:
             DecompressionBombError beyond twice Pillow's limit.
     """
     check_regular(path)
+    Image.init()  # names the formats that this Pillow was built with
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # in our words below
-        with Image.open(path, formats=_formats()) as picture:
+        with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as picture:
             if Image.MAX_IMAGE_PIXELS and picture.width * picture.height > Image.MAX_IMAGE_PIXELS:
                 print(f"{path} is very large: {picture.width} x {picture.height} pixels", flush=True)
             try:

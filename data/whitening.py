@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data.augment import to_float
-from data.specs import Stats
+from data.specs import Stats, pixel_stats
 from utils.device import free_memory
 from utils.errors import UserError
 
@@ -34,10 +34,8 @@ class Whitening:
         """ZCA of the images (N, C, H, W), uint8 or float in [0, 1], in float64.
 
         With covariance U S Uᵀ of the pixels (of the normalised images, if `normalized`) it is
-        U (S + 0.1)^-½ Uᵀ. The result takes images that are normalised with `stats`.
-
-        Raises:
-            UserError: the images are too large for the memory.
+        U (S + 0.1)^-½ Uᵀ. The result takes images that are normalised with `stats`. A UserError for
+        images that are too large for the memory.
         """
         size = images[0].numel()
         if device.type == "mps":  # has no float64
@@ -47,9 +45,8 @@ class Whitening:
                 f"--zca: whitening {size} values per image takes {needed / 1e9:.0f} GB on {device}; "
                 "use --no-zca or a smaller --img_size"
             )
-        scale, shift = _rows(stats, images.shape[1:], device)
-        if not normalized:
-            scale, shift = torch.ones_like(scale), torch.zeros_like(shift)
+        used, shape = stats if normalized else pixel_stats(images.shape[1]), images.shape[1:]
+        scale, shift = _rows(used, shape, device)
 
         def part(start: int) -> Tensor:
             x = to_float(images[start : start + _ROWS].to(device)).flatten(1).double()
@@ -63,17 +60,12 @@ class Whitening:
             covariance.addmm_(x.mT, x)
         values, vectors = torch.linalg.eigh(covariance / max(1, len(images) - 1))
         matrix = (vectors * (values.clamp_min(0) + RIDGE).rsqrt()) @ vectors.mT
-        found = cls(mean.float(), matrix.float())
-        return found if normalized else found._moved(*_rows(stats, images.shape[1:], device))
+        return cls(mean.float(), matrix.float()).moved(used, stats, shape)
 
     def moved(self, source: Stats, target: Stats, shape: tuple[int, ...]) -> Whitening:
         """The same map for images (C, H, W) normalised with `target` where it took `source`."""
         own, other = (_rows(stats, shape, self.mean.device) for stats in (source, target))
-        scale = other[0] / own[0]
-        return self._moved(scale, (other[1] - own[1]) / own[0])
-
-    def _moved(self, scale: Tensor, shift: Tensor) -> Whitening:
-        """For inputs y in place of x = scale · y + shift; both (D,)."""
+        scale, shift = other[0] / own[0], (other[1] - own[1]) / own[0]  # x = scale · y + shift
         mean = (self.mean.double() - shift) / scale
         return Whitening(mean.float(), (scale[:, None] * self.matrix.double()).float())
 
@@ -100,9 +92,5 @@ class Whitening:
 
 def _rows(stats: Stats, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """(D,) float64 standard deviations and means of the values of a flattened (C, H, W) image."""
-    count = shape[-2] * shape[-1]
-    std, mean = (
-        torch.tensor(values, dtype=torch.float64, device=device).repeat_interleave(count)
-        for values in (stats.std, stats.mean)
-    )
-    return std, mean
+    values = torch.tensor((stats.std, stats.mean), dtype=torch.float64, device=device)
+    return values.repeat_interleave(shape[-2] * shape[-1], dim=1).unbind()

@@ -99,7 +99,7 @@ class Problem:
         if init == "noise":
             shape = (len(labels), *self.image_set.img_shape)
             return torch.randn(shape, generator=generator).to(self.device), labels
-        return self.whiten(self.real.draw_all_classes(ipc, generator)[0]), labels
+        return self.whiten(torch.cat(list(self.real.draw_classes(ipc, generator)))), labels
 
 
 def check_start(real: RealImages, ipc: int, init: str, num_images: int | None = None) -> None:

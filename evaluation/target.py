@@ -52,8 +52,8 @@ class ForeignTarget(nn.Module):
     def __init__(self, found: Foundation, img_shape: tuple[int, int, int], stats: Stats) -> None:
         super().__init__()
         self.network, self.dim, self.mode = found.network, found.dim, found.mode
-        self.given = Space.of(stats, img_shape[1:])
-        self.own = Space.of(Stats(found.mean, found.std), found.size)
+        self.given = Space(stats, tuple(img_shape[1:]))
+        self.own = Space(Stats(found.mean, found.std), found.size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(convert(x, self.given, self.own, self.mode))

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from data.specs import Stats
+from data.specs import Stats, pixel_stats
 from distillation.one_set import SetSetup
 from distillation.run import Method
 from krr_st.config import TrainFlags
@@ -73,7 +73,7 @@ class KRRSTSetup(KernelSetup):
         """With a raw start there is nothing to undo."""
         if self.flags.syn_init != "raw":
             return self.image_set.stats
-        return Stats((0.0,) * self.image_set.channels, (1.0,) * self.image_set.channels)
+        return pixel_stats(self.image_set.img_shape[0])
 
     shorter = "--recipe best, lower --num_images, a smaller --train_model, --precision bf16"
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from data.load import load_set
-from data.prepared import tensor_path
+from data.prepared import file_name
 from data.target_scale import TARGET_SCALES
 from data.untrusted import read_json
 from distillation.run import run_method
@@ -144,7 +144,8 @@ class StudyFlags(JobFlags):
 def validation_set(flags: StudyFlags) -> str:
     """Write the training images as a set of its own, a fifth of them as test split; returns its name."""
     name = f"{flags.data_name}_val"
-    if not tensor_path(flags.data_dir, name, "Y", "test", flags.img_size).exists():
+    folder, size = Path(flags.data_dir) / name, flags.img_size
+    if not (folder / file_name("Y", "test", size)).exists():
         whole = load_set(flags.data_name, flags.img_size, flags.data_dir).train
         if whole.labels is None:
             raise UserError(f"--data_name {flags.data_name}: has no labels; probes need them")
@@ -152,8 +153,7 @@ def validation_set(flags: StudyFlags) -> str:
         held_out = int(HELD_OUT * len(whole))
         for split, index in (("train", order[held_out:]), ("test", order[:held_out])):
             for kind, tensor in (("X", whole.images), ("Y", whole.labels)):
-                path = tensor_path(flags.data_dir, name, kind, split, flags.img_size)
-                checkpoint.save(tensor[index], path)
+                checkpoint.save(tensor[index], folder / file_name(kind, split, size))
     return name
 
 

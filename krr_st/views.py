@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.augment import normalize
-from data.augment.crop_flip import apply_crop_flip, count_views, default_padding, views_from_numbers
+from data.augment.crop_flip import apply_crop_flip, count_views, default_padding
 from data.load import ImageSet
 from data.loader import TensorLoader, ViewPipeline, fits
 from data.specs import Stats
@@ -131,7 +131,7 @@ class TargetViews(OnlineTargets):
         size = _CUDA_ROWS_AT_ONCE if device.type == "cuda" else _ROWS_AT_ONCE
         for rows in tqdm(todo.split(size), desc="target views", disable=None):
             x = upload(images[upload(rows // self.views, images.device)], device)
-            x = apply_crop_flip(x, views_from_numbers(rows % self.views, pad), pad)
+            x = apply_crop_flip(x, rows % self.views, pad)
             self._store(rows, self.compute(normalize(x, stats)))
         self.flush()
 

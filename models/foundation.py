@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -141,11 +142,11 @@ def _feature_width(network: nn.Module, img_shape: tuple[int, int, int], where: s
     return once.shape[1]
 
 
-def _processor(source: str, local: bool, options: dict[str, Any], where: str) -> Any | None:
-    """The image processor; None for a folder without one."""
+def _processor(source: str, local: bool, options: dict[str, Any], where: str) -> Any:
+    """The image processor; ImageNet's mean and std for a folder without one."""
     if local and not any((Path(source) / file).exists() for file in _PROCESSOR_FILES):
         print(f"{where} has no image processor: ImageNet's mean and std are used")
-        return None
+        return SimpleNamespace(image_mean=IMAGENET[0], image_std=IMAGENET[1], rescale_factor=1 / 255)
     try:
         from transformers import AutoImageProcessor
 
@@ -154,13 +155,10 @@ def _processor(source: str, local: bool, options: dict[str, Any], where: str) ->
         _refuse(f"the image processor of {where} cannot be loaded", error)
 
 
-def _input_size(processor: Any | None, config: Any) -> tuple[int, int]:
+def _input_size(processor: Any, config: Any) -> tuple[int, int]:
     """(height, width) after the processor's crop or resize, else the network's own, else 224."""
-    sizes = [getattr(config, "image_size", None)]
-    if processor is not None:
-        crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
-        sizes = [crop, getattr(processor, "size", None), *sizes]
-    for size in filter(None, sizes):
+    crop = processor.crop_size if getattr(processor, "do_center_crop", False) else None
+    for size in filter(None, (crop, getattr(processor, "size", None), getattr(config, "image_size", None))):
         if isinstance(size, int):
             return size, size
         if not isinstance(size, (list, tuple)):
@@ -171,10 +169,8 @@ def _input_size(processor: Any | None, config: Any) -> tuple[int, int]:
     return 224, 224
 
 
-def _processor_stats(processor: Any | None, where: str) -> tuple[tuple[float, ...], ...]:
+def _processor_stats(processor: Any, where: str) -> tuple[tuple[float, ...], ...]:
     """Mean and std of pixels in [0, 1] equivalent to the processor's rescaling and normalising."""
-    if processor is None:
-        return IMAGENET
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)
     if not getattr(processor, "do_normalize", True):
         mean, std = (0.0,) * 3, (1.0,) * 3

@@ -4,6 +4,7 @@ The convolutional ones are tables of rows (convolution, norm, activation, poolin
 norms, in the padding of single-channel images and in the names of layers.
 """
 
+import functools
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -73,6 +74,9 @@ class Row(NamedTuple):
     def side(self, side: int) -> int:
         """Side of the map after convolution and pooling."""
         return self.conv_side(side) // (1 if self.pool == "none" else 2)
+
+
+pooled = functools.partial(Row, pool="max")
 
 
 def pad_single_channel(rows: Sequence[Row], channel: int) -> list[Row]:
@@ -185,13 +189,7 @@ class AlexNet(PlainNet):
     2012, as reduced by Zhao et al., "Dataset Condensation with Gradient Matching", 2021.
     """
 
-    ROWS = (
-        Row(128, kernel=5, padding=2, pool="max"),
-        Row(192, kernel=5, padding=2, pool="max"),
-        Row(256),
-        Row(192),
-        Row(192, pool="max"),
-    )
+    ROWS = (pooled(128, 5, 2), pooled(192, 5, 2), Row(256), Row(192), pooled(192))
 
 
 class VGG11(PlainNet):
@@ -201,16 +199,7 @@ class VGG11(PlainNet):
     Recognition", 2015.
     """
 
-    ROWS = (
-        Row(64, pool="max"),
-        Row(128, pool="max"),
-        Row(256),
-        Row(256, pool="max"),
-        Row(512),
-        Row(512, pool="max"),
-        Row(512),
-        Row(512, pool="max"),
-    )
+    ROWS = (pooled(64), pooled(128), Row(256), pooled(256), Row(512), pooled(512), Row(512), pooled(512))
 
 
 class MLP(Classifier):
@@ -234,14 +223,14 @@ class LeNet(Classifier):
     Source: LeCun et al., "Gradient-Based Learning Applied to Document Recognition", 1998.
     """
 
-    ROWS = (Row(6, 5, 0, "max"), Row(16, 5, 0, "max"))
+    ROWS = (pooled(6, 5, 0), pooled(16, 5, 0))
 
     def __init__(self, channel: int, num_classes: int, im_size: Size, *, name: str = "LeNet") -> None:
         super().__init__()
         rows = pad_single_channel(self.ROWS, channel)
         height, width = map_size(name, im_size, lambda side: rows_side(rows, side))
         blocks = conv_blocks(channel, rows, im_size, norm="none")
-        self.features = nn.Sequential(*(module for block in blocks for module in block))
+        self.features = nn.Sequential(*itertools.chain(*blocks))
         self.fc_1 = nn.Linear(16 * height * width, 120)
         self.fc_2 = nn.Linear(120, 84)
         self.set_head(num_classes, 84, head_name="fc_3")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from data.meta import checksum
 from utils import checkpoint
 from utils.errors import UserError, entry_point
 from utils.plots import save_grid, save_lines
@@ -111,6 +112,7 @@ def test_a_signal_while_a_file_is_read_is_no_damaged_file(tmp_path, monkeypatch)
 LOAD_WITH_LITTLE_MEMORY = """
 import resource, sys
 from pathlib import Path
+from data.meta import checksum
 from utils import checkpoint
 from utils.errors import UserError
 pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -242,6 +244,15 @@ def test_fingerprint_sees_values_shapes_and_types():
     ]
     assert len(set(prints)) == len(prints)
     assert checkpoint.fingerprint(x.view(2, 3).T.contiguous().T) == prints[1]
+
+
+def test_a_single_value_of_any_stride_has_a_fingerprint():
+    """As of a saved part of the labels, which keeps its stride."""
+    labels = torch.arange(4)[::2][:1]
+    assert labels.stride() == (2,) and checkpoint.fingerprint(labels) == checkpoint.fingerprint(
+        torch.tensor([0])
+    )
+    assert checksum(labels) == checksum(torch.tensor([0]))
 
 
 def test_save_run_and_load_run(tmp_path):

@@ -184,12 +184,12 @@ def test_dm_takes_one_batch_under_batch_norm(make):
 
 
 def test_dm_in_parts_equals_class_by_class(real, monkeypatch):
-    x, counts = real.draw_all_classes(8, torch.Generator().manual_seed(0))
-    net = network()(0)
+    parts = list(real.draw_classes(8, torch.Generator().manual_seed(0)))
+    net, x = network()(0), torch.cat(parts)
     together = embed_real(net, x)
     monkeypatch.setattr(layout, "CPU_PIXELS", 5 * 64)
     torch.testing.assert_close(embed_real(net, x), together)
-    by_class = torch.cat([net.embed(part) for part in x.split(counts)])
+    by_class = torch.cat([net.embed(part) for part in parts])
     torch.testing.assert_close(by_class, together)
 
 
@@ -222,8 +222,7 @@ def test_batch_norm_of_gradient_matching(make):
 def test_small_classes_give_what_they_have(make, real):
     counts = [len(index) for index in real.index_of_class]
     assert counts == [12, 12, 11, 11]
-    x, given = real.draw_all_classes(100, torch.Generator().manual_seed(0))
-    assert given == counts and len(x) == 46
+    assert [len(x) for x in real.draw_classes(100, torch.Generator().manual_seed(0))] == counts
     index = real.draw_class(2, 11, torch.Generator().manual_seed(0))
     assert (real.labels[index] == 2).all() and len(set(index.tolist())) == 11
     assert float(make(DistributionMatching, batch_real=100).step()["loss"]) > 0

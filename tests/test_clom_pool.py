@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 STATS = Stats((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
 GRAY = Stats((0.1307,), (0.3081,))
-SMALL = Space(STATS, 3, (8, 8))
+SMALL = Space(STATS, (8, 8))
 
 
 def save_model(name, source="CIFAR10", index=0, epoch=5, channel=3, size=32):
@@ -34,7 +34,7 @@ def load(name="ConvNetD1", source="CIFAR10", given=None, count=1, stats="own"):
     if given is None:
         spec = DC_SPECS[source]
         size = spec.sizes[0]
-        given = Space(spec.stats[size], spec.channels, (size, size))
+        given = Space(spec.stats[size], (size, size))
     flags = DistillFlags(
         pretrained_path=Path("pretrained_model"),
         source_dataset=source,
@@ -118,21 +118,21 @@ def test_convert_goes_through_pixels():
     pixels = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     mean, std = (torch.tensor(v).double().view(1, 3, 1, 1) for v in (STATS.mean, STATS.std))
     x = (pixels - mean) / std
-    other = Space(Stats((0.1, 0.2, 0.3), (1.0, 1.0, 2.0)), 3, (8, 8))
+    other = Space(Stats((0.1, 0.2, 0.3), (1.0, 1.0, 2.0)), (8, 8))
     shift = torch.tensor([0.1, 0.2, 0.3]).double().view(1, 3, 1, 1)
     scale = torch.tensor([1.0, 1.0, 2.0]).double().view(1, 3, 1, 1)
     torch.testing.assert_close(convert(x, SMALL, other), (pixels - shift) / scale, rtol=0, atol=1e-6)
     assert convert(x, SMALL, SMALL) is x
-    gray = convert(x, SMALL, Space(Stats((0.0,), (1.0,)), 1, (8, 8)))
+    gray = convert(x, SMALL, Space(Stats((0.0,), (1.0,)), (8, 8)))
     torch.testing.assert_close(gray, pixels.mean(1, keepdim=True), rtol=0, atol=1e-6)
-    back = convert(gray, Space(Stats((0.0,), (1.0,)), 1, (8, 8)), SMALL)
+    back = convert(gray, Space(Stats((0.0,), (1.0,)), (8, 8)), SMALL)
     torch.testing.assert_close((back * std + mean)[:, 2:], gray, rtol=0, atol=1e-6)
-    big = convert(x, SMALL, Space(STATS, 3, (16, 16)))
+    big = convert(x, SMALL, Space(STATS, (16, 16)))
     expected = F.interpolate(pixels, (16, 16), mode="bilinear", antialias=True)
     torch.testing.assert_close(big * std + mean, expected, rtol=0, atol=1e-6)
-    small = Space(STATS, 3, (2, 2))
+    small = Space(STATS, (2, 2))
     x = x[:1, :, :4, :4].clone().requires_grad_()
-    from_4 = Space(STATS, 3, (4, 4))
+    from_4 = Space(STATS, (4, 4))
     assert torch.autograd.gradcheck(lambda v: convert(v, from_4, small), (x,))
 
 
@@ -140,7 +140,7 @@ def test_sources_of_another_size_and_channel_count(workspace):
     model = save_model("ConvNetD1", "MNIST", channel=1, size=28)
     family, _ = load(source="MNIST", given=SMALL)
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
-    own = convert(x, SMALL, Space(GRAY, 1, (28, 28)))
+    own = convert(x, SMALL, Space(GRAY, (28, 28)))
     torch.testing.assert_close(family[0](x), model(own))
     family[0](x).sum().backward()
     assert x.grad.abs().sum() > 0
@@ -149,7 +149,7 @@ def test_sources_of_another_size_and_channel_count(workspace):
 def test_images_in_the_statistics_of_the_source_or_of_the_target(workspace):
     """The released code gives models of another source the target's images as they are."""
     model, cifar = save_model("ConvNetD1", "SVHN"), DC_SPECS["CIFAR10"].stats[32]
-    given, x = Space(cifar, 3, (32, 32)), torch.randn(2, 3, 32, 32)
+    given, x = Space(cifar, (32, 32)), torch.randn(2, 3, 32, 32)
     own, target = (load(source="SVHN", given=given, stats=s)[0][0] for s in ("own", "target"))
     mean, std, to_mean, to_std = (
         torch.tensor(v).view(1, 3, 1, 1)
@@ -180,7 +180,7 @@ def test_config_beside_the_checkpoint_states_the_space(workspace):
     family, classes = load(source="mine", given=SMALL)
     assert classes == 10
     x = torch.randn(2, 3, 8, 8)
-    unit = Space(Stats((0.0,) * 3, (1.0,) * 3), 3, (8, 8))
+    unit = Space(Stats((0.0,) * 3, (1.0,) * 3), (8, 8))
     torch.testing.assert_close(family[0](x), model(convert(x, SMALL, unit)))
 
 

@@ -12,7 +12,7 @@ from data.specs import Stats
 from data.synthetic import SyntheticSet, TrainingSettings, save_compact
 from data.synthetic.__main__ import main
 from data.synthetic.compact import CompactFlags, encode, images_within
-from data.synthetic.views import SetViews
+from data.synthetic.views import ViewFlags
 from data.target_scale import TargetScale
 from data.whitening import Whitening
 from utils.errors import UserError
@@ -158,7 +158,7 @@ def test_pixels_of_real_images_survive_in_one_byte(tmp_path):
 @pytest.mark.parametrize("blend", [False, True])
 def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, border):
     s, pad, k = make(m=4), 1, 6
-    views = SetViews.draw(4, k, pad, True, torch.Generator().manual_seed(3), blend)
+    views = ViewFlags(k, blend).draw(4, 8, True, torch.Generator().manual_seed(3))
     assert views.border == "reflect"
     views = dataclasses.replace(views, border=border)
     numbers = views.numbers.tolist()
@@ -200,10 +200,9 @@ def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, border)
         for j in range(k):
             expected = seen(i, numbers[i][j])
             if blend:
-                mixed = views.blend
-                partner, share = int(mixed.partners[i, j]), int(mixed.shares[i, j]) / 255
+                partner, share = int(views.partners[i, j]), int(views.shares[i, j]) / 255
                 assert (partner == i) == (j == 0)
-                expected = share * expected + (1 - share) * seen(partner, int(mixed.numbers[i, j]))
+                expected = share * expected + (1 - share) * seen(partner, int(views.partner_views[i, j]))
             np.testing.assert_allclose(again.images[i * k + j], expected, atol=1e-5)
 
 
@@ -223,7 +222,7 @@ def test_budget_and_what_inspect_prints_are_what_the_file_holds(tmp_path, capsys
     for m in (9, 10):
         s, numbers = make(m, width=width), None
         if views > 1:
-            numbers = SetViews.draw(m, views, 1, True, torch.Generator().manual_seed(0), blend)
+            numbers = ViewFlags(views, blend).draw(m, 8, True, torch.Generator().manual_seed(0))
             s = make(m * views, width=width)
         path = tmp_path / "a.safetensors"
         save_compact(dataclasses.replace(s, views=numbers), path, CompactFlags(**how))
@@ -296,9 +295,9 @@ def test_budgets_that_cannot_be_met():
     with pytest.raises(UserError, match="--y_variance"):
         images_within(10**6, (3, 8, 8), 48, CompactFlags(y_variance=0.5), 1)
     with pytest.raises(UserError, match="--views 19: an image has 18 different views"):
-        SetViews.draw(3, 19, 1, True, torch.Generator())
+        ViewFlags(19).draw(3, 8, True, torch.Generator())
     with pytest.raises(UserError, match="single image"):
-        SetViews.draw(1, 4, 1, True, torch.Generator(), blend=True)
+        ViewFlags(4, True).draw(1, 8, True, torch.Generator())
     # From 256 images on, the number of a partner takes two bytes: 192 · 4 + 5 · (4 + 4) bytes each at first.
     more = (3, 8, 8), 1, CompactFlags(), 5, True
     each = 192 * 4 + 5 * (4 + 4)
@@ -357,12 +356,16 @@ VIEWS = {
         ({"x": X, "y": Y, **LOW}, {}, "y, or"),
         ({"x": X, "y": Y[:1].clone()}, {}, "2 images"),
         ({"x": X, "y": Y.to(torch.float8_e5m2)}, {}, "y in float32"),
-        ({"x": X, **LOW, "y.mean": torch.zeros(4)}, {}, "y.left for 2"),
+        ({"x": X, **LOW, "y.mean": torch.zeros(4)}, {}, "y.right of shape"),
         ({"x": X, **LOW, "y.mean": torch.zeros(())}, {}, "y.mean"),
         ({"x": X, **LOW, "y.left": torch.zeros(3, 1)}, {}, "y.left for 2"),
-        ({"x": X, **LOW, "y.left": torch.zeros(2, 2)}, {}, "y.left for 2"),
+        ({"x": X, **LOW, "y.left": torch.zeros(2, 2)}, {}, "y.right of shape"),
         ({"x": X, **LOW, "y.left": torch.zeros(2, 3), "y.right": torch.zeros(3, 5)}, {}, "a rank"),
-        ({"x": X, **LOW, "y.right": torch.ones(1, 5).double()}, {}, "low-rank targets in"),
+        (
+            {"x": X, **LOW, "y.right": torch.ones(1, 5).double()},
+            {},
+            r"y.right of shape \(r, D\) in float32 or",
+        ),
         ({"x": X, **LOW, "y.right": torch.full((1, 5), torch.inf)}, {}, "finite"),
         (
             {"x": X, **LOW, "y.left": torch.full((2, 1), 3e38), "y.right": torch.full((1, 5), 9.0)},
@@ -376,8 +379,8 @@ VIEWS = {
         ({"x": X, **VIEWS, "x.partners": BYTE + 2, "y": Y.repeat(3, 1)}, {}, "partners below 2"),
         ({"x": X, **VIEWS, "x.partners": BYTE.short() - 1, "y": Y.repeat(3, 1)}, {}, "partners below 2"),
         ({"x": X, **VIEWS, "x.partner_views": BYTE + 18, "y": Y.repeat(3, 1)}, {}, "view numbers"),
-        ({"x": X, **VIEWS, "x.shares": BYTE.float(), "y": Y.repeat(3, 1)}, {}, "in integers"),
-        ({"x": X, **VIEWS, "x.shares": BYTE[:1].clone(), "y": Y.repeat(3, 1)}, {}, "parts of blends"),
+        ({"x": X, **VIEWS, "x.shares": BYTE.float(), "y": Y.repeat(3, 1)}, {}, "x.shares .* in uint8"),
+        ({"x": X, **VIEWS, "x.shares": BYTE[:1].clone(), "y": Y.repeat(3, 1)}, {}, "x.shares of shape"),
         ({"x": X, "x.views": BYTE, "x.shares": BYTE.clone(), "y": Y}, {}, "or none of them"),
         ({"x": X, **{k: v for k, v in VIEWS.items() if k != "x.views"}, "y": Y}, {}, "blends of the views"),
         ({"x": X, "x.views": BYTE, "y": Y.repeat(3, 1)}, {}, "no mean and std"),
@@ -422,7 +425,7 @@ def test_encoding_leaves_the_set_alone():
 def test_gradients_of_views_are_the_same_bits_with_several_threads():
     """Many views show one image; threads that added up its gradient as they come would differ."""
     generator = torch.Generator().manual_seed(0)
-    views = SetViews.draw(20, 8, 2, True, generator, blend=True)
+    views = ViewFlags(8, True).draw(20, 16, True, generator)
     x = torch.rand(20, 3, 16, 16, generator=generator).requires_grad_()
     weight = torch.rand(160, 3, 16, 16, generator=generator)
     threads = torch.get_num_threads()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.augment import normalize
-from data.loader import ImagePipeline, TensorLoader
+from data.loader import ImagePipeline, TensorLoader, fits
 from data.specs import Stats
 
 CPU = torch.device("cpu")
@@ -169,19 +169,20 @@ def test_transform_gets_the_loaders_generator():
 def test_batches_from_host_memory_are_the_same(monkeypatch):
     """The path for splits that do not fit into the device, on the one device there is here."""
     resident = drawn(islice(make(seed=4).forever(), 7))
-    monkeypatch.setattr("data.loader.fits", lambda images, device, limit: False)
+    monkeypatch.setattr("data.loader.fits", lambda images, device: False)
     loader = make(seed=4)
     assert not loader.resident
     assert drawn(islice(loader.forever(), 7)) == resident
 
 
 @pytest.mark.parametrize(("limit", "resident"), [(10 * 48, True), (10 * 48 - 1, False)])
-def test_the_limit_counts_stored_bytes(limit, resident):
+def test_the_limit_counts_stored_bytes(limit, resident, monkeypatch):
     """The meta device stands for an accelerator: it has shapes and no values."""
     x, y = numbered(10)
-    loader = TensorLoader(
-        x, y, batch_size=4, device=torch.device("meta"), max_device_bytes=limit, generator=torch.Generator()
-    )
+    monkeypatch.setattr("data.loader.free_memory", lambda device: 2 * limit)
+    assert fits(x, torch.device("cuda")) == resident and fits(x, CPU)
+    monkeypatch.setattr("data.loader.fits", lambda images, device: resident)
+    loader = TensorLoader(x, y, batch_size=4, device=torch.device("meta"), generator=torch.Generator())
     assert loader.resident == resident
     assert loader.images.device.type == ("meta" if resident else "cpu")
     assert [x.shape[0] for x, _ in loader.epoch()] == [4, 4, 2]

@@ -245,7 +245,7 @@ def test_best_is_krr_st_on_blended_views(tiny, capsys):
     assert train.main([*RUN, "--recipe", "best", "--exp_name", "best"]) == 0
     found = SyntheticSet.load("results/best")
     assert found.training.targets is not None and found.training.mixup is None
-    assert found.views.each == 50 and found.views.blend is not None
+    assert found.views.each == 50 and found.views.partners is not None
     assert train.main(["--recipe", "best", "--data_name", "tiny", "--img_size", "8", "--dry_run"]) == 0
     shown = capsys.readouterr().out
     for line in ('"method": "KRR_ST"', '"outer_iteration": 1800', '"target_scale": "std"'):

@@ -15,7 +15,7 @@ from conftest import CPU, NET, SHAPE, make_target, write_set, write_target
 
 import train
 from data.augment import normalize
-from data.augment.crop_flip import count_views, view_numbers, views_from_numbers
+from data.augment.crop_flip import count_views
 from data.load import load_set
 from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
@@ -71,12 +71,6 @@ def test_every_view_equals_the_target_model(hflip, filled):
                 torch.testing.assert_close(table(batch), target.model(x), rtol=1e-5, atol=1e-6)
                 number += 1
     assert number == views and not table.table.isnan().any()
-
-
-def test_numbers_name_views():
-    numbers = torch.arange(count_views(4, True))
-    assert len(numbers) == 162
-    assert torch.equal(view_numbers(views_from_numbers(numbers, 4), 4), numbers)
 
 
 def test_a_view_is_computed_once_whatever_is_drawn():

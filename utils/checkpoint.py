@@ -277,10 +277,15 @@ def fingerprint(*tensors: torch.Tensor) -> str:
     """A short SHA-256 digest of values, shapes and dtypes."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{tuple(plain.shape)} {plain.dtype} ".encode())
-        digest.update(plain.flatten().view(torch.uint8).numpy())
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype} ".encode())
+        digest.update(as_bytes(tensor))
     return digest.hexdigest()[:16]
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The values of a tensor as uint8."""
+    # With a last axis of its own: the stride of a single value can be anything.
+    return tensor.detach().cpu().contiguous()[..., None].view(torch.uint8).flatten().numpy()
 
 
 def state_fingerprint(state: Mapping[str, torch.Tensor]) -> str:

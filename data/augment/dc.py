@@ -39,12 +39,8 @@ def dc_augment(x: Tensor, strategy: str, generator: torch.Generator) -> Tensor:
       the channel means outside;
     - noise: plus 0.001·N(0, 1).
 
-    The channel means are those of the whole batch.
-
-    Args:
-        x: B×C×H×W float, normalised; not changed.
-        strategy: operations joined by `_`; "none", "None" or "" returns x and draws nothing.
-        generator: on the CPU.
+    The channel means are those of the whole batch, x: B×C×H×W float, normalised; not changed. `strategy`
+    is operations joined by `_`; "none", "None" or "" returns x and draws nothing.
 
     Raises:
         UserError: an operation that does not exist; the message lists the valid ones.
@@ -67,7 +63,7 @@ def dc_augment(x: Tensor, strategy: str, generator: torch.Generator) -> Tensor:
 
 
 def _crop(x: Tensor, mean: Tensor, generator: torch.Generator) -> Tensor:
-    offsets = [torch.randint(2 * CROP_PIXELS, (len(x),), generator=generator) for _ in range(2)]
+    offsets = torch.randint(2 * CROP_PIXELS, (2, len(x)), generator=generator)
     rows, columns = (
         torch.arange(side) + offset[:, None] - CROP_PIXELS
         for side, offset in zip(x.shape[2:], offsets, strict=True)

@@ -5,11 +5,10 @@ arXiv 2102.08259, mode S of the authors' code. The same integer seed gives the s
 that code run on the CPU; the global random state is never touched.
 """
 
-import functools
 import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,13 +59,14 @@ def diff_augment(
         raise ValueError(f"x is {tuple(x.shape)} {x.dtype}, expected B x C x H x W float")
     if no_augmentation(strategy):
         return x
-    operations = [pick(OPERATIONS, name, "DSA operation") for name in strategy.split("_")]
+    check_strategy(strategy)
     if seed is None and generator is None:
         raise ValueError("diff_augment needs explicit randomness: pass seed or generator")
     if seed is not None and seed < 0:
         raise ValueError(f"seed is {seed}, expected an integer >= 0")
-    draw = Draws(seed, generator, siamese, x.device)
-    return operations[draw.number(len(operations))](x, draw, align_corners)
+    name, drawn = _draw(strategy, x.shape, seed, generator)
+    drawn = [upload(values[:1] if siamese else values, x.device) for values in drawn]
+    return OPERATIONS[name].apply(x, drawn, align_corners)
 
 
 def no_augmentation(strategy: str | None) -> bool:
@@ -85,148 +85,101 @@ def without_flip(strategy: str) -> str:
     return "_".join(name for name in strategy.split("_") if name != "flip")
 
 
-class Draws:
-    """The random tensors of one call of `diff_augment`, drawn on the CPU and moved to the images.
+def _draw(
+    strategy: str, shape: torch.Size, seed: int | None, generator: torch.Generator | None = None
+) -> tuple[str, list[Tensor]]:
+    """An operation for images (B, C, H, W), and what it draws for each of them: (B,) each, on the CPU.
 
-    In Siamese mode the whole batch is drawn, as published, and the first value kept. It does not
-    depend on the batch size: torch.rand and torch.randint fill in order (measured with torch 2.14,
-    sizes 1 to 65537; only randn changes at 16 elements).
+    Numbers U(0, 1) are float32 whatever the images are, so that the parameters are the same.
     """
-
-    def __init__(
-        self, seed: int | None, generator: torch.Generator | None, siamese: bool, device: torch.device
-    ) -> None:
-        self._seeds = None if seed is None else itertools.count(seed)
-        self._generator = torch.Generator() if generator is None else generator
-        self._siamese, self._device = siamese, device
-
-    def _draw(self, sampler: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if self._seeds is not None:
-            self._generator.manual_seed(next(self._seeds))
-        return sampler(*args, generator=self._generator, **kwargs)
-
-    def _move(self, values: Tensor) -> Tensor:
-        return upload(values[:1] if self._siamese else values, self._device)
-
-    def number(self, end: int) -> int:
-        """One whole number from 0 to end - 1; it never leaves the CPU."""
-        return int(self._draw(torch.randint, 0, end, (1,)))
-
-    def uniform(self, *size: int) -> Tensor:
-        """U(0, 1) in float32 whatever the images have, so that the parameters are the same."""
-        return self._move(self._draw(torch.rand, size, dtype=torch.float32))
-
-    def integers(self, low: int, high: int, *size: int) -> Tensor:
-        """Whole numbers from low to high - 1."""
-        return self._move(self._draw(torch.randint, low, high, size))
+    fresh, names = torch.Generator(), strategy.split("_")
+    streams = itertools.repeat(generator) if seed is None else map(fresh.manual_seed, itertools.count(seed))
+    name = names[int(torch.randint(len(names), (1,), generator=next(streams)))]
+    operation, count = pick(OPERATIONS, name, "DSA operation"), shape[:1]
+    drawn = [
+        torch.rand(count, generator=next(streams), dtype=torch.float32) for _ in range(operation.uniform)
+    ]
+    for side in shape[2:] if operation.bounds else ():
+        drawn.append(torch.randint(*operation.bounds(side), count, generator=next(streams)))
+    return name, drawn
 
 
 def draw_siamese(strategy: str, seed: int, shape: torch.Size) -> tuple[str, Tensor]:
     """What `diff_augment` draws from a seed in Siamese mode: an operation, and its values on the CPU.
 
-    For images (C, H, W), and for `apply_drawn`. Of "none", no operation, all values are 0.
+    For images (C, H, W), and for `apply_drawn`. Of "none", no operation, all values are 0. One image draws
+    what the first of any batch does: torch.rand and torch.randint fill in order (measured with torch 2.14,
+    sizes 1 to 65537; only randn changes at 16 elements).
     """
     values = torch.zeros(MOST_VALUES)
     if no_augmentation(strategy):
         return "none", values
-    names, draw = strategy.split("_"), Draws(seed, None, True, values.device)
-    name = names[draw.number(len(names))]
-    for i, (kind, args) in enumerate(_asked(name, tuple(shape))):
-        values[i] = getattr(draw, kind)(*args).view(())
+    name, drawn = _draw(strategy, torch.Size((1, *shape)), seed)
+    values[: len(drawn)] = torch.cat(drawn)
     return name, values
 
 
 def apply_drawn(x: Tensor, name: str, values: Tensor, align_corners: bool) -> Tensor:
     """`diff_augment` with what `draw_siamese` drew, the values on the images' device: can be replayed."""
-    return x if name == "none" else OPERATIONS[name](x, _Told(values), align_corners)
+    return x if name == "none" else OPERATIONS[name].apply(x, values.split(1), align_corners)
 
 
-@functools.cache
-def _asked(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
-    """The draws of an operation on an image, in order: names of methods of Draws and their arguments."""
-    noted = _Noted()
-    pick(OPERATIONS, name, "DSA operation")(torch.empty(1, *shape, device="meta"), noted, False)
-    return noted.calls
-
-
-class _Noted:
-    """In place of Draws: notes what it is asked for."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, tuple[int, ...]]] = []
-
-    def uniform(self, *size: int) -> Tensor:
-        self.calls.append(("uniform", size))
-        return torch.empty(size, device="meta")
-
-    def integers(self, low: int, high: int, *size: int) -> Tensor:
-        self.calls.append(("integers", (low, high, *size)))
-        return torch.empty(size, dtype=torch.int64, device="meta")
-
-
-class _Told:
-    """In place of Draws: values that were drawn before, as float32."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._left = iter(values.unbind())
-
-    def uniform(self, *size: int) -> Tensor:
-        return next(self._left).view([1] * len(size))
-
-    def integers(self, low: int, high: int, *size: int) -> Tensor:
-        return next(self._left).view([1] * len(size)).long()
-
-
-# Each operation: (x, draw, align_corners) -> x. Its random values have batch size B, or 1 in
+# Each operation: (x, its random values, align_corners) -> x. The values have batch size B, or 1 in
 # Siamese mode, and broadcast.
 
 
-def _color(x: Tensor, draw: Draws, align_corners: bool) -> Tensor:
+def _color(x: Tensor, drawn: Sequence[Tensor], align_corners: bool) -> Tensor:
     """Brightness, then saturation about each pixel's channel mean, then contrast."""
-    size = (len(x), 1, 1, 1)
-    x = x + (draw.uniform(*size).to(x.dtype) - 0.5) * BRIGHTNESS
+    brightness, saturation, contrast = (values.to(x.dtype).view(-1, 1, 1, 1) for values in drawn[:3])
+    x = x + (brightness - 0.5) * BRIGHTNESS
     gray = x.mean(1, keepdim=True)
-    x = (x - gray) * (draw.uniform(*size).to(x.dtype) * SATURATION) + gray
+    x = (x - gray) * (saturation * SATURATION) + gray
     mean = x.mean((1, 2, 3), keepdim=True)
-    return (x - mean) * (draw.uniform(*size).to(x.dtype) + CONTRAST) + mean
+    return (x - mean) * (contrast + CONTRAST) + mean
 
 
-def _crop(x: Tensor, draw: Draws, align_corners: bool) -> Tensor:
+def _crop_bounds(side: int) -> tuple[int, int]:
+    """Of the shift in pixels."""
+    limit = int(side * CROP_RATIO + 0.5)
+    return -limit, limit + 1
+
+
+def _crop(x: Tensor, drawn: Sequence[Tensor], align_corners: bool) -> Tensor:
     """Translate by whole pixels, height first; zeros come in from outside."""
-    places = []
-    for side in x.shape[2:]:
-        limit = int(side * CROP_RATIO + 0.5)
-        shift = draw.integers(-limit, limit + 1, len(x), 1)
-        places.append(torch.arange(side, device=x.device) + shift)
-    return read_pixels(x, *places)
+    sides = zip(x.shape[2:], drawn[:2], strict=True)
+    return read_pixels(x, *(torch.arange(side, device=x.device) + by.long()[:, None] for side, by in sides))
 
 
-def _cutout(x: Tensor, draw: Draws, align_corners: bool) -> Tensor:
-    """Zero a rectangle of half the size; its centre is uniform, so that it may hang over."""
+def _cutout_bounds(side: int) -> tuple[int, int]:
+    """Of the first position, for a rectangle whose centre is uniform, so that it may hang over."""
+    length = int(side * CUTOUT_RATIO + 0.5)
+    return -(length // 2), side + 1 - length % 2 - length // 2
+
+
+def _cutout(x: Tensor, drawn: Sequence[Tensor], align_corners: bool) -> Tensor:
+    """Zero a rectangle of half the size."""
     covered = []
-    for side in x.shape[2:]:
-        length = int(side * CUTOUT_RATIO + 0.5)
-        first = draw.integers(0, side + (1 - length % 2), len(x), 1) - length // 2
-        position = torch.arange(side, device=x.device)
-        covered.append((position >= first) & (position < first + length))
+    for side, first in zip(x.shape[2:], drawn[:2], strict=True):
+        position = torch.arange(side, device=x.device) - first.long()[:, None]
+        covered.append((position >= 0) & (position < int(side * CUTOUT_RATIO + 0.5)))
     rows, columns = covered
     return x * ~(rows[:, None, :, None] & columns[:, None, None, :])
 
 
-def _flip(x: Tensor, draw: Draws, align_corners: bool) -> Tensor:
-    return torch.where(draw.uniform(len(x), 1, 1, 1) < FLIP_PROBABILITY, x.flip(3), x)
+def _flip(x: Tensor, drawn: Sequence[Tensor], align_corners: bool) -> Tensor:
+    return torch.where(drawn[0].view(-1, 1, 1, 1) < FLIP_PROBABILITY, x.flip(3), x)
 
 
-def _scale(x: Tensor, draw: Draws, align_corners: bool) -> Tensor:
+def _scale(x: Tensor, drawn: Sequence[Tensor], align_corners: bool) -> Tensor:
     """Resample at (sx·X, sy·Y): a value above 1 shrinks the picture."""
     low, high = 1 / SCALE_RATIO, SCALE_RATIO
-    sx, sy = (draw.uniform(len(x)) * (high - low) + low for _ in range(2))
+    sx, sy = (values * (high - low) + low for values in drawn[:2])
     return affine_sample(x, sx, torch.zeros_like(sx), torch.zeros_like(sx), sy, align_corners)
 
 
-def _rotate(x: Tensor, draw: Draws, align_corners: bool) -> Tensor:
+def _rotate(x: Tensor, drawn: Sequence[Tensor], align_corners: bool) -> Tensor:
     """Resample on a grid turned by U(-15, 15) degrees about the centre."""
-    turn = (draw.uniform(len(x)) - 0.5) * 2 * ROTATE_DEGREES / 180 * math.pi
+    turn = (drawn[0] - 0.5) * 2 * ROTATE_DEGREES / 180 * math.pi
     return affine_sample(x, turn.cos(), -turn.sin(), turn.sin(), turn.cos(), align_corners)
 
 
@@ -249,11 +202,19 @@ def _positions(side: int, align_corners: bool, like: Tensor) -> Tensor:
     return steps / max(side - 1 if align_corners else side, 1)
 
 
-OPERATIONS: dict[str, Callable[[Tensor, Draws, bool], Tensor]] = {
-    "color": _color,
-    "crop": _crop,
-    "cutout": _cutout,
-    "flip": _flip,
-    "scale": _scale,
-    "rotate": _rotate,
+class Operation(NamedTuple):
+    """One operation, and what it draws for each image: numbers U(0, 1), or a whole number for each side."""
+
+    apply: Callable[[Tensor, Sequence[Tensor], bool], Tensor]
+    uniform: int = 0
+    bounds: Callable[[int], tuple[int, int]] | None = None  # side -> lowest whole number, and the end
+
+
+OPERATIONS = {
+    "color": Operation(_color, uniform=3),
+    "crop": Operation(_crop, bounds=_crop_bounds),
+    "cutout": Operation(_cutout, bounds=_cutout_bounds),
+    "flip": Operation(_flip, uniform=1),
+    "scale": Operation(_scale, uniform=2),
+    "rotate": Operation(_rotate, uniform=1),
 }

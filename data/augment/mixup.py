@@ -12,12 +12,7 @@ from utils.device import upload
 def mixup(x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """λ·x + (1 - λ)·x[partner] with a λ and a partner for each row; the same for y.
 
-    Differentiable in both. Partners are a random order of the batch.
-
-    Args:
-        x: (B, C, H, W) float.
-        y: (B, D) float.
-        generator: on the CPU.
+    x is (B, C, H, W) and y (B, D), float; differentiable in both. Partners are a random order of the batch.
     """
     share = torch.rand(len(x), generator=generator)
     partner = upload(torch.randperm(len(x), generator=generator), x.device)

@@ -36,15 +36,13 @@ def check_not_html(path: Path) -> None:
 
 def read_lines(path: Path) -> list[str]:
     """The non-empty lines of a text file, which must have one (UserError)."""
-    check_regular(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        check_not_html(path)
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not a readable text file ({error})") from None
-    check_not_html(path)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty")
     return lines
@@ -53,9 +51,8 @@ def read_lines(path: Path) -> list[str]:
 def load_arrays(path: Path, *keys: str) -> list[Any]:
     """The values under `keys` in an .npz file, a MATLAB file or a pickled dict (any other suffix).
 
-    Raises:
-        UserError: missing, a web page, damaged, without one of the keys, far larger unpacked than
-            packed, or a pickle that names anything but plain containers and arrays of numbers.
+    A UserError for a file that is missing, a web page, damaged, without one of the keys, far larger unpacked
+    than packed, or a pickle that names anything but plain containers and arrays of numbers.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")

@@ -25,11 +25,8 @@ def read_folder(path: Path, *, val_fraction: float = 0.0, unlabelled: bool = Fal
     lone `train/`. Otherwise sub-folders are classes, sorted by name, with the pictures of all
     levels below them; a folder without sub-folders has no labels. `unlabelled` takes the pictures of
     all levels, without labels. `val_fraction` of every class (at least one picture, but not its only
-    one) becomes the test split, drawn with seed 0.
-
-    Raises:
-        UserError: no pictures, an empty class folder, class names that differ only in spelling,
-            pictures beside class folders, or splits whose classes differ.
+    one) becomes the test split, drawn with seed 0. A UserError for no pictures, an empty class folder, class
+    names that differ only in spelling, pictures beside class folders, and splits whose classes differ.
     """
     if not path.is_dir():
         raise UserError(f"--from_folder {path} is not a folder")

@@ -18,10 +18,8 @@ def to_eight_bit(picture: Image.Image, channels: int) -> Image.Image:
     """Turn a picture of any mode upright and into 8-bit RGB (`channels` 3) or grey (1).
 
     16-bit grey is divided by 257, so that white stays white; float is taken as [0, 1] or else
-    [0, 255]; transparent pixels become white; palette, CMYK and the rest are converted by PIL.
-
-    Raises:
-        ValueError: integer or float pixels outside those ranges.
+    [0, 255]; transparent pixels become white; palette, CMYK and the rest are converted by PIL. A ValueError
+    for integer or float pixels outside those ranges.
     """
     _scale_transparent_value(picture)
     ImageOps.exif_transpose(picture, in_place=True)

@@ -1,6 +1,7 @@
 """Which reader belongs to which prepared folder."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from data.prepare import arrays, lists, subsets
@@ -18,5 +19,5 @@ SOURCES: dict[str, Callable[[Path, bool], Source]] = {
     "dogs": lists.read_dogs,
     "cars": lists.read_cars,
     "imagewoof": subsets.read_imagewoof,
-    **{folder: subsets.subset_reader(folder) for folder in subsets.SUBSETS},
+    **{folder: partial(subsets.read_subset, folder) for folder in subsets.SUBSETS},
 }

@@ -4,7 +4,6 @@ Source of the last four: Cazenavette et al., "Dataset Distillation by Matching T
 2022; the labels follow its lists.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 from data.prepare.folder import pictures_by_class, read_folder
@@ -38,18 +37,14 @@ SUBSETS = {
 }
 
 
-def subset_reader(folder: str) -> Callable[[Path, bool], Source]:
-    """The reader of one subset: `train/` and `val/` with WordNet ids as sub-folders, others ignored."""
+def read_subset(folder: str, raw: Path, download: bool) -> Source:
+    """One subset: `train/` and `val/` with WordNet ids as sub-folders, others ignored."""
     wnids, names = zip(*SUBSETS[folder], strict=True)
-    marks = [f"{split}/{wnid}" for split in ("train", "val") for wnid in wnids]
     help = "sort ImageNet's pictures into train/ and val/ with a folder for each WordNet id"
-
-    def read(raw: Path, download: bool) -> Source:
-        root = locate(raw, download, folder, help, *marks)
-        train, test = (pictures_by_class([root / split / w for w in wnids]) for split in ("train", "val"))
-        return file_source(f"ImageNet, {folder}", names, train=train, test=test)
-
-    return read
+    marks = [f"{split}/{wnid}" for split in ("train", "val") for wnid in wnids]
+    root = locate(raw, download, folder, help, *marks)
+    train, test = (pictures_by_class([root / split / w for w in wnids]) for split in ("train", "val"))
+    return file_source(f"ImageNet, {folder}", names, train=train, test=test)
 
 
 def read_imagewoof(raw: Path, download: bool) -> Source:

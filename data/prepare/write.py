@@ -5,6 +5,7 @@ split has to fit in memory. (Writing to a mapped file would kill the process on 
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,19 +55,13 @@ def write_prepared(
     skip_broken: bool = False,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Convert `source` and put the X/Y tensors of one size and meta.json into `folder`.
+    """Convert `source`, put X/Y tensors of one size and meta.json into `folder`; what that says of this size.
 
     All files of this size appear together at the end; after any failure the folder is as before. A
     process that is killed while they appear leaves files that meta.json does not describe, which
     `data.load` refuses. `skip_broken` leaves unreadable pictures out and lists them in meta.json;
-    `facts` go to its top level.
-
-    Returns:
-        What meta.json says about this size.
-
-    Raises:
-        UserError: unreadable pictures (without `skip_broken`), labels out of range, a disk that
-            is full or cannot be written, or other classes than this set's other sizes have.
+    `facts` go to its top level. A UserError for unreadable pictures (without `skip_broken`), labels out of
+    range, a disk that is full or cannot be written, and other classes than this set's other sizes have.
     """
     fresh, unreadable = not folder.exists(), folder.with_name(f"{folder.name}.unreadable.txt")
     try:
@@ -158,38 +153,29 @@ def _convert_split(
     return rows, joined, skipped
 
 
-class _Blocks:
-    """The pictures of a part as blocks of uint8 rows: a map-style data set for a DataLoader."""
-
-    def __init__(self, part: Part, channels: int, size: int) -> None:
-        self.images, self.channels, self.size = part.images, channels, size
-        self.array = isinstance(part.images, np.ndarray)
-        fitting = max(1, _BLOCK_BYTES // (channels * size * size))
-        self.step = min(fitting, _ROWS if self.array else _FILES)
-
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.step)
-
-    def __getitem__(self, number: int) -> tuple[range, np.ndarray, list[tuple[int, str]]]:
-        """The positions of a block, the rows of its readable pictures, the unreadable ones."""
-        span = range(len(self.images))[number * self.step : (number + 1) * self.step]
-        chosen = self.images[span.start : span.stop]
-        convert = images.rows_from_array if self.array else images.rows_from_files
-        return span, *convert(chosen, self.size, self.channels)
-
-
 def _convert(part: Part, channels: int, size: int, workers: int) -> DataLoader:
     """The blocks of a part in order, from worker processes where that pays."""
-    blocks = _Blocks(part, channels, size)
-    resized = not blocks.array or part.images.shape[1:3] != (size, size)
+    array, count = isinstance(part.images, np.ndarray), len(part.images)
+    resized = not array or part.images.shape[1:3] != (size, size)
+    step = min(max(1, _BLOCK_BYTES // (channels * size * size)), _ROWS if array else _FILES)
+    spans = [range(count)[start : start + step] for start in range(0, count, step)]
     return DataLoader(
-        blocks,
+        spans,
         batch_size=None,
-        num_workers=min(workers, len(blocks)) if resized and workers > 1 and len(blocks) > 1 else 0,
-        collate_fn=tuple,  # leaves them as they are: tensors would travel in scarce shared memory
+        num_workers=min(workers, len(spans)) if resized and workers > 1 and len(spans) > 1 else 0,
+        # Not tensors, which would travel in scarce shared memory.
+        collate_fn=functools.partial(_convert_block, part.images, size, channels),
         worker_init_fn=_tie_to_parent,
         generator=torch.Generator(),
     )
+
+
+def _convert_block(
+    pictures: Sequence[Path] | np.ndarray, size: int, channels: int, span: range
+) -> tuple[range, np.ndarray, list[tuple[int, str]]]:
+    """The positions `span`, the rows of its readable pictures, the unreadable ones."""
+    read = images.rows_from_array if isinstance(pictures, np.ndarray) else images.rows_from_files
+    return span, *read(pictures[span.start : span.stop], size, channels)
 
 
 def _tie_to_parent(worker: int) -> None:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from data.specs import KRR_SPECS
 from data.synthetic.parquet import PARQUET
@@ -36,17 +36,11 @@ class CardFlags:
     )
 
 
-class Measured(NamedTuple):
-    """A file of results."""
+def read_results(path: Path, synthetic: SyntheticSet) -> tuple[str, str, dict[str, Any] | None]:
+    """Of a results.json: a heading, its table, the recipe of networks that were trained on this very set.
 
-    own: bool  # whether they are of this set
-    method: str
-    table: str  # Markdown
-    recipe: dict[str, Any]  # that networks were trained by
-
-
-def read_results(path: Path, synthetic: SyntheticSet) -> Measured:
-    """What a results.json says; a UserError for a file that is none."""
+    A UserError for a file that is none.
+    """
     if not path.exists():
         raise UserError(f"--results {path} does not exist")
     raw = read_json(path)
@@ -55,10 +49,10 @@ def read_results(path: Path, synthetic: SyntheticSet) -> Measured:
     if not usable or not isinstance(flags, dict) or not isinstance(table, str):
         raise UserError(f"{path} holds no table of results; expected what validate.py or test.py writes")
     digests = [raw.get("fingerprint"), *(cell.get("synthetic_set") for cell in cells)]
-    own = checkpoint.fingerprint(synthetic.images, synthetic.targets) in digests
+    if checkpoint.fingerprint(synthetic.images, synthetic.targets) not in digests:
+        return f"To compare, {flags.get('method') or 'without pre-training'}", table, None
     found = [cell.get(key) for cell in cells for key in ("pretraining", "training")]
-    recipe = next((record for record in found if isinstance(record, dict)), {})
-    return Measured(own, str(flags.get("method") or "without pre-training"), table, recipe)
+    return "This set", table, next((record for record in found if isinstance(record, dict)), {})
 
 
 def write_card(synthetic: SyntheticSet, source: Path | None = None, flags: CardFlags | None = None) -> str:
@@ -98,10 +92,12 @@ def write_card(synthetic: SyntheticSet, source: Path | None = None, flags: CardF
         label="target" if synthetic.soft else "label",
         mean=list(synthetic.stats.mean),
         std=list(synthetic.stats.std),
-        how_to_train=_how_to_train(synthetic, settings, [m.recipe for m in measured if m.own]),
+        how_to_train=_how_to_train(
+            synthetic, settings, [recipe for *_, recipe in measured if recipe is not None]
+        ),
         tensors=sorted(synthetic.training.pack()[0]),
         commands=_commands(synthetic, facts, settings),
-        tables=[("This set" if m.own else f"To compare, {m.method}", _spaced(m.table)) for m in measured],
+        tables=[(heading, _spaced(table)) for heading, table, _ in measured],
         numbers=found,
         command=_shared(run.get("command")),
         settings={k: _shared(v) for k, v in settings.items() if v is not None},

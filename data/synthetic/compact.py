@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.augment.crop_flip import count_views
 from data.specs import Stats
-from data.synthetic.views import BORDERS, INTEGERS, LARGEST_PAD, SetViews, index_type, view_bytes
+from data.synthetic.views import BLEND, BORDERS, INTEGERS, LARGEST_PAD, SetViews, index_type
 from utils.cli import flag
 from utils.cost import largest
 from utils.errors import UserError
@@ -33,6 +34,19 @@ VERSION = 1
 LARGEST = 2**31  # values of the decoded images, and of the targets: a small file could ask for any number
 _X_DTYPES = {**DTYPES, "uint8": torch.uint8}
 _LOW_RANK = ("y.mean", "y.left", "y.right")
+_FLOATS = tuple(DTYPES.values())
+# Axes and number types of what is not y; m = n * k.
+_TENSORS = {
+    "x": ("nChw", (*_FLOATS, torch.uint8), "float32, bfloat16 or uint8"),
+    "x.map": ("2C", (torch.float32,), "float32"),
+    "x.views": ("nk", (torch.uint8,), "uint8"),
+    "x.partners": ("nk", INTEGERS, "integers"),
+    "x.partner_views": ("nk", (torch.uint8,), "uint8"),
+    "x.shares": ("nk", (torch.uint8,), "uint8"),
+    "y.mean": ("D", _FLOATS, "float32 or bfloat16"),
+    "y.left": ("mr", _FLOATS, "float32 or bfloat16"),
+    "y.right": ("rD", _FLOATS, "float32 or bfloat16"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,15 +97,9 @@ def encode(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the metadata of a compact file.
 
-    Args:
-        images: (m, C, H, W) float32.
-        targets: (m,) int64 or (m, D) float32.
-        how: sizes and number types.
-        views: what n stored images stand for, m in all; the first view shows each as it is.
-        unit: (D,) above 0, in which errors of the target vectors count; None: equally.
-
-    Raises:
-        UserError: a size or rank that these images and targets do not have.
+    Of images (m, C, H, W) float32 with targets (m,) int64 or (m, D) float32. `views` are what n stored
+    images stand for, m in all; the first view shows each as it is. `unit` (D,) above 0 is that in which
+    errors of the target vectors count; None: equally. A UserError for a size or rank that they do not have.
     """
     size, images = tuple(images.shape[2:]), images.cpu()
     x = images if views is None else images[:: views.each]
@@ -211,50 +219,51 @@ def _check_tensors(
         if not holds:
             raise UserError(f"{path}: a compact set of {describe(tensors) or 'nothing'}; expected {what}")
 
-    floats = set(DTYPES.values())
-    x, fixed, y = (tensors.get(name) for name in ("x", "x.map", "y"))
-    check(x is not None and x.dim() == 4 and 0 not in x.shape, "x of shape (n, C, h, w)")
-    check(x.dtype in _X_DTYPES.values(), "x in float32, bfloat16 or uint8")
+    check("x" in tensors, "x of shape (n, C, h, w)")
+    lengths = {"2": 2}
+    for name, (axes, dtypes, words) in _TENSORS.items():
+        if (t := tensors.get(name)) is not None:
+            fits = (
+                t.dtype in dtypes and t.dim() == len(axes) and 0 not in t.shape and bool(t.isfinite().all())
+            )
+            fits = fits and all(lengths.setdefault(a, n) == n for a, n in zip(axes, t.shape, strict=True))
+            check(fits, f"finite {name} of shape ({', '.join(axes)}) in {words}")
+    x, y, pad, count = tensors["x"], tensors.get("y"), shifts["pad"], lengths["n"] * lengths.get("k", 1)
     check(x.shape[2] <= size[0] and x.shape[3] <= size[1], f"x of at most {size} pixels")
-    check((fixed is None) == (x.dtype != torch.uint8), "x.map with x in uint8, and only then")
-    if fixed is not None:
-        check(fixed.shape == (2, x.shape[1]) and fixed.dtype == torch.float32, "x.map of shape (2, C)")
-    views = SetViews.parse(tensors, len(x), check, **shifts)
-    count = len(x) if views is None else len(views)
+    check(("x.map" in tensors) == (x.dtype == torch.uint8), "x.map with x in uint8, and only then")
+    blend = {name: tensors[f"x.{name}"] for name in BLEND if f"x.{name}" in tensors}
+    check(len(blend) in (0, len(BLEND)), "x.partners, x.partner_views and x.shares, or none of them")
+    check("x.views" in tensors or not blend, "blends of the views in x.views")
+    for name in ("x.views", "x.partner_views"):
+        known = name not in tensors or int(tensors[name].max()) < count_views(pad, True)
+        check(known, f"view numbers for padding {pad}")
+    if blend:
+        low, high = blend["partners"].aminmax()
+        check(low >= 0 and high < len(x), f"partners below {len(x)}")
     check(count * x.shape[1] * size[0] * size[1] <= LARGEST, f"at most {LARGEST} decoded values")
-    found = [tensors.get(name) for name in _LOW_RANK]
-    check((y is None) == all(t is not None for t in found), "y, or y.mean, y.left and y.right")
+    check({name in tensors for name in _LOW_RANK} == {y is None}, "y, or y.mean, y.left and y.right")
     if y is None:
-        mean, left, right = found
-        check([t.dim() for t in found] == [1, 2, 2], "y.mean (D,), y.left (n * k, r), y.right (r, D)")
-        check(left.shape == (count, len(right)) and right.shape[1] == len(mean), f"y.left for {count} images")
-        check({t.dtype for t in found} <= floats, "low-rank targets in float32 or bfloat16")
-        check(left.shape[1] <= min(count, len(mean)), "a rank of at most n * k and D")
-        check(count * len(mean) <= LARGEST, f"at most {LARGEST} target values")
+        check(lengths["m"] == count, f"y.left for {count} images")
+        check(lengths["r"] <= min(count, lengths["D"]), "a rank of at most n * k and D")
+        check(count * lengths["D"] <= LARGEST, f"at most {LARGEST} target values")
     else:
-        check(y.dtype in floats | set(INTEGERS), "y in float32, bfloat16 or integers")
-    for part in (x, fixed, *found, y):
-        check(part is None or bool(part.isfinite().all()), "finite values")
-    return views
-
-
-def _parts(tensors: Mapping[str, Tensor], kinds: str) -> dict[str, Tensor]:
-    """The tensors of images (x) or targets (y), not what says how to train."""
-    return {name: t for name, t in tensors.items() if name.split(".")[0] in tuple(kinds)}
+        check(y.dtype in {*_FLOATS, *INTEGERS}, "y in float32, bfloat16 or integers")
+        check(bool(y.isfinite().all()), "finite values")
+    return SetViews(tensors["x.views"], **shifts, **blend) if "x.views" in tensors else None
 
 
 def describe(tensors: Mapping[str, Tensor]) -> str:
-    """A compact file's tensors in one line."""
+    """A compact file's images (x) and targets (y) in one line, not what says how to train."""
     return ", ".join(
         f"{name} {' x '.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}"
-        for name, t in sorted(_parts(tensors, "xy").items())
+        for name, t in sorted(tensors.items())
+        if name.split(".")[0] in ("x", "y")
     )
 
 
 def count_bytes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """Bytes of a compact file's images (with views and map) and of its targets."""
-    x, y = (sum(t.nbytes for t in _parts(tensors, kind).values()) for kind in "xy")
-    return x, y
+    return tuple(sum(t.nbytes for name, t in tensors.items() if name.split(".")[0] == k) for k in "xy")
 
 
 def images_within(
@@ -284,7 +293,8 @@ def images_within(
         once += (how.y_rank + 1) * label * y_type.itemsize if how.y_rank else 0
 
     def total(count: int) -> int:  # the partners of many images take more bytes each
-        return once + count * (each + view_bytes(count, views, blend))
+        view = 3 + index_type(count - 1).itemsize if blend else 1
+        return once + count * (each + (views * view if views > 1 else 0))
 
     if budget < total(1):
         first = total(1)

@@ -110,8 +110,19 @@ def _parse_description(raw: dict[str, Any], path: Path) -> Fields:
     return found | {key: raw[key] for key, kind in kinds.items() if isinstance(raw.get(key), kind)}
 
 
-def _read_description(path: Path) -> Fields:
-    return _parse_description(read_json(path), path)
+def _read_beside(path: Path, training: str = TRAINING_FILE) -> Fields:
+    """What lies beside tensors, as far as it is there: the description in `path`, how to train in a file."""
+    return _parse_description(read_json(path), path) | {"training": read_training(path.with_name(training))}
+
+
+def _write_beside(synthetic: SyntheticSet, path: Path, training: str = TRAINING_FILE, **more: str) -> None:
+    checkpoint.write_text(path, _describe(synthetic, **more))
+    write_training(synthetic.training, path.with_name(training))
+
+
+def _same_name(path: Path) -> tuple[Path, str]:
+    """Where those lie of a file that is not alone in its folder."""
+    return path.with_suffix(".json"), f"{path.stem}.{TRAINING_FILE}"
 
 
 def _stored(tensor: Tensor) -> Tensor:
@@ -126,10 +137,9 @@ def _read_pair(path: Path, stats: Stats | None, experiment: int) -> Fields:
         "images": checkpoint.load_tensor(folder / "x_syn.pt", what="synthetic images"),
         "targets": checkpoint.load_tensor(folder / "y_syn.pt", what="synthetic targets"),
     }
-    run = _read_description(folder / "config.json")
+    run = _parse_description(read_json(folder / "config.json"), folder / "config.json")
     run.pop("info", None)  # of the run
-    described = _read_description(folder / "x_syn.json")
-    return fields | run | described | {"training": read_training(folder / TRAINING_FILE)}
+    return fields | run | _read_beside(folder / "x_syn.json")
 
 
 def _write_pair(synthetic: SyntheticSet, path: Path) -> None:
@@ -137,8 +147,7 @@ def _write_pair(synthetic: SyntheticSet, path: Path) -> None:
     folder = path.parent if path.name == "x_syn.pt" else path
     checkpoint.save(_stored(synthetic.images), folder / "x_syn.pt")
     checkpoint.save(_stored(synthetic.targets), folder / "y_syn.pt")
-    checkpoint.write_text(folder / "x_syn.json", _describe(synthetic))
-    write_training(synthetic.training, folder / TRAINING_FILE)
+    _write_beside(synthetic, folder / "x_syn.json")
 
 
 def _read_res(path: Path, stats: Stats | None, experiment: int) -> Fields:
@@ -162,7 +171,7 @@ def _read_res(path: Path, stats: Stats | None, experiment: int) -> Fields:
         }
     except (TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: accs_all_exps must map names to lists of numbers") from None
-    fields = {"images": run[0], "targets": run[1]} | _read_beside(path)
+    fields = {"images": run[0], "targets": run[1]} | _read_beside(*_same_name(path))
     facts = {"accs_all_exps": accuracies, "experiment": experiment, "num_experiments": len(runs)}
     return fields | {"info": fields.get("info", {}) | facts}
 
@@ -172,13 +181,8 @@ def save_experiments(
 ) -> None:
     """Write several experiments into one `res_*.pt`; the first one's facts go beside it as JSON.
 
-    Args:
-        path: the file, published as `res_{method}_{dataset}_{model}_{ipc}ipc.pt`.
-        sets: one set of class indices per experiment.
-        accuracies: evaluation network -> test accuracies in [0, 1].
-
-    Raises:
-        UserError: float targets, no set at all, or `path` cannot be written.
+    The published name is `res_{method}_{dataset}_{model}_{ipc}ipc.pt`; `accuracies` are evaluation network
+    -> test accuracies in [0, 1]. A UserError for float targets, no set, or where it cannot be written.
     """
     path = Path(path)
     if not sets:
@@ -193,7 +197,7 @@ def save_experiments(
     data = [[_stored(synthetic.images), _stored(synthetic.targets)] for synthetic in sets]
     scores = {name: [float(a) for a in values] for name, values in accuracies.items()}
     checkpoint.save({"data": data, "accs_all_exps": scores}, path)
-    _write_beside(sets[0], path)
+    _write_beside(sets[0], *_same_name(path))
 
 
 def _write_res(synthetic: SyntheticSet, path: Path) -> None:
@@ -239,7 +243,7 @@ def save_compact(synthetic: SyntheticSet, path: Path | str, how: CompactFlags | 
 
 def _read_png(path: Path, stats: Stats | None, experiment: int) -> Fields:
     """Read the listed images and normalise them with `stats`, else the stored ones."""
-    fields = _read_description(path / "meta.json")
+    fields = _read_beside(path / "meta.json")
     stats = stats or fields.get("stats")
     if stats is None:
         raise UserError(f"{path / 'meta.json'} gives no mean and std, and none were passed")
@@ -254,8 +258,7 @@ def _read_png(path: Path, stats: Stats | None, experiment: int) -> Fields:
             )
     images = torch.stack(pixels).float() / 255
     stats.check_channels(images.shape[1], path)
-    training = read_training(path / TRAINING_FILE)
-    return fields | {"images": normalize(images, stats), "targets": labels, "training": training}
+    return fields | {"images": normalize(images, stats), "targets": labels}
 
 
 def _read_labels(path: Path) -> list[tuple[str, int]]:
@@ -303,8 +306,7 @@ def _write_png(synthetic: SyntheticSet, path: Path) -> None:
             (folder / name).write_bytes(picture)
         with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("file", "label"), *rows])
-        (folder / "meta.json").write_text(_describe(synthetic), encoding="utf-8")
-        write_training(synthetic.training, folder / TRAINING_FILE)
+        _write_beside(synthetic, folder / "meta.json")
 
 
 @contextlib.contextmanager
@@ -325,11 +327,10 @@ def _new_folder(path: Path) -> Iterator[Path]:
 
 def _read_hf(path: Path, stats: Stats | None, experiment: int) -> Fields:
     """Read a Hub folder; where it says what its values are, parquet's own checksums are not all there is."""
-    raw, found = read_json(path / "meta.json"), read_parquet(path / PARQUET)
-    if raw.get("fingerprint") not in (None, checkpoint.fingerprint(found["images"], found["targets"])):
+    digest, found = read_json(path / "meta.json").get("fingerprint"), read_parquet(path / PARQUET)
+    if digest not in (None, checkpoint.fingerprint(found["images"], found["targets"])):
         raise UserError(f"{path / PARQUET} is damaged: its values are not those that meta.json speaks of")
-    described = _parse_description(raw, path / "meta.json")
-    return described | found | {"training": read_training(path / TRAINING_FILE)}
+    return _read_beside(path / "meta.json") | found
 
 
 def save_hf(
@@ -341,8 +342,7 @@ def save_hf(
         write_parquet(synthetic, folder / PARQUET)
         (folder / "README.md").write_text(write_card(synthetic, source, flags), encoding="utf-8")
         digest = checkpoint.fingerprint(synthetic.images, synthetic.targets)
-        (folder / "meta.json").write_text(_describe(synthetic, fingerprint=digest), encoding="utf-8")
-        write_training(synthetic.training, folder / TRAINING_FILE)
+        _write_beside(synthetic, folder / "meta.json", fingerprint=digest)
 
 
 def _read_npz(path: Path, stats: Stats | None, experiment: int) -> Fields:
@@ -362,7 +362,7 @@ def _read_npz(path: Path, stats: Stats | None, experiment: int) -> Fields:
         images = images.permute(0, 3, 1, 2).contiguous()
     if labels.dim() == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    return {"images": images, "targets": labels} | _read_beside(path)
+    return {"images": images, "targets": labels} | _read_beside(*_same_name(path))
 
 
 def _write_npz(synthetic: SyntheticSet, path: Path) -> None:
@@ -373,18 +373,7 @@ def _write_npz(synthetic: SyntheticSet, path: Path) -> None:
         "labels": _stored(synthetic.targets).numpy(),
     }
     checkpoint.write_atomic(path, lambda file: np.savez(file, **arrays))
-    _write_beside(synthetic, path)
-
-
-def _read_beside(path: Path) -> Fields:
-    """What lies beside a published file, as far as it is there."""
-    training = read_training(path.with_suffix(f".{TRAINING_FILE}"))
-    return _read_description(path.with_suffix(".json")) | {"training": training}
-
-
-def _write_beside(synthetic: SyntheticSet, path: Path) -> None:
-    checkpoint.write_text(path.with_suffix(".json"), _describe(synthetic))
-    write_training(synthetic.training, path.with_suffix(f".{TRAINING_FILE}"))
+    _write_beside(synthetic, *_same_name(path))
 
 
 FORMS = {

@@ -30,15 +30,15 @@ PARQUET = Path("data/train-00000-of-00001.parquet")  # in the set's folder, as t
 _ROWS = 100  # in a group: what the Hub's viewer reads at once
 
 
-def _arrow() -> tuple[Any, Any, Any]:
-    """Pyarrow and its modules for values and for files; a UserError where it is not installed."""
+def _arrow() -> Any:
+    """Pyarrow with its modules for values and for files; a UserError where it is not installed."""
     try:
         import pyarrow
         import pyarrow.compute
         import pyarrow.parquet
     except ImportError:
         raise UserError("parquet files need a package: pip install datasets (the extra hub)") from None
-    return pyarrow, pyarrow.compute, pyarrow.parquet
+    return pyarrow
 
 
 def picture_bytes(synthetic: SyntheticSet) -> list[bytes]:
@@ -55,7 +55,7 @@ def picture_bytes(synthetic: SyntheticSet) -> list[bytes]:
 
 def write_parquet(synthetic: SyntheticSet, path: Path) -> None:
     """Write the table; a UserError for a set that has no pictures (see `picture_bytes`)."""
-    pa, _, parquet = _arrow()
+    pa = _arrow()
     if synthetic.images.numel() >= LARGEST:
         raise UserError(f"cannot write {path}: expected less than {LARGEST} values in all images")
 
@@ -72,23 +72,23 @@ def write_parquet(synthetic: SyntheticSet, path: Path) -> None:
     name = "target" if synthetic.soft else "label"
     columns = {"image": pictures, "pixels": nested(synthetic.images), name: nested(synthetic.targets)}
     how = dict(row_group_size=_ROWS, use_dictionary=False, write_page_checksum=True)
-    parquet.write_table(pa.table(columns), path, **how)
+    pa.parquet.write_table(pa.table(columns), path, **how)
 
 
 def read_parquet(path: Path) -> dict[str, Tensor]:
     """`images` and `targets` of a table, whoever wrote it; a UserError for a damaged one or another one."""
-    pa, compute, parquet = _arrow()
+    pa = _arrow()
     check_regular(path)
     kinds = {"target": (1, pa.float32()), "label": (0, pa.int64())}
     try:
-        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        with pa.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
             labels = [name for name in kinds if name in names]
             if "pixels" not in names or len(labels) != 1:
                 raise UserError(f"{path} has the columns {names}, expected pixels and either label or target")
             table = _read_columns(pa, file, ["pixels", *labels], path)
-        images = _dense(compute, table["pixels"], 3, pa.float32())
-        targets = _dense(compute, table[labels[0]], *kinds[labels[0]])
+        images = _dense(pa, table["pixels"], 3, pa.float32())
+        targets = _dense(pa, table[labels[0]], *kinds[labels[0]])
     except UserError:
         raise
     except Exception as error:  # pyarrow raises many types on damaged files
@@ -110,11 +110,11 @@ def _read_columns(pa: Any, file: Any, columns: list[str], path: Path) -> Any:
     return pa.Table.from_batches(batches, pa.schema([file.schema_arrow.field(name) for name in columns]))
 
 
-def _dense(compute: Any, column: Any, depth: int, kind: Any) -> Tensor:
+def _dense(pa: Any, column: Any, depth: int, kind: Any) -> Tensor:
     """Lists, nested `depth` deep and equally long at each level, as a tensor of `depth` + 1 axes."""
     array, shape = column.combine_chunks(), [len(column)]
     for _ in range(depth):
-        lengths = compute.unique(compute.list_value_length(array)).to_pylist()
+        lengths = pa.compute.unique(pa.compute.list_value_length(array)).to_pylist()
         if array.null_count or len(lengths) != 1:
             raise ValueError("its rows differ in shape")
         shape.append(lengths[0])

@@ -26,10 +26,8 @@ class SyntheticSet:
     """Distilled images with their targets.
 
     The tensors are detached but share storage with those given: clone these first if they are
-    optimised further. Other number types are cast.
-
-    Raises:
-        UserError: wrong type, shape, dtype or length, or non-finite values.
+    optimised further. Other number types are cast. A UserError for a wrong type, shape, dtype or length,
+    and for non-finite values.
     """
 
     images: Tensor  # m×C×H×W float32 in normalised space, m >= 1
@@ -92,17 +90,11 @@ class SyntheticSet:
         data_name: str | None = None,
         experiment: int = 0,
     ) -> SyntheticSet:
-        """Read any form without executing code from it.
+        """Read a folder or file of any form of FORMS, detected when None, without executing code from it.
 
-        Args:
-            path: folder or file.
-            form: one of FORMS; detected when None.
-            stats: replace the stored statistics (a PNG folder is normalised with them).
-            data_name: replaces the stored name.
-            experiment: number of the experiment in a `res_*.pt` file; other forms hold one.
-
-        Raises:
-            UserError: missing, damaged, unsafe or inconsistent files; the message names the path.
+        `stats` and `data_name` replace what is stored (a PNG folder is normalised with them);
+        `experiment` is a number in a `res_*.pt` file, other forms hold one. A UserError names the path of
+        missing, damaged, unsafe or inconsistent files.
         """
         path = Path(path)
         name = form or detect_form(path)

@@ -10,21 +10,21 @@ Framework for Visual Recognition", arXiv 2112.01528.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.augment import denormalize, normalize
-from data.augment.crop_flip import apply_crop_flip, count_views, default_padding, views_from_numbers
+from data.augment.crop_flip import apply_crop_flip, count_views, default_padding
 from data.specs import Stats
 from utils.cli import flag
 from utils.device import upload
 from utils.errors import UserError
 
 LARGEST_PAD = 5  # of views whose numbers take one byte
-_BLEND = ("x.partners", "x.partner_views", "x.shares")
+BLEND = ("partners", "partner_views", "shares")
 BORDERS = ("reflect", "constant")
 INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -53,64 +53,49 @@ class ViewFlags:
     def draw(self, count: int, size: int, hflip: bool, generator: torch.Generator) -> SetViews | None:
         """Views of `count` images of `size` pixels; None where there is one of each.
 
-        A UserError for views that these images do not have.
+        Of each image the plain view, then others: different ones, or random blends, each with another
+        image. A UserError for views that these images do not have.
         """
-        if self.views > 1:
-            return SetViews.draw(count, self.views, default_padding(size), hflip, generator, self.blend)
-        if self.blend:
-            raise UserError("--blend: the first view of an image is never blended; add --views 2 or more")
-        return None
-
-
-@dataclass(frozen=True)
-class Blend:
-    """With what views are blended; all (n, k)."""
-
-    partners: Tensor  # integers: which of the n images
-    numbers: Tensor  # uint8: in which view
-    shares: Tensor  # uint8: of the image itself, in 255ths
+        if self.views == 1:
+            if self.blend:
+                raise UserError("--blend: the first view of an image is never blended; add --views 2 or more")
+            return None
+        pad, more = default_padding(size), (count, self.views - 1)
+        known, plain = count_views(pad, hflip), pad * (2 * pad + 1) + pad
+        if not self.blend:
+            if self.views > known:
+                raise UserError(
+                    f"--views {self.views}: an image has {known} different views, shifted by up to {pad} "
+                    "pixels; with --blend there are more"
+                )
+            others = torch.rand(count, known - 1, generator=generator).argsort(1)[:, : more[1]]
+            return SetViews(_after(plain, others + (others >= plain)).to(torch.uint8), pad)
+        if count < 2:
+            raise UserError("--blend: a single image has no other to be blended with")
+        own, theirs = torch.randint(known, (2, *more), generator=generator)
+        partners = torch.arange(count)[:, None] + _after(
+            0, torch.randint(1, count, more, generator=generator)
+        )
+        shares = torch.randint(256, more, generator=generator)
+        numbers, theirs, shares = (
+            _after(first, others).to(torch.uint8)
+            for first, others in ((plain, own), (plain, theirs), (255, shares))
+        )
+        partners = (partners % count).to(index_type(count - 1))
+        return SetViews(numbers, pad, "reflect", partners, theirs, shares)
 
 
 @dataclass(frozen=True)
 class SetViews:
-    """k views of each of n images; image i * k + j of the set is view j of image i."""
+    """k views of each of n images; image i * k + j of the set is view j of image i. Tensors are (n, k)."""
 
-    numbers: Tensor  # (n, k) uint8: crop-and-flip views
+    numbers: Tensor  # uint8: crop-and-flip views
     pad: int  # pixels by which they are shifted at most
-    blend: Blend | None = None
     border: str = "reflect"  # what lies around an image: its reflection, or black ("constant")
-
-    @classmethod
-    def draw(
-        cls, count: int, k: int, pad: int, hflip: bool, generator: torch.Generator, blend: bool = False
-    ) -> SetViews:
-        """Of `count` images each the plain view, then k - 1 others: different ones, or random blends.
-
-        A blend is with another image, by a share ~ U(0, 1). A UserError for too many views, and for
-        blends of a single image; `pad` is at most 5.
-        """
-        known, plain = count_views(pad, hflip), pad * (2 * pad + 1) + pad
-        first = torch.full((count, 1), plain)
-        if not blend:
-            if k > known:
-                raise UserError(
-                    f"--views {k}: an image has {known} different views, shifted by up to {pad} pixels; "
-                    "with --blend there are more"
-                )
-            others = torch.rand(count, known - 1, generator=generator).argsort(1)[:, : k - 1]
-            return cls(torch.cat([first, others + (others >= plain)], 1).to(torch.uint8), pad)
-        if count < 2:
-            raise UserError("--blend: a single image has no other to be blended with")
-        own, theirs = torch.randint(known, (2, count, k - 1), generator=generator)
-        steps = torch.randint(1, count, (count, k - 1), generator=generator)
-        partners = (torch.arange(count)[:, None] + steps) % count
-        shares = torch.randint(256, (count, k - 1), generator=generator)
-        parts = torch.arange(count)[:, None], first, torch.full((count, 1), 255)
-        partners, theirs, shares = (
-            torch.cat(pair, 1) for pair in zip(parts, (partners, theirs, shares), strict=True)
-        )
-        found = Blend(partners.to(index_type(count - 1)), theirs.to(torch.uint8), shares.to(torch.uint8))
-        return cls(torch.cat([first, own], 1).to(torch.uint8), pad, found)
+    # With what views are blended, if they are.
+    partners: Tensor | None = None  # integers: which of the n images
+    partner_views: Tensor | None = None  # uint8: in which view
+    shares: Tensor | None = None  # uint8: of the image itself, in 255ths
 
     def __len__(self) -> int:
         return self.numbers.numel()
@@ -130,63 +115,23 @@ class SetViews:
         k, pixels = self.each, denormalize(x, stats)
 
         def seen(index: Tensor, numbers: Tensor) -> Tensor:
-            views = views_from_numbers(numbers.flatten()[rows].long(), self.pad)
             # Not by brackets: threads would add up their gradient in any order.
             chosen = pixels.index_select(0, upload(index, x.device))
-            return apply_crop_flip(chosen, views, self.pad, self.border)
+            return apply_crop_flip(chosen, numbers.flatten()[rows].long(), self.pad, self.border)
 
         own = seen(rows // k, self.numbers)
-        if self.blend is None:
+        if self.partners is None:
             return normalize(own, stats)
-        other = seen(self.blend.partners.flatten()[rows].long(), self.blend.numbers)
-        share = upload(self.blend.shares.flatten()[rows] / 255, x.device).view(-1, 1, 1, 1)
+        other = seen(self.partners.flatten()[rows].long(), self.partner_views)
+        share = upload(self.shares.flatten()[rows] / 255, x.device).view(-1, 1, 1, 1)
         return normalize(share * own + (1 - share) * other, stats)
 
     def tensors(self) -> dict[str, Tensor]:
         """As a compact file holds them."""
-        found = {"x.views": self.numbers}
-        if self.blend is not None:
-            found |= zip(_BLEND, vars(self.blend).values(), strict=True)
-        return found
-
-    @classmethod
-    def parse(
-        cls,
-        tensors: Mapping[str, Tensor],
-        count: int,
-        check: Callable[[bool, str], None],
-        pad: int,
-        border: str,
-    ) -> SetViews | None:
-        """The views in a file of `count` images; None where there are none.
-
-        `check` is called with what has to hold, and the words for it.
-        """
-        numbers, parts = tensors.get("x.views"), [tensors.get(name) for name in _BLEND]
-        present = [part is not None for part in parts]
-        check(all(present) or not any(present), "x.partners, x.partner_views and x.shares, or none of them")
-        check(numbers is not None or not any(present), "blends of the views in x.views")
-        if numbers is None:
-            return None
-
-        def check_views(views: Tensor) -> None:
-            check(views.dtype == torch.uint8, "view numbers in uint8")
-            check(int(views.max()) < count_views(pad, True), f"view numbers for padding {pad}")
-
-        check(numbers.dim() == 2 and len(numbers) == count and numbers.numel() > 0, "x.views of shape (n, k)")
-        check_views(numbers)
-        if not any(present):
-            return cls(numbers, pad, border=border)
-        partners, theirs, shares = parts
-        check(all(part.shape == numbers.shape for part in parts), "parts of blends of the shape of x.views")
-        check_views(theirs)
-        check(partners.dtype in INTEGERS and shares.dtype == torch.uint8, "partners and shares in integers")
-        check(int(partners.min()) >= 0 and int(partners.max()) < count, f"partners below {count}")
-        return cls(numbers, pad, Blend(partners, theirs, shares), border)
+        found = {"views": self.numbers, **{name: getattr(self, name) for name in BLEND}}
+        return {f"x.{name}": tensor for name, tensor in found.items() if tensor is not None}
 
 
-def view_bytes(count: int, k: int, blend: bool) -> int:
-    """Bytes that the k views of each of `count` images take in a file, without their targets."""
-    if k == 1:
-        return 0
-    return k * (3 + index_type(count - 1).itemsize if blend else 1)
+def _after(first: int, others: Tensor) -> Tensor:
+    """`others` (n, k - 1) with `first` before each row."""
+    return F.pad(others, (1, 0), value=first)
