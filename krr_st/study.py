@@ -27,6 +27,7 @@ import torch
 
 from data.load import load_set
 from data.prepared import file_name
+from data.synthetic import SyntheticSet
 from data.target_scale import TARGET_SCALES
 from data.untrusted import read_json
 from distillation.run import run_method
@@ -165,7 +166,6 @@ class Row:
     method: str
     folder: Callable[[int], Path | None]  # of the set, by seed; None: no set
     make: Callable[[int], object] = lambda seed: None
-    blended: bool = False
 
     @property
     def classes(self) -> bool:
@@ -221,13 +221,12 @@ class Study:
         for lever in {"all": tuple(LEVERS), "none": ()}.get(flags.levers[0], flags.levers):
             pick(LEVERS, lever, "lever")
             folder = functools.partial(self.run_folder, lever)
-            blended = LEVERS[lever].get("blend", False)
-            yield Row(lever, "krr_st", folder, functools.partial(self.distil, lever), blended)
+            yield Row(lever, "krr_st", folder, functools.partial(self.distil, lever))
 
     def _baseline(self, name: str, method: str, count: int, **more: Any) -> Row:
         given = dict(method=method, count=count, more=more)
-        make = functools.partial(self.make_set, **given)
-        return Row(name, method, functools.partial(self.set_folder, **given), make, more.get("blend", False))
+        folder = functools.partial(self.set_folder, **given)
+        return Row(name, method, folder, functools.partial(self.make_set, **given))
 
     def missing_jobs(self) -> list[Job]:
         """The target model, or else one job for each row and seed that is not measured."""
@@ -315,7 +314,9 @@ class Study:
         if path is not None:
             features = PRETRAIN[row.method].loss == "mse"
             length = dict(pre_iteration=f.pre_iteration if features else None)
-            mixup = dict(pre_mixup=f.pre_mixup if features and not row.blended else None)
+            views = SyntheticSet.load(path).views if features else None
+            mixed = views is not None and views.partners is not None
+            mixup = dict(pre_mixup=f.pre_mixup if features and not mixed else None)
             flags = TestFlags(**given, **length, **mixup, method=row.method, synthetic_path=path)
         probes = [m for m in self.probes if m.on == "body" or not row.classes]
         if row in self.curves:

@@ -98,6 +98,16 @@ def test_outputs_errors_and_another_student(quick, monkeypatch):
     curve = json.loads(Path("study/tiny/test_log/curve 8/results.jsonl").read_text().splitlines()[-1])
     assert curve["pretraining"]["mixup"] and curve["error"] > 0
     assert Path("study/tiny/worth.png").exists()
+    # The same sets under another name, and judged with another network.
+    argv += ["--levers=none", "--extra_sets", "again=krr_st=study/tiny/runs/best-{seed}-std"]
+    assert study.main([*argv, "--pre_mixup", "--target_scale=std"]) == 0
+    assert study.main([*argv, "--pre_mixup", "--target_scale=std", "--test_model=convnet_4_bn"]) == 0
+    again = [json.loads(x) for x in Path("study/tiny/test_log/again/results.jsonl").read_text().splitlines()]
+    assert [c["model"] for c in again] == ["convnet_8_bn"] * 5 + ["convnet_4_bn"] * 5
+    for mine, theirs in zip(again[:5], cells, strict=True):
+        assert mine["pretraining"] == theirs["pretraining"]
+        assert all(mine.get(name) == theirs.get(name) for name in ("accuracy", "error"))
+    assert ", convnet_4_bn, mean" in Path("study/tiny/tables.md").read_text()
 
 
 def test_transfer_to_a_second_set(quick):
