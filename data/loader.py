@@ -53,7 +53,7 @@ class ViewPipeline:
     def __call__(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) -> the same shape, float32, normalised; and (B,) view numbers on the CPU."""
         rank, ranks = self.shard
-        views = draw_crop_flip(len(x) * ranks, self.pad, self.hflip, generator)[rank::ranks]
+        views = draw_crop_flip(len(x) * ranks, self.pad, self.hflip, generator)[rank::ranks].contiguous()
         return normalize(apply_crop_flip(x, views, self.pad), self.stats), views
 
 

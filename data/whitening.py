@@ -64,6 +64,8 @@ class Whitening:
 
     def moved(self, source: Stats, target: Stats, shape: tuple[int, ...]) -> Whitening:
         """The same map for images (C, H, W) normalised with `target` where it took `source`."""
+        if source == target:
+            return self
         own, other = (_rows(stats, shape, self.mean.device) for stats in (source, target))
         scale, shift = other[0] / own[0], (other[1] - own[1]) / own[0]  # x = scale · y + shift
         mean = (self.mean.double() - shift) / scale

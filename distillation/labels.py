@@ -35,7 +35,7 @@ class Labels:
     A kind gives `resolve(method, flags, preset)`, the flags that it decides, or a UserError where they do
     not fit; `evaluate(step, synthetic, seed)`, what is logged of a set after a step of a run of that seed;
     and `evaluation_cost()`, the images through networks that this takes, counted as in `Distiller.cost`.
-    Both only of a labelled source.
+    The last two are called only for a labelled source.
     """
 
     key: str  # of the evaluations' log entries

@@ -46,8 +46,8 @@ DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
 def of_recipe(what: str, **limits: Any) -> Any:
-    """A flag for a value whose default is the published recipe's; see `Recipe.with_flags`."""
-    return flag(None, f"{what}; default: the recipe's", **limits)
+    """A flag for a value whose default is the method's published one; see `Recipe.with_flags`."""
+    return flag(None, f"{what}; default: as published for the method", **limits)
 
 
 @dataclass(frozen=True)

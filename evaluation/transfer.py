@@ -466,8 +466,8 @@ class Transfer(Measurement):
     """A synthetic set (with TestFlags) or none, and target sets: read and checked, ready to measure.
 
     `measures` and `targets` (read already) take the place of those that the flags name. `target_models`
-    (by target set) takes up those that are loaded: it may serve several with the same flags for them. A
-    UserError says what is wrong with flags, data or synthetic set.
+    (by target set) collects the target models loaded so far; several Transfers with the same flags for them
+    may share it. A UserError says what is wrong with flags, data or synthetic set.
     """
 
     knobs = "lower --pre_batch_size or --finetune_batch_size"

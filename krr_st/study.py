@@ -1,11 +1,11 @@
 """`python -m krr_st.study` (`make study`): what distilled images are worth, on a prepared set.
 
 Sets of `num_images` images are compared by the same probes of freshly pre-trained networks: KRR-ST
-with each lever alone, random real images with target features, k-means, class labels, nothing. The
-accuracy of random images by their number turns an accuracy into an equivalence ratio, and so does their
-error of the target's features (--target_error). With
---validation the probes see a held-out part of the training images instead of the test split: choose
-levers there. Finished work is kept, and the same command resumes.
+with each lever alone; real images with target features, chosen at random, by k-means, herding or a high
+loss; random ones with class labels; nothing. The accuracy of random images by their number turns an
+accuracy into an equivalence ratio, and so does their error of the target's features (--target_error). With
+--validation the probes see a held-out part of the training images instead of the test split: choose levers
+there. Finished work is kept, and the same command resumes.
 """
 
 import contextlib
@@ -114,7 +114,7 @@ class StudyFlags(JobFlags):
         "body", "what probes read, as in test.py: body, outputs or both", choices=tuple(READ)
     )
     fractions: tuple[float, ...] = flag(
-        (0.01, 0.05), "shares of the labels of the probes", above=0, maximum=1
+        (0.01, 0.05), "shares of the training labels that the probes learn from", above=0, maximum=1
     )
     target_error: bool = flag(False, "also measure the error of the outputs, as test.py does")
     validation: bool = flag(False, "probe on a held-out fifth of the training images")
@@ -262,7 +262,8 @@ class Study:
 
     def set_folder(self, seed: int, method: str, count: int, more: dict[str, Any]) -> Path:
         """Where a set of `krr_st.baselines` is: a folder, or one compact file."""
-        place = self.folder / "sets" / f"{count}-{seed}{self.suffix}" / self.name / method
+        own = f"-{self.student}" if "high_loss" in method and self.student != self.flags.network else ""
+        place = self.folder / "sets" / f"{count}-{seed}{self.suffix}{own}" / self.name / method
         return place.with_suffix(".safetensors") if more else place
 
     def make_set(self, seed: int, method: str, count: int, more: dict[str, Any]) -> None:
@@ -292,7 +293,8 @@ class Study:
     def distil(self, lever: str, seed: int) -> None:
         """One KRR-ST run."""
         f, folder = self.flags, self.run_folder(lever, seed)
-        networks = dict(target_model=f.network, target_ckpt=self.checkpoint, train_model=self.student)
+        networks = dict(target_model=f.network, target_ckpt=self.checkpoint)
+        networks |= dict(train_model=self.student, test_model=None)
         place = dict(data_name=self.name, seed=seed, save_dir=folder.parent, exp_name=folder.name)
         length = dict(print_every=500, eval_every=10**9, test_iteration=500, pre_epoch=100)
         settings = shared_flags(f, TrainFlags) | networks | place | length
@@ -314,7 +316,7 @@ class Study:
         if path is not None:
             features = PRETRAIN[row.method].loss == "mse"
             length = dict(pre_iteration=f.pre_iteration if features else None)
-            views = SyntheticSet.load(path).views if features else None
+            views = SyntheticSet.load(path).views if features and f.pre_mixup else None
             mixed = views is not None and views.partners is not None
             mixup = dict(pre_mixup=f.pre_mixup if features and not mixed else None)
             flags = TestFlags(**given, **length, **mixup, method=row.method, synthetic_path=path)
@@ -423,9 +425,10 @@ def main(flags: StudyFlags) -> int:
     split = "a held-out part of the training images" if flags.validation else "the test split"
     text = "\n\n".join(f"{title}\n\n{table}" for title, table in tables(study).items())
     note = (
-        f"accuracy in %, or error in variances of the target's features, on {split} of {flags.data_name} at "
-        f"{flags.img_size} pixels, {study.test_model}, mean ± std over {flags.seeds} seeds; worth: random "
-        f"real images of equal accuracy or error, divided by {flags.num_images}"
+        f"accuracy in %, or error in variances of the target's features, on {split} of each set (of "
+        f"{flags.data_name} where none is named) at {flags.img_size} pixels; networks: {study.test_model}; "
+        f"mean ± std over {flags.seeds} seeds; worth: random real images of equal accuracy or error, divided "
+        f"by {flags.num_images}"
     )
     checkpoint.write_text(study.folder / "tables.md", f"{text}\n\n{note}\n")
     write_json(

@@ -57,7 +57,7 @@ class TablesFlags(JobFlags, DeviceFlags):
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
     table: str = flag("1", "1, 2, 3, 4, fig3, or probe_{source}_{percent of labels}")
-    methods: tuple[str, ...] = flag((), "rows of the table; default: all")
+    methods: tuple[str, ...] = flag((), "rows of the table, as it is shown and written; default: all")
     run: bool = flag(False, "first run what is missing, cheapest first")
     log_dir: Path = flag(Path("./test_log"), "folder of the cells; the table is written there")
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "where the synthetic sets are")
@@ -247,7 +247,7 @@ class KernelTable:
 
     def __init__(self, flags: TablesFlags) -> None:
         layout = pick(LAYOUTS, flags.table, "table")
-        wanted = [pick({m: m for m in layout.methods}, m, "row in --methods") for m in flags.methods]
+        wanted = [pick({m: m for m in layout.methods}, m.lower(), "row in --methods") for m in flags.methods]
         methods = tuple(m for m in layout.methods if m in wanted or not wanted)
         self.flags, self.layout = flags, replace(layout, methods=methods)
         self.published = with_published_file(PROBE_CELLS, flags.published)

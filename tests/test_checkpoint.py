@@ -112,7 +112,6 @@ def test_a_signal_while_a_file_is_read_is_no_damaged_file(tmp_path, monkeypatch)
 LOAD_WITH_LITTLE_MEMORY = """
 import resource, sys
 from pathlib import Path
-from data.meta import checksum
 from utils import checkpoint
 from utils.errors import UserError
 pages = int(Path("/proc/self/statm").read_text().split()[0])

@@ -181,7 +181,7 @@ def test_replayed_matching_is_the_same(method, model):
             assert losses[1] == pytest.approx(losses[0], rel=2e-3)
             moved = [distiller.x_syn.detach() for distiller in kinds]
             assert (moved[1] - moved[0]).norm() < 1e-2 * moved[0].norm()
-    recorded = [replayed.recorded is not None for replayed in kinds[1].replays.values()]
+    recorded = [replayed.recorded is not None for replayed in kinds[1].replays._found.values()]
     together = method == "DM" and model == "ConvNetBN"
     assert all(recorded) and len(recorded) == {"DC": 2, "DSA": 7, "DM": 0 if together else 6}[method]
 
@@ -216,7 +216,7 @@ def test_replayed_training_is_the_same(optimizer, dropout):
             trainer.run(20, **given)
             trainer.run(**given)
         traces.append(trace)
-    assert [r.recorded is not None for r in trainer.replays.values()] == [True, True]
+    assert [r.recorded is not None for r in trainer.replays._found.values()] == [True, True]
     assert len(set(traces[1])) == 32
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(recipe.lr / 100)
     if not dropout:

@@ -58,7 +58,7 @@ def test_study(quick, monkeypatch, capsys):
     for row in rows:
         assert sum(line.startswith(f"| {row} ") for line in text.splitlines()) == 3, row
     assert "few-shot tiny" in text and Path("study/tiny/worth.png").exists()
-    assert "the test split of tiny" in text and text.strip() in out
+    assert "the test split of each set (of tiny where" in text and text.strip() in out
     assert json.loads(Path("study/tiny/study.json").read_text())["rows"] == rows
     log = Path("study/tiny/test_log/krr_st/results.jsonl").read_text()
     assert study.main(argv) == 0
@@ -107,7 +107,9 @@ def test_outputs_errors_and_another_student(quick, monkeypatch):
     for mine, theirs in zip(again[:5], cells, strict=True):
         assert mine["pretraining"] == theirs["pretraining"]
         assert all(mine.get(name) == theirs.get(name) for name in ("accuracy", "error"))
-    assert ", convnet_4_bn, mean" in Path("study/tiny/tables.md").read_text()
+    assert "networks: convnet_4_bn; mean" in Path("study/tiny/tables.md").read_text()
+    again = [*argv[: argv.index("--levers=none")], "--levers=best", "--test_model=convnet_4_bn"]
+    assert study.main([*again, "--pre_mixup", "--target_scale=std"]) == 0  # the run is taken as it is
 
 
 def test_transfer_to_a_second_set(quick):

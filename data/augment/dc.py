@@ -39,8 +39,9 @@ def dc_augment(x: Tensor, strategy: str, generator: torch.Generator) -> Tensor:
       the channel means outside;
     - noise: plus 0.001·N(0, 1).
 
-    The channel means are those of the whole batch, x: B×C×H×W float, normalised; not changed. `strategy`
-    is operations joined by `_`; "none", "None" or "" returns x and draws nothing.
+    The channel means are those of the whole batch. x is B×C×H×W float, normalised, and stays as it is; the
+    generator is on the CPU. `strategy` is operations joined by `_`; "none", "None" or "" returns x and draws
+    nothing.
 
     Raises:
         UserError: an operation that does not exist; the message lists the valid ones.
