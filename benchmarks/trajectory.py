@@ -23,9 +23,8 @@ from benchmarks.common import machine, peak_of_call, peak_of_process, report, se
 from data.augment.dsa import diff_augment
 from evaluation.recipes import DSA_STRATEGY
 from models import get_model
-from models.functional import functional_loss
 from models.layout import arranged
-from trajectory.match import UNROLLS, matching_distance
+from trajectory.match import UNROLLS, functional_loss, matching_distance
 from utils.device import resolve_device
 from utils.errors import entry_point
 from utils.seed import local_seed

@@ -104,12 +104,6 @@ class TrainFlags(FeatureFlags, ViewFlags):
     outer_lr_y: float | None = flag(None, "learning rate of Y_s where it is not that of X_s", above=0)
     outer_wd: float = flag(0.0, "weight decay of X_s and Y_s", minimum=0)
     outer_grad_norm: float = flag(0.0, "clip the gradient norm of each tensor; 0: off", minimum=0)
-    outer_loss: str | None = flag(
-        None,
-        "error of kernel ridge regression on a pool network's features (krr), or of its own outputs, by "
-        "implicit gradients through its training (implicit); default: krr, as published",
-        choices=("krr", "implicit"),
-    )
 
     precision: str = flag(
         "fp32",
@@ -144,8 +138,7 @@ class TrainFlags(FeatureFlags, ViewFlags):
     @property
     def can_replay(self) -> bool:
         """Whether the pool trains on the set itself, with an optimiser that can be recorded."""
-        itself = not self.pool_mixup and self.views <= 1
-        return itself and self.online_opt == "sgd" and self.outer_loss != "implicit"
+        return not self.pool_mixup and self.views <= 1 and self.online_opt == "sgd"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from distillation.problem import Problem
 from evaluation.target import Target
 from krr_st.config import TrainFlags
 from krr_st.held_out import HeldOutLoss
-from krr_st.implicit import STEPS, implicit_gradients
 from krr_st.loss import krr_weights, real_kernel
 from krr_st.pool import ModelPool, pool_network
 from krr_st.views import RealBatch, real_loader, targets_for
@@ -75,20 +74,18 @@ class KRRST(Distiller):
         self.optimizer = make_optimizer(flags.outer_opt, groups, lr=lr, wd=wd, momentum=0.5)
         self.schedule = make_schedule("linear", self.optimizer, flags.outer_iteration)
         # Here and for the pool without `self`: a cycle would keep the table of views after the run.
-        implicit = flags.outer_loss == "implicit"
-        self._gradients = (implicit_gradients if implicit else outer_gradients)(flags, self.learned)
+        self._gradients = outer_gradients(flags, self.learned)
         self._batches = None
 
     @classmethod
     def cost(cls, flags: TrainFlags, classes: int) -> float:
         """Real images through the target model and a network; the set forward, back, and in training.
 
-        Views of the set also go through the target model, forward and back, and forward once more. Implicit
-        gradients take that of the real images, and for each product that of the set once more.
+        Views of the set also go through the target model, forward and back, and forward once more.
         """
-        seen, each = (flags.view_batch, 10) if flags.views > 1 else (flags.num_images, 6)
-        implicit = flags.outer_loss == "implicit"
-        return (4 if implicit else 2) * flags.outer_batch_size + (each + 4 * STEPS * implicit) * seen
+        if flags.views > 1:
+            return 2 * flags.outer_batch_size + 10 * flags.view_batch
+        return 2 * flags.outer_batch_size + 6 * flags.num_images
 
     @classmethod
     def start_cost(cls, flags: TrainFlags) -> float:

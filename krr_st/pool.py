@@ -187,7 +187,7 @@ def pool_network(problem: Problem, flags: Any, outputs: int, seed: int) -> tuple
     """A new network of the pool, initialised from `seed` alone, and its optimiser, by the online flags."""
     with local_seed(seed):
         network = get_model(flags.train_model, problem.image_set.img_shape, outputs)
-    network.first_order = getattr(flags, "outer_loss", None) != "implicit"
+    network.first_order = True
     network = place(network, problem.device, flags.layout)
     lr, wd = flags.online_lr, flags.online_wd
     return network, make_optimizer(flags.online_opt, network.parameters(), lr=lr, wd=wd)

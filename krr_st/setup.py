@@ -60,23 +60,13 @@ class KRRSTSetup(KernelSetup):
             if device.type != "cuda":
                 raise UserError(f"--cuda_graph needs an NVIDIA GPU, the device is {device}")
             if not flags.can_replay:
-                raise UserError(
-                    "--cuda_graph goes with --online_opt sgd, without --pool_mixup, --views and "
-                    "--outer_loss implicit"
-                )
+                raise UserError("--cuda_graph goes with --online_opt sgd, without --pool_mixup and --views")
         if flags.views > 1 and flags.syn_init == "raw":
             raise UserError("--views needs --syn_init normalized: their targets are features of the views")
         if flags.views > 1 and flags.pool_mixup:
             raise UserError("--pool_mixup: each view has its own target; for mixtures use --blend")
-        if flags.compile and flags.outer_loss == "implicit":
-            raise UserError("--outer_loss implicit needs second derivatives, which --compile does not give")
         if flags.compile and not flags.dry_run:
             check_compile(device)
-
-    def __init__(self, method: Method, flags: TrainFlags, device: torch.device, group: Group) -> None:
-        super().__init__(method, flags, device, group)
-        if flags.outer_loss == "implicit" and group.ranks > 1:
-            raise UserError("--outer_loss implicit runs in one process: BatchNorm sees the whole batch")
 
     @property
     def syn_stats(self) -> Stats:

@@ -10,11 +10,11 @@ from torch import nn
 
 from data.augment.dsa import diff_augment
 from models import get_network
-from models.functional import functional_loss
 from trajectory.match import (
     DISTANCES,
     UNROLLS,
     full_gradients,
+    functional_loss,
     matching_distance,
     stepwise_gradients,
     tensor_weights,

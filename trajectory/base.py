@@ -17,11 +17,10 @@ from distillation.base import Distiller
 from distillation.problem import Problem
 from evaluation.presets import Preset
 from models import get_model
-from models.functional import functional_loss
 from models.layout import arranged
 from trajectory.buffers import Experts
 from trajectory.experts import default_network
-from trajectory.match import DISTANCES, UNROLLS, Batch, tensor_weights
+from trajectory.match import DISTANCES, UNROLLS, Batch, functional_loss, tensor_weights
 from utils.cli import flag
 from utils.device import upload
 from utils.errors import UserError

@@ -11,8 +11,8 @@ from data.augment import normalize, to_float
 from distillation.one_set import FeatureFlags
 from distillation.selection import image_losses
 from evaluation.fit import outputs
-from models.functional import apply
 from trajectory.base import TrajectoryFlags, TrajectoryMatching
+from trajectory.match import apply
 from utils.cli import flag
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from distillation.one_set import ZCA, ClassFlags
 from evaluation.recipes import DSA_STRATEGY
-from models.functional import apply
 from trajectory.base import TrajectoryFlags, TrajectoryMatching
+from trajectory.match import apply
 from utils.cli import flag
 
 CANDIDATES = 4  # real images looked at for each one that a set with learned labels starts from
