@@ -1,6 +1,7 @@
 """The fused kernels, run by Triton's interpreter on a CPU, against torch's layers in float64."""
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -232,6 +233,8 @@ def test_kernels_compile_for_an_h100(module, name, constants):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if "constexprs" not in inspect.signature(ASTSource).parameters:
+        pytest.skip("an older Triton takes a kernel's source in another form")
     kernel = getattr(module, name)
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     kinds = dict.fromkeys(constants, "constexpr") | dict.fromkeys(INTEGERS, "i32")
