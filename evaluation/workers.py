@@ -11,7 +11,7 @@ import torch
 
 from evaluation.jobs import Job, file_name, last_line
 
-_PROCESSES = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
+PROCESSES = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
 
 
 def run_in_workers(
@@ -38,7 +38,7 @@ def run_in_workers(
             for number, job in zip(free, jobs, strict=False):
                 gpu = gpus[number % len(gpus)] if gpus else None
                 log, threads = _log(folder, job.name), max(1, torch.get_num_threads() // workers)
-                process = _PROCESSES.Process(target=_run, args=(call(job.name), log, gpu, threads))
+                process = PROCESSES.Process(target=run_logged, args=(call(job.name), log, gpu, threads))
                 process.start()
                 running[number] = job.name, process
                 tried.add(job.name)
@@ -71,7 +71,7 @@ def _gpus() -> list[str]:
     return (named.split(",")[:count] if named else [str(n) for n in range(count)]) if count > 1 else []
 
 
-def _run(job: Callable[[], None], log: Path, gpu: str | None, threads: int) -> None:
+def run_logged(job: Callable[[], None], log: Path, gpu: str | None, threads: int) -> None:
     """In its own process: the job, with its output in a file."""
     with log.open("w") as file:
         for stream in (sys.stdout, sys.stderr):

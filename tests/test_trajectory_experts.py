@@ -137,7 +137,7 @@ def test_released_buffers_are_read(tmp_path):
     mean = [sum(parts) / 3 for parts in zip(*content[1][0][1:4], strict=True)]
     assert all(torch.allclose(a, b) for a, b in zip(read.pair(2, 0, 2, radius=1)[1], mean, strict=True))
     assert len(Experts(tmp_path / "b", shapes(), CPU, count=3)) == 3
-    with pytest.raises(UserError, match=r"holds 4 trajectories, --num_experts is 5"):
+    with pytest.raises(UserError, match=r"holds 4 trajectories, 5 are needed; see --num_experts"):
         Experts(tmp_path / "b", shapes(), CPU, count=5)
     older = tmp_path / "older"  # the form of torch before 1.6, which cannot be mapped
     older.mkdir()

@@ -104,6 +104,55 @@ def test_run_from_nothing_and_interrupted_one_is_the_same(tiny, kind, monkeypatc
     assert x.isfinite().all() and Path("results/whole/x_syn.png").exists()
 
 
+def test_experts_from_a_second_process_give_the_set_of_those_made_before(tiny, monkeypatch, capsys):
+    argv = [*RUNS["mkdt"], "--num_experts", "3", "--expert_every", "2", "--outer_iteration", "6"]
+    assert train.main([*argv, "--exp_name", "beside"]) == 0
+    assert "a second process trains them" in capsys.readouterr().out
+    (folder,) = (p for p in Path("buffers/tiny_8").glob("convnet*") if p.is_dir())
+    assert len(list(folder.glob("replay_buffer_*.pt"))) == 3
+    seen, real_pair = [], Experts.pair
+
+    def noted(self, expert, *more):
+        seen.append(expert)
+        return real_pair(self, expert, *more)
+
+    monkeypatch.setattr(Experts, "pair", noted)
+    assert train.main([*argv, "--exp_name", "before"]) == 0
+    assert "second process" not in capsys.readouterr().out
+    assert seen[:2] == [0, 0] and set(seen[:4]) == {0, 1} and set(seen) <= {0, 1, 2}
+    for a, b in zip(pair("beside"), pair("before"), strict=True):
+        assert torch.equal(a, b)
+
+    step, calls = MKDT.step, []
+
+    def fragile(self):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self)
+
+    shutil.rmtree(folder)
+    monkeypatch.setattr(MKDT, "step", fragile)
+    assert train.main([*argv, "--exp_name", "parts"]) == 130
+    assert train.main([*argv, "--exp_name", "parts"]) == 0
+    assert log("beside") == log("parts")
+    for a, b in zip(pair("beside"), pair("parts"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_expert_that_nobody_trains_is_one_line(tiny, capsys):
+    make_experts(targets="features")
+    argv = [*RUNS["mkdt"], "--buffer_dir", "experts", "--exp_name", "short"]
+    assert train.main([*argv, "--num_experts", "4", "--expert_every", "1"]) == 2
+    assert "step 4: experts holds 3 trajectories, 4 are needed; see --num_experts" in capsys.readouterr().err
+    shutil.rmtree("experts")
+    Path("buffers").mkdir(exist_ok=True)
+    Path("buffers/tiny_8").write_text("")  # where the second process wants a folder
+    argv = [*RUNS["mkdt"], "--expert_every", "1", "--exp_name", "none"]
+    assert train.main(argv) == 2
+    assert "buffers/tiny_8" in capsys.readouterr().err
+
+
 def make_experts(*more, targets="classes"):
     argv = ["--targets", targets, "--train_epochs", "3", "--num_experts", "3", "--batch_train", "16"]
     argv += ["--target_model", NET] if targets == "features" else []
@@ -343,7 +392,7 @@ def test_what_does_not_fit_is_refused_before_a_run_folder(tiny, capsys):
         return capsys.readouterr().err
 
     assert "has 3 epochs, 4 are needed: lower --max_start_epoch 4" in refused(*own, "--max_start_epoch", "4")
-    assert "holds 3 trajectories, --num_experts is 5" in refused(*own, "--num_experts", "5")
+    assert "holds 3 trajectories, 5 are needed; see --num_experts" in refused(*own, "--num_experts", "5")
     assert "its experts have targets classes, not features" in refused(*own, kind="mkdt")
     assert "holds no replay_buffer_0.pt" in refused("--buffer_dir", "nowhere")
     assert "--min_start_epoch 2 is not below --max_start_epoch 2" in refused("--min_start_epoch", "2")

@@ -48,6 +48,12 @@ class TrajectoryFlags:
     num_experts: int | None = flag(
         None, "experts to match; default: all in --buffer_dir, or 10 where they are made", minimum=1
     )
+    expert_every: int | None = flag(
+        None,
+        "outer steps after which one more expert joins: matching begins with the first, while a second "
+        "process trains the others; default: all are there before the first step",
+        minimum=1,
+    )
     expert_epochs: int | None = _published("epochs from an expert's start to its goal", minimum=1)
     syn_steps: int | None = _published("steps of the student per outer step", minimum=1)
     batch_syn: int | None = flag(
@@ -119,6 +125,12 @@ class TrajectoryFlags:
         """The last snapshot that is needed of an expert."""
         return self.max_start_epoch - 1 + self.expert_epochs
 
+    def experts_at(self, iteration: int) -> int | None:
+        """How many experts there are to match in this iteration, from 0; None: all that are found."""
+        if self.expert_every is None:
+            return self.num_experts
+        return min(self.num_experts, 1 + iteration // self.expert_every)
+
 
 class Student(nn.Module):
     """The learned step size, how many iterations are done, and how many of them changed nothing."""
@@ -162,7 +174,7 @@ class TrajectoryMatching(Distiller):
             network = get_model(flags.train_model, problem.image_set.img_shape, self.width)
         self.student_network = arranged(network, device)
         shapes = [p.shape for p in network.parameters()]
-        self.experts = Experts(flags.buffer_dir, shapes, device, flags.num_experts)
+        self.experts = Experts(flags.buffer_dir, shapes, device, flags.experts_at(0))
         self.strategy = flags.dsa_strategy
         if not problem.image_set.hflip:
             self.strategy = without_flip(self.strategy)
@@ -180,7 +192,7 @@ class TrajectoryMatching(Distiller):
         if flags.ema_decay:
             self.average = nn.ParameterList(t.detach().clone() for t in self.inputs)
         self.order = TensorLoader(
-            torch.arange(len(self.experts)),
+            torch.arange(len(self.experts) if flags.expert_every is None else flags.num_experts),
             None,
             batch_size=1,
             device=torch.device("cpu"),
@@ -217,7 +229,9 @@ class TrajectoryMatching(Distiller):
         """One iteration: from a random snapshot of the next expert towards its later one."""
         flags, student = self.flags, self.student
         self._turns = self._turns or self.order.forever()
-        expert = int(next(self._turns)[1])
+        if flags.expert_every is not None:
+            self.experts.use(flags.experts_at(int(student.iteration)))
+        expert = next(int(n) for _, n in self._turns if n < len(self.experts))
         limit = start_limit(flags, int(student.iteration))
         t = int(torch.randint(flags.min_start_epoch, limit, (1,), generator=self.stream("starts")))
         start, goal = self.experts.pair(expert, t, flags.expert_epochs, flags.average_goals)

@@ -7,6 +7,7 @@ same network).
 """
 
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from utils import checkpoint
 from utils.device import upload
 from utils.errors import UserError
+from utils.run_folder import is_claimed
 
 Snapshot = list[Tensor]
 Trajectory = list[Snapshot]
@@ -42,11 +44,10 @@ class Experts:
         folder: holds replay_buffer_0.pt, ... of any origin.
         shapes: of the network's parameters, in order.
         device: where snapshots are wanted, in float32.
-        count: trajectories to use, the first ones; None: all.
+        count: trajectories to use, the first ones; None: all. See `use`.
 
     Raises:
-        UserError: no files, fewer trajectories than `count`, or what is no list of trajectories of
-            this network; one line that names the file.
+        UserError: what is no list of trajectories of this network; one line that names the file.
     """
 
     def __init__(
@@ -59,24 +60,46 @@ class Experts:
         self.folder, self.device = Path(folder), device
         self._shapes = [tuple(shape) for shape in shapes]
         self._known: list[tuple[Path, Trajectory]] = []
-        for path in expert_files(folder):
-            if count is None or len(self._known) < count:
-                self._known += [(path, trajectory) for trajectory in self._read(path)]
-        self._known = self._known[:count]
-        if not self._known:
-            raise UserError(
-                f"{folder} holds no replay_buffer_0.pt; make it with python -m trajectory.experts"
-            )
-        if count is not None and len(self._known) < count:
-            raise UserError(f"{folder} holds {len(self._known)} trajectories, --num_experts is {count}")
+        self._files = 0
+        self.use(count)
 
     def __len__(self) -> int:
-        return len(self._known)
+        return self._count
+
+    def use(self, count: int | None) -> None:
+        """Take the first `count` trajectories, None: all; wait for those that a process is training.
+
+        Raises:
+            UserError: no files, or fewer trajectories than `count` and nobody who trains more.
+        """
+        self._read_more(count)
+        while count is not None and len(self._known) < count and is_claimed(self.folder):
+            time.sleep(0.1)
+            self._read_more(count)
+        self._read_more(count)  # what came between the last look and the end of that process
+        if not self._known:
+            raise UserError(
+                f"{self.folder} holds no replay_buffer_0.pt; make it with python -m trajectory.experts"
+            )
+        if count is not None and len(self._known) < count:
+            held = f"{self.folder} holds {len(self._known)} trajectories"
+            raise UserError(f"{held}, {count} are needed; see --num_experts")
+        self._count = len(self._known) if count is None else count
+
+    def _read_more(self, count: int | None) -> None:
+        for path in expert_files(self.folder)[self._files :]:
+            if count is None or len(self._known) < count:
+                self._known += [(path, trajectory) for trajectory in self._read(path)]
+                self._files += 1
 
     @property
     def last(self) -> int:
         """The number of the last snapshot that all trajectories have."""
-        return min(len(trajectory) for _, trajectory in self._known) - 1
+        return min(len(trajectory) for _, trajectory in self._used) - 1
+
+    @property
+    def _used(self) -> list[tuple[Path, Trajectory]]:
+        return self._known[: self._count]
 
     def _read(self, path: Path) -> list[Trajectory]:
         content = checkpoint.load(path, what="expert buffer", mmap=True)
@@ -141,16 +164,17 @@ class Experts:
         return start, goal
 
     def state_dict(self) -> dict[str, Any]:
-        """A mark by which a saved run knows its experts."""
-        return {"mark": self._mark()}
+        """The number of experts in use, and a mark by which a saved run knows them."""
+        return {"count": len(self), "mark": self._mark()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare; a ValueError where a run was saved with other experts."""
+        """Use as many as before, and compare; a ValueError where a run was saved with other experts."""
+        self.use(state.get("count", len(self)))
         if state["mark"] != self._mark():
             raise ValueError(f"the experts in {self.folder} are not those of before")
 
     def _mark(self) -> str:
-        ends = [trajectory[-1][-1] for _, trajectory in self._known]
+        ends = [trajectory[-1][-1] for _, trajectory in self._used]
         return checkpoint.fingerprint(torch.stack([p.detach().float() for p in ends]))
 
 

@@ -7,13 +7,14 @@ Sources: Cazenavette et al., arXiv 2203.11932 (classes); Joshi et al., "Dataset 
 Knowledge Distillation", ICLR 2025 (features).
 """
 
+import contextlib
 import functools
 import json
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,13 @@ from data.load import ImageSet, load_set
 from data.target_scale import TARGET_SCALES, TargetScale
 from data.whitening import Whitening
 from evaluation.fit import Trainer, outputs, real_loader
+from evaluation.jobs import last_line
 from evaluation.parallel import in_parallel
 from evaluation.presets import Preset, resolve_preset
 from evaluation.recipes import DSA_STRATEGY, Recipe
 from evaluation.score import share_correct
 from evaluation.target import TARGET_CKPT, TARGET_MODEL, load_target, resolve_checkpoint
+from evaluation.workers import PROCESSES, run_logged
 from models import get_model
 from models.layout import arranged
 from trajectory.buffers import Trajectory, expert_files, expert_path
@@ -42,8 +45,9 @@ from utils.errors import UserError, entry_point
 from utils.memory import out_of_memory_says
 from utils.precision import DTYPES
 from utils.progress import byte_size
-from utils.run_folder import RunFolder, claim_run
+from utils.run_folder import RunFolder, claim_run, is_claimed
 from utils.seed import derive_seed, local_seed, make_generator
+from utils.stop import end_with_parent
 
 # Published values of the flags that are not given.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -266,6 +270,45 @@ def make_experts(flags: ExpertFlags, device: torch.device) -> Path:
             print(f"expert {n + 1}/{count}: {shown}, {left:.0f} s left", flush=True)
         run.finish({"experts": count, "seconds_of_last_start": time.perf_counter() - began})
     return folder
+
+
+@contextlib.contextmanager
+def made_beside(flags: ExpertFlags, device: torch.device) -> Iterator[None]:
+    """Within the block a second process calls `make_experts`; on a CPU it has half of the threads.
+
+    Raises:
+        UserError: it ends before it has begun; the message is the last line of its log.
+    """
+    folder = Path(flags.buffer_dir)
+    if is_claimed(folder):  # by a run beside this one, or by what a killed run has left
+        print(f"another process is training experts in {folder}", flush=True)
+        yield
+        return
+    log = folder.with_name(f"{folder.name}.log")
+    print(f"a second process trains them; log: {log}", flush=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    threads = max(1, torch.get_num_threads() // 2)
+    job = functools.partial(_make_beside, flags, device)
+    process = PROCESSES.Process(target=run_logged, args=(job, log, None, threads))
+    process.start()
+    try:
+        while process.is_alive() and not is_claimed(folder):
+            time.sleep(0.1)
+        if process.exitcode:
+            raise UserError(last_line(log))
+        yield
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _make_beside(flags: ExpertFlags, device: torch.device) -> None:
+    @entry_point
+    def make(argv: None) -> None:
+        make_experts(flags, device)
+
+    end_with_parent()
+    sys.exit(make())
 
 
 def announce(training: ExpertTraining, folder: Path, count: int) -> None:

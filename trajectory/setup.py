@@ -15,7 +15,7 @@ from models import get_model
 from trajectory import experts
 from trajectory.base import TrajectoryFlags
 from trajectory.buffers import Experts, expert_files
-from trajectory.experts import ExpertFlags, expert_cost, make_experts
+from trajectory.experts import ExpertFlags, expert_cost, made_beside, make_experts
 from trajectory.published import published
 from utils.checkpoint import files_fingerprint
 from utils.cost import Cost
@@ -60,6 +60,8 @@ class TrajectorySetup(SetSetup):
                 f"--min_start_epoch {flags.min_start_epoch} is not below --max_start_epoch "
                 f"{flags.max_start_epoch}"
             )
+        if flags.expert_every is not None and flags.num_experts is None:
+            flags = replace(flags, num_experts=ON_DEMAND)
         return replace(flags, buffer_dir=flags.buffer_dir or expert_flags(method, flags).buffer_dir)
 
     def __init__(self, method: Method, flags: TrajectoryFlags, device: torch.device, group: Group) -> None:
@@ -70,7 +72,7 @@ class TrajectorySetup(SetSetup):
         if not on_demand or len(expert_files(folder)) >= self.missing.num_experts:
             self.missing = None
             network = get_model(flags.train_model, self.image_set.img_shape, self.labels.outputs)
-            known = Experts(folder, [p.shape for p in network.parameters()], device, flags.num_experts)
+            known = Experts(folder, [p.shape for p in network.parameters()], device, flags.experts_at(0))
             if known.last < (needed := flags.last_epoch):
                 raise UserError(
                     f"--buffer_dir {folder} has {known.last} epochs, {needed} are needed: lower "
@@ -79,8 +81,8 @@ class TrajectorySetup(SetSetup):
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Beside those of every run the experts, unless this run is going to make them."""
-        if self.missing is not None:
+        """Beside those of every run the experts, unless some are still to come."""
+        if self.missing is not None or self.flags.expert_every is not None:
             return super().inputs
         used = expert_files(self.flags.buffer_dir)[: self.flags.num_experts]  # each has one or more
         return super().inputs | {"set of experts": files_fingerprint(used)}
@@ -93,11 +95,16 @@ class TrajectorySetup(SetSetup):
         return expert_cost(self.missing, self.device)
 
     def run(self, run: RunFolder | FollowedRun) -> dict[str, Any]:
-        """Train experts if there are none yet, then distil."""
-        if self.missing is not None:
-            print(f"no --buffer_dir is given: making {self.missing.num_experts} experts")
-            old = (Path(self.missing.buffer_dir) / "config.json").exists()
-            make_experts(replace(self.missing, seed=None if old else run.seed), self.device)
+        """Train missing experts, first or meanwhile, and distil."""
+        if self.missing is None:
+            return super().run(run)
+        print(f"no --buffer_dir is given: making {self.missing.num_experts} experts")
+        old = (Path(self.missing.buffer_dir) / "config.json").exists()
+        missing = replace(self.missing, seed=None if old else run.seed)
+        if self.flags.expert_every is not None:
+            with made_beside(missing, self.device):
+                return super().run(run)
+        make_experts(missing, self.device)
         return super().run(run)
 
 

@@ -6,6 +6,8 @@ SIGUSR2 is what schedulers are commonly told to send before a time limit.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.connection
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -36,6 +38,20 @@ def _handled(handler: Callable[[int, FrameType | None], None], *numbers: int) ->
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+def end_with_parent(worker: int = 0) -> None:
+    """In a child process: leave Ctrl-C to the parent, and exit when it does, even if it is killed.
+
+    It fits `worker_init_fn` of a DataLoader, which gives the number of the worker.
+    """
+
+    def exit_with_parent() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -9,11 +9,8 @@ import functools
 import itertools
 import json
 import math
-import multiprocessing.connection
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +27,7 @@ from data.prepare.raw import Part, Source
 from data.prepared import SPLITS, file_name, sample
 from utils.checkpoint import atomic_path, write_text
 from utils.errors import UserError
+from utils.stop import end_with_parent
 
 # Pictures converted together: few, so that all workers finish at about the same time.
 _FILES, _ROWS = 64, 256
@@ -165,7 +163,7 @@ def _convert(part: Part, channels: int, size: int, workers: int) -> DataLoader:
         num_workers=min(workers, len(spans)) if resized and workers > 1 and len(spans) > 1 else 0,
         # Not tensors, which would travel in scarce shared memory.
         collate_fn=functools.partial(_convert_block, part.images, size, channels),
-        worker_init_fn=_tie_to_parent,
+        worker_init_fn=end_with_parent,
         generator=torch.Generator(),
     )
 
@@ -176,17 +174,6 @@ def _convert_block(
     """The positions `span`, the rows of its readable pictures, the unreadable ones."""
     read = images.rows_from_array if isinstance(pictures, np.ndarray) else images.rows_from_files
     return span, *read(pictures[span.start : span.stop], size, channels)
-
-
-def _tie_to_parent(worker: int) -> None:
-    """Leave Ctrl-C to the parent, and exit when it does, even if it is killed."""
-
-    def exit_with_parent() -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
 def _describe(tensors: dict[tuple[str, str], Tensor | None]) -> dict[str, Any]:
