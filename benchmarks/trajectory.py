@@ -4,7 +4,8 @@
 
 The memory is what one gradient takes beyond what was there before it; on a CPU each measurement has
 a process of its own and tells its largest resident size. `full` keeps one graph of all steps,
-`checkpoint` gives the same gradient with one step's graph at a time, `tesla` is TESLA's gradient.
+`checkpoint` gives the same gradient with one step's graph at a time, `tesla` is TESLA's gradient; `plain` is
+`full` with the second derivative of norms as PyTorch composes it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from data.augment.dsa import diff_augment
 from evaluation.recipes import DSA_STRATEGY
 from models import get_model
 from models.layout import arranged
+from models.twice import twice_differentiable
 from trajectory.match import UNROLLS, functional_loss, matching_distance
 from utils.device import resolve_device
 from utils.errors import entry_point
@@ -31,19 +33,21 @@ from utils.seed import local_seed
 from utils.table import markdown
 
 CLASSES = 10
+PLAIN = "plain"
 
 
 def gradient(mode: str, steps: int, m: int, model: str, size: int, device: torch.device) -> Callable[[], Any]:
     """One unit of work: MTT's gradient on m images, DSA in every step."""
     with local_seed(0):
-        network = arranged(get_model(model, (3, size, size), CLASSES), device)
+        network = get_model(model, (3, size, size), CLASSES)
+        network = arranged(network if mode == PLAIN else twice_differentiable(network), device)
         x = torch.randn(m, 3, size, size).to(device).requires_grad_()
         goal = [p.detach() + 0.01 * torch.randn_like(p) for p in network.parameters()]
     y = (torch.arange(m) % CLASSES).to(device)
     start = [p.detach() for p in network.parameters()]
     lr = torch.tensor(0.01, device=device, requires_grad=True)
     batches = [lambda s=s: (diff_augment(x, DSA_STRATEGY, seed=s), y) for s in range(steps)]
-    return lambda: UNROLLS[mode](
+    return lambda: UNROLLS["full" if mode == PLAIN else mode](
         functional_loss(network, F.cross_entropy),
         start,
         batches,
@@ -74,7 +78,7 @@ def measure(
     """Bytes and seconds of one gradient: mode -> number of steps -> value."""
     found: dict[str, Any] = {"bytes": {}, "seconds": {}, "m": m, "size": size, "model": model}
     context = torch.multiprocessing.get_context("spawn")
-    for mode in UNROLLS:
+    for mode in (PLAIN, *UNROLLS):
         for count in steps:
             make = functools.partial(gradient, mode, count, m, model, size, device)
             if device.type == "cpu":  # so that no process finds memory that an earlier one has kept

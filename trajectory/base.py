@@ -18,6 +18,7 @@ from distillation.problem import Problem
 from evaluation.presets import Preset
 from models import get_model
 from models.layout import arranged
+from models.twice import twice_differentiable
 from trajectory.buffers import Experts
 from trajectory.experts import default_network
 from trajectory.match import DISTANCES, UNROLLS, Batch, functional_loss, tensor_weights
@@ -172,6 +173,7 @@ class TrajectoryMatching(Distiller):
         device = problem.device
         with local_seed(0):  # only its form matters: the weights are the experts'
             network = get_model(flags.train_model, problem.image_set.img_shape, self.width)
+        network = twice_differentiable(network)
         self.student_network = arranged(network, device)
         shapes = [p.shape for p in network.parameters()]
         self.experts = Experts(flags.buffer_dir, shapes, device, flags.experts_at(0))
