@@ -237,6 +237,9 @@ class TrajectoryMatching(Distiller):
         limit = start_limit(flags, int(student.iteration))
         t = int(torch.randint(flags.min_start_epoch, limit, (1,), generator=self.stream("starts")))
         start, goal = self.experts.pair(expert, t, flags.expert_epochs, flags.average_goals)
+        # Files hold them contiguous; channels-last convolutions are faster.
+        own = self.student_network.parameters()
+        start = [torch.empty_like(p).copy_(s) for p, s in zip(own, start, strict=True)]
         loss, of_inputs, of_lr = UNROLLS[flags.unroll](
             self.loss_fn,
             start,
