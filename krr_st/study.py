@@ -280,8 +280,7 @@ class Study:
         """A command in this process, printed as a user would type it; its errors are raised."""
         f = self.flags
         given = dict(data_dir=f.data_dir, data_name=self.name, img_size=f.img_size, target_model=f.network)
-        given |= more | (dict(device=f.device) if f.device else {})
-        argv = [w for k, v in given.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+        argv = cli.as_words(**given, **more, device=f.device)
         print(f"\n$ python -m {module.__name__} {shlex.join(argv)}", flush=True)
         module.main.__wrapped__(argv)
 

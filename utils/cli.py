@@ -244,10 +244,18 @@ def command_line(
     return shlex.join(words)
 
 
+def as_words(**flags: Any) -> list[str]:
+    """Flags as words of a command: True stands for a switch, None is left out."""
+    words = []
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
 def typed(program: str, **flags: Any) -> str:
     """A command as one types it, in shell syntax: `program` (`python -m krr_st.target`) with these flags."""
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return shlex.join([*shlex.split(program), *words])
+    return shlex.join([*shlex.split(program), *as_words(**flags)])
 
 
 def as_json(config: Any) -> dict[str, Any]:
