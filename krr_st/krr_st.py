@@ -19,7 +19,7 @@ from krr_st.config import TrainFlags
 from krr_st.held_out import HeldOutLoss
 from krr_st.loss import krr_weights, real_kernel
 from krr_st.pool import ModelPool, pool_network
-from krr_st.views import RealBatch, real_loader, targets_for
+from krr_st.views import real_loader, targets_for
 from utils.graph import beside, side_stream
 from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule, set_gradients
@@ -132,7 +132,7 @@ class KRRST(Distiller):
         slot = self.pool.draw()
         (x, view), index = next(self._batches)
         with autocast(flags.precision, x.device), torch.no_grad():
-            y_real = self.targets(RealBatch(x, index, view))  # (b, D)
+            y_real = self.targets(x, index, view)  # (b, D)
         gradients = functools.partial(self._gradients, slot.model, x_syn, y_syn)
         loss, *found = self.pool.replayed(slot, "outer", gradients)(x, y_real)
         group.average_([*found, loss])
