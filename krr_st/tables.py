@@ -199,21 +199,21 @@ class Sets:
         if issubclass(row.flags, SetFlags):
             given |= dict(data_name=self.source, data_dir=flags.data_dir)
             given |= dict(save_dir=folder.parent, exp_name=folder.name)
-            length, every = "outer_iteration", "eval_every"
+            every = "eval_every"
         else:
             given |= dict(dataset=self.source, data_path=flags.data_dir, save_path=folder)
             given |= dict(export=str(folder / "pair"), num_eval=1, epoch_eval_train=0)
-            length, every = "Iteration", "eval_interval"
+            every = "eval_interval"
         if row.flags is TrainFlags:
             given["outer_lr"] = _KRR_ST_RATES.get(self.source, 1e-4)
+        length = row.setup.length
         steps = self._scaled(getattr(resolved(row, row.flags(**given)), length))
         return row.flags(**given, **{length: steps, every: steps})
 
     def cost(self, row: Method) -> float:
         """Operations of a distillation."""
         flags = resolved(row, self.run_flags(row))
-        steps = flags.outer_iteration if issubclass(row.flags, SetFlags) else flags.Iteration
-        classes = KRR_SPECS[self.source].num_classes
+        steps, classes = getattr(flags, row.setup.length), KRR_SPECS[self.source].num_classes
         image = forward_flops(self.preset.network, self.preset.size)
         return steps * row.distiller.cost(flags, classes) * image
 
