@@ -18,7 +18,6 @@ from utils.progress import Every
 from utils.run_folder import TENSORBOARD
 
 PREFIX = "hf:"  # of a foundation model among the names of a pool
-TEACHER_STATS = ("own", "target")
 LONGEST_NAME = 150  # characters of a default run folder's name
 
 # ipc -> (outer_loop, inner_loop), as published.
@@ -82,7 +81,7 @@ class CellFlags(SourceFlags):
         "own",
         "how images for the pre-trained models are normalised: as in their training (own), or as dataset, "
         "like the released code (target); always own for hf: models",
-        choices=TEACHER_STATS,
+        choices=("own", "target"),
     )
 
 

@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from clom.config import CommonFlags
-from data import prepared
 from data.augment import normalize
 from data.load import ImageSet, load_set
-from data.prepared import default_size, file_name, prepare_command
+from data.prepared import default_size, file_name, labelled_classes, prepare_command
 from data.specs import DC_SPECS, Stats
 from data.synthetic import SyntheticSet
 from models import get_network
@@ -37,13 +36,11 @@ def find_data_dir(flags: CommonFlags) -> Path:
 
 def count_classes(flags: CommonFlags) -> int:
     """Classes of the set, from the table or the set; a UserError without labels. Nothing is written."""
-    if flags.dataset in DC_SPECS:
-        return DC_SPECS[flags.dataset].num_classes
     data_dir = find_data_dir(flags)
-    folder, size = data_dir / flags.dataset, flags.img_size or default_size(flags.dataset, data_dir, "dc")
-    train, test = (prepared.read_split(folder, split, size, None) for split in prepared.SPLITS)
-    classes = train and prepared.count_classes(folder, train, test, None)
+    size = flags.img_size or default_size(flags.dataset, data_dir, "dc")
+    classes = labelled_classes(flags.dataset, data_dir, size, "dc")
     if classes is None:
+        folder = data_dir / flags.dataset
         raise UserError(f"--num_images: {folder} has no labelled training images of size {size}")
     return classes
 

@@ -31,8 +31,8 @@ from data.specs import DC_SPECS
 from distillation.run import resolved, run_method
 from evaluation.jobs import Job
 from evaluation.measure import CellStore, read_cells
-from evaluation.slurm import JobFlags, run_jobs
-from evaluation.tables import NOTE, Place, Published, make_table, with_published_file
+from evaluation.slurm import JobFlags
+from evaluation.tables import NOTE, RESULTS, Place, Published, make_table, with_published_file
 from methods import METHODS, find_method
 from models import get_network
 from utils import checkpoint, cli
@@ -40,8 +40,6 @@ from utils.cli import SEED, flag
 from utils.cost import forward_flops
 from utils.errors import UserError, entry_point, pick
 from utils.run_folder import read_log
-
-RESULTS = "results.jsonl"
 
 
 def labelled() -> tuple[str, ...]:
@@ -332,14 +330,9 @@ def main(argv: list[str] | None = None) -> int:
         TablesFlags, argv, prog="python -m clom.tables", description=__doc__, choices={"methods": labelled()}
     )
     check_datasets(flags)
-    published = with_published_file(PUBLISHED, flags.published)
-    stem, cells = flags.log_dir / "table", spots(flags)
-    run = functools.partial(run_jobs, jobs, flags, flags.log_dir)
-    wanted, places = flags.run or flags.slurm or flags.detach, [spot.place(published) for spot in cells]
-    _, code = make_table(places, flags.log_dir / RESULTS, stem, run if wanted else None)
-    print(caption(flags, all(spot.is_published for spot in cells)))
-    print(f"written: {stem}.md, .csv, .tex")
-    return code
+    published, cells = with_published_file(PUBLISHED, flags.published), spots(flags)
+    note = caption(flags, all(spot.is_published for spot in cells))
+    return make_table([spot.place(published) for spot in cells], "table", note, jobs, flags)[1]
 
 
 def caption(flags: TablesFlags, published: bool) -> str:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -220,12 +219,8 @@ def synthetic_path(flags: ValidateFlags) -> Path:
 
 def set_command(flags: ValidateFlags) -> str:
     """The command that makes the set that the flags name, where `synthetic_path` looks for it."""
-    command = ["train.py", "--method", flags.method.lower(), "--data_name", flags.dataset]
-    command += ["--model", flags.model, "--ipc", str(flags.ipc or 1)]
-    for name in ("img_size", "data_path"):
-        if getattr(flags, name) is not None:
-            command += [f"--{name}", str(getattr(flags, name))]
-    return shlex.join(["python", *command])
+    named = dict(method=flags.method.lower(), data_name=flags.dataset, model=flags.model, ipc=flags.ipc or 1)
+    return cli.typed("python train.py", **named, img_size=flags.img_size, data_path=flags.data_path)
 
 
 def load_synthetic(path: Path, image_set: ImageSet, experiment: int = 0) -> SyntheticSet:

@@ -178,12 +178,12 @@ def _check_labels(labels: Tensor, path: Path, count: int, num_classes: int | Non
     return labels
 
 
-def labelled_classes(name: str, data_dir: Path | str, size: int) -> int | None:
-    """Classes of a set of the KRR-ST family, read from its files where no row says it; None: unlabelled.
+def labelled_classes(name: str, data_dir: Path | str, size: int, family: str = "krr") -> int | None:
+    """Classes of a set of a family, read from its files where no row says it; None: unlabelled.
 
     A UserError for a set that is neither listed nor prepared at that size, or damaged.
     """
-    spec, folder = find_spec(name, data_dir), Path(data_dir) / name
+    spec, folder = find_spec(name, data_dir, family), Path(data_dir) / name
     if spec is not None:
         return spec.num_classes
     train, test = (read_split(folder, split, size, None) for split in SPLITS)

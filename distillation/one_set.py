@@ -45,7 +45,7 @@ ZCA = "whiten images by ZCA (ridge 0.1) before networks see them; default: as pu
 
 
 @dataclass(frozen=True)
-class SetFlags(PreFlags, RunFlags):
+class SetFlags(RunFlags):
     """Flags of every run of one synthetic set."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
@@ -66,7 +66,7 @@ class SetFlags(PreFlags, RunFlags):
 
 
 @dataclass(frozen=True)
-class FeatureFlags(SetFlags):
+class FeatureFlags(PreFlags, SetFlags):
     """Flags of methods whose labels are a target model's features."""
 
     target_model: str | None = flag(None, TARGET_MODEL)
@@ -80,7 +80,7 @@ class FeatureFlags(SetFlags):
 
 
 @dataclass(frozen=True)
-class ClassFlags(SetFlags):
+class ClassFlags(PreFlags, SetFlags):
     """Flags of methods whose labels are classes."""
 
     num_images: int | None = flag(

@@ -41,18 +41,25 @@ def make_checkpoint(
     flags: EpochFlags,
     image_set: ImageSet,
     device: torch.device,
-    train: Callable[[RunFolder], tuple[nn.Module, dict[str, Any]]],
+    make_trainer: Callable[[Any, ImageSet, torch.device, int], Trainer],
+    train: Callable[[Any, ImageSet, Trainer, RunFolder], tuple[nn.Module, dict[str, Any]]],
     program: str,
 ) -> None:
     """Train a network on `image_set` and write its state dict, unless these flags have made it already.
 
-    `train` gets the run folder beside the checkpoint and returns the network and what else goes into
-    results.json; `program` is the command, such as `python -m krr_st.target`.
+    `make_trainer` gets flags, images, device and seed; `train` flags, images, this trainer and the run
+    folder beside the checkpoint, and returns the network and what else goes into results.json; `program` is
+    the command, such as `python -m krr_st.target`. With --dry_run or --cost nothing is written.
 
     Raises:
         UserError: the folder holds a run with other flags or data, `path` came from elsewhere, or the
             trained weights are not finite.
     """
+    if flags.dry_run or flags.cost:
+        print(json.dumps(cli.as_json(flags), indent=2))
+        if flags.cost:
+            print(epoch_cost(make_trainer(flags, image_set, device, flags.seed or 0)))
+        return
     folder = path.with_suffix("")
     if path.exists() and not (folder / "config.json").exists() and not flags.overwrite:
         raise UserError(
@@ -74,7 +81,8 @@ def make_checkpoint(
             print(f"{path} is there already, trained with these flags; --overwrite trains it again")
             return
         began = time.perf_counter()
-        network, results = train(run)
+        trainer = make_trainer(flags, image_set, device, run.seed)
+        network, results = train(flags, image_set, trainer, run)
         state = {k: v.cpu().contiguous() for k, v in network.state_dict().items()}
         if not all(v.isfinite().all() for v in state.values()):
             raise UserError(f"{path}: the last step left weights that are not finite; lower --lr")
@@ -82,13 +90,6 @@ def make_checkpoint(
         results = {"checkpoint": path, "loss": run.read_log()[-1]["loss"], **results}
         run.finish({**results, "seconds": time.perf_counter() - began})
         print(f"checkpoint: {path}; log: {run.path}")
-
-
-def dry_run(flags: EpochFlags, make_trainer: Callable[[int], Trainer]) -> None:
-    """Print the flags, and with `cost` what the training of a seed takes; nothing is written."""
-    print(json.dumps(cli.as_json(flags), indent=2))
-    if flags.cost:
-        print(epoch_cost(make_trainer(flags.seed or 0)))
 
 
 def epoch_cost(trainer: Trainer, runs: int = 1) -> Cost:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.measure import Cell, grouped, read_cells
+from evaluation.slurm import Jobs, run_jobs
 from utils import checkpoint
 from utils.errors import UserError
 from utils.table import format_mean_std, markdown, mean_std
@@ -19,6 +20,7 @@ from utils.table import format_mean_std, markdown, mean_std
 Number = tuple[float, float | None]
 Published = dict[tuple[str, str, str], Number]
 
+RESULTS = "results.jsonl"  # the measurements, in the folder of a table
 NOTE = "ours, mean ± std [published, difference]; – not run, † shortened"
 
 
@@ -151,20 +153,23 @@ class Place:
 
 
 def make_table(
-    places: Sequence[Place], results: Path, stem: Path, run: Callable[[], list[str]] | None
+    places: Sequence[Place], name: str, note: str, jobs: Jobs, flags: Any
 ) -> tuple[list[Entry], int]:
-    """Run what is missing, then write the table to `{stem}.md`, .csv and .tex, and print it.
+    """Run what is missing, if asked, then write the table to {log_dir}/{name}.md, .csv, .tex, and print it.
 
-    `results` is the file of the measurements; `run` gives what could not be run, and without it
-    nothing is. Returns the places and the command's exit code: 1 where something could not be run.
+    `flags` are JobFlags with `run` and `log_dir`, the folder of the measurements; `jobs` is as for
+    `run_jobs`, `note` says what the numbers are. Returns the places and the command's exit code: 1 where
+    something could not be run.
     """
-    skipped = run() if run is not None else []
-    cells = read_cells(results)
+    wanted = flags.run or flags.slurm or flags.detach
+    skipped = run_jobs(jobs, flags, flags.log_dir) if wanted else []
+    cells = read_cells(flags.log_dir / RESULTS)
     entries = [place.entry(cells) for place in places]
     shown = crossed(entries)
     print(text := markdown(*shown))
     for suffix, content in {".md": text, ".csv": to_csv(entries), ".tex": to_latex(*shown)}.items():
-        checkpoint.write_text(stem.parent / (stem.name + suffix), content + "\n")
+        checkpoint.write_text(flags.log_dir / (name + suffix), content + "\n")
     if skipped:
         print(f"{len(skipped)} of the missing jobs could not be run; the reasons are above the table")
+    print(f"{note}\nwritten: {flags.log_dir / name}.md, .csv, .tex")
     return entries, 1 if skipped else 0

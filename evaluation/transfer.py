@@ -48,6 +48,7 @@ from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
 from utils.table import format_mean_std, markdown
 
 TARGET_ERROR = "target_error"
+READ = {"body": ("body",), "outputs": ("outputs",), "both": ("body", "outputs")}  # by --probe_on
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class ScratchFlags(MeasureFlags):
         "body",
         "what linear, probe and knn read: the features before the last layer (body), the "
         "network's outputs, or first the one and then the other (both)",
-        choices=("body", "outputs", "both"),
+        choices=tuple(READ),
     )
     target_error: bool = flag(
         False,
@@ -207,8 +208,7 @@ def wanted_measures(flags: ScratchFlags) -> list[Measure]:
             f"--probe_on {flags.probe_on}: fine-tuning replaces the outputs; "
             "use --protocol linear, probe or knn"
         )
-    read = ("body", "outputs") if flags.probe_on == "both" else (flags.probe_on,)
-    found = [Measure(flags.protocol, count, on, fraction) for on in read for count in shots]
+    found = [Measure(flags.protocol, count, on, fraction) for on in READ[flags.probe_on] for count in shots]
     return found + [error] * flags.target_error
 
 

@@ -16,7 +16,7 @@ equal storage.
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,11 +41,11 @@ from evaluation.fit import outputs
 from evaluation.presets import resolve_preset
 from evaluation.recipes import PRETRAIN, Recipe
 from evaluation.target import load_target
-from krr_st.config import BaselineFlags, shared_flags
+from krr_st.config import BaselineFlags
 from models import get_model
 from utils import cli
 from utils.device import place, resolve_device
-from utils.errors import UserError, entry_point, pick
+from utils.errors import UserError, pick
 from utils.memory import out_of_memory_says
 from utils.seed import derive_seed, local_seed, make_generator, resolve_seed
 
@@ -62,7 +62,7 @@ class Request:
     seed: int
     device: torch.device
     target: Callable[[], nn.Module]  # loaded only where it is needed
-    views: SetViews | None = None  # of the images; None: as they are
+    views: SetViews | None  # of the images; None: as they are
 
     def labels(self) -> Tensor:
         """Class labels of the training images."""
@@ -164,10 +164,9 @@ BASELINES: dict[str, Callable[[Request], tuple[Tensor, Tensor]]] = {
 } | {"gaussian": _gaussian}
 
 
-@entry_point
-def main(argv: list[str] | None = None) -> int:
+@cli.command(BaselineFlags, prog="python -m krr_st.baselines", description=__doc__)
+def main(flags: BaselineFlags) -> int:
     """Make one baseline set and write {synthetic_data_dir}/{data_name}/{method}/ (compact: .safetensors)."""
-    flags = cli.parse(BaselineFlags, argv, prog="python -m krr_st.baselines", description=main.__doc__)
     make = pick(BASELINES, flags.method, "method")
     soft = PRETRAIN[flags.method].loss != "cross_entropy"
     for asked, what in (
@@ -188,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         where = dict(data_name=flags.data_name, data_dir=flags.data_dir)
         return load_target(name, flags.target_ckpt, image_set, device, **where)
 
-    how = CompactFlags(**shared_flags(flags, CompactFlags))
+    how = cli.take(CompactFlags, vars(flags))
     compact = flags.views > 1 or how != CompactFlags()
     classes = index_type(image_set.num_classes - 1) if compact and image_set.num_classes else torch.int64
     count, given = flags.num_images or preset.num_images, "--num_images"
@@ -201,9 +200,10 @@ def main(argv: list[str] | None = None) -> int:
         )
     student = flags.student or preset.network
     get_model(student, image_set.img_shape)  # an unknown name fails now
-    request = Request(image_set, count, flags.kmeans_space, student, flags.num_students, seed, device, target)
-    draw = make_generator(seed, "views")
-    request = replace(request, views=flags.draw(count, image_set.size, image_set.hflip, draw))
+    views = flags.draw(count, image_set.size, image_set.hflip, make_generator(seed, "views"))
+    request = Request(
+        image_set, count, flags.kmeans_space, student, flags.num_students, seed, device, target, views
+    )
     with out_of_memory_says(device, "lower --num_images, --bytes or --views"):
         x, y = make(request)
     scale = None
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         scale = TargetScale.fit(outputs(target(), image_set.train.images, image_set, device))
     training = TrainingSettings(targets=scale, mixup=flags.mixup or None)
     info = {"method": flags.method, "seed": seed}
-    synthetic = SyntheticSet(x, y, image_set.stats, flags.data_name, info, training, request.views)
+    synthetic = SyntheticSet(x, y, image_set.stats, flags.data_name, info, training, views)
     path = Path(flags.synthetic_data_dir) / flags.data_name / flags.method
     if compact:
         path = path.with_name(f"{flags.method}.safetensors")

@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class TrainFlags(FeatureFlags, ViewFlags):
+class TrainFlags(ViewFlags, FeatureFlags):
     """Flags of KRR-ST."""
 
     recipe: str = flag(
@@ -203,7 +203,7 @@ class TargetFlags(EpochFlags):
 
 
 @dataclass(frozen=True)
-class BaselineFlags(DeviceFlags, CompactFlags, ViewFlags):
+class BaselineFlags(ViewFlags, CompactFlags, DeviceFlags):
     """Flags of krr_st.baselines."""
 
     data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")

@@ -78,12 +78,12 @@ class FRePo(Distiller):
             criterion=half_squared_error,
         )
         self.loader = problem.loader(flags.outer_batch_size, self.stream("real batches"))
+        self._batches = self.loader.forever()
         learned = [self.x_syn, self.y_syn] if flags.learn_label else [self.x_syn]
         self.optimizer = make_optimizer("lamb", learned, lr=flags.outer_lr)
         self.schedule = make_schedule("cosine_to_tenth", self.optimizer, flags.outer_iteration)
         self.mirrored = flags.use_flip and problem.image_set.hflip
         self._embed_real = SplitBatches(lambda x, model: model.embed(x))
-        self._batches = None
 
     @staticmethod
     def test_network(network: str) -> str:
@@ -103,8 +103,6 @@ class FRePo(Distiller):
     def step(self) -> dict[str, Tensor]:
         """One outer step; the loss is that before it."""
         flags, problem = self.flags, self.problem
-        if self._batches is None:
-            self._batches = self.loader.forever()
         slot = self.pool.draw()
         x_real, index = next(self._batches)
         y_real = centred(problem.real.labels_at(index), self.classes)

@@ -3,7 +3,6 @@
 The usual CIFAR recipe: SGD, cosine, crop and flip. The test split is read once, at the end.
 """
 
-import functools
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import nn
 from data.augment.crop_flip import default_padding
 from data.load import ImageSet, load_set
 from data.loader import ImagePipeline
-from evaluation.epochs import dry_run, make_checkpoint, train_epochs
+from evaluation.epochs import make_checkpoint, train_epochs
 from evaluation.fit import Trainer, held_out_accuracy
 from evaluation.presets import resolve_preset
 from evaluation.recipes import Recipe
@@ -40,18 +39,17 @@ def teacher_trainer(flags: KdTeacherFlags, image_set: ImageSet, device: torch.de
 
 
 def train_teacher(
-    flags: KdTeacherFlags, image_set: ImageSet, device: torch.device, run: RunFolder
+    flags: KdTeacherFlags, image_set: ImageSet, trainer: Trainer, run: RunFolder
 ) -> tuple[nn.Module, dict[str, float | None]]:
-    """Train a classifier on the training images, resuming where `run` stopped.
+    """Train a classifier, resuming where `run` stopped.
 
     Returns it and its test accuracy in %, None without labelled test images.
     """
-    trainer = teacher_trainer(flags, image_set, device, run.seed)
     train_epochs(trainer, run, save_every=flags.save_every, what="teacher")
     model = trainer.model
     if image_set.test is None or not image_set.labelled:
         return model, {"test_accuracy": None}
-    found = held_out_accuracy(model, image_set, device)
+    found = held_out_accuracy(model, image_set, trainer.loader.device)
     print(f"test accuracy {found:.2f} %")
     return model, {"test_accuracy": found}
 
@@ -65,12 +63,9 @@ def main(flags: KdTeacherFlags) -> int:
     if image_set.num_classes is None:
         raise UserError(f"{image_set.train.path.parent} has no labels; a teacher needs them")
     get_model(flags.arch, image_set.img_shape)  # an unknown name fails before anything is written
-    if flags.dry_run or flags.cost:
-        dry_run(flags, functools.partial(teacher_trainer, flags, image_set, device))
-        return 0
     path = Path(flags.save_dir) / f"teacher_{flags.data_name}.pt"
-    train = functools.partial(train_teacher, flags, image_set, device)
-    make_checkpoint(path, flags, image_set, device, train, "python -m krr_st.kd_teacher")
+    trained = teacher_trainer, train_teacher
+    make_checkpoint(path, flags, image_set, device, *trained, "python -m krr_st.kd_teacher")
     return 0
 
 

@@ -84,11 +84,11 @@ class KIP(Distiller):
             groups.append({"params": [self.learned["temperature"]], "lr": flags.lr_temperature})
         self.optimizer = AdaBelief(groups, lr=flags.outer_lr)
         self.loader = problem.loader(flags.outer_batch_size, self.stream("real batches"))
+        self._batches = self.loader.forever()
         with local_seed(0):  # their weights are drawn at every step
             shape = problem.image_set.img_shape
             found = [get_model(flags.train_model, shape, 1) for _ in range(flags.num_models)]
         self.networks = [place(net, device, flags.layout).requires_grad_(False).eval() for net in found]
-        self._batches = None
 
     @staticmethod
     def network(preset: Preset) -> str:
@@ -109,8 +109,6 @@ class KIP(Distiller):
     def step(self) -> dict[str, Tensor]:
         """One outer step; the loss is that before it."""
         flags, problem = self.flags, self.problem
-        if self._batches is None:
-            self._batches = self.loader.forever()
         batches = [next(self._batches) for _ in range(flags.num_batches)]
         x_real = problem.whiten(torch.cat([x for x, _ in batches]))
         labels = problem.real.labels_at(torch.cat([index for _, index in batches]))

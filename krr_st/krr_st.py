@@ -19,7 +19,7 @@ from krr_st.config import TrainFlags
 from krr_st.held_out import HeldOutLoss
 from krr_st.loss import krr_weights, real_kernel
 from krr_st.pool import ModelPool, pool_network
-from krr_st.views import RealBatch, real_loader, targets_for
+from krr_st.views import real_loader, targets_for
 from utils.graph import beside, side_stream
 from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule, set_gradients
@@ -67,6 +67,7 @@ class KRRST(Distiller):
             draws=None if self._seen is None else self.stream("pool's mixup"),
         )
         self.loader = real_loader(problem, flags, self.stream("real batches"))
+        self._batches = self.loader.forever()
         self.targets = targets_for(problem, flags)
         lr, wd = flags.outer_lr, flags.outer_wd
         rates = lr, flags.outer_lr_y or lr
@@ -75,7 +76,6 @@ class KRRST(Distiller):
         self.schedule = make_schedule("linear", self.optimizer, flags.outer_iteration)
         # Here and for the pool without `self`: a cycle would keep the table of views after the run.
         self._gradients = outer_gradients(flags, self.learned)
-        self._batches = None
 
     @classmethod
     def cost(cls, flags: TrainFlags, classes: int) -> float:
@@ -129,12 +129,10 @@ class KRRST(Distiller):
         flags, group, x_syn, y_syn = self.flags, self.problem.group, self.x_syn, self.y_syn
         if self._seen is not None:
             x_syn, y_syn = self._seen(x_syn, y_syn, self.stream("kernel's mixup"))
-        if self._batches is None:
-            self._batches = self.loader.forever()
         slot = self.pool.draw()
         (x, view), index = next(self._batches)
         with autocast(flags.precision, x.device), torch.no_grad():
-            y_real = self.targets(RealBatch(x, index, view))  # (b, D)
+            y_real = self.targets(x, index, view)  # (b, D)
         gradients = functools.partial(self._gradients, slot.model, x_syn, y_syn)
         loss, *found = self.pool.replayed(slot, "outer", gradients)(x, y_real)
         group.average_([*found, loss])

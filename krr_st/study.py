@@ -38,6 +38,7 @@ from evaluation.recipes import PRETRAIN, SCRATCH
 from evaluation.slurm import JobFlags, run_jobs
 from evaluation.target import default_checkpoint
 from evaluation.transfer import (
+    READ,
     TARGET_ERROR,
     Measure,
     ScratchFlags,
@@ -95,7 +96,6 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 HELD_OUT = 0.2
 FINETUNED = ("10", "all")  # labels per class
-READ = {"body": ("body",), "outputs": ("outputs",), "both": ("body", "outputs")}
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,7 @@ class Study:
         """A command in this process, printed as a user would type it; its errors are raised."""
         f = self.flags
         given = dict(data_dir=f.data_dir, data_name=self.name, img_size=f.img_size, target_model=f.network)
-        given |= more | (dict(device=f.device) if f.device else {})
-        argv = [w for k, v in given.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+        argv = cli.as_words(**given, **more, device=f.device)
         print(f"\n$ python -m {module.__name__} {shlex.join(argv)}", flush=True)
         module.main.__wrapped__(argv)
 
@@ -321,9 +320,8 @@ class Study:
             mixup = dict(pre_mixup=f.pre_mixup if features and not mixed else None)
             flags = TestFlags(**given, **length, **mixup, method=row.method, synthetic_path=path)
         probes = [m for m in self.probes if m.on == "body" or not row.classes]
-        if row in self.curves:
-            return Transfer(flags, probes, self.targets, self._target_models)
-        probes += [*self.few_shot, *self.finetuning]
+        if row not in self.curves:
+            probes += [*self.few_shot, *self.finetuning]
         return Transfer(flags, probes, self.targets, self._target_models)
 
     def read(self, row: Row, seed: int) -> bool:

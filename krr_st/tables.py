@@ -34,8 +34,8 @@ from evaluation.recipes import (
     finetune_recipe,
     pretrain_recipe,
 )
-from evaluation.slurm import JobFlags, run_jobs
-from evaluation.tables import NOTE, Entry, Place, make_table, with_published_file
+from evaluation.slurm import JobFlags
+from evaluation.tables import NOTE, RESULTS, Entry, Place, make_table, with_published_file
 from evaluation.target import resolve_checkpoint
 from evaluation.transfer import ScratchFlags, TestFlags, Transfer
 from krr_st.config import TargetFlags, TrainFlags, shared_flags
@@ -151,19 +151,21 @@ class Sets:
             return None
         row, network = METHODS.get(method), self.preset.network
         featured = row.labels == "features" if row else method not in ("random", "high_loss")
-        model, target = self.preset.target_model, functools.partial(_command, krr_st.target)
+        model = self.preset.target_model
         path = resolve_checkpoint(model, None, self.source)
         if featured and path is not None and not path.exists():
             images = _SOURCE_IMAGES * TargetFlags.epochs * 6  # two views, a training step each
-            argv = self._argv(target_model=model, epochs=self._scaled(TargetFlags.epochs))
+            epochs = self._scaled(TargetFlags.epochs)
+            train = self._command(krr_st.target, target_model=model, epochs=epochs)
             cost = images * forward_flops(network, self.preset.size) * self.flags.steps_scale
-            return Job(f"{self.source}: target model", cost, functools.partial(target, argv))
+            return Job(f"{self.source}: target model", cost, train)
         name = f"{self.source}: set of {method}"
         if row is None:
-            argv = self._argv(method=method, synthetic_data_dir=self.flags.synthetic_data_dir)
+            place = self.flags.synthetic_data_dir
+            make = self._command(krr_st.baselines, method=method, synthetic_data_dir=place)
             images = _SOURCE_IMAGES * (10 if "high_loss" in method else 1)  # three students, or one look
             cost = float(images * forward_flops(network, self.preset.size))
-            return Job(name, cost, functools.partial(_command, krr_st.baselines, argv))
+            return Job(name, cost, make)
         try:
             cost = self.cost(row)
         except UserError:  # the job will say it
@@ -173,12 +175,12 @@ class Sets:
     def _scaled(self, length: int) -> int:
         return max(1, round(self.flags.steps_scale * length))
 
-    def _argv(self, **more: Any) -> list[str]:
-        """Flags of a command for this source."""
+    def _command(self, module: ModuleType, **more: Any) -> Callable[[], int]:
+        """A command for this source in this process; its errors are raised."""
         flags = self.flags
         given = dict(data_name=self.source, data_dir=flags.data_dir, img_size=self.preset.size, **more)
-        given |= dict(seed=flags.seed, gpu_id=flags.gpu_id, device=flags.device)
-        return [part for k, v in given.items() if v is not None for part in (f"--{k}", str(v))]
+        argv = cli.as_words(**given, seed=flags.seed, gpu_id=flags.gpu_id, device=flags.device)
+        return functools.partial(module.main.__wrapped__, argv)
 
     def folder(self, row: Method) -> Path:
         """The run folder of a distillation."""
@@ -197,21 +199,21 @@ class Sets:
         if issubclass(row.flags, SetFlags):
             given |= dict(data_name=self.source, data_dir=flags.data_dir)
             given |= dict(save_dir=folder.parent, exp_name=folder.name)
-            length, every = "outer_iteration", "eval_every"
+            every = "eval_every"
         else:
             given |= dict(dataset=self.source, data_path=flags.data_dir, save_path=folder)
             given |= dict(export=str(folder / "pair"), num_eval=1, epoch_eval_train=0)
-            length, every = "Iteration", "eval_interval"
+            every = "eval_interval"
         if row.flags is TrainFlags:
             given["outer_lr"] = _KRR_ST_RATES.get(self.source, 1e-4)
+        length = row.setup.length
         steps = self._scaled(getattr(resolved(row, row.flags(**given)), length))
         return row.flags(**given, **{length: steps, every: steps})
 
     def cost(self, row: Method) -> float:
         """Operations of a distillation."""
         flags = resolved(row, self.run_flags(row))
-        steps = flags.outer_iteration if issubclass(row.flags, SetFlags) else flags.Iteration
-        classes = KRR_SPECS[self.source].num_classes
+        steps, classes = getattr(flags, row.setup.length), KRR_SPECS[self.source].num_classes
         image = forward_flops(self.preset.network, self.preset.size)
         return steps * row.distiller.cost(flags, classes) * image
 
@@ -222,11 +224,6 @@ class Sets:
         pair = folder if issubclass(row.flags, SetFlags) else folder / "pair"
         made, facts = SyntheticSet.load(pair), {"method": row.name, "steps_scale": self.flags.steps_scale}
         replace(made, info={**made.info, **facts}).save(self.path(row.name.lower()))
-
-
-def _command(module: ModuleType, argv: list[str]) -> None:
-    """A command in this process; its errors are raised."""
-    module.main.__wrapped__(argv)
 
 
 # Of a recipe, what the set itself may say.
@@ -250,13 +247,8 @@ class KernelTable:
         wanted = [pick({m: m for m in layout.methods}, m.lower(), "row in --methods") for m in flags.methods]
         methods = tuple(m for m in layout.methods if m in wanted or not wanted)
         self.flags, self.layout = flags, replace(layout, methods=methods)
+        self.sets = Sets(flags, layout.source)
         self.published = with_published_file(PROBE_CELLS, flags.published)
-        self.results = flags.log_dir / "results.jsonl"
-
-    @property
-    def sets(self) -> Sets:
-        """Those of the layout's source."""
-        return Sets(self.flags, self.layout.source)
 
     def owner(self, method: str) -> str | None:
         """Whose synthetic set a row is measured with, if any."""
@@ -335,7 +327,7 @@ class KernelTable:
         flags, layout, sets = self.flags, self.layout, self.present_sets()
         cells = [
             cell
-            for cell in read_cells(self.results)
+            for cell in read_cells(flags.log_dir / RESULTS)
             if sets.get(cell.get("method")) in (None, cell.get("synthetic_set"))
             and cell.get("steps_scale", 1.0) == flags.steps_scale
         ]
@@ -404,17 +396,14 @@ def forward_flops(arch: str, size: int) -> int:
 def main(flags: TablesFlags) -> int:
     """Run what is missing if asked, then write and print the table."""
     table = KernelTable(flags)
-    stem = flags.log_dir / f"table_{flags.table}"
-    run = functools.partial(run_jobs, jobs, flags, flags.log_dir)
-    wanted = flags.run or flags.slurm or flags.detach
-    entries, code = make_table(table.places(), table.results, stem, run if wanted else None)
-    layout, picture = table.layout, stem.with_suffix(".png")
+    layout, name = table.layout, f"table_{flags.table}"
     norms = f" (BatchNorm: {flags.kd_bn} statistics)" if layout.protocol == "kd" else ""
-    print(f"test accuracy in %, source {layout.source}, {layout.protocol}{norms}; {NOTE}")
+    note = f"test accuracy in %, source {layout.source}, {layout.protocol}{norms}; {NOTE}"
+    entries, code = make_table(table.places(), name, note, jobs, flags)
     if flags.table == "fig3":
+        picture = flags.log_dir / f"{name}.png"
         draw_bars(layout, entries, picture)
         print(f"picture: {picture}")
-    print(f"written: {stem}.md, .csv, .tex")
     return code
 
 

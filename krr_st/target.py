@@ -1,6 +1,5 @@
 """`python -m krr_st.target`: train a self-supervised target model by Barlow Twins, label-free."""
 
-import functools
 import sys
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from data.augment import normalize, to_float
 from data.load import ImageSet, load_set
 from data.prepared import spaced
 from data.specs import Stats
-from evaluation.epochs import dry_run, make_checkpoint, train_epochs
+from evaluation.epochs import make_checkpoint, train_epochs
 from evaluation.fit import Trainer, outputs
 from evaluation.presets import resolve_preset
 from evaluation.probe import frozen_accuracy
@@ -136,19 +135,18 @@ def target_trainer(flags: TargetFlags, image_set: ImageSet, device: torch.device
 
 
 def train_target(
-    flags: TargetFlags, image_set: ImageSet, device: torch.device, run: RunFolder
+    flags: TargetFlags, image_set: ImageSet, trainer: Trainer, run: RunFolder
 ) -> tuple[nn.Module, dict[str, float | None]]:
-    """Train a target model on the training images, resuming where `run` stopped.
+    """Train a target model, resuming where `run` stopped.
 
     Returns its backbone and the last k-NN accuracy: labels, where there are any, serve that alone.
     """
-    trainer = target_trainer(flags, image_set, device, run.seed)
     model = trainer.model[0]
 
     def measure(epoch: int) -> dict[str, float | None]:
         if epoch % flags.eval_every and epoch != flags.epochs:
             return {}
-        return {"knn_accuracy": knn_accuracy(model.eval(), image_set, device)}
+        return {"knn_accuracy": knn_accuracy(model.eval(), image_set, trainer.loader.device)}
 
     train_epochs(trainer, run, save_every=flags.save_every, what="Barlow Twins", measure=measure)
     print(f"features of {model.dim}")
@@ -165,12 +163,9 @@ def main(flags: TargetFlags) -> int:
     if len(image_set.train) < 2:
         raise UserError(f"{image_set.train.path} holds one image; Barlow Twins needs at least two")
     Representation(flags.target_model, image_set.img_shape)  # an unknown name fails before a write
-    if flags.dry_run or flags.cost:
-        dry_run(flags, functools.partial(target_trainer, flags, image_set, device))
-        return 0
     path = default_checkpoint(flags.target_model, flags.data_name, flags.save_dir)
-    train = functools.partial(train_target, flags, image_set, device)
-    make_checkpoint(path, flags, image_set, device, train, "python -m krr_st.target")
+    trained = target_trainer, train_target
+    make_checkpoint(path, flags, image_set, device, *trained, "python -m krr_st.target")
     return 0
 
 

@@ -10,7 +10,6 @@ import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,14 +34,6 @@ Function, Flush = Callable[[Tensor], Tensor], Callable[[Tensor], None]
 # which others were missing with it, and a resumed run would differ in the last bit.
 _LEAST_ROWS = 16
 _ROWS_AT_ONCE, _CUDA_ROWS_AT_ONCE = 2048, 8192
-
-
-class RealBatch(NamedTuple):
-    """Augmented real images and which views they are."""
-
-    x: Tensor  # (b, C, H, W) normalised, on the device
-    index: Tensor  # (b,) int64 row of each image in the training split, on the CPU
-    view: Tensor  # (b,) int64 number of its view, on the CPU
 
 
 def padding_and_flip(image_set: ImageSet, flags: TrainFlags) -> tuple[int, bool]:
@@ -74,9 +65,13 @@ class OnlineTargets:
             x = torch.cat([x, x[:1].expand(filling, *x.shape[1:])])
         return self.target(x)[: len(x) - filling]
 
-    def __call__(self, batch: RealBatch) -> Tensor:
-        """Targets (b, D) of a batch, float32 on its device."""
-        return self.compute(batch.x).to(self.dtype).float()
+    def __call__(self, x: Tensor, index: Tensor, view: Tensor) -> Tensor:
+        """Targets (b, D) of normalised views x (b, C, H, W), float32 on their device.
+
+        On the CPU, int64: `index` (b,), the row of each image in the training split, and the number of its
+        `view` (b,).
+        """
+        return self.compute(x).to(self.dtype).float()
 
     def flush(self) -> None:
         """Keep what was computed for later processes (a mapped table only)."""
@@ -105,16 +100,15 @@ class TargetViews(OnlineTargets):
         self.complete = bool(self.known.all())
         self._on_flush, self._changed = on_flush, False
 
-    def __call__(self, batch: RealBatch) -> Tensor:
-        """(b, D) float32 on the batch's device; computes only what is not known."""
-        rows = batch.index * self.views + batch.view
+    def __call__(self, x: Tensor, index: Tensor, view: Tensor) -> Tensor:
+        """The same; computes only what is not known."""
+        rows = index * self.views + view
         if not self.complete:
             missing = (~self.known[rows]).nonzero().flatten()
             if len(missing):
-                x = batch.x[upload(missing, batch.x.device)]
-                self._store(rows[missing], self.compute(x))
+                self._store(rows[missing], self.compute(x[upload(missing, x.device)]))
         found = self.table[upload(rows, self.table.device)]
-        return upload(found, batch.x.device).float()
+        return upload(found, x.device).float()
 
     def flush(self) -> None:
         """Write new entries of a mapped table, then which ones are there."""

@@ -83,6 +83,7 @@ def make_krrst(image_set, *, seed=0, loader=None, target_scale=None, device=CPU,
     problem = Problem(image_set, device, seed, target=target, target_scale=target_scale)
     distiller = KRRST(problem, TrainFlags(**{**settings, **changes}))
     distiller.loader = loader or distiller.loader
+    distiller._batches = distiller.loader.forever()
     return distiller
 
 

@@ -382,6 +382,23 @@ def test_help(command, capsys):
     assert stop.value.code == 0 and "--" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        (train, "method recipe data_name num_images outer_iteration pre_lr views outer_lr device seed"),
+        (test_command, "method source_data_name pre_lr device seed"),
+        (baselines, "method data_name num_images bytes views device seed"),
+    ],
+)
+def test_help_begins_with_what_matters_most(command, names, capsys):
+    """What is made from what, all that decides the result, and last where and how fast."""
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    shown = capsys.readouterr().out.split("options:")[1]
+    places = [shown.index(f"\n  --{name}") for name in names.split()]
+    assert places == sorted(places)
+
+
 def test_errors_as_a_process(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--no_such_flag"]
     # Scripts work from any folder.

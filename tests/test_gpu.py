@@ -18,7 +18,7 @@ from data.specs import Stats
 from evaluation.fit import Trainer
 from evaluation.recipes import sgd_by_epochs
 from krr_st.loss import krr_loss
-from krr_st.views import OnlineTargets, RealBatch, TargetViews
+from krr_st.views import OnlineTargets, TargetViews
 from models import get_model
 from utils.device import place
 from utils.precision import autocast, float32_mode
@@ -124,10 +124,10 @@ def test_target_views_lookup_and_fill():
         tables[0].fill(images, STATS, 4, CUDA)
         for _ in range(20):
             (x, view), index = next(loader)
-            batch = RealBatch(x, index, view)
-            wanted = OnlineTargets(target)(batch)
+            batch = x, index, view
+            wanted = OnlineTargets(target)(*batch)
             for table in (*tables, on_host):
-                torch.testing.assert_close(table(batch), wanted, rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(table(*batch), wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_replayed_step_is_the_same():

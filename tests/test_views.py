@@ -21,7 +21,7 @@ from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
 from distillation.problem import Problem
 from krr_st.config import TrainFlags
-from krr_st.views import DTYPES, OnlineTargets, RealBatch, TargetViews, mapped_table, plan_views, real_loader
+from krr_st.views import DTYPES, OnlineTargets, TargetViews, mapped_table, plan_views, real_loader
 from utils.distributed import Group, _backend, local_gpu
 from utils.errors import UserError
 
@@ -67,8 +67,8 @@ def test_every_view_equals_the_target_model(hflip, filled):
         for top in range(5):
             for left in range(5):
                 x = torch.stack([naive_view(i, top, left, flip, pad) for i in IMAGES])
-                batch = RealBatch(x, torch.arange(5), torch.full((5,), number))
-                torch.testing.assert_close(table(batch), target.model(x), rtol=1e-5, atol=1e-6)
+                batch = x, torch.arange(5), torch.full((5,), number)
+                torch.testing.assert_close(table(*batch), target.model(x), rtol=1e-5, atol=1e-6)
                 number += 1
     assert number == views and not table.table.isnan().any()
 
@@ -88,12 +88,12 @@ def test_a_view_is_computed_once_whatever_is_drawn():
     drawn, online = set(), OnlineTargets(target.model)
     for _ in range(200):
         (x, view), index = next(loader)
-        batch = RealBatch(x, index, view)
-        assert torch.equal(table(batch), online(batch))
+        batch = x, index, view
+        assert torch.equal(table(*batch), online(*batch))
         drawn |= set((index * 50 + view).tolist())
     assert table.known.sum() == len(drawn) and 150 < len(drawn) <= 250
     before = target.seen
-    table(batch)
+    table(*batch)
     assert target.seen == before
 
 
@@ -105,7 +105,7 @@ def test_values_do_not_depend_on_what_else_is_missing():
     def by(sizes):
         table = TargetViews(target, torch.empty(40, 4), 1)
         for part in rows.split(sizes):
-            table(RealBatch(x[part], part, torch.zeros_like(part)))
+            table(x[part], part, torch.zeros_like(part))
         return table.table
 
     assert torch.equal(by([40]), by([1] * 40)) and torch.equal(by([40]), by([3, 17, 20]))
@@ -115,24 +115,24 @@ def test_the_last_small_batch_of_a_pass_has_the_tables_values():
     target = make_target()
     x, rows = torch.randn(40, *SHAPE), torch.arange(40)
     table, online = TargetViews(target, torch.empty(40, 4), 1), OnlineTargets(target)
-    whole = table(RealBatch(x, rows, torch.zeros_like(rows)))
+    whole = table(x, rows, torch.zeros_like(rows))
     for size in range(1, 20):
-        few = RealBatch(x[:size], rows[:size], torch.zeros_like(rows[:size]))
-        assert torch.equal(online(few), whole[:size]), size
+        few = x[:size], rows[:size], torch.zeros_like(rows[:size])
+        assert torch.equal(online(*few), whole[:size]), size
 
 
 def test_a_bf16_table_and_online_agree():
     target = make_target()
     x = torch.randn(20, *SHAPE)
-    batch = RealBatch(x, torch.arange(20), torch.zeros(20, dtype=torch.int64))
+    batch = x, torch.arange(20), torch.zeros(20, dtype=torch.int64)
     table = TargetViews(target, torch.empty(20, 4, dtype=torch.bfloat16), 1)
     online = OnlineTargets(target, torch.bfloat16)
-    assert torch.equal(table(batch), online(batch)) and online(batch).dtype == torch.float32
-    torch.testing.assert_close(online(batch), target(x), rtol=2**-8, atol=0)
+    assert torch.equal(table(*batch), online(*batch)) and online(*batch).dtype == torch.float32
+    torch.testing.assert_close(online(*batch), target(x), rtol=2**-8, atol=0)
 
 
 def test_table_on_disk_goes_on(tmp_path):
-    batch = RealBatch(torch.randn(16, *SHAPE), torch.arange(16), torch.zeros(16, dtype=torch.int64))
+    batch = torch.randn(16, *SHAPE), torch.arange(16), torch.zeros(16, dtype=torch.int64)
 
     def start(**about):
         target = Counting()
@@ -140,15 +140,15 @@ def test_table_on_disk_goes_on(tmp_path):
         return target, TargetViews(target, table, 1, known, flush)
 
     target, first = start()
-    wanted = first(batch)
+    wanted = first(*batch)
     target, lost = start()  # the first was killed before it flushed: nothing is taken for known
-    lost(batch)
+    lost(*batch)
     assert target.seen == 16
     lost.flush()
     target, again = start()
-    assert torch.equal(again(batch), wanted) and target.seen == 0
+    assert torch.equal(again(*batch), wanted) and target.seen == 0
     target, other = start(target="b")
-    other(batch)
+    other(*batch)
     assert target.seen == 16
     sums = next(tmp_path.glob("*/sums.pt"))
     sums.write_bytes(b"torn")
@@ -159,7 +159,7 @@ def test_table_on_disk_goes_on(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_damaged_table_on_disk_is_computed_again(tmp_path, capsys, dtype):
     """Whatever was flipped, zeroed or exchanged: what is read is what the target model gives."""
-    batch = RealBatch(torch.randn(16, *SHAPE), torch.arange(16), torch.zeros(16, dtype=torch.int64))
+    batch = torch.randn(16, *SHAPE), torch.arange(16), torch.zeros(16, dtype=torch.int64)
 
     def start():
         target = Counting()
@@ -167,7 +167,7 @@ def test_a_damaged_table_on_disk_is_computed_again(tmp_path, capsys, dtype):
         return target, TargetViews(target, table, 1, known, flush)
 
     _, first = start()
-    wanted = first(batch)
+    wanted = first(*batch)
     first.flush()
     path = next(tmp_path.glob("*/table.bin"))
     whole, width = path.read_bytes(), 4 * dtype.itemsize
@@ -184,12 +184,12 @@ def test_a_damaged_table_on_disk_is_computed_again(tmp_path, capsys, dtype):
         target, again = start()
         printed = capsys.readouterr().out
         assert f"{rows} target views are computed again" in printed if rows else printed == "", name
-        assert torch.equal(again(batch), wanted) and target.seen == (max(rows, 16) if rows else 0), name
+        assert torch.equal(again(*batch), wanted) and target.seen == (max(rows, 16) if rows else 0), name
         again.flush()
         assert path.read_bytes() == whole, name
     path.write_bytes(whole[:-1])  # another length: nothing of it is taken
     target, again = start()
-    assert torch.equal(again(batch), wanted) and target.seen == 16
+    assert torch.equal(again(*batch), wanted) and target.seen == 16
 
 
 def test_no_room_for_a_table(tmp_path):

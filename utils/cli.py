@@ -116,6 +116,16 @@ def _spelling(kind: type, allowed: tuple[str, ...] | None) -> Callable[[str], An
     return lambda text: known.get(text.lower()) or kind(text)
 
 
+# What --help shows first.
+_FIRST = ("method", "recipe", "data_name", "dataset", "num_images", "ipc")
+
+
+def _place(field: dataclasses.Field) -> tuple[bool, bool]:
+    """Where a flag stands in --help: what is made from what, all that decides the result, then the rest."""
+    named = field.metadata["instead_of"] or field.name
+    return named not in _FIRST, not field.metadata["identity"]
+
+
 def add_flags(
     parser: argparse.ArgumentParser,
     config_class: type,
@@ -127,7 +137,7 @@ def add_flags(
     for field in dataclasses.fields(config_class):
         if other := field.metadata["instead_of"]:
             groups[field.name] = groups.setdefault(other, parser.add_mutually_exclusive_group())
-    for field in dataclasses.fields(config_class):
+    for field in sorted(dataclasses.fields(config_class), key=_place):
         hint, default = hints[field.name], defaults.get(field.name, field.default)
         kind, *_ = typing.get_args(hint) or [hint]  # of `int | None`, of `tuple[int, ...]`
         several = typing.get_origin(hint) is tuple
@@ -234,10 +244,18 @@ def command_line(
     return shlex.join(words)
 
 
+def as_words(**flags: Any) -> list[str]:
+    """Flags as words of a command: True stands for a switch, None is left out."""
+    words = []
+    for name, value in flags.items():
+        if value is not None:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
 def typed(program: str, **flags: Any) -> str:
     """A command as one types it, in shell syntax: `program` (`python -m krr_st.target`) with these flags."""
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return shlex.join([*shlex.split(program), *words])
+    return shlex.join([*shlex.split(program), *as_words(**flags)])
 
 
 def as_json(config: Any) -> dict[str, Any]:
