@@ -201,7 +201,7 @@ class TrajectoryMatching(Distiller):
             generator=self.stream("experts"),
         )
         self.loss_fn = functional_loss(network, self.criterion, flags.precision)
-        self._turns = None
+        self._turns = self.order.forever()
 
     @staticmethod
     def network(preset: Preset) -> str:
@@ -230,7 +230,6 @@ class TrajectoryMatching(Distiller):
     def step(self) -> dict[str, Tensor]:
         """One iteration: from a random snapshot of the next expert towards its later one."""
         flags, student = self.flags, self.student
-        self._turns = self._turns or self.order.forever()
         if flags.expert_every is not None:
             self.experts.use(flags.experts_at(int(student.iteration)))
         expert = next(int(n) for _, n in self._turns if n < len(self.experts))
