@@ -1,8 +1,8 @@
 """BatchNorm and instance norm whose gradient can be differentiated cheaply, for unrolled trainings.
 
 PyTorch composes the second derivative of its norms of some hundred elementwise operations, on a CPU half of
-the time of an unrolled training. Output and gradient here are PyTorch's own, bit for bit; only the gradient
-of the gradient is computed by its formula, in a few passes.
+the time of an unrolled training. Output and gradient here are PyTorch's own (on a CPU bit for bit); only the
+gradient of the gradient is computed by its formula, in a few passes.
 
 With x̂ = (x - μ) r over N values, r = 1/√(σ² + ε), and the cotangent g of the output, the gradient is
 

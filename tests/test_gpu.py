@@ -1,10 +1,12 @@
 """What has to hold on CUDA, against float64 on the CPU. Run with -m gpu."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from test_fused import block, compare
+from test_twice import NORMS, derivatives, pair
 
 from benchmarks import krr_st as bench
 from benchmarks.clom import random_set, sides
@@ -236,6 +238,16 @@ def test_images_that_do_not_fit_come_through_pinned_memory(monkeypatch):
     monkeypatch.setattr("data.loader.fits", lambda images, device: False)
     for ours, theirs in zip(batches(CUDA), wanted, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_second_derivatives_of_norms(name):
+    exact, ours = pair(name)
+    x = 1 + draw(16, 3, 8, 8)
+    wanted = derivatives(exact, x.clone().requires_grad_())
+    found = derivatives(ours.float().to(CUDA), x.float().to(CUDA).requires_grad_())
+    for a, b in zip(itertools.chain(*found), itertools.chain(*wanted), strict=True):
+        assert (a.cpu().double() - b).norm() < 1e-3 * b.norm()
 
 
 def test_clom_losses():
