@@ -243,7 +243,7 @@ def test_images_that_do_not_fit_come_through_pinned_memory(monkeypatch):
 @pytest.mark.parametrize("name", NORMS)
 def test_second_derivatives_of_norms(name):
     exact, ours = pair(name)
-    x = 1 + draw(16, 3, 8, 8)
+    x = 1 + draw(16, 3, 8, 8, seed=1)
     wanted = derivatives(exact, x.clone().requires_grad_())
     found = derivatives(ours.float().to(CUDA), x.float().to(CUDA).requires_grad_())
     for a, b in zip(itertools.chain(*found), itertools.chain(*wanted), strict=True):
