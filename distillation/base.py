@@ -104,6 +104,13 @@ class Distiller:
         """
         return None
 
+    def awaited(self) -> str:
+        """What the next step needs and another process is still making, in words; "" for nothing."""
+        return ""
+
+    def wait(self) -> None:
+        """Come back once what is `awaited` is there; the run is saved before, and a signal leaves at once."""
+
     def flush(self) -> None:
         """Bring files of the method to disk; called before every save."""
 

@@ -121,6 +121,12 @@ def run_loop(distiller: Distiller, run: Run, observer: Observer, plan: Plan) -> 
                 break
             done, rate = step + 1, distiller.rate()
             try:
+                if what := distiller.awaited():
+                    save(step)
+                    where = f"waiting for {what} after {unit} {step} of {steps}"
+                    with progress.paused(), forecast.paused(0), stop.at_once(where):
+                        print(where, flush=True)
+                        distiller.wait()
                 losses = distiller.timed_step()
             except UserError as error:  # the training of a network diverged, or a process was lost
                 raise type(error)(f"{plan.label}, {unit} {done}: {error}") from None

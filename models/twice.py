@@ -18,6 +18,7 @@ With cotangents u, v, w of these three, c = mean(u), d = mean(u x̂), e = mean(u
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -80,11 +81,13 @@ class _BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        F._verify_batch_size(x.size())
         return _Norm.apply(x, self.weight, self.bias, self.eps)
 
 
 class _InstanceNorm2d(nn.InstanceNorm2d):
     def forward(self, x: Tensor) -> Tensor:
+        F._verify_spatial_size(x.size())
         count, channels, *size = x.shape
         scale, shift = self.weight.repeat(count), self.bias.repeat(count)
         maps = x.contiguous().view(1, count * channels, *size)

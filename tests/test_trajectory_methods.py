@@ -1,7 +1,12 @@
 """MTT and MKDT as runs: files, resume, learned step size and labels, ranges, what is refused."""
 
+import contextlib
+import dataclasses
+import os
 import re
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,13 +24,14 @@ from distillation.problem import Problem
 from evaluation.fit import outputs
 from methods import METHODS
 from models import get_model
-from trajectory import experts
+from trajectory import experts, setup
 from trajectory.base import start_limit
 from trajectory.buffers import Experts
 from trajectory.experts import ExpertFlags
 from trajectory.mkdt import MKDT, MKDTFlags
 from trajectory.mtt import MTT, MTTFlags
 from trajectory.published import published
+from utils.run_folder import claim_run
 
 STUDENT = "convnet_4_in"
 SHARED = [
@@ -107,7 +113,7 @@ def test_run_from_nothing_and_interrupted_one_is_the_same(tiny, kind, monkeypatc
 def test_experts_from_a_second_process_give_the_set_of_those_made_before(tiny, monkeypatch, capsys):
     argv = [*RUNS["mkdt"], "--num_experts", "3", "--expert_every", "2", "--outer_iteration", "6"]
     assert train.main([*argv, "--exp_name", "beside"]) == 0
-    assert "a second process trains them" in capsys.readouterr().out
+    assert "a second process trains the others" in capsys.readouterr().out
     (folder,) = (p for p in Path("buffers/tiny_8").glob("convnet*") if p.is_dir())
     assert len(list(folder.glob("replay_buffer_*.pt"))) == 3
     seen, real_pair = [], Experts.pair
@@ -140,11 +146,53 @@ def test_experts_from_a_second_process_give_the_set_of_those_made_before(tiny, m
         assert torch.equal(a, b)
 
 
+def test_what_happens_while_an_expert_is_awaited(tiny, monkeypatch, capsys):
+    """The run is saved before it waits: nothing is lost by a signal, or where the expert never comes."""
+    argv = [*RUNS["mkdt"], "--num_experts", "3", "--expert_every", "2", "--outer_iteration", "6"]
+    argv[argv.index("--save_every") + 1] = "100"
+    assert train.main([*argv, "--exp_name", "whole"]) == 0
+    shutil.rmtree("buffers")
+    made = setup.made_beside
+
+    @contextlib.contextmanager
+    def endless(flags, *more):
+        with claim_run(flags.buffer_dir):
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            yield
+
+    monkeypatch.setattr(setup, "made_beside", endless)
+    assert train.main([*argv, "--exp_name", "parts"]) == 143
+    shown = capsys.readouterr()
+    assert "waiting for expert 2 in" in shown.out and "after step 2 of 6 by SIGTERM" in shown.err
+    monkeypatch.setattr(setup, "made_beside", lambda *_: contextlib.nullcontext())
+    assert train.main([*argv, "--exp_name", "parts"]) == 2
+    shown = capsys.readouterr()
+    assert "resuming after step 2" in shown.out and "holds 1 trajectories, 2 are needed" in shown.err
+
+    def broken(flags, *more):  # its process refuses the flags
+        return made(dataclasses.replace(flags, lr_teacher=0.7), *more)
+
+    monkeypatch.setattr(setup, "made_beside", broken)
+    assert train.main([*argv, "--exp_name", "parts"]) == 2
+    error = capsys.readouterr().err
+    assert "; the process that trains them: error: " in error
+    assert "lr_teacher" in error and error.count("\n") == 1
+    monkeypatch.setattr(setup, "made_beside", made)
+    assert train.main([*argv, "--exp_name", "parts"]) == 0
+    for a, b in zip(pair("whole"), pair("parts"), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_an_expert_that_nobody_trains_is_one_line(tiny, capsys):
     make_experts(targets="features")
-    argv = [*RUNS["mkdt"], "--buffer_dir", "experts", "--exp_name", "short"]
-    assert train.main([*argv, "--num_experts", "4", "--expert_every", "1"]) == 2
-    assert "step 4: experts holds 3 trajectories, 4 are needed; see --num_experts" in capsys.readouterr().err
+    argv = [*RUNS["mkdt"], "--buffer_dir", "experts", "--expert_every", "1", "--exp_name", "short"]
+    at = argv.index("--num_experts")
+    del argv[at : at + 2]
+    assert train.main(argv) == 2
+    assert "--expert_every with --buffer_dir needs --num_experts" in capsys.readouterr().err
+    assert train.main([*argv, "--num_experts", "4"]) == 2
+    assert "experts holds 3 trajectories, 4 are needed; see --num_experts" in capsys.readouterr().err
+    assert not Path("results/short").exists()
     shutil.rmtree("experts")
     Path("buffers").mkdir(exist_ok=True)
     Path("buffers/tiny_8").write_text("")  # where the second process wants a folder

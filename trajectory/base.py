@@ -51,8 +51,9 @@ class TrajectoryFlags:
     )
     expert_every: int | None = flag(
         None,
-        "outer steps after which one more expert joins: matching begins with the first, while a second "
-        "process trains the others; default: all are there before the first step",
+        "outer steps after which one more expert joins: matching begins with the first, which alone chooses "
+        "initial images and soft labels, while a second process trains the others; default: all are there "
+        "before the first step",
         minimum=1,
     )
     expert_epochs: int | None = _published("epochs from an expert's start to its goal", minimum=1)
@@ -226,6 +227,15 @@ class TrajectoryMatching(Distiller):
         """A step of the student and the way back through it; one step more where no graph is kept."""
         batch = min(flags.batch_syn or flags.num_images, flags.num_images)
         return flags.syn_steps * batch * (6.0 if flags.unroll == "full" else 9.0)
+
+    def awaited(self) -> str:
+        """The expert that joins in the next iteration, where it is not there yet."""
+        wanted = self.flags.experts_at(int(self.student.iteration)) or 0
+        missing = wanted > len(self.experts) and not self.experts.holds(wanted)
+        return f"expert {wanted} in {self.experts.folder}" if missing else ""
+
+    def wait(self) -> None:
+        self.experts.use(self.flags.experts_at(int(self.student.iteration)), wait=True)
 
     def step(self) -> dict[str, Tensor]:
         """One iteration: from a random snapshot of the next expert towards its later one."""

@@ -66,31 +66,31 @@ class Experts:
     def __len__(self) -> int:
         return self._count
 
-    def use(self, count: int | None) -> None:
-        """Take the first `count` trajectories, None: all; wait for those that a process is training.
+    def use(self, count: int | None, wait: bool = False) -> None:
+        """Take the first `count` trajectories, None: all; with `wait` also those that a process is training.
 
         Raises:
             UserError: no files, or fewer trajectories than `count` and nobody who trains more.
         """
-        self._read_more(count)
-        while count is not None and len(self._known) < count and is_claimed(self.folder):
+        while wait and not self.holds(count) and is_claimed(self.folder):
             time.sleep(0.1)
-            self._read_more(count)
-        self._read_more(count)  # what came between the last look and the end of that process
+        enough = self.holds(count)  # with what came between the last look and the end of that process
         if not self._known:
             raise UserError(
                 f"{self.folder} holds no replay_buffer_0.pt; make it with python -m trajectory.experts"
             )
-        if count is not None and len(self._known) < count:
+        if not enough:
             held = f"{self.folder} holds {len(self._known)} trajectories"
             raise UserError(f"{held}, {count} are needed; see --num_experts")
         self._count = len(self._known) if count is None else count
 
-    def _read_more(self, count: int | None) -> None:
+    def holds(self, count: int | None) -> bool:
+        """Whether there are `count` trajectories; files that have come are read. None: whatever there is."""
         for path in expert_files(self.folder)[self._files :]:
             if count is None or len(self._known) < count:
                 self._known += [(path, trajectory) for trajectory in self._read(path)]
                 self._files += 1
+        return count is None or len(self._known) >= count
 
     @property
     def last(self) -> int:

@@ -43,7 +43,7 @@ from utils.cost import Cost, DryRunFlags
 from utils.device import resolve_device
 from utils.errors import UserError, entry_point
 from utils.memory import out_of_memory_says
-from utils.precision import DTYPES
+from utils.precision import DTYPES, float32_mode
 from utils.progress import byte_size
 from utils.run_folder import RunFolder, claim_run, is_claimed
 from utils.seed import derive_seed, local_seed, make_generator
@@ -261,7 +261,7 @@ def make_experts(flags: ExpertFlags, device: torch.device) -> Path:
 
         seeds = [derive_seed(run.seed, "expert", n) for n in missing]
         tasks = [functools.partial(training.run, *task) for task in zip(missing, seeds, strict=True)]
-        began, found = time.perf_counter(), in_parallel(tasks, device)
+        began, found = time.perf_counter(), _trained(tasks, device)
         for done, (n, (trajectory, facts)) in enumerate(zip(missing, found, strict=True), 1):
             checkpoint.save([trajectory], expert_path(folder, n))
             run.log(step=n + 1, **facts)
@@ -272,40 +272,51 @@ def make_experts(flags: ExpertFlags, device: torch.device) -> Path:
     return folder
 
 
+def _trained(tasks: list[Callable[..., Any]], device: torch.device) -> Iterator[Any]:
+    """As `in_parallel`, but on a CPU a single task, too, has one thread: its sums round alike."""
+    threads = torch.get_num_threads()
+    try:
+        if device.type == "cpu" and len(tasks) == 1:
+            torch.set_num_threads(1)
+        yield from in_parallel(tasks, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @contextlib.contextmanager
-def made_beside(flags: ExpertFlags, device: torch.device) -> Iterator[None]:
+def made_beside(flags: ExpertFlags, device: torch.device, precision: str) -> Iterator[None]:
     """Within the block a second process calls `make_experts`; on a CPU it has half of the threads.
 
     Raises:
-        UserError: it ends before it has begun; the message is the last line of its log.
+        UserError: one of the block's, with the last line of that process's log where it has failed.
     """
     folder = Path(flags.buffer_dir)
-    if is_claimed(folder):  # by a run beside this one, or by what a killed run has left
-        print(f"another process is training experts in {folder}", flush=True)
-        yield
-        return
     log = folder.with_name(f"{folder.name}.log")
-    print(f"a second process trains them; log: {log}", flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"a second process trains the others; log: {log}", flush=True)
     threads = max(1, torch.get_num_threads() // 2)
-    job = functools.partial(_make_beside, flags, device)
+    job = functools.partial(_make_beside, flags, device, precision)
     process = PROCESSES.Process(target=run_logged, args=(job, log, None, threads))
     process.start()
     try:
         while process.is_alive() and not is_claimed(folder):
             time.sleep(0.1)
-        if process.exitcode:
-            raise UserError(last_line(log))
         yield
+    except UserError as error:
+        if not is_claimed(folder):  # it has ended, or is about to
+            process.join(10)
+        if process.exitcode:
+            raise UserError(f"{error}; the process that trains them: {last_line(log)}") from None
+        raise
     finally:
         process.terminate()
         process.join()
 
 
-def _make_beside(flags: ExpertFlags, device: torch.device) -> None:
+def _make_beside(flags: ExpertFlags, device: torch.device, precision: str) -> None:
     @entry_point
     def make(argv: None) -> None:
-        make_experts(flags, device)
+        with float32_mode(precision):  # as in the run that it belongs to
+            make_experts(flags, resolve_device(str(device)))
 
     end_with_parent()
     sys.exit(make())

@@ -61,6 +61,8 @@ class TrajectorySetup(SetSetup):
                 f"{flags.max_start_epoch}"
             )
         if flags.expert_every is not None and flags.num_experts is None:
+            if flags.buffer_dir is not None:
+                raise UserError("--expert_every with --buffer_dir needs --num_experts")
             flags = replace(flags, num_experts=ON_DEMAND)
         return replace(flags, buffer_dir=flags.buffer_dir or expert_flags(method, flags).buffer_dir)
 
@@ -72,7 +74,7 @@ class TrajectorySetup(SetSetup):
         if not on_demand or len(expert_files(folder)) >= self.missing.num_experts:
             self.missing = None
             network = get_model(flags.train_model, self.image_set.img_shape, self.labels.outputs)
-            known = Experts(folder, [p.shape for p in network.parameters()], device, flags.experts_at(0))
+            known = Experts(folder, [p.shape for p in network.parameters()], device, flags.num_experts)
             if known.last < (needed := flags.last_epoch):
                 raise UserError(
                     f"--buffer_dir {folder} has {known.last} epochs, {needed} are needed: lower "
@@ -101,11 +103,14 @@ class TrajectorySetup(SetSetup):
         print(f"no --buffer_dir is given: making {self.missing.num_experts} experts")
         old = (Path(self.missing.buffer_dir) / "config.json").exists()
         missing = replace(self.missing, seed=None if old else run.seed)
-        if self.flags.expert_every is not None:
-            with made_beside(missing, self.device):
-                return super().run(run)
-        make_experts(missing, self.device)
-        return super().run(run)
+        if self.flags.expert_every is None:
+            make_experts(missing, self.device)
+            return super().run(run)
+        # The first one here, with all that is checked before.
+        make_experts(replace(missing, num_experts=1), self.device)
+        count = self.flags.experts_at(self.flags.outer_iteration - 1)
+        with made_beside(replace(missing, num_experts=count), self.device, self.flags.precision):
+            return super().run(run)
 
 
 def expert_flags(method: Method, flags: TrajectoryFlags) -> ExpertFlags:
