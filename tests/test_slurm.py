@@ -115,7 +115,7 @@ def test_workers_run_what_becomes_possible_and_name_what_fails(workspace, monkey
         missing = jobs(flags)
         return lambda: missing()[:1] if len(missing()) == flags.count else missing()
 
-    monkeypatch.setattr(workers, "_PROCESSES", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(workers, "PROCESSES", multiprocessing.get_context("fork"))
     Path("saved").touch()
     assert run_jobs(chain, Flags(workers=2), Path()) == ["job 1: no data (workers/job-1.log)"]
     assert {cell["number"] for cell in read_cells("results.jsonl")} == {0, 2}
@@ -145,7 +145,7 @@ def test_workers_are_stopped_with_their_command(workspace, monkeypatch):
             time.sleep(0.01)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workers, "_PROCESSES", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(workers, "PROCESSES", multiprocessing.get_context("fork"))
     monkeypatch.setattr(workers, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_jobs(lambda flags: lambda: [Job("loop", 0.0, loop)], Flags(workers=2), Path())
