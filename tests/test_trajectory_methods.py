@@ -129,30 +129,20 @@ def test_experts_from_a_second_process_give_the_set_of_those_made_before(tiny, m
     for a, b in zip(pair("beside"), pair("before"), strict=True):
         assert torch.equal(a, b)
 
-    step, calls = MKDT.step, []
 
-    def fragile(self):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(self)
-
-    shutil.rmtree(folder)
-    monkeypatch.setattr(MKDT, "step", fragile)
-    assert train.main([*argv, "--exp_name", "parts"]) == 130
-    assert train.main([*argv, "--exp_name", "parts"]) == 0
-    assert log("beside") == log("parts")
-    for a, b in zip(pair("beside"), pair("parts"), strict=True):
-        assert torch.equal(a, b)
+def made_before(flags, device, precision):
+    """In place of the second process."""
+    experts.make_experts(flags, device)
+    return contextlib.nullcontext()
 
 
 def test_what_happens_while_an_expert_is_awaited(tiny, monkeypatch, capsys):
     """The run is saved before it waits: nothing is lost by a signal, or where the expert never comes."""
     argv = [*RUNS["mkdt"], "--num_experts", "3", "--expert_every", "2", "--outer_iteration", "6"]
     argv[argv.index("--save_every") + 1] = "100"
+    monkeypatch.setattr(setup, "made_beside", made_before)
     assert train.main([*argv, "--exp_name", "whole"]) == 0
     shutil.rmtree("buffers")
-    made = setup.made_beside
 
     @contextlib.contextmanager
     def endless(flags, *more):
@@ -168,8 +158,39 @@ def test_what_happens_while_an_expert_is_awaited(tiny, monkeypatch, capsys):
     assert train.main([*argv, "--exp_name", "parts"]) == 2
     shown = capsys.readouterr()
     assert "resuming after step 2" in shown.out and "holds 1 trajectories, 2 are needed" in shown.err
+    monkeypatch.setattr(setup, "made_beside", made_before)
+    assert train.main([*argv, "--exp_name", "parts"]) == 0
+    for a, b in zip(pair("whole"), pair("parts"), strict=True):
+        assert torch.equal(a, b)
 
-    def broken(flags, *more):  # its process refuses the flags
+
+@pytest.mark.slow
+def test_an_interrupted_run_with_a_second_process_is_the_same(tiny, monkeypatch):
+    argv = [*RUNS["mkdt"], "--num_experts", "3", "--expert_every", "2", "--outer_iteration", "6"]
+    assert train.main([*argv, "--exp_name", "beside"]) == 0
+    shutil.rmtree("buffers")
+    step, calls = MKDT.step, []
+
+    def fragile(self):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(MKDT, "step", fragile)
+    assert train.main([*argv, "--exp_name", "parts"]) == 130
+    assert train.main([*argv, "--exp_name", "parts"]) == 0
+    assert log("beside") == log("parts")
+    for a, b in zip(pair("beside"), pair("parts"), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_what_ends_the_second_process_is_in_the_message(tiny, monkeypatch, capsys):
+    argv = [*RUNS["mkdt"], "--num_experts", "3", "--expert_every", "2", "--outer_iteration", "6"]
+    made = setup.made_beside
+
+    def broken(flags, *more):  # it refuses the flags
         return made(dataclasses.replace(flags, lr_teacher=0.7), *more)
 
     monkeypatch.setattr(setup, "made_beside", broken)
@@ -179,8 +200,6 @@ def test_what_happens_while_an_expert_is_awaited(tiny, monkeypatch, capsys):
     assert "lr_teacher" in error and error.count("\n") == 1
     monkeypatch.setattr(setup, "made_beside", made)
     assert train.main([*argv, "--exp_name", "parts"]) == 0
-    for a, b in zip(pair("whole"), pair("parts"), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_an_expert_that_nobody_trains_is_one_line(tiny, capsys):
