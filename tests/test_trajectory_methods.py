@@ -73,23 +73,29 @@ def log(name):
     return read_log(f"results/{name}")
 
 
+@contextlib.contextmanager
+def interrupted(monkeypatch, method, at):
+    """Ctrl-C in an outer step of the block, counted from 1."""
+    step, calls = method.step, []
+
+    def fragile(self):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "step", fragile)
+        yield
+
+
 @pytest.mark.parametrize("kind", ["mkdt std", "datm"])  # the plain ones: test_methods.py
 def test_run_from_nothing_and_interrupted_one_is_the_same(tiny, kind, monkeypatch, capsys):
     argv = RUNS[kind]
     assert train.main([*argv, "--exp_name", "whole"]) == 0
     shown = capsys.readouterr().out
     assert "making 2 experts" in shown and "training 2 experts" in shown
-    method = METHODS[argv[1]].distiller
-    step, calls = method.step, []
-
-    def fragile(self):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(method, "step", fragile)
+    with interrupted(monkeypatch, METHODS[argv[1]].distiller, at=3):
         assert train.main([*argv, "--exp_name", "parts"]) == 130
     assert train.main([*argv, "--exp_name", "parts"]) == 0
     shown = capsys.readouterr().out
@@ -142,6 +148,12 @@ def test_what_happens_while_an_expert_is_awaited(tiny, monkeypatch, capsys):
     argv[argv.index("--save_every") + 1] = "100"
     monkeypatch.setattr(setup, "made_beside", made_before)
     assert train.main([*argv, "--exp_name", "whole"]) == 0
+    (lost,) = Path("buffers").rglob("replay_buffer_1.pt")
+    lost.unlink()  # it is made again before the first step: no other stands in for it
+    monkeypatch.setattr(setup, "made_beside", lambda *_: contextlib.nullcontext())
+    assert train.main([*argv, "--exp_name", "gap"]) == 0
+    for a, b in zip(pair("whole"), pair("gap"), strict=True):
+        assert torch.equal(a, b)
     shutil.rmtree("buffers")
 
     @contextlib.contextmanager
@@ -169,16 +181,8 @@ def test_an_interrupted_run_with_a_second_process_is_the_same(tiny, monkeypatch)
     argv = [*RUNS["mkdt"], "--num_experts", "3", "--expert_every", "2", "--outer_iteration", "6"]
     assert train.main([*argv, "--exp_name", "beside"]) == 0
     shutil.rmtree("buffers")
-    step, calls = MKDT.step, []
-
-    def fragile(self):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(MKDT, "step", fragile)
-    assert train.main([*argv, "--exp_name", "parts"]) == 130
+    with interrupted(monkeypatch, MKDT, at=4):
+        assert train.main([*argv, "--exp_name", "parts"]) == 130
     assert train.main([*argv, "--exp_name", "parts"]) == 0
     assert log("beside") == log("parts")
     for a, b in zip(pair("beside"), pair("parts"), strict=True):

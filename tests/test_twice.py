@@ -58,6 +58,13 @@ def test_first_order_is_bit_for_bit_and_second_order_close(name, layout):
         assert (a - b).norm() <= 1e-4 * b.norm() + 1e-6
 
 
+@pytest.mark.parametrize("name", NORMS)
+def test_one_value_per_channel_is_refused_as_by_pytorch(name):
+    for norm in pair(name):
+        with pytest.raises(ValueError, match="more than 1"):
+            norm(torch.randn(1, 3, 1, 1, dtype=torch.float64))
+
+
 def test_bfloat16():
     """A map in bfloat16 with parameters in float32, as under autocast."""
     own, ours = pair("batch", torch.float32)

@@ -202,12 +202,8 @@ class ExpertTraining:
         """What `count` experts take, from a few steps of one that is thrown away."""
         at_once = min(count, torch.get_num_threads()) if self.device.type == "cpu" else 1
         given = dict(disk=lambda: count * self.bytes, shorter="fewer --num_experts or --train_epochs")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(threads if at_once == 1 else 1)  # as they will be trained
-        try:
+        with _one_thread(self.device):
             return self.trainer(0).measure(count / at_once, **given)
-        finally:
-            torch.set_num_threads(threads)
 
     def run(self, n: int, seed: int, check: Callable[[], None]) -> tuple[Trajectory, dict[str, float]]:
         """Expert n, its snapshots on the CPU, and what is logged; `check` may raise after each step."""
@@ -272,15 +268,21 @@ def make_experts(flags: ExpertFlags, device: torch.device) -> Path:
     return folder
 
 
-def _trained(tasks: list[Callable[..., Any]], device: torch.device) -> Iterator[Any]:
-    """As `in_parallel`, but on a CPU a single task, too, has one thread: its sums round alike."""
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU torch has one thread in the block: an expert's sums round alike, however many are trained."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1 if device.type == "cpu" else threads)
     try:
-        if device.type == "cpu" and len(tasks) == 1:
-            torch.set_num_threads(1)
-        yield from in_parallel(tasks, device)
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _trained(tasks: list[Callable[..., Any]], device: torch.device) -> Iterator[Any]:
+    """As `in_parallel`, which would give a single task all threads."""
+    with _one_thread(device) if len(tasks) == 1 else contextlib.nullcontext():
+        yield from in_parallel(tasks, device)
 
 
 @contextlib.contextmanager

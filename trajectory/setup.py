@@ -14,7 +14,7 @@ from distillation.run import Method
 from models import get_model
 from trajectory import experts
 from trajectory.base import TrajectoryFlags
-from trajectory.buffers import Experts, expert_files
+from trajectory.buffers import Experts, expert_files, expert_path
 from trajectory.experts import ExpertFlags, expert_cost, made_beside, make_experts
 from trajectory.published import published
 from utils.checkpoint import files_fingerprint
@@ -106,8 +106,10 @@ class TrajectorySetup(SetSetup):
         if self.flags.expert_every is None:
             make_experts(missing, self.device)
             return super().run(run)
-        # The first one here, with all that is checked before.
-        make_experts(replace(missing, num_experts=1), self.device)
+        # The first one here, with all that is checked before; so that no number is left out, up to the last.
+        folder = Path(missing.buffer_dir)
+        there = [n for n in range(missing.num_experts) if expert_path(folder, n).exists()]
+        make_experts(replace(missing, num_experts=1 + max(there, default=0)), self.device)
         count = self.flags.experts_at(self.flags.outer_iteration - 1)
         with made_beside(replace(missing, num_experts=count), self.device, self.flags.precision):
             return super().run(run)
