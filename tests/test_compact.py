@@ -144,6 +144,29 @@ def test_rounding(tmp_path):
     assert torch.equal(again.images, s.images.bfloat16().float())
 
 
+@pytest.mark.parametrize("rank", [None, 4])
+def test_rounded_target_vectors(tmp_path, rank):
+    s, (name, columns) = make(), ("y", 20) if rank is None else ("y.left", rank)
+    stored, again = store(s, tmp_path / "a.safetensors", y_dtype="uint8", y_rank=rank)
+    assert stored[name].dtype == torch.uint8 and stored[name].shape == (12, columns)
+    slope, offset = stored["y.map"].double().numpy()
+    found = slope * stored[name].numpy() + offset
+    if rank is None:
+        wanted = s.targets.double().numpy()
+    else:
+        exact, _ = store(s, tmp_path / "b.safetensors", y_rank=rank)
+        wanted = exact["y.left"].double().numpy()
+        found_right = stored["y.right"].double().numpy()
+        assert stored["y.right"].dtype == stored["y.mean"].dtype == torch.bfloat16
+        np.testing.assert_allclose(
+            again.targets, stored["y.mean"].double().numpy() + found @ found_right, atol=1e-5
+        )
+    step = (wanted.max(0) - wanted.min(0)) / 255
+    assert (np.abs(found - wanted).max(0) <= step / 2 + 1e-6).all()
+    if rank is None:
+        np.testing.assert_allclose(again.targets, found, atol=1e-6)
+
+
 def test_pixels_of_real_images_survive_in_one_byte(tmp_path):
     pixels = torch.arange(256).view(1, 1, 16, 16).expand(2, 3, -1, -1) / 255
     x = (pixels - torch.tensor(STATS.mean).view(-1, 1, 1)) / torch.tensor(STATS.std).view(-1, 1, 1)
@@ -213,6 +236,8 @@ def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, border)
         (20, dict(x_size=4, x_dtype="uint8", y_rank=3, y_dtype="bf16"), 1, False),
         (20, dict(x_size=5, x_dtype="bf16", y_rank=7), 4, False),
         (20, dict(y_dtype="bf16"), 3, True),
+        (20, dict(y_dtype="uint8"), 3, True),
+        (20, dict(y_dtype="uint8", y_rank=5), 4, True),
         (0, dict(x_dtype="uint8"), 1, False),
     ],
 )
@@ -372,6 +397,11 @@ VIEWS = {
             {},
             "finite",
         ),
+        ({"x": X, **LOW, "y.left": torch.zeros(2, 1).byte()}, {}, "y.map of shape"),
+        ({"x": X, **LOW, "y.map": torch.ones(2, 1)}, {}, "y.map of shape"),
+        ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 3)}, {}, "y.map of shape"),
+        ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 5).double()}, {}, "y.map of shape"),
+        ({"x": X, "y": Y[:, 0].byte(), "y.map": torch.ones(2, 1)}, {}, "y.map of shape"),
         ({"x": X, "x.views": BYTE[:1].clone(), "y": Y}, {}, "x.views"),
         ({"x": X, "x.views": BYTE.int(), "y": Y}, {}, "x.views"),
         ({"x": X, "x.views": BYTE + 18, "y": Y}, {}, "view numbers"),

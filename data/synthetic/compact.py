@@ -11,6 +11,7 @@ x.partners, x.partner_views, x.shares   (n, k) integers, uint8 and uint8, where 
          image, in which view, and its own share in 255ths
 y        (n * k,) class indices or (n * k, D) target vectors, or in place of these
 y.mean, y.left, y.right   (D,), (n * k, r) and (r, D): the target vectors are mean + left @ right
+y.map    (2, D) or (2, r) float32, where y or y.left are target vectors in uint8: of each column, as x.map
 """
 
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ from utils.precision import DTYPES
 
 VERSION = 1
 LARGEST = 2**31  # values of the decoded images, and of the targets: a small file could ask for any number
-_X_DTYPES = {**DTYPES, "uint8": torch.uint8}
+_DTYPES = {**DTYPES, "uint8": torch.uint8}
 _LOW_RANK = ("y.mean", "y.left", "y.right")
 _FLOATS = tuple(DTYPES.values())
 # Axes and number types of what is not y; m = n * k.
@@ -44,7 +45,8 @@ _TENSORS = {
     "x.partner_views": ("nk", (torch.uint8,), "uint8"),
     "x.shares": ("nk", (torch.uint8,), "uint8"),
     "y.mean": ("D", _FLOATS, "float32 or bfloat16"),
-    "y.left": ("mr", _FLOATS, "float32 or bfloat16"),
+    "y.left": ("mr", (*_FLOATS, torch.uint8), "float32, bfloat16 or uint8"),
+    "y.map": ("2q", (torch.float32,), "float32"),
     "y.right": ("rD", _FLOATS, "float32 or bfloat16"),
 }
 
@@ -61,7 +63,7 @@ class CompactFlags:
     x_dtype: str = flag(
         "fp32",
         "of stored images; uint8: 256 levels between the extremes of each channel",
-        choices=tuple(_X_DTYPES),
+        choices=tuple(_DTYPES),
     )
     y_rank: int | None = flag(
         None,
@@ -76,7 +78,11 @@ class CompactFlags:
         maximum=1,
         instead_of="y_rank",
     )
-    y_dtype: str = flag("fp32", "of stored target vectors", choices=tuple(DTYPES))
+    y_dtype: str = flag(
+        "fp32",
+        "of stored target vectors; uint8: 256 levels between the extremes of each entry or direction",
+        choices=tuple(_DTYPES),
+    )
 
     def small_size(self, size: tuple[int, ...]) -> tuple[int, int]:
         """Height and width at which images of `size` are stored; a UserError for an --x_size above it."""
@@ -103,7 +109,7 @@ def encode(
     """
     size, images = tuple(images.shape[2:]), images.cpu()
     x = images if views is None else images[:: views.each]
-    tensors = _encode_images(_shrink(x, how.small_size(size)), _X_DTYPES[how.x_dtype])
+    tensors = _stored("x", _shrink(x, how.small_size(size)), _DTYPES[how.x_dtype])
     if views is not None:
         tensors |= views.tensors()
     tensors |= _encode_targets(targets.cpu(), how, 1 if unit is None else unit.cpu().double())
@@ -131,13 +137,24 @@ def _enlarging(small: int, large: int) -> Tensor:
     return F.interpolate(unit[None], large, mode="linear", align_corners=False)[0].T
 
 
-def _encode_images(x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def _stored(name: str, t: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`t` (n, C, ...) in `dtype`; in uint8 with the map that leads back to the values of each of the C."""
     if dtype != torch.uint8:
-        return {"x": x.to(dtype)}
-    low, high = x.amin((0, 2, 3)), x.amax((0, 2, 3))
+        return {name: t.to(dtype)}
+    axes = [0, *range(2, t.dim())]
+    low, high = t.amin(axes, keepdim=True), t.amax(axes, keepdim=True)
     slope = torch.where(high > low, (high - low) / 255, 1)
-    levels = (x - low.view(-1, 1, 1)) / slope.view(-1, 1, 1)
-    return {"x": levels.round().clamp(0, 255).to(dtype), "x.map": torch.stack([slope, low])}
+    levels = ((t - low) / slope).round().clamp(0, 255)
+    return {name: levels.to(dtype), f"{name[0]}.map": torch.stack([slope, low]).view(2, -1).float()}
+
+
+def _values(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The inverse of `_stored`, float32."""
+    t = tensors[name]
+    if t.dtype != torch.uint8:
+        return t.float()
+    slope, offset = tensors[f"{name[0]}.map"].view(2, -1, *[1] * (t.dim() - 2))
+    return t.float() * slope + offset
 
 
 def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[str, Tensor]:
@@ -147,9 +164,9 @@ def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[
         if low_rank:
             raise UserError("--y_rank and --y_variance need target vectors; this set has class indices")
         return {"y": y.to(index_type(int(y.max())))}
-    dtype = DTYPES[how.y_dtype]
+    dtype = _DTYPES[how.y_dtype]
     if not low_rank:
-        return {"y": y.to(dtype)}
+        return _stored("y", y, dtype)
     y = y.double()
     mean = y.mean(0)
     left, spectrum, right = torch.linalg.svd((y - mean) / unit, full_matrices=False)
@@ -160,8 +177,13 @@ def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[
     if rank > len(spectrum):
         wanted = f"expected at most {len(spectrum)}"
         raise UserError(f"--y_rank {rank}: {wanted} for {len(y)} target vectors of length {y.shape[1]}")
-    parts = (mean, left[:, :rank] * spectrum[:rank], right[:rank] * unit)
-    return {name: part.to(dtype) for name, part in zip(_LOW_RANK, parts, strict=True)}
+    basis = {"y.mean": mean.to(_basis(dtype)), "y.right": (right[:rank] * unit).to(_basis(dtype))}
+    return basis | _stored("y.left", left[:, :rank] * spectrum[:rank], dtype)
+
+
+def _basis(dtype: torch.dtype) -> torch.dtype:
+    """Number type of the mean and the directions of target vectors whose coefficients are in `dtype`."""
+    return torch.bfloat16 if dtype == torch.uint8 else dtype
 
 
 def decode(
@@ -173,12 +195,8 @@ def decode(
     """
     size, shifts = _checked_facts(facts, path)
     views = _check_tensors(tensors, size, shifts, path)
-    x, fixed = tensors["x"], tensors.get("x.map")
-    images = x.float()
-    if fixed is not None:
-        slope, offset = fixed.view(2, -1, 1, 1)
-        images = images * slope + offset
-    if size != tuple(x.shape[2:]):
+    images = _values("x", tensors)
+    if size != tuple(images.shape[2:]):
         images = F.interpolate(images, size, mode="bilinear", align_corners=False)
     if views is not None:
         if stats is None:
@@ -186,9 +204,11 @@ def decode(
         stats.check_channels(images.shape[1], path)
         images = views.images(images, stats)
     if "y" in tensors:
-        return {"images": images, "targets": tensors["y"], "views": views}
-    mean, left, right = (tensors[name].float() for name in _LOW_RANK)
-    return {"images": images, "targets": mean + left @ right, "views": views}
+        targets = _values("y", tensors) if "y.map" in tensors else tensors["y"]
+    else:
+        mean, left, right = (_values(name, tensors) for name in _LOW_RANK)
+        targets = mean + left @ right
+    return {"images": images, "targets": targets, "views": views}
 
 
 def _checked_facts(facts: Mapping[str, Any], path: Path) -> tuple[tuple[int, int], dict[str, Any]]:
@@ -250,6 +270,9 @@ def _check_tensors(
     else:
         check(y.dtype in {*_FLOATS, *INTEGERS}, "y in float32, bfloat16 or integers")
         check(bool(y.isfinite().all()), "finite values")
+    vectors = tensors["y.left"] if y is None else y
+    columns = vectors.shape[1] if vectors.dtype == torch.uint8 and vectors.dim() == 2 else None
+    check(lengths.get("q") == columns, "y.map of shape (2, columns) with y or y.left in uint8, and only then")
     return SetViews(tensors["x.views"], **shifts, **blend) if "x.views" in tensors else None
 
 
@@ -284,14 +307,17 @@ def images_within(
         raise UserError("--bytes needs a known rank; use --y_rank in place of --y_variance")
     channels, *size = img_shape
     height, width = how.small_size(tuple(size))
-    x_type, y_type = _X_DTYPES[how.x_dtype], DTYPES[how.y_dtype]
+    x_type, y_type = _DTYPES[how.x_dtype], _DTYPES[how.y_dtype]
     each = channels * height * width * x_type.itemsize
-    once = 2 * channels * torch.float32.itemsize if x_type == torch.uint8 else 0
+    mapped = 2 * torch.float32.itemsize  # for each channel or column that is stored in uint8
+    once = channels * mapped if x_type == torch.uint8 else 0
     if isinstance(label, torch.dtype):
         each += views * label.itemsize
     else:
-        each += views * (how.y_rank or label) * y_type.itemsize
-        once += (how.y_rank + 1) * label * y_type.itemsize if how.y_rank else 0
+        columns = how.y_rank or label
+        each += views * columns * y_type.itemsize
+        once += columns * mapped if y_type == torch.uint8 else 0
+        once += (how.y_rank + 1) * label * _basis(y_type).itemsize if how.y_rank else 0
 
     def total(count: int) -> int:  # the partners of many images take more bytes each
         view = 3 + index_type(count - 1).itemsize if blend else 1
