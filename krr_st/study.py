@@ -17,7 +17,7 @@ import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
@@ -26,11 +26,12 @@ from typing import Any
 import torch
 
 from data.load import load_set
+from data.meta import read_meta
 from data.prepared import file_name
 from data.synthetic import SyntheticSet
 from data.target_scale import TARGET_SCALES
 from data.untrusted import read_json
-from distillation.run import run_method
+from distillation.run import resolved, run_method
 from evaluation.equivalent_images import equivalent_images
 from evaluation.jobs import Job
 from evaluation.measure import CellStore
@@ -56,7 +57,7 @@ from utils.cli import flag
 from utils.errors import UserError, pick
 from utils.plots import Lines, save_lines
 from utils.precision import PRECISIONS
-from utils.run_folder import write_json
+from utils.run_folder import changed_flags, changed_inputs, write_json
 from utils.seed import make_generator
 from utils.table import format_mean_std, markdown
 
@@ -95,6 +96,8 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "random + class labels": ("random", {}),
 }
 HELD_OUT = 0.2
+# How flags begin that say how a run is judged, or where files are, not what its set is.
+_NOT_OF_SET = ("pre_", "test_", "eval_", "data_dir", "save_dir", "target_ckpt")
 FINETUNED = ("10", "all")  # labels per class
 
 
@@ -143,13 +146,22 @@ class StudyFlags(JobFlags):
 
 
 def validation_set(flags: StudyFlags) -> str:
-    """Write the training images as a set of its own, a fifth of them as test split; returns its name."""
-    name = f"{flags.data_name}_val"
-    folder, size = Path(flags.data_dir) / name, flags.img_size
-    if not (folder / file_name("Y", "test", size)).exists():
-        whole = load_set(flags.data_name, flags.img_size, flags.data_dir).train
+    """Write the training images as a set of its own, a fifth of them as test split; returns its name.
+
+    A UserError where they have no labels, and where the set is there but of other training images.
+    """
+    name, size = f"{flags.data_name}_val", flags.img_size
+    folder, source = flags.data_dir / name, load_set(flags.data_name, size, flags.data_dir, splits=("train",))
+    meta, whole = read_meta(folder), source.train
+    facts = meta["sizes"].setdefault(str(size), {})
+    if (folder / file_name("Y", "test", size)).exists():
+        if facts.get("held_out_of", source.fingerprint) != source.fingerprint:
+            raise UserError(f"{folder} was made from another {flags.data_name}; remove it to make it again")
+    else:
         if whole.labels is None:
             raise UserError(f"--data_name {flags.data_name}: has no labels; probes need them")
+        facts.update(asdict(source.stats), held_out_of=source.fingerprint)
+        write_json(folder / "meta.json", {**meta, "hflip": source.hflip})
         order = torch.randperm(len(whole), generator=make_generator(0, "held-out images"))
         held_out = int(HELD_OUT * len(whole))
         for split, index in (("train", order[held_out:]), ("test", order[:held_out])):
@@ -166,6 +178,7 @@ class Row:
     method: str
     folder: Callable[[int], Path | None]  # of the set, by seed; None: no set
     make: Callable[[int], object] = lambda seed: None
+    check: Callable[[int], object] = lambda seed: None  # raises a UserError where another set is there
 
     @property
     def classes(self) -> bool:
@@ -220,8 +233,8 @@ class Study:
             yield Row(name, method, lambda seed, path=path: Path(path.replace("{seed}", str(seed))))
         for lever in {"all": tuple(LEVERS), "none": ()}.get(flags.levers[0], flags.levers):
             pick(LEVERS, lever, "lever")
-            folder = functools.partial(self.run_folder, lever)
-            yield Row(lever, "krr_st", folder, functools.partial(self.distil, lever))
+            of_lever = (functools.partial(f, lever) for f in (self.run_folder, self.distil, self.check_run))
+            yield Row(lever, "krr_st", *of_lever)
 
     def _baseline(self, name: str, method: str, count: int, **more: Any) -> Row:
         given = dict(method=method, count=count, more=more)
@@ -232,23 +245,42 @@ class Study:
         """The target model, or else one job for each row and seed that is not measured."""
         if not self.checkpoint.exists():
             return [Job(f"{self.name}: target model", 0.0, self.make_target)]
-        self.check_target()
+        self.check_sources()
+        rows = [(row, seed) for seed in range(self.flags.seeds) for row in (*self.rows, *self.curves)]
+        for row, seed in rows:
+            row.check(seed)
         return [
             Job(f"{self.name}: {row.name}, seed {seed}", 0.0, functools.partial(self.run_job, row, seed))
-            for seed in range(self.flags.seeds)
-            for row in (*self.rows, *self.curves)
+            for row, seed in rows
             if not self.read(row, seed)
         ]
 
-    def check_target(self) -> None:
-        """Raise a UserError where the folder's sets have the features of another target model."""
+    def check_sources(self) -> None:
+        """Raise a UserError where the folder's sets are of another target model or data set."""
         record = self.folder / "target.json"
-        found = {"target_ckpt": checkpoint.state_fingerprint(checkpoint.load_state(self.checkpoint))}
+        found = {
+            "target model": checkpoint.state_fingerprint(checkpoint.load_state(self.checkpoint)),
+            "data set": self.targets[0].fingerprint,
+        }
+        if self.flags.target_ckpt is None:
+            found["--target_epochs"] = str(self.flags.target_epochs)
         if not (kept := read_json(record)):
             write_json(record, found)
-        elif kept != found:
-            where = f"{self.folder} holds sets of another target model"
-            raise UserError(f"{where} than {self.checkpoint}; give another --folder")
+        elif other := changed_inputs({"inputs": kept}, found):
+            raise UserError(f"{self.folder} holds sets of {other}; give another --folder")
+
+    def check_run(self, lever: str, seed: int) -> None:
+        """Raise a UserError where the lever's set was distilled with other flags."""
+        config = self.run_folder(lever, seed) / "config.json"
+        wanted = cli.identity(resolved(METHODS["krr_st"], self.train_flags(lever, seed)))
+        kept, wanted = (
+            {k: v for k, v in flags.items() if not k.startswith(_NOT_OF_SET)}
+            for flags in (read_json(config).get("flags", {}), wanted)
+        )
+        if kept and (changed := changed_flags(kept, wanted)):
+            raise UserError(
+                f"{config.parent} holds a run with other flags ({changed}); give another --folder"
+            )
 
     def run_job(self, row: Row, seed: int) -> None:
         """Make the row's set, where it is missing, and measure it."""
@@ -289,15 +321,19 @@ class Study:
         mixup = "-mixup" if self.flags.pool_mixup else ""
         return self.folder / "runs" / f"{lever.replace(' ', '_')}-{seed}{self.suffix}{mixup}"
 
-    def distil(self, lever: str, seed: int) -> None:
-        """One KRR-ST run."""
+    def train_flags(self, lever: str, seed: int) -> TrainFlags:
+        """Those of a lever's run."""
         f, folder = self.flags, self.run_folder(lever, seed)
         networks = dict(target_model=f.network, target_ckpt=self.checkpoint)
         networks |= dict(train_model=self.student, test_model=None)
         place = dict(data_name=self.name, seed=seed, save_dir=folder.parent, exp_name=folder.name)
         length = dict(print_every=500, eval_every=10**9, test_iteration=500, pre_epoch=100)
         settings = shared_flags(f, TrainFlags) | networks | place | length
-        run_method(METHODS["krr_st"], TrainFlags(**settings | LEVERS[lever]))
+        return TrainFlags(**settings | LEVERS[lever])
+
+    def distil(self, lever: str, seed: int) -> None:
+        """One KRR-ST run."""
+        run_method(METHODS["krr_st"], self.train_flags(lever, seed))
         gc.collect()  # the table of views is large
 
     def store(self, row: Row) -> CellStore:

@@ -8,9 +8,12 @@ import pytest
 import torch
 from conftest import write_set
 
+from data.load import load_set
 from evaluation import transfer
 from krr_st import study
 from utils import cli
+from utils.errors import UserError
+from utils.run_folder import write_json
 
 FLAGS = [
     "--data_name=tiny",
@@ -161,9 +164,29 @@ def test_sets_of_another_target_model_are_not_used(quick, capsys):
     torch.save({k: v + 1 if v.is_floating_point() else v for k, v in state.items()}, "other.pt")
     before = sorted(Path("study").rglob("*"))
     assert study.main([*flags, "--target_ckpt=other.pt"]) == 2
-    assert "study/tiny holds sets of another target model than other.pt" in capsys.readouterr().err
+    assert "study/tiny holds sets of another target model; give another --folder" in capsys.readouterr().err
     assert sorted(Path("study").rglob("*")) == before
     assert study.main([*flags, f"--target_ckpt={made}"]) == 0
+
+
+def test_sets_of_other_flags_or_data_are_not_used(quick, capsys):
+    flags = [*FLAGS, "--levers=krr_st"]
+    assert study.main(flags) == 0
+    before = sorted(Path("study").rglob("*"))
+    for changed, said in (
+        (
+            "--outer_iteration=4",
+            "study/tiny/runs/krr_st-0 holds a run with other flags (outer_iteration 3 -> 4)",
+        ),
+        ("--num_images=5", "krr_st-0 holds a run with other flags (num_images 4 -> 5)"),
+        ("--target_epochs=2", "study/tiny holds sets of another --target_epochs"),
+    ):
+        assert study.main([*flags, changed]) == 2
+        assert said in capsys.readouterr().err
+    write_set("datasets", "tiny", train=400, test=48)
+    assert study.main(flags) == 2
+    assert "study/tiny holds sets of another data set" in capsys.readouterr().err
+    assert sorted(Path("study").rglob("*")) == before
 
 
 def test_paths_of_extra_sets(quick):
@@ -178,16 +201,22 @@ def test_validation_needs_labels(workspace, capsys):
     assert "--data_name bare: has no labels" in capsys.readouterr().err
 
 
-def test_validation_never_reads_the_test_split(quick, monkeypatch):
+def test_validation_never_reads_the_test_split(quick):
     (Path("datasets/tiny/X_te_8.pth")).write_bytes(b"not to be read")
     whole = torch.load("datasets/tiny/X_tr_8.pth", weights_only=True)
-    real = study.load_set
-    monkeypatch.setattr(study, "load_set", lambda *a, **k: real(*a, **{**k, "splits": ("train",)}))
-    assert study.validation_set(study.StudyFlags(data_name="tiny", img_size=8)) == "tiny_val"
+    flags = study.StudyFlags(data_name="tiny", img_size=8)
+    write_json("datasets/tiny/meta.json", {"hflip": False})
+    assert study.validation_set(flags) == "tiny_val"
+    source, held_out = (load_set(name, 8, splits=("train",)) for name in ("tiny", "tiny_val"))
+    assert (held_out.stats, held_out.hflip) == (source.stats, False)
     parts = [torch.load(f"datasets/tiny_val/X_{s}_8.pth", weights_only=True) for s in ("tr", "te")]
     assert [len(p) for p in parts] == [320, 80]
     joined = sorted(torch.cat(parts).flatten(1).tolist())
     assert joined == sorted(whole.flatten(1).tolist())  # every image once
+    assert study.validation_set(flags) == "tiny_val"
+    torch.save(whole.flip(0), "datasets/tiny/X_tr_8.pth")
+    with pytest.raises(UserError, match="datasets/tiny_val was made from another tiny; remove it"):
+        study.validation_set(flags)
 
 
 @pytest.mark.parametrize(

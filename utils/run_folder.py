@@ -112,6 +112,13 @@ def changed_inputs(config: dict[str, Any], inputs: Mapping[str, str]) -> str:
     return " and ".join(f"another {k}" for k, now in inputs.items() if before.get(k, now) != now)
 
 
+def changed_flags(before: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """Which flags of a config.json differ from those wanted, in words (five at most); else ""."""
+    wanted = _plain(wanted)
+    changed = [k for k in {**before, **wanted} if before.get(k) != wanted.get(k)]
+    return ", ".join(f"{k} {before.get(k)} -> {wanted.get(k)}" for k in changed[:5])
+
+
 class InUse(UserError):
     """Another process works in the run folder."""
 
@@ -206,10 +213,8 @@ class RunFolder:
             )
         if self.resumed:
             seed = old.get("seed") if seed is None else seed
-            before, wanted = {**old["flags"], "seed": old.get("seed")}, {**flags, "seed": seed}
-            changed = [k for k in {**before, **wanted} if before.get(k) != wanted.get(k)]
-            shown = ", ".join(f"{k} {before.get(k)} -> {wanted.get(k)}" for k in changed[:5])
-            why = f"with other flags ({shown})" if changed else ""
+            changed = changed_flags({**old["flags"], "seed": old.get("seed")}, {**flags, "seed": seed})
+            why = f"with other flags ({changed})" if changed else ""
             if not why and (other := changed_inputs(old, inputs)):
                 why = f"that began with {other}; put back what was there"
             if why:
