@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import re
+import resource
 import signal
 import stat
 import struct
@@ -183,6 +184,17 @@ def test_a_failing_writer_leaves_the_old_file(tmp_path, error, raised):
         checkpoint.write_atomic(path, write)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["f.bin"]  # no temporary file is left
+
+
+def test_a_file_that_does_not_fit_is_said_in_plain_words(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*x\.pt: File too large"):
+            checkpoint.save(torch.zeros(400_000, dtype=torch.uint8), tmp_path / "x.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_written_files_are_whole_and_readable_by_others(tmp_path):

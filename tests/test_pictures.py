@@ -38,6 +38,9 @@ def test_sixteen_bit_and_float(tmp_path):
     deep = Image.fromarray(ramp.astype(np.uint16) * 257)
     for name in ("deep.png", "deep.tiff"):
         assert np.array_equal(one_row(tmp_path, deep, name)[..., 0], ramp)
+    found = one_row(tmp_path, deep, "white.tiff", tiffinfo={262: 0})  # white is zero
+    assert Image.open(tmp_path / "white.tiff").tag_v2[262] == 0
+    assert np.array_equal(found[..., 0], 255 - ramp)
     unit = Image.fromarray(ramp.astype(np.float32) / 255)
     assert np.array_equal(one_row(tmp_path, unit, "unit.tiff")[..., 2], ramp)
     bytes_ = Image.fromarray(ramp.astype(np.float32))

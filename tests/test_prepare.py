@@ -166,6 +166,18 @@ def test_skip_broken_keeps_the_others_with_their_labels(damaged, tmp_path, worke
     assert np.allclose(entry["mean"], expected.mean((0, 2, 3)), atol=1e-12)
 
 
+def test_a_class_of_nothing_but_broken_pictures(tmp_path, capsys):
+    for name in "ab":
+        for i in range(3):
+            draw(tmp_path / "mix" / name / f"{i}.png")
+    for i in range(3):
+        (tmp_path / "mix" / "b" / f"{i}.png").write_text("no")
+    flags = ("--from_folder", tmp_path / "mix", "--size", 8, "--data_dir", tmp_path / "out")
+    assert run(*flags, "--skip_broken") == 2
+    assert "class b of folder mix has no readable picture" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "mix").exists()
+
+
 def test_a_set_of_nothing_but_broken_pictures(tmp_path, capsys):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "1.png").write_text("no")
@@ -181,7 +193,7 @@ def test_full_disk_leaves_the_old_set_whole(folder, tmp_path, monkeypatch, capsy
     assert run(*flags, "--val_fraction", 0.2) == 0
     before = listing(tmp_path / "own")
     saves = []
-    real = write._save
+    real = torch.save
 
     def full(*arguments):
         saves.append(arguments)
@@ -192,7 +204,7 @@ def test_full_disk_leaves_the_old_set_whole(folder, tmp_path, monkeypatch, capsy
     if stage == "rows":
         monkeypatch.setattr(write.tempfile, "TemporaryFile", lambda dir: open("/dev/full", "r+b"))  # noqa: SIM115
     else:
-        monkeypatch.setattr(write, "_save", full)
+        monkeypatch.setattr(torch, "save", full)
     assert run(*flags, "--val_fraction", 0.5, "--overwrite", "--workers", 2) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert listing(tmp_path / "own") == before

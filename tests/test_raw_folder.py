@@ -46,18 +46,35 @@ def test_val_fraction_is_stratified_and_repeatable(tmp_path):
     assert content(read_folder(tmp_path, val_fraction=0.2), "test") == test
 
 
-@pytest.mark.parametrize("held_out", ["val", "test"])
-def test_folder_that_is_split_already(tmp_path, held_out):
-    for split in ("train", held_out):
+@pytest.mark.parametrize("train, held_out", [("train", "val"), ("Train", "Test"), ("training", "testing")])
+def test_folder_that_is_split_already(tmp_path, capsys, train, held_out):
+    for split in (train, held_out):
         for name in ("x", "y"):
             draw(tmp_path / split / name / f"{split}.png")
     source = read_folder(tmp_path)
-    assert content(source, "train") == [("train.png", 0), ("train.png", 1)]
+    assert content(source, "train") == [(f"{train}.png", 0), (f"{train}.png", 1)]
     assert content(source, "test") == [(f"{held_out}.png", 0), (f"{held_out}.png", 1)]
     with pytest.raises(UserError, match="val_fraction"):
         read_folder(tmp_path, val_fraction=0.1)
+    (tmp_path / "notes.txt").write_text("no picture")
+    draw(tmp_path / "extra" / "1.png")
+    assert content(read_folder(tmp_path), "train") == content(source, "train")
+    said = capsys.readouterr().out
+    assert "left out: extra" in said and "left out (notes.txt)" in said
+    draw(tmp_path / "loose.png")
+    with pytest.raises(UserError, match=rf"loose pictures \(such as loose.png\) beside {train}/; sort"):
+        read_folder(tmp_path)
+    (tmp_path / "loose.png").unlink()
     draw(tmp_path / held_out / "z" / "1.png")
     with pytest.raises(UserError, match=r"differ in 1 class folders \(z\)"):
+        read_folder(tmp_path)
+
+
+def test_loose_pictures_beside_a_lone_train_folder(tmp_path):
+    draw(tmp_path / "train" / "x" / "1.png")
+    assert content(read_folder(tmp_path), "train") == [("1.png", 0)]
+    draw(tmp_path / "2.png")
+    with pytest.raises(UserError, match="loose pictures"):
         read_folder(tmp_path)
 
 

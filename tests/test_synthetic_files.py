@@ -74,7 +74,7 @@ def test_damaged_res_files(content, message, tmp_path):
 def test_damaged_pairs(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         SyntheticSet.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"neither x_syn.pt and y_syn.pt nor labels.csv"):
+    with pytest.raises(UserError, match=r"no synthetic set; expected x_syn.pt and y_syn.pt, labels.csv"):
         SyntheticSet.load(tmp_path)
     torch.save(X, tmp_path / "x_syn.pt")
     with pytest.raises(UserError, match=r"y_syn.pt does not exist"):

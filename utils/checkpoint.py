@@ -108,15 +108,22 @@ def _remove_left_overs(path: Path) -> None:
             (path.parent / name).unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def torch_writing() -> Iterator[None]:
+    """An OSError where torch cannot write a file: it raises a RuntimeError about its archive then."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = error.__context__
+        raise found if isinstance(found, OSError) else OSError(first_line(error)) from None
+
+
 def write_atomic(
     path: Path | str, write: Callable[[BinaryIO], None], then: Callable[[], None] = lambda: None
 ) -> None:
     """Write a file through `write(file)`, whole or not at all; `then` and errors as for `atomic_path`."""
-    with atomic_path(path, then) as temporary, temporary.open("wb") as file:
-        try:
-            write(file)
-        except RuntimeError as error:  # torch reports a full disk this way
-            raise OSError(first_line(error)) from error
+    with atomic_path(path, then) as temporary, temporary.open("wb") as file, torch_writing():
+        write(file)
 
 
 def write_text(path: Path | str, text: str) -> None:

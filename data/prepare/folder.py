@@ -15,34 +15,47 @@ _PICTURE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".j2k", ".jpx", ".png", ".apng", ".bmp", ".dib"),
     *(".gif", ".webp", ".avif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
 )
-_HELD_OUT = ("val", "valid", "validation", "test")
+_TRAIN, _HELD_OUT = ("train", "training"), ("val", "valid", "validation", "test", "testing")
 
 
 def read_folder(path: Path, *, val_fraction: float = 0.0, unlabelled: bool = False) -> Source:
     """Read a folder of images.
 
-    With `train/` beside `val/` (or valid, validation, test) each is read as its own split; so is a
-    lone `train/`. Otherwise sub-folders are classes, sorted by name, with the pictures of all
-    levels below them; a folder without sub-folders has no labels. `unlabelled` takes the pictures of
+    With `train/` beside `val/` (or training; valid, validation, test, testing; in any case) each is read as
+    its own split; so is a lone `train/`. Otherwise sub-folders are classes, sorted by name, with the pictures
+    of all levels below them; a folder without sub-folders has no labels. `unlabelled` takes the pictures of
     all levels, without labels. `val_fraction` of every class (at least one picture, but not its only
     one) becomes the test split, drawn with seed 0. A UserError for no pictures, an empty class folder, class
-    names that differ only in spelling, pictures beside class folders, and splits whose classes differ.
+    names that differ only in spelling, pictures beside class folders or splits, and splits whose classes
+    differ.
     """
     if not path.is_dir():
         raise UserError(f"--from_folder {path} is not a folder")
     origin = f"folder {path.name}"
-    below = {folder.name for folder in _entries(path)[0]}
-    held_out = [name for name in _HELD_OUT if name in below]
-    if "train" in below and held_out:
+    folders, loose, others = _entries(path)
+    named = {folder.name.lower(): folder for folder in folders}
+    train_folder = next((named[name] for name in _TRAIN if name in named), None)
+    held_out = [named[name] for name in _HELD_OUT if name in named]
+    if train_folder and (held_out or len(folders) == 1):
+        if loose:
+            raise UserError(
+                f"{path} holds {len(loose)} loose pictures (such as {loose[0].name}) beside "
+                f"{train_folder.name}/; sort them in, or remove them"
+            )
+        _name_others(path, others)
+    if train_folder and held_out:
+        test_folder = held_out[0]
         if val_fraction:
-            raise UserError(f"{path} has {held_out[0]}/ already; --val_fraction is for a folder without one")
-        if len(held_out) > 1:
-            print(f"{held_out[0]}/ becomes the test split; {', '.join(held_out[1:])} is left out")
-        names, *train = _read_split(path / "train", unlabelled)
-        test_names, *test = _read_split(path / held_out[0], unlabelled)
-        _check_same_classes(path, held_out[0], names, test_names)
+            raise UserError(
+                f"{path} has {test_folder.name}/ already; --val_fraction is for a folder without one"
+            )
+        if spare := [folder.name for folder in folders if folder not in (train_folder, test_folder)]:
+            print(f"{test_folder.name}/ becomes the test split; left out: {', '.join(spare)}")
+        names, *train = _read_split(train_folder, unlabelled)
+        test_names, *test = _read_split(test_folder, unlabelled)
+        _check_same_classes(path, test_folder.name, names, test_names)
         return file_source(origin, names, train=train, test=test)
-    path = path / "train" if below == {"train"} else path
+    path = train_folder if folders == [train_folder] else path
     names, files, labels = _read_split(path, unlabelled)
     if not val_fraction:
         return file_source(origin, names, train=(files, labels))

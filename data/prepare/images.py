@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION
 
 from data.untrusted import open_picture
 
@@ -22,9 +23,11 @@ def to_eight_bit(picture: Image.Image, channels: int) -> Image.Image:
     for integer or float pixels outside those ranges.
     """
     _scale_transparent_value(picture)
+    white_is_zero = getattr(picture, "tag_v2", {}).get(PHOTOMETRIC_INTERPRETATION) == 0
     ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I"):
         pixels, clear = np.asarray(picture), picture.info.get("transparency")
+        pixels = 65535 - pixels if white_is_zero else pixels  # Pillow inverts 8 bits alone
         picture = _from_integers(pixels if clear is None else np.where(pixels == clear, 65535, pixels))
     elif picture.mode == "F":
         picture = _from_floats(np.asarray(picture))

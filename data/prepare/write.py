@@ -25,7 +25,7 @@ from data.meta import checksum, measure_statistics, read_meta
 from data.prepare import images
 from data.prepare.raw import Part, Source
 from data.prepared import SPLITS, file_name, sample
-from utils.checkpoint import atomic_path, write_text
+from utils.checkpoint import atomic_path, torch_writing, write_text
 from utils.errors import UserError
 from utils.stop import end_with_parent
 
@@ -81,7 +81,9 @@ def write_prepared(
             for (kind, split), tensor in tensors.items():
                 path = folder / file_name(kind, split, size)
                 if tensor is not None:
-                    _save(tensor, files.enter_context(atomic_path(path)))
+                    temporary = files.enter_context(atomic_path(path))
+                    with temporary.open("wb") as file, torch_writing():
+                        torch.save(tensor, file)
             meta = read_meta(folder) | {"source": source.origin, "class_names": source.class_names, **facts}
             meta["sizes"][str(size)] = entry
             meta_path = files.enter_context(atomic_path(folder / "meta.json"))  # takes its name first
@@ -148,6 +150,10 @@ def _convert_split(
     low, high = int(joined.min()), int(joined.max())
     if low < 0 or high > last:
         raise UserError(f"{split} split: labels from {low} to {high}, expected 0 to {last}")
+    empty = joined.bincount(minlength=last + 1).eq(0).nonzero().flatten().tolist()
+    if skipped and empty and split == "train":
+        name = source.class_names[empty[0]]
+        raise UserError(f"class {name} of {source.origin} has no readable picture; mend one, or remove it")
     return rows, joined, skipped
 
 
@@ -190,14 +196,6 @@ def _describe(tensors: dict[tuple[str, str], Tensor | None]) -> dict[str, Any]:
             raise UserError(f"the {split} split has no readable picture")
     stats = measure_statistics(tensors["X", "train"])
     return entry | {"mean": list(stats.mean), "std": list(stats.std)}
-
-
-def _save(tensor: Tensor, path: Path) -> None:
-    try:
-        with path.open("wb") as file:
-            torch.save(tensor, file)
-    except RuntimeError as error:  # torch reports a full disk this way
-        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _check_same_classes(folder: Path, size: int, source: Source) -> None:

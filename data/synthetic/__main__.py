@@ -16,7 +16,7 @@ from data.prepared import spaced
 from data.specs import DC_SPECS, KRR_SPECS
 from data.synthetic.card import CardFlags
 from data.synthetic.compact import CompactFlags
-from data.synthetic.forms import FORMS, detect_form, find_set, save_compact, save_hf, stored_bytes
+from data.synthetic.forms import FORMS, detect_form, save_compact, save_hf, stored_bytes
 from data.synthetic.set import SyntheticSet
 from utils import cli
 from utils.errors import UserError, entry_point, pick
@@ -168,8 +168,6 @@ def main(argv: list[str] | None = None) -> None:
         command.add_argument("--family", choices=("krr", "dc"), default="krr", help="whose [krr]")
         command.add_argument("--experiment", type=int, default=0, help="of a res file [0]")
     args = parser.parse_args(argv)
-    name = {"inspect": "path", "convert": "src"}[args.command]
-    setattr(args, name, find_set(getattr(args, name)) or getattr(args, name))
     {"inspect": _inspect, "convert": _convert}[args.command](args)
 
 

@@ -75,7 +75,10 @@ def detect_form(path: Path) -> str:
         for form, mark in FOLDER_MARKS.items():
             if (path / mark).exists():
                 return form
-        raise UserError(f"{path} holds neither x_syn.pt and y_syn.pt nor labels.csv with PNGs nor {PARQUET}")
+        if find_set(path) is not None:
+            return "res"
+        wanted = f"x_syn.pt and y_syn.pt, labels.csv with PNGs, {PARQUET} or one res_*.pt"
+        raise UserError(f"{path} holds no synthetic set; expected {wanted}")
     if path.name in ("x_syn.pt", "y_syn.pt"):
         return "pair"
     return path.suffix[1:] if path.suffix in (".safetensors", ".npz") else "res"
@@ -151,7 +154,8 @@ def _write_pair(synthetic: SyntheticSet, path: Path) -> None:
 
 
 def _read_res(path: Path, stats: Stats | None, experiment: int) -> Fields:
-    """Read one experiment of a `res_*.pt`; its accuracies become info."""
+    """Read one experiment of a `res_*.pt`, or of the one in a run folder; its accuracies become info."""
+    path = (find_set(path) or path) if path.is_dir() else path
     raw = checkpoint.load(path, what="synthetic file")
     runs = raw.get("data") if isinstance(raw, dict) else None
     if not isinstance(runs, list | tuple) or not runs:
