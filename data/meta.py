@@ -69,6 +69,13 @@ def measure_statistics(images: Tensor) -> Stats:
     return Stats(tuple((mean / scale).tolist()), tuple((std / scale).clamp_min(1e-3).tolist()))
 
 
+def stored_sizes(folder: Path) -> dict[int, Stats]:
+    """The statistics of each size in meta.json, if any (UserError: unusable)."""
+    path, sizes = folder / "meta.json", read_meta(folder)["sizes"]
+    found = {int(size): Stats.parse(facts, path) for size, facts in sizes.items() if size.isdecimal()}
+    return {size: stats for size, stats in found.items() if stats is not None}
+
+
 def stored_statistics(folder: Path | str, size: int, channels: int) -> Stats | None:
     """The statistics in meta.json, which must fit the images (UserError); None if it has none."""
     path = Path(folder) / "meta.json"

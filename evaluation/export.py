@@ -21,7 +21,7 @@ from data.whitening import Whitening
 from evaluation.transfer import Measurement, NetworkFlags, PretrainFlags, load_pretraining
 from models import get_model
 from utils import checkpoint
-from utils.cli import as_json, command, flag, same_flag
+from utils.cli import as_json, command, flag, same_flag, typed
 from utils.cost import Forecast
 from utils.errors import UserError, first_line
 from utils.memory import out_of_memory_says
@@ -134,15 +134,19 @@ def export(flags: ExportFlags) -> int:
     if flags.dry_run and not flags.cost:
         print(json.dumps(as_json(flags), indent=2))
         return 0
-    if (flags.out / CONFIG).exists() and not flags.overwrite and not flags.cost:
-        raise UserError(f"{flags.out} holds an encoder or a run already; pass --overwrite to replace it")
+    if (flags.out / CONFIG).exists() and not flags.cost:
+        if not (flags.out / WEIGHTS).exists():
+            raise UserError(f"{flags.out} holds a run or another program's files; choose another --out")
+        if not flags.overwrite:
+            raise UserError(f"{flags.out} holds an encoder already; pass --overwrite to replace it")
     work = Measurement(flags)
     work.pretraining = load_pretraining(flags, work.preset.size, work.arch)
     synthetic, work.width = work.pretraining.synthetic, work.pretraining.outputs
     if synthetic.stats is None:
+        named = dict(data_name=flags.source_data_name, data_dir=flags.data_dir)
         raise UserError(
-            "the mean and std of the synthetic set are unknown; put them in by: python -m data.synthetic "
-            "convert SET NEW --form pair --data_name NAME"
+            "the mean and std of the synthetic set are unknown; put them in by: "
+            + typed("python -m data.synthetic convert SET NEW --form pair", **named)
         )
     shape, seed = tuple(synthetic.images.shape[1:]), resolve_seed(flags.seed)
     work.forecast = Forecast(work.pretraining_work(), work.device, shorter="--pre_epoch or --steps_scale")

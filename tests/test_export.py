@@ -14,6 +14,7 @@ from data.augment import normalize
 from data.load import load_set
 from data.specs import Stats
 from data.synthetic import SyntheticSet, TrainingSettings
+from data.synthetic.__main__ import main as convert
 from data.target_scale import TargetScale
 from data.whitening import Whitening
 from evaluation import export
@@ -70,11 +71,20 @@ def test_bad_flags_are_one_line_and_write_nothing(made, capsys):
     synthetic = SyntheticSet.load("set")
     SyntheticSet(synthetic.images, synthetic.targets).save("bare")
     bare = [{"set": "bare"}.get(word, word) for word in ARGV]
-    fails(capsys, export, bare, "mean and std", "--data_name")
+    fails(capsys, export, bare, "mean and std", "convert SET NEW --form pair --data_name tiny")
+    assert convert(["convert", "bare", "full", "--form", "pair", "--data_name", "tiny"]) == 0
+    full = [{"set": "full"}.get(word, word) for word in ARGV]
+    assert export.main([*full, "--out", "other"]) == 0
     assert export.main([*ARGV, "--dry_run"]) == 0 and not Path("encoder").exists()
     assert export.main(ARGV) == 0
     fails(capsys, export, ARGV, "encoder", "--overwrite")
     assert export.main([*ARGV, "--overwrite"]) == 0
+    Path("run").mkdir()
+    Path("run/config.json").write_text("{}")
+    fails(
+        capsys, export, [*ARGV, "--out", "run", "--overwrite"], "run holds a run or another program's files"
+    )
+    assert Path("run/config.json").read_text() == "{}"
 
 
 def test_damaged_encoders_are_one_line(made):

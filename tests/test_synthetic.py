@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from data.specs import Stats
-from data.synthetic import FORMS, SyntheticSet, save_experiments
+from data.synthetic import FORMS, SyntheticSet, save_compact, save_experiments
+from data.synthetic.views import ViewFlags
 from utils.errors import UserError
 
 STATS = Stats((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -145,6 +146,15 @@ def test_published_pair_with_the_config_of_a_run(tmp_path):
     other = Stats((0.0,) * 3, (1.0,) * 3)
     s = SyntheticSet.load(tmp_path, stats=other, data_name="mine")
     assert s.stats == other and s.data_name == "mine"
+
+
+def test_views_of_a_run_know_their_source(tmp_path):
+    views = ViewFlags(2).draw(2, 8, True, torch.Generator().manual_seed(0))
+    whole = SyntheticSet(torch.randn(4, 3, 8, 8), torch.randn(4, 5), STATS, views=views)
+    save_compact(whole, tmp_path / "set.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"data_name": "mine", "info": {"no": 1}}))
+    found = SyntheticSet.load(tmp_path)
+    assert (found.data_name, found.info, found.stats) == ("mine", {}, STATS)
 
 
 def test_res_holds_what_validate_reads(tmp_path):

@@ -1,5 +1,6 @@
 """Files of synthetic sets from elsewhere (damaged, hostile), the two commands and the grid."""
 
+import json
 import pickle
 
 import numpy as np
@@ -204,6 +205,22 @@ def test_inspect_soft_unknown_stats_and_published_stats(tmp_path, capsys):
     assert "no published mean and std at size 32" in capsys.readouterr().err
 
 
+def test_statistics_of_a_prepared_set(tmp_path, capsys):
+    """Of a listed set without published ones (digits) and of an own set, as meta.json has them."""
+    SyntheticSet(torch.randn(3, 3, 16, 16), torch.randn(3, 4)).save(tmp_path / "set")
+    flags = ["inspect", str(tmp_path / "set"), "--data_dir", str(tmp_path / "data"), "--data_name"]
+    assert main([*flags, "mine"]) == 2
+    assert "unknown data set (none is prepared in" in capsys.readouterr().err
+    for name in ("digits", "mine"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        assert main([*flags, name]) == 2
+        assert f"{name} has no published mean and std, and none are in" in capsys.readouterr().err
+        facts = {"16": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}, "8": {}}
+        (tmp_path / "data" / name / "meta.json").write_text(json.dumps({"sizes": facts}))
+        assert main([*flags, name]) == 0
+        assert "0.1" in capsys.readouterr().out
+
+
 def test_uneven_classes_are_counted(tmp_path, capsys):
     SyntheticSet(X, torch.tensor([4, 4])).save(tmp_path / "a")
     SyntheticSet(pixels(3), torch.tensor([1, 0, 1])).save(tmp_path / "b")
@@ -216,6 +233,30 @@ def test_uneven_classes_are_counted(tmp_path, capsys):
     ):
         main(["inspect", str(tmp_path / name)])
         assert text in capsys.readouterr().out
+
+
+def test_converted_experiments_keep_their_own_accuracies(tmp_path, capsys):
+    sets, scores = [SyntheticSet(X, Y)] * 3, {"ConvNet": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], "MLP": [0.1, 0.2]}
+    save_experiments(tmp_path / "res_three.pt", sets, scores)
+    argv = ["convert", str(tmp_path / "res_three.pt"), str(tmp_path / "one.pt"), "--form", "res"]
+    assert main([*argv, "--experiment", "1"]) == 0
+    assert SyntheticSet.load(tmp_path / "one.pt").info["accs_all_exps"] == {"ConvNet": [0.3, 0.4]}
+    SyntheticSet(X, Y, info={"accs_all_exps": 5}).save(tmp_path / "odd")
+    capsys.readouterr()
+    assert main(["convert", str(tmp_path / "odd"), str(tmp_path / "two.pt"), "--form", "res"]) == 2
+    assert "accs_all_exps must map names to lists" in capsys.readouterr().err
+    assert not (tmp_path / "two.pt").exists()
+
+
+def test_target_vectors_of_one_entry(tmp_path):
+    y = torch.tensor([[0.25], [-1.5]])
+    SyntheticSet(X, y).save(tmp_path / "one.npz", "npz")
+    assert torch.equal(SyntheticSet.load(tmp_path / "one.npz").targets, y)
+
+
+def test_a_run_folder_with_one_res_file(tmp_path):
+    save_experiments(tmp_path / "res_DM_CIFAR10_ConvNet_1ipc.pt", [SyntheticSet(X, Y)], {})
+    assert torch.equal(SyntheticSet.load(tmp_path).images, X)
 
 
 def test_convert_says_that_other_experiments_stay_behind(tmp_path, capsys):

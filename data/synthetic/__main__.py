@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.meta import stored_sizes
 from data.prepared import spaced
 from data.specs import DC_SPECS, KRR_SPECS
 from data.synthetic.card import CardFlags
@@ -99,11 +100,16 @@ def _load_flagged(args: argparse.Namespace, path: Path) -> SyntheticSet:
     load = partial(SyntheticSet.load, path, data_name=args.data_name, experiment=args.experiment)
     if args.data_name is None:
         return load()
-    stats = pick({"krr": KRR_SPECS, "dc": DC_SPECS}[args.family], args.data_name, "data set").stats
+    rows, name = {"krr": KRR_SPECS, "dc": DC_SPECS}[args.family], args.data_name
+    folder = args.data_dir / (rows[name].folder if name in rows else name)
+    if name not in rows and not folder.is_dir():
+        pick(rows, name, f"data set (none is prepared in {args.data_dir} either)")
+    stats = stored_sizes(folder) | (rows[name].stats if name in rows else {})
     # The first time only for its size: a PNG folder is normalised with the values that belong to it.
-    size = load(stats=next(iter(stats.values()))).images.shape[-1]
+    size = load(stats=next(iter(stats.values()))).images.shape[-1] if stats else None
     if size not in stats:
-        raise UserError(f"{args.data_name} has no published mean and std at size {size}")
+        at = "" if size is None else f" at size {size}"
+        raise UserError(f"{name} has no published mean and std{at}, and none are in {folder / 'meta.json'}")
     return load(stats=stats[size])
 
 
@@ -164,8 +170,13 @@ def main(argv: list[str] | None = None) -> None:
     cli.add_flags(convert, CompactFlags)
     cli.add_flags(convert, CardFlags)
     for command in (inspect, convert):
-        command.add_argument("--data_name", help="use the published mean and std of this data set")
-        command.add_argument("--family", choices=("krr", "dc"), default="krr", help="whose [krr]")
+        command.add_argument("--data_name", help="use the mean and std of this data set")
+        command.add_argument(
+            "--family", choices=("krr", "dc"), default="krr", help="whose published ones [krr]"
+        )
+        command.add_argument(
+            "--data_dir", type=Path, default="datasets", help="of prepared sets, for others [datasets]"
+        )
         command.add_argument("--experiment", type=int, default=0, help="of a res file [0]")
     args = parser.parse_args(argv)
     {"inspect": _inspect, "convert": _convert}[args.command](args)

@@ -140,14 +140,20 @@ def _read_pair(path: Path, stats: Stats | None, experiment: int) -> Fields:
         "images": checkpoint.load_tensor(folder / "x_syn.pt", what="synthetic images"),
         "targets": checkpoint.load_tensor(folder / "y_syn.pt", what="synthetic targets"),
     }
-    run = _parse_description(read_json(folder / "config.json"), folder / "config.json")
-    run.pop("info", None)  # of the run
-    return fields | run | _read_beside(folder / "x_syn.json")
+    return fields | _run_fields(folder) | _read_beside(folder / "x_syn.json")
+
+
+def _run_fields(folder: Path) -> Fields:
+    """What the config.json of a run folder says about its set."""
+    path = folder / "config.json"
+    found = _parse_description(read_json(path), path)
+    found.pop("info", None)  # of the run
+    return found
 
 
 def _write_pair(synthetic: SyntheticSet, path: Path) -> None:
     """Write a pair; each file is whole or not at all, the three together are not."""
-    folder = path.parent if path.name == "x_syn.pt" else path
+    folder = path.parent if path.name in ("x_syn.pt", "y_syn.pt") else path
     checkpoint.save(_stored(synthetic.images), folder / "x_syn.pt")
     checkpoint.save(_stored(synthetic.targets), folder / "y_syn.pt")
     _write_beside(synthetic, folder / "x_syn.json")
@@ -169,15 +175,19 @@ def _read_res(path: Path, stats: Stats | None, experiment: int) -> Fields:
     run = runs[experiment]
     if not isinstance(run, list | tuple) or len(run) != 2:
         raise UserError(f"{path}: experiment {experiment} is not a pair [images, labels]")
-    try:
-        accuracies = {
-            str(name): [float(a) for a in values] for name, values in (raw.get("accs_all_exps") or {}).items()
-        }
-    except (TypeError, ValueError, AttributeError):
-        raise UserError(f"{path}: accs_all_exps must map names to lists of numbers") from None
+    accuracies = _accuracies(raw, path)
     fields = {"images": run[0], "targets": run[1]} | _read_beside(*_same_name(path))
     facts = {"accs_all_exps": accuracies, "experiment": experiment, "num_experiments": len(runs)}
     return fields | {"info": fields.get("info", {}) | facts}
+
+
+def _accuracies(facts: dict[str, Any], path: Path) -> dict[str, list[float]]:
+    """Network -> accuracies of all experiments; a UserError if they are something else."""
+    try:
+        given = (facts.get("accs_all_exps") or {}).items()
+        return {str(name): [float(a) for a in values] for name, values in given}
+    except (TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: accs_all_exps must map names to lists of numbers") from None
 
 
 def save_experiments(
@@ -205,14 +215,25 @@ def save_experiments(
 
 
 def _write_res(synthetic: SyntheticSet, path: Path) -> None:
-    save_experiments(path, [synthetic], synthetic.info.get("accs_all_exps", {}))
+    """Write one experiment, of several with its share of the accuracies, where they can be shared out."""
+    which, of = (synthetic.info.get(name) for name in ("experiment", "num_experiments"))
+    if not (type(which) is type(of) is int and 0 <= which < of):
+        which, of = 0, 1
+    shares = {
+        name: values[which * len(values) // of : (which + 1) * len(values) // of]
+        for name, values in _accuracies(synthetic.info, path).items()
+        if len(values) % of == 0
+    }
+    save_experiments(path, [synthetic], shares)
 
 
 def _read_safetensors(path: Path, stats: Stats | None, experiment: int) -> Fields:
-    """Read a plain or a compact file: the metadata says which it is."""
-    path = path / SET_FILE if path.is_dir() else path
+    """Read a plain or a compact file: the metadata says which it is. Of a run config.json says more."""
+    run: Fields = {}
+    if path.is_dir():
+        run, path = _run_fields(path), path / SET_FILE
     tensors, metadata = read_safetensors(path)
-    fields = _parse_description(parse_json(metadata.get("synthetic_set", "{}"), path), path)
+    fields = run | _parse_description(parse_json(metadata.get("synthetic_set", "{}"), path), path)
     fields["training"] = TrainingSettings.unpack(tensors, metadata.get("training", "{}"), path)
     if "compact" in metadata:
         return fields | decode(tensors, parse_json(metadata["compact"], path), fields.get("stats"), path)
@@ -364,7 +385,7 @@ def _read_npz(path: Path, stats: Stats | None, experiment: int) -> Fields:
         raise UserError(f"{path} is damaged or not an npz file of numbers ({type(error).__name__})") from None
     if images.dim() == 4 and images.shape[1] not in (1, 3) and images.shape[-1] in (1, 3):
         images = images.permute(0, 3, 1, 2).contiguous()
-    if labels.dim() == 2 and labels.shape[1] == 1:
+    if labels.dim() == 2 and labels.shape[1] == 1 and bool((labels == labels.round()).all()):
         labels = labels[:, 0]
     return {"images": images, "targets": labels} | _read_beside(*_same_name(path))
 
