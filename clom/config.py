@@ -24,6 +24,13 @@ LONGEST_NAME = 150  # characters of a default run folder's name
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 
 
+# Flags without effect where there is no CLoM.
+CLOM_FLAGS = (
+    *("CLoM_distance", "CLoM_ce_form", "alphas", "models_pool", "model_num", "epoch", "CLoM_batch_size"),
+    "CLoM_teacher_stats",
+)
+
+
 @dataclass(frozen=True)
 class SourceFlags(DeviceFlags):
     """Flags of every command of this family."""

@@ -49,8 +49,9 @@ def train_originals(flags: OriginalFlags) -> int:
     identity = cli.identity(flags)
     inputs = {"data set": image_set.fingerprint}
     earlier = earlier_runs(folder, identity)
-    unfinished = [place for place in earlier if not (place / "results.json").exists()]
-    finished = len(earlier) - len(unfinished) if flags.resume else 0
+    left = [place for place in earlier if not (place / "results.json").exists()]
+    finished = len(earlier) - len(left) if flags.resume else 0
+    unfinished = [p for p in left if flags.seed is None or earlier[p].get("seed") == network_seed(seed, p)]
     for place in earlier if flags.resume else unfinished[: flags.num]:
         if other := changed_inputs(earlier[place], inputs):
             raise UserError(
@@ -70,7 +71,7 @@ def train_originals(flags: OriginalFlags) -> int:
                 identity,
                 device=device,
                 tensorboard=flags.tensorboard,
-                seed=None if begun else derive_seed(seed, place.name) % 2**31,
+                seed=None if begun else network_seed(seed, place),
                 extra=facts,
                 inputs=inputs,
             )
@@ -99,6 +100,11 @@ def original_trainer(
 def in_space(image_set: ImageSet, normalized: bool) -> ImageSet:
     """The set with its own statistics, or with those that leave pixels in [0, 1]."""
     return image_set if normalized else replace(image_set, stats=pixel_stats(image_set.img_shape[0]))
+
+
+def network_seed(seed: int, place: Path) -> int:
+    """That of the network in an index folder."""
+    return derive_seed(seed, place.name) % 2**31
 
 
 def next_index(folder: Path) -> Path:

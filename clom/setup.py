@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from clom.config import DistillFlags, default_run_folder, loops, pair_pool, result_name
+from clom.config import CLOM_FLAGS, DistillFlags, default_run_folder, loops, pair_pool, result_name
 from clom.loss import CLoM
 from clom.pool import RealFeatures, load_pool, pool_fingerprint
 from clom.source import count_classes, find_data_dir, load_data, network_factory, set_folder, to_space
@@ -71,8 +71,8 @@ class MatchingSetup(Setup):
         """Fill in what the method, the data set and ipc decide; a UserError if flags do not fit."""
         if flags.CLoM:
             pair_pool(flags)
-        elif flags.CLoM_distance == "cos":
-            print("--CLoM_distance is not used without --CLoM")
+        elif unused := [name for name in CLOM_FLAGS if getattr(flags, name) != getattr(DistillFlags, name)]:
+            print(f"not used without --CLoM: --{', --'.join(unused)}")
         eval_pool(flags.eval_mode, flags.model)
         if flags.num_images is not None:
             ipc, rest = divmod(flags.num_images, classes := count_classes(flags))
@@ -94,6 +94,9 @@ class MatchingSetup(Setup):
     def __init__(self, method: Method, flags: DistillFlags, device: torch.device, group: Group) -> None:
         super().__init__(method, flags, device, group)
         self.image_set, self.repeats = load_data(flags), flags.num_exp
+        place = flags.export and export_folder(flags.export, flags.dataset, flags.method)
+        if place and (place / "x_syn.pt").exists() and not (flags.overwrite or self.path.exists()):
+            raise UserError(f"--export: {place} holds a set already; choose another folder, or remove it")
         pool = eval_pool(flags.eval_mode, flags.model)
         self.networks = {name: network_factory(name, self.image_set, device) for name in pool}
         network_factory(flags.model, self.image_set, device)  # one that does not fit fails now
@@ -115,8 +118,13 @@ class MatchingSetup(Setup):
         return super().inputs | ({"CLoM pool": pool_fingerprint(self.pool)} if self.pool else {})
 
     @property
+    def path(self) -> Path:
+        """The file of synthetic sets."""
+        return self.folder / self.name
+
+    @property
     def name(self) -> str:
-        """The published name of the file of synthetic sets."""
+        """Its published name."""
         flags = self.flags
         return result_name(flags.method, flags.dataset, flags.model, flags.ipc)
 
@@ -130,7 +138,7 @@ class MatchingSetup(Setup):
 
     def begun(self, run: RunFolder) -> None:
         """Drop sets and pictures of another run."""
-        path = run.path / self.name
+        path = self.path
         kept = (self.picture("*", "*"), self.experiment_path(run, "*").name)
         for stale in (path, path.with_suffix(".json"), *(p for each in kept for p in run.path.glob(each))):
             stale.unlink(missing_ok=True)
@@ -201,13 +209,13 @@ class MatchingSetup(Setup):
         info = {name: getattr(flags, name) for name in ("method", "model", "ipc", "CLoM")}
         facts = (self.image_set.stats, flags.dataset, info)
         sets = [SyntheticSet(r["images"], r["labels"], *facts) for r in done]
-        save_experiments(run.path / self.name, sets, joined_accuracies(done))
+        save_experiments(self.path, sets, joined_accuracies(done))
 
     def after(self, run: RunFolder) -> None:
         """Say where the sets are; export the first one if wanted."""
-        print(f"synthetic set: {run.path / self.name}")
+        print(f"synthetic set: {self.path}")
         if self.flags.export is not None:
-            export(run.path / self.name, self.flags.export, self.flags.method, self.flags.overwrite)
+            export(self.path, self.flags.export, self.flags.method, self.flags.overwrite)
 
 
 def evaluation_due(flags: DistillFlags, step: int, steps: int) -> bool:
@@ -258,21 +266,27 @@ def joined_accuracies(done: list[dict[str, Any]]) -> dict[str, list[float]]:
     return {name: [value for each in accuracies for value in each[name]] for name in accuracies[0]}
 
 
-def export(path: Path, place: str, method: str, overwrite: bool) -> None:
-    """Write the first experiment of a res file as the KRR-ST pair.
+def export_folder(place: str, data_name: str, method: str) -> Path:
+    """`place` with the names that the KRR-ST tables use, for which {source} and {method} in it stand."""
+    return Path(place.replace("{source}", set_folder(data_name)).replace("{method}", method.lower()))
 
-    It is normalised as that family does, where it knows the source at this size. {source} and
-    {method} in the folder `place` stand for the names that the KRR-ST tables use.
+
+def export(path: Path, place: str, method: str, overwrite: bool) -> None:
+    """Write the first experiment of a res file as the KRR-ST pair, into `export_folder`.
+
+    It is normalised as that family does, where it knows the source at this size.
     """
     synthetic = SyntheticSet.load(path)
     source = set_folder(synthetic.data_name)
     stats = KRR_SPECS[source].stats.get(synthetic.images.shape[-1]) if source in KRR_SPECS else None
     if stats is not None:
         synthetic = dataclasses.replace(to_space(synthetic, stats), data_name=source)
-    folder = Path(place.replace("{source}", source).replace("{method}", method.lower()))
+    folder = export_folder(place, synthetic.data_name, method)
     if (folder / "x_syn.pt").exists() and not overwrite:
         before = SyntheticSet.load(folder, form="pair")
         if not torch.equal(before.images, synthetic.images):
-            raise UserError(f"--export: {folder} holds another set; pass --overwrite to replace it")
+            raise UserError(
+                f"--export: {folder} holds another set; remove it and repeat this command, which finds {path}"
+            )
     synthetic.save(folder, "pair")
     print(f"exported: {folder}/x_syn.pt, y_syn.pt")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clom.config import PREFIX, CellFlags, DistillFlags
+from clom.config import CLOM_FLAGS, PREFIX, CellFlags, DistillFlags
 from clom.pool import find_checkpoints
 from clom.published import FULL_DATA, PUBLISHED, RANDOM
 from clom.setup import evaluation_recipe
@@ -54,8 +54,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ce_classification": dict(CLoM=True, CLoM_distance="ce", CLoM_ce_form="classification"),
     "cos": dict(CLoM=True, CLoM_distance="cos"),
 }
-# Flags without effect where there is no CLoM.
-POOL_FLAGS = {"models_pool", "model_num", "epoch", "CLoM_batch_size", "source_dataset", "CLoM_teacher_stats"}
 # Flags that `steps_scale` multiplies.
 LENGTH = ("Iteration", "epoch_eval_train")
 DEFAULT_ALPHA = DistillFlags().alphas[0]
@@ -150,7 +148,7 @@ class Spot:
         method, names = find_method(self.method), {f.name for f in dataclasses.fields(CellFlags)}
         variant = VARIANTS[self.variant.name]
         if not variant["CLoM"]:  # what is not used must not make another cell
-            names -= POOL_FLAGS
+            names -= {*CLOM_FLAGS, "source_dataset"}
         shared = {name: getattr(self.flags, name) for name in names}
         if variant.get("CLoM_distance") == "ce":
             shared["source_dataset"] = self.dataset

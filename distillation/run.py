@@ -25,7 +25,7 @@ from utils.distributed import Group, local_gpu, process_group, quiet_unless_firs
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
 from utils.precision import float32_mode
-from utils.run_folder import START_FILE, FollowedRun, Run, RunFolder, claim_run
+from utils.run_folder import START_FILE, FollowedRun, Run, RunFolder, claim_run, forget_run
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,8 @@ def run_method(method: Method, flags: Any) -> int:
             with open_run(setup) as run:
                 if setup.finished(run):
                     print(f"{run.path} holds the finished run of these flags; --overwrite repeats it")
+                    if setup.group.first:
+                        forget_run(run.state_path)  # of a start that was killed at its very end
                 else:
                     results = setup.run(run)
                     if setup.device.type == "cuda":

@@ -617,7 +617,8 @@ class Transfer(Measurement):
             for m in measures:
                 values = [cell[m.field] for cell in found.get(m, ())]
                 rows[-1].append(format_mean_std(values, 3 if m.protocol == TARGET_ERROR else 2))
-        note = f"test accuracy in %, {self.protocol}, mean ± std over {self.flags.num_test} seeds"
+        notes = [] if self.protocol == TARGET_ERROR else [f"test accuracy in %, {self.protocol}"]
         if self.flags.wants_error:
-            note += "; error of the outputs in variances of the target's features: 1 predicts the mean"
+            notes.append("error of the outputs in variances of the target's features: 1 predicts the mean")
+        note = f"{'; '.join(notes)}; mean ± std over {self.flags.num_test} seeds"
         return markdown(["target", *(m.heading() for m in measures)], rows), note

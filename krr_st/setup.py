@@ -65,8 +65,15 @@ class KRRSTSetup(KernelSetup):
             raise UserError("--views needs --syn_init normalized: their targets are features of the views")
         if flags.views > 1 and flags.pool_mixup:
             raise UserError("--pool_mixup: each view has its own target; for mixtures use --blend")
+        if flags.views > 1 and flags.outer_lr_y:
+            raise UserError("--outer_lr_y: with --views targets are the target model's features, not learned")
         if flags.compile and not flags.dry_run:
             check_compile(device)
+
+    def __init__(self, method: Method, flags: TrainFlags, device: torch.device, group: Group) -> None:
+        super().__init__(method, flags, device, group)
+        size, hflip = self.image_set.size, self.image_set.hflip
+        flags.draw(flags.num_images, size, hflip, torch.Generator())  # views that cannot be drawn fail now
 
     @property
     def syn_stats(self) -> Stats:

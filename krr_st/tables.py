@@ -17,6 +17,7 @@ from typing import Any
 
 import krr_st.baselines
 import krr_st.target
+from data.prepared import file_name, prepare_command
 from data.specs import KRR_SPECS
 from data.synthetic import SyntheticSet
 from distillation.one_set import SetFlags
@@ -368,9 +369,14 @@ class KernelTable:
         return float(flags.num_test * images * forward_flops(arch, preset.size))
 
     def run_job(self, method: str, model: str, targets: Sequence[str]) -> None:
-        """Measure one method and network on its targets; a UserError without data or synthetic set."""
-        layout, flags = self.layout, self.flags
-        what = dict(source_data_name=layout.source, target_data_name="_".join(targets), test_model=model)
+        """Measure one method and network on its targets; a UserError without data or synthetic set.
+
+        Those that are prepared are measured first, where others are not.
+        """
+        layout, flags, size = self.layout, self.flags, PRESETS[self.layout.source].size
+        there = [t for t in targets if (flags.data_dir / t / file_name("X", "train", size)).exists()]
+        there = there or targets  # with none, the error of reading them says it
+        what = dict(source_data_name=layout.source, target_data_name="_".join(there), test_model=model)
         command, measure = (KdFlags, Distillation) if layout.protocol == "kd" else (TestFlags, Transfer)
         if command is TestFlags:
             what |= dict(protocol=layout.protocol, label_fraction=layout.fraction)
@@ -378,6 +384,9 @@ class KernelTable:
         if command is not ScratchFlags:
             what |= dict(method=method, pre_epoch=layout.pre_epoch, pre_wd=layout.pre_wd)
         measure(command(**shared_flags(flags, command), **what)).run()
+        if absent := [target for target in targets if target not in there]:
+            how = prepare_command(absent[0], size, flags.data_dir)
+            raise UserError(f"not prepared, not measured: {', '.join(absent)}; the first is made by: {how}")
 
 
 def jobs(flags: TablesFlags) -> Callable[[], list[Job]]:

@@ -97,7 +97,8 @@ class Plan:
     def __init__(self, path: Path, asked: dict[str, Any]) -> None:
         self.path, self.asked, self._began = path, asked, time.monotonic()
         kept = read_json(path)
-        before = kept.get("asked", asked)
+        begun = kept.get("chosen") or kept.get("done")  # else nothing was made of what was asked
+        before = kept.get("asked", asked) if begun else asked
         changed = [name for name in asked if not isinstance(before, dict) or before.get(name) != asked[name]]
         if changed:
             raise UserError(
@@ -142,6 +143,8 @@ class FolderRun:
         self.out = out if out.name else out.resolve()  # "." has no name to be a run's
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out} is a file; expected a folder")
+        if self.out.resolve().is_relative_to(pictures.resolve()):
+            raise UserError(f"--out {self.out} lies inside the folder of pictures; choose one outside")
         self.data_dir, self.random_dir = self.out / "data", self.out / "random"
         # Flags of all commands that read the prepared pictures.
         self.place = dict(data_dir=self.data_dir, img_size=flags.img_size, seed=flags.seed)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -265,6 +266,14 @@ def test_an_interrupted_original_goes_on(tiny, monkeypatch):
         assert sorted(p.name for p in place.glob("index_*")) == ["index_0", "index_1"]
     assert train_original_models.main(argv) == 0  # without it a finished one stays and one comes
     assert (place / "index_2").exists()
+    argv = [*TRAIN, "--num", "1", "--pretrained_path", "seeds", "--random_seed"]
+    monkeypatch.setattr(epochs, "save_run", stop)
+    assert train_original_models.main([*argv, "3"]) == 130
+    monkeypatch.setattr(epochs, "save_run", save)
+    place = Path("seeds/CIFAR10/original/ConvNetD1")
+    for seed, finished in (("4", {"index_1"}), ("3", {"index_0", "index_1"})):  # each its own
+        assert train_original_models.main([*argv, seed]) == 0
+        assert {p.parent.name for p in place.glob("*/results.json")} == finished
 
 
 def results(name="DM_ConvNetD1_ipc1"):
@@ -399,7 +408,7 @@ def test_several_gpus_leave_no_trace_in_the_state(tiny, monkeypatch):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
-def test_export_is_in_the_other_familys_normalisation(tiny):
+def test_export_is_in_the_other_familys_normalisation(tiny, capsys):
     place = "synthetic_data/{source}/{method}"
     assert main_dm.main([*DISTILL, "--save_path", "a", "--export", place]) == 0
     x, y = (torch.load(f"synthetic_data/cifar10/dm/{k}_syn.pt") for k in "xy")
@@ -410,9 +419,16 @@ def test_export_is_in_the_other_familys_normalisation(tiny):
     # The finished run only exports again.
     assert main_dm.main([*DISTILL, "--save_path", "a", "--export", "elsewhere"]) == 0
     assert torch.equal(torch.load("elsewhere/x_syn.pt"), x)
-    other = [*DISTILL, "--save_path", "b", "--seed", "99", "--export", "elsewhere"]
-    assert main_dm.main(other) == 2  # another set lies there
-    assert main_dm.main([*other, "--overwrite"]) == 0
+    other = [*DISTILL, "--save_path", "b", "--seed", "99"]
+    assert main_dm.main([*other, "--export", "elsewhere"]) == 2
+    assert "--export: elsewhere holds a set already" in capsys.readouterr().err
+    assert not Path("b").exists()  # it is said before the first step
+    assert main_dm.main(other) == 0
+    assert main_dm.main([*other, "--export", "elsewhere"]) == 2
+    assert "elsewhere holds another set; remove it and repeat this command" in capsys.readouterr().err
+    shutil.rmtree("elsewhere")
+    assert main_dm.main([*other, "--export", "elsewhere"]) == 0
+    assert main_dm.main([*other, "--export", place, "--overwrite"]) == 0
 
 
 def test_bad_flags(tiny, capsys):
@@ -485,10 +501,12 @@ def test_synthetic_files_that_do_not_fit(res, capsys):
     assert not Path("test_log").exists()
 
 
-def test_cosine_without_the_switch_is_said_not_crashed(tiny, capsys):
+def test_flags_of_clom_without_the_switch_are_said_not_crashed(tiny, capsys):
     before = listing(tiny)
-    assert main.main([*DISTILL, "--CLoM_distance", "cos", "--dry_run"]) == 0
-    assert "not used without --CLoM" in capsys.readouterr().out
+    given = ["--CLoM_distance", "cos", "--alphas", "7", "--models_pool", "ConvNet"]
+    assert main.main([*DISTILL, *given, "--dry_run"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
+    assert said == ["not used without --CLoM: --CLoM_distance, --alphas"]
     assert listing(tiny) == before
 
 

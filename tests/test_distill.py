@@ -264,8 +264,12 @@ def test_a_set_of_views_is_written_whole(tiny):
     torch.testing.assert_close(whole.plain().targets, y)
     torch.testing.assert_close(whole.targets, target(whole.images), atol=1e-5, rtol=1e-4)
     assert torch.load(folder / "x_start.pt").shape == x.shape  # the images alone
-    for flags in (["--syn_init", "raw"], ["--pool_mixup"]):
+    left = folder / "state.prev.pt"
+    left.write_bytes(b"of a start that was killed at its very end")
+    assert run("v", "--views", "5", "--blend", "--view_batch", "7") == 0 and not left.exists()
+    for flags in (["--syn_init", "raw"], ["--pool_mixup"], ["--views", "99"], ["--outer_lr_y", "1"]):
         assert run("no", "--views", "5", *flags) == 2
+    assert run("no", "--blend") == 2 and not Path("results/no").exists()
 
 
 @pytest.mark.usefixtures("no_pictures")

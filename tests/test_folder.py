@@ -59,6 +59,15 @@ def test_a_folder_that_does_not_serve_is_one_line(workspace, capsys, make, said)
     assert not list(Path(".").rglob("*.pt*"))
 
 
+def test_results_do_not_go_among_the_pictures(workspace, capsys):
+    draw("mine", 40)
+    argv = ["mine", "--num_images", "10", "--img_size", "8", "--device", "cpu"]
+    before = sorted(Path("mine").rglob("*"))
+    assert main([*argv, "--out", "mine/out"]) == 2
+    assert "--out mine/out lies inside the folder of pictures" in capsys.readouterr().err
+    assert sorted(Path("mine").rglob("*")) == before
+
+
 def test_the_largest_number_that_fits():
     for limit in (0, 1, 7, 99, 100, 200):
         naive = max([n for n in range(1, 101) if n <= limit], default=1)
@@ -99,6 +108,9 @@ def test_a_plan_is_kept_and_belongs_to_what_was_asked(tmp_path):
     assert again.spent >= 30.0
     with pytest.raises(UserError, match="another minutes"):
         Plan(tmp_path / "plan.json", {"minutes": 3.0})
+    unused = Plan(tmp_path / "unused.json", {"minutes": 2.0})
+    unused.save()  # nothing was chosen or made for what was asked
+    assert Plan(tmp_path / "unused.json", {"minutes": 3.0}).chosen == {}
     (tmp_path / "plan.json").write_text('{"seconds": "soon"}')
     with pytest.raises(UserError, match="damaged"):
         Plan(tmp_path / "plan.json", {"minutes": 2.0})

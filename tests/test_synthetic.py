@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from data.specs import Stats
-from data.synthetic import FORMS, SyntheticSet, save_compact, save_experiments
+from data.synthetic import FORMS, SyntheticSet, TrainingSettings, save_compact, save_experiments
 from data.synthetic.views import ViewFlags
+from data.target_scale import TargetScale
 from utils.errors import UserError
 
 STATS = Stats((0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
@@ -107,6 +108,16 @@ def test_exact_round_trips(form, soft, tmp_path):
     again = SyntheticSet.load(path)
     assert_same(again, s)
     assert again.info == s.info
+
+
+@pytest.mark.parametrize("form", ["safetensors", "compact"])
+def test_equal_sets_make_equal_files(form, tmp_path):
+    scale = TargetScale(torch.zeros(4), torch.ones(4))
+    s = make(soft=True, training=TrainingSettings(lr=0.1, targets=scale))
+    for n in range(8):  # the library orders the texts at random
+        s.save(tmp_path / f"{n}.safetensors", form)
+    first, *others = [(tmp_path / f"{n}.safetensors").read_bytes() for n in range(8)]
+    assert all(other == first for other in others)
 
 
 def test_round_trip_without_facts(tmp_path):

@@ -439,6 +439,14 @@ def test_a_job_that_cannot_run_does_not_stop_the_others(log, stand_in):
     assert len(ran) == 4 and len(skipped) == 2 and "no synthetic set" in skipped[0]
 
 
+def test_targets_that_are_not_prepared_do_not_stop_the_others(small_source, capsys):
+    layout = Layout("cifar10", ("scratch",), ("base",), ("cifar10", "cars"), "probe", 0.5)
+    table = table_of(layout, log_dir=Path("log"), num_test=1, steps_scale=1e-5, device="cpu")
+    (said,) = run_all(table)
+    assert "not prepared, not measured: cars; the first is made by: python -m data.prepare" in said
+    assert [cell["target"] for cell in read_cells("log/results.jsonl")] == ["cifar10"]
+
+
 def test_every_method_of_every_table_has_a_recipe():
     for layout in LAYOUTS.values():
         for method in layout.methods:

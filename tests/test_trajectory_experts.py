@@ -65,6 +65,8 @@ def test_missing_ones_alone_are_trained_and_are_the_same(tiny, capsys):
     capsys.readouterr()
     assert experts.main(TINY) == 0
     assert "holds the 2 experts of these flags" in capsys.readouterr().out
+    (FOLDER / "results.json").unlink()  # as after a kill at the very end
+    assert experts.main(TINY) == 0 and (FOLDER / "results.json").exists()
     assert experts.main([*TINY, "--num_experts", "3"]) == 0  # more of the same
     assert len(expert_files(FOLDER)) == 3
     assert experts.main([*TINY, "--lr_teacher", "0.5"]) == 2

@@ -251,7 +251,7 @@ def make_experts(flags: ExpertFlags, device: torch.device) -> Path:
         if not run.resumed:
             for path in expert_files(folder):
                 path.unlink()
-        if not missing:
+        if not missing and run.finished:
             print(f"{folder} holds the {count} experts of these flags; --overwrite trains them again")
             return folder
 

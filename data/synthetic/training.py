@@ -139,9 +139,15 @@ def write_training(training: TrainingSettings, path: Path) -> None:
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
-    """Write tensors and texts into one file, whole or not at all."""
+    """Write tensors and texts into one file, whole or not at all; the same ones make the same bytes."""
     payload = safetensors.torch.save(tensors, {"format": "pt", **metadata})
-    checkpoint.write_atomic(path, lambda file: file.write(payload))
+    start = 8 + int.from_bytes(payload[:8], "little")  # the library writes the texts in any order
+    header = json.loads(payload[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # values stay aligned
+    parts = len(text).to_bytes(8, "little"), text, memoryview(payload)[start:]
+    checkpoint.write_atomic(path, lambda file: file.writelines(parts))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
