@@ -264,7 +264,10 @@ class Study:
         }
         if self.flags.target_ckpt is None:
             found["--target_epochs"] = str(self.flags.target_epochs)
-        if not (kept := read_json(record)):
+        kept = read_json(record)
+        if "target_ckpt" in kept:  # of older versions
+            kept["target model"] = kept.pop("target_ckpt")
+        if not kept:
             write_json(record, found)
         elif other := changed_inputs({"inputs": kept}, found):
             raise UserError(f"{self.folder} holds sets of {other}; give another --folder")
@@ -272,10 +275,11 @@ class Study:
     def check_run(self, lever: str, seed: int) -> None:
         """Raise a UserError where the lever's set was distilled with other flags."""
         config = self.run_folder(lever, seed) / "config.json"
+        kept = read_json(config).get("flags")
         wanted = cli.identity(resolved(METHODS["krr_st"], self.train_flags(lever, seed)))
         kept, wanted = (
             {k: v for k, v in flags.items() if not k.startswith(_NOT_OF_SET)}
-            for flags in (read_json(config).get("flags", {}), wanted)
+            for flags in (kept if isinstance(kept, dict) else {}, wanted)
         )
         if kept and (changed := changed_flags(kept, wanted)):
             raise UserError(

@@ -167,6 +167,10 @@ def test_sets_of_another_target_model_are_not_used(quick, capsys):
     assert "study/tiny holds sets of another target model; give another --folder" in capsys.readouterr().err
     assert sorted(Path("study").rglob("*")) == before
     assert study.main([*flags, f"--target_ckpt={made}"]) == 0
+    record = Path("study/tiny/target.json")  # as older versions wrote it
+    write_json(record, {"target_ckpt": json.loads(record.read_text())["target model"]})
+    assert study.main([*flags, "--target_ckpt=other.pt"]) == 2
+    assert study.main([*flags, f"--target_ckpt={made}"]) == 0
 
 
 def test_sets_of_other_flags_or_data_are_not_used(quick, capsys):
