@@ -266,7 +266,7 @@ def synthetic_cases() -> Iterator[Case]:
         ("--experiment", "x"),
         ("--out", "empty"),
         ("--out", "file/x.png"),
-        ("--data_name", "cifar10"),
+        ("--data_name", "imagenette"),
     )
     for argv, word in (
         ("convert res_a.pt file --form png", "file"),
