@@ -58,7 +58,7 @@ def log(tmp_path):
 def table_of(layout, **flags):
     """The table of a layout that need not be one of the paper's."""
     table = KernelTable(TablesFlags(**flags))
-    table.layout = layout
+    table.layout, table.sets = layout, tables.Sets(table.flags, layout.source)
     return table
 
 
