@@ -4,7 +4,6 @@ import errno
 import os
 import pickle
 import re
-import resource
 import signal
 import stat
 import struct
@@ -187,6 +186,7 @@ def test_a_failing_writer_leaves_the_old_file(tmp_path, error, raised):
 
 
 def test_a_file_that_does_not_fit_is_said_in_plain_words(tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows has no limit on the size of files")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
