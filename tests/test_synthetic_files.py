@@ -252,6 +252,10 @@ def test_target_vectors_of_one_entry(tmp_path):
     y = torch.tensor([[0.25], [-1.5]])
     SyntheticSet(X, y).save(tmp_path / "one.npz", "npz")
     assert torch.equal(SyntheticSet.load(tmp_path / "one.npz").targets, y)
+    for odd in (np.ones((2, 1), bool), np.ones((2, 1), np.complex64)):
+        np.savez(tmp_path / "odd.npz", images=X.permute(0, 2, 3, 1).numpy(), labels=odd)
+        with pytest.raises(UserError, match=r"odd\.npz: targets have shape"):
+            SyntheticSet.load(tmp_path / "odd.npz")
 
 
 def test_a_run_folder_with_one_res_file(tmp_path):

@@ -109,7 +109,7 @@ def encode(
     """
     size, images = tuple(images.shape[2:]), images.cpu()
     x = images if views is None else images[:: views.each]
-    tensors = _stored("x", _shrink(x, how.small_size(size)), _DTYPES[how.x_dtype])
+    tensors = _pack("x", _shrink(x, how.small_size(size)), _DTYPES[how.x_dtype])
     if views is not None:
         tensors |= views.tensors()
     tensors |= _encode_targets(targets.cpu(), how, 1 if unit is None else unit.cpu().double())
@@ -137,7 +137,7 @@ def _enlarging(small: int, large: int) -> Tensor:
     return F.interpolate(unit[None], large, mode="linear", align_corners=False)[0].T
 
 
-def _stored(name: str, t: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def _pack(name: str, t: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """`t` (n, C, ...) in `dtype`; in uint8 with the map that leads back to the values of each of the C."""
     if dtype != torch.uint8:
         return {name: t.to(dtype)}
@@ -148,8 +148,8 @@ def _stored(name: str, t: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: levels.to(dtype), f"{name[0]}.map": torch.stack([slope, low]).view(2, -1).float()}
 
 
-def _values(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The inverse of `_stored`, float32."""
+def _unpack(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The inverse of `_pack`, float32."""
     t = tensors[name]
     if t.dtype != torch.uint8:
         return t.float()
@@ -166,7 +166,7 @@ def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[
         return {"y": y.to(index_type(int(y.max())))}
     dtype = _DTYPES[how.y_dtype]
     if not low_rank:
-        return _stored("y", y, dtype)
+        return _pack("y", y, dtype)
     y = y.double()
     mean = y.mean(0)
     left, spectrum, right = torch.linalg.svd((y - mean) / unit, full_matrices=False)
@@ -178,7 +178,7 @@ def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[
         wanted = f"expected at most {len(spectrum)}"
         raise UserError(f"--y_rank {rank}: {wanted} for {len(y)} target vectors of length {y.shape[1]}")
     basis = {"y.mean": mean.to(_basis(dtype)), "y.right": (right[:rank] * unit).to(_basis(dtype))}
-    return basis | _stored("y.left", left[:, :rank] * spectrum[:rank], dtype)
+    return basis | _pack("y.left", left[:, :rank] * spectrum[:rank], dtype)
 
 
 def _basis(dtype: torch.dtype) -> torch.dtype:
@@ -195,7 +195,7 @@ def decode(
     """
     size, shifts = _checked_facts(facts, path)
     views = _check_tensors(tensors, size, shifts, path)
-    images = _values("x", tensors)
+    images = _unpack("x", tensors)
     if size != tuple(images.shape[2:]):
         images = F.interpolate(images, size, mode="bilinear", align_corners=False)
     if views is not None:
@@ -204,9 +204,9 @@ def decode(
         stats.check_channels(images.shape[1], path)
         images = views.images(images, stats)
     if "y" in tensors:
-        targets = _values("y", tensors) if "y.map" in tensors else tensors["y"]
+        targets = _unpack("y", tensors) if "y.map" in tensors else tensors["y"]
     else:
-        mean, left, right = (_values(name, tensors) for name in _LOW_RANK)
+        mean, left, right = (_unpack(name, tensors) for name in _LOW_RANK)
         targets = mean + left @ right
     return {"images": images, "targets": targets, "views": views}
 

@@ -385,8 +385,9 @@ def _read_npz(path: Path, stats: Stats | None, experiment: int) -> Fields:
         raise UserError(f"{path} is damaged or not an npz file of numbers ({type(error).__name__})") from None
     if images.dim() == 4 and images.shape[1] not in (1, 3) and images.shape[-1] in (1, 3):
         images = images.permute(0, 3, 1, 2).contiguous()
-    if labels.dim() == 2 and labels.shape[1] == 1 and bool((labels == labels.round()).all()):
-        labels = labels[:, 0]
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        whole = not labels.is_floating_point() or bool((labels == labels.round()).all())
+        labels = labels[:, 0] if whole else labels
     return {"images": images, "targets": labels} | _read_beside(*_same_name(path))
 
 
