@@ -67,6 +67,11 @@ def main(argv: list[str] | None = None) -> int:
         "loader": functools.partial(loader.measure, device, count=2048 if args.quick else 20000, **few),
         "trajectory": functools.partial(trajectory.measure, device, **small),
     }
+    run = dict(m=1000, b=1024)
+    if args.quick:
+        run = dict(m=8, b=16, count=32, steps=2, warm_up=2)
+    if args.quick or device.type == "cuda":
+        sections["krr_st run"] = functools.partial(krr_st.measure_run, device, **run)
     if device.type == "cuda":
         sections["krr_st compiled"] = functools.partial(krr_st.measure_compiled, device, **published, **few)
     results, done = measure_sections(sections, device, args.out)

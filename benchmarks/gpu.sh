@@ -2,10 +2,12 @@
 # Everything that wants an accelerator, in one call of under ten minutes:
 #     benchmarks/gpu.sh DATA_DIR OUT_DIR [cuda|cpu] [checks|run]
 # DATA_DIR holds the prepared real CIFAR-10 at 32 pixels (cifar10/X_tr_32.pth ...). OUT_DIR gets at most
-# eight files: log.txt, JSON that grows while it is measured, pictures. First the parts of a step, then
-# correctness against float64, then timings, then a short real distillation, stopped and resumed with graphs.
-# The table comes last. `checks` are the first three alone, `run` the distillation alone.
-# PYTHON names the interpreter. kornia and pytest-xdist need not be there.
+# eight files: log.txt, JSON that grows while it is measured, pictures. First a target model and, beside it,
+# correctness against float64; then a short real distillation, stopped and resumed with graphs, and its probe
+# beside that of random images; then the parts of a step and the timings, with the device to themselves.
+# The table comes last. `checks` are correctness, parts and timings alone, `run` the rest alone.
+# PYTHON names the interpreter, TARGET_EPOCHS the epochs of the target model, WORK a folder for sets and
+# models, which is kept. kornia and pytest-xdist need not be there.
 # With `cpu` the same runs on a CPU at a tiny size and without time limits, to see that it works.
 set -uo pipefail
 device=${3:-cuda} part=${4:-all}
@@ -18,8 +20,8 @@ mkdir -p "$2"
 out=$(realpath "$2")
 python=${PYTHON:-$(command -v python3 || command -v python)}
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+work=${WORK:-$(mktemp -d)}
+[ -n "${WORK:-}" ] || trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 status=0
 : >"$out/log.txt"
@@ -49,44 +51,61 @@ stop_after_a_save() {  # seconds, file, command...: SIGTERM once the file is the
 }
 
 if [ "$device" = cuda ]; then
-    parts=() timings=() arch=resnet18 epochs=3 batch=512
+    parts=() timings=() arch=resnet18 epochs=${TARGET_EPOCHS:-3} batch=512
     size="--num_images 1000 --outer_batch_size 1024 --outer_iteration 10000 --online_iteration 300
-        --num_models 10 --save_every 1000 --print_every 1000 --precision bf16 --pre_epoch 50"
-    network=convnet_128_256_512_bn tests=(-m gpu) pre="--pre_epoch 50"
+        --num_models 10 --save_every 1000 --print_every 1000 --precision bf16 --pre_iteration 1000"
+    images=1000 labels=0.05 network=convnet_128_256_512_bn tests=(-m gpu) pre="--pre_iteration 1000"
 else
     parts=(--m 8 --b 8 --dim 16 --size 128 --images 1) timings=(--quick) arch=convnet_8_bn epochs=1 batch=32
     size="--num_images 8 --outer_batch_size 16 --outer_iteration 6 --online_iteration 3
         --num_models 2 --save_every 2 --print_every 2 --pre_epoch 2"
-    network=convnet_8_bn tests=(--collect-only) pre="--pre_epoch 5 --pre_lr 0.001"
+    images=8 labels=0.5 network=convnet_8_bn tests=(--collect-only) pre="--pre_epoch 5 --pre_lr 0.001"
 fi
 on="--data_dir $data --data_name cifar10 --img_size 32 --device $device --seed 0"
 target=$work/teacher_ckpt/barlow_twins_${arch}_cifar10.pt
 # Filling a table of all views takes longer than this run saves by it.
 distil="$on --target_model $arch --target_ckpt $target --train_model $network --target_views online --outer_lr 1e-2
     $size --eval_every 99999 --test_iteration 300 --save_dir $work/results --exp_name krr_st"
+random="--method random_features --num_images $images --target_model $arch --target_ckpt $target
+    --synthetic_data_dir $work/sets"
 probe="--source_data_name cifar10 --target_data_name cifar10 --data_dir $data --img_size 32 --device $device
-    --test_model $network --method krr_st --protocol probe --label_fraction 0.5 $pre
-    --num_test 2 --seed 0 --log_dir $work/log --synthetic_path $work/results/krr_st"
+    --test_model $network --protocol probe --label_fraction $labels $pre --num_test 2 --seed 0 --log_dir $work/log"
 
-checks() {
-    step 50 parts "$python" -m benchmarks.parts --device "$device" "${parts[@]}" --out "$out/parts.json"
-    step 100 correctness "$python" -m pytest -o addopts= -q -p no:cacheprovider tests/test_gpu.py "${tests[@]}"
-    step 130 timings "$python" -m benchmarks --device "$device" "${timings[@]}" --out "$out/gpu.json"
+correctness() {
+    step 150 correctness "$python" -m pytest -o addopts= -q -p no:cacheprovider tests/test_gpu.py "${tests[@]}"
+    return $status  # it may have been in a process of its own
 }
 
-[ "$part" = run ] || checks
-# shellcheck disable=SC2086
-[ "$part" = checks ] || {
-    train="$on --save_dir $work/teacher_ckpt --epochs $epochs --batch_size $batch"
+target() {
+    local train="$on --save_dir $work/teacher_ckpt --epochs $epochs --batch_size $batch"
     if "$python" -c "import kornia" 2>/dev/null; then
-        step 90 target "$python" -m krr_st.target $train --target_model "$arch" --precision bf16
+        step 150 target "$python" -m krr_st.target $train --target_model "$arch" --precision bf16
     else  # a classifier will do for the timings
-        step 90 target "$python" -m krr_st.kd_teacher $train --arch "$arch"
+        step 150 target "$python" -m krr_st.kd_teacher $train --arch "$arch"
         mv "$work/teacher_ckpt/teacher_cifar10.pt" "$target"
     fi
-    stop_after_a_save 50 "$work/results/krr_st/state.pt" "$python" train.py $distil
-    step 110 distil "$python" train.py $distil
-    step 40 probe "$python" test.py $probe
+    step 30 random "$python" -m krr_st.baselines $on $random
+}
+
+# shellcheck disable=SC2086
+run() {
+    stop_after_a_save 40 "$work/results/krr_st/state.pt" "$python" train.py $distil
+    step 140 distil "$python" train.py $distil
+    step 40 probe "$python" test.py $probe --method krr_st --synthetic_path "$work/results/krr_st"
+    step 40 probe_of_random "$python" test.py $probe --method random_features --synthetic_data_dir "$work/sets"
+}
+
+if [ "$part" = checks ]; then
+    correctness
+else
+    [ "$part" = run ] || correctness &
+    target
+    wait $! || status=1
+    run
+fi
+[ "$part" = run ] || {
+    step 40 parts "$python" -m benchmarks.parts --device "$device" "${parts[@]}" --out "$out/parts.json"
+    step 120 timings "$python" -m benchmarks --device "$device" "${timings[@]}" --out "$out/gpu.json"
 }
 cp "$work"/results/krr_st/{results.json,x_syn.png,loss.png} "$work"/log/results.jsonl "$out" 2>/dev/null
 "$python" -m benchmarks.summary "$out" | tee "$out/summary.md"

@@ -25,7 +25,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import KEPT, contest, machine, matmul_rates, medians, report, shown, torch_pooling
+from benchmarks.common import (
+    KEPT,
+    allocated,
+    contest,
+    machine,
+    matmul_rates,
+    medians,
+    report,
+    seconds,
+    shown,
+    torch_pooling,
+)
 from benchmarks.loader import kornia_batches
 from data.augment import normalize
 from data.load import ImageSet, ImageSplit
@@ -130,16 +141,18 @@ def our_side(
     compile: bool = False,
     cuda_graph: bool = False,
     fused: bool = True,
+    num_models: int = 1,
+    online_iteration: int = 10**9,
 ) -> KRRST:
-    """KRR-ST with one pool network, by fused kernels if wanted; with `table` all its targets are known."""
+    """KRR-ST, by fused kernels if wanted; with `table` all its targets are known."""
     image_set, model = parts["image_set"], copy.deepcopy(parts["target"])
     model.backbone = fold_frozen(model.backbone, torch.randn(2, *SHAPE))
     target = Target(place(model, device), precision)
     flags = TrainFlags(
         train_model=ARCH,
         num_images=len(parts["x_syn"]),
-        num_models=1,
-        online_iteration=10**9,
+        num_models=num_models,
+        online_iteration=online_iteration,
         outer_iteration=10**6,
         outer_lr=1e-4,
         outer_batch_size=batch,
@@ -253,23 +266,21 @@ def measure(
     counted = {name: count_flops(make()) for name, make in counted.items()}  # of any precision
     flops = {name: counted[re.split("[ ,]", name)[0]] for name in ("plain", *makers)}
     found = contest(plain, makers, device, repeats=repeats, calls=calls, apart=apart)
-    seconds = {name: timing.median for name, timing in found.items()}
+    times = {name: timing.median for name, timing in found.items()}
     rates = matmul_rates(device)
     results: dict[str, Any] = {
         "setting": {"m": m, "b": b, "network": ARCH, "target": TARGET, "pixels": 32},
         "agreement with the plain form (relative)": gap,
-        "seconds a step": seconds,
+        "seconds a step": times,
         "timings": {name: timing.times for name, timing in found.items()},
-        "ratio to plain": {name: seconds["plain"] / seconds[name] for name in makers if name in seconds},
-        "ratio to plain, memory kept": {
-            name: seconds[KEPT] / seconds[name] for name in makers if KEPT in seconds
-        },
+        "ratio to plain": {name: times["plain"] / times[name] for name in makers if name in times},
+        "ratio to plain, memory kept": {name: times[KEPT] / times[name] for name in makers if KEPT in times},
         "matmul FLOP/s": rates,
         "FLOP a step": flops,
         "share of matmul rate": {
-            name: flops[name] / seconds[name] / rates[rate_of(name)]
+            name: flops[name] / times[name] / rates[rate_of(name)]
             for name in ("plain", *makers)
-            if name in seconds
+            if name in times
         },
         "peak bytes": {name: timing.peak for name, timing in found.items()},
     }
@@ -288,6 +299,19 @@ def measure_compiled(
     makers = {name: functools.partial(build, kind) for name, kind in kinds.items()}
     found = contest(functools.partial(build, REPLAYED), makers, device, repeats=repeats, calls=calls)
     return {"replayed" if name == "plain" else name: timing.median for name, timing in found.items()}
+
+
+def measure_run(
+    device: torch.device, *, m: int, b: int, count: int = 50_000, steps: int = 2000, warm_up: int = 100
+) -> dict[str, Any]:
+    """Seconds a step of a run as published: ten networks, replaced after 1000 steps, targets looked up."""
+    kind = REPLAYED if device.type == "cuda" else REPLAYED | {"cuda_graph": False}
+    parts = make_parts(m, count, device)
+    distiller = our_side(parts, b, device, **kind, num_models=10, online_iteration=1000)
+    with float32_mode("bf16"):
+        seconds(distiller.step, device, warm_up)
+        taken = seconds(distiller.step, device, steps)
+    return {"steps": steps, "seconds a step": taken, "memory": allocated(device)}
 
 
 def rate_of(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ def collect(folder: Path) -> list[list[str]]:
             setting = "m={m} b={b}".format(**step["setting"])
             found.append([f"outer step {setting}, {name}", shown])
             found.append([f"  {PUBLISHED_STEPS} of them", f"{PUBLISHED_STEPS * seconds / 60:.0f} min"])
+    if run := results.get("krr_st run"):
+        each = run["seconds a step"]
+        shown = f"{1e3 * each:.1f} ms, {PUBLISHED_STEPS} in {PUBLISHED_STEPS * each / 60:.0f} min"
+        found.append([f"step of a run of {run['steps']} steps", shown])
     found += [[f"  {n}", f"{1e3 * s:.1f} ms"] for n, s in results.get("krr_st compiled", {}).items()]
     found += [[n, f"{r:.2f} x plain"] for n, r in results.get("clom", {}).get("ratios", {}).items() if r]
     run = read(folder / "results.json")
@@ -43,8 +48,10 @@ def collect(folder: Path) -> list[list[str]]:
         )
     cells = folder / "results.jsonl"
     if cells.exists():
-        values = [json.loads(line)["accuracy"] for line in cells.read_text().splitlines()]
-        found.append(["  probe", format_mean_std(values)])
+        values = defaultdict(list)
+        for cell in map(json.loads, cells.read_text().splitlines()):
+            values[cell["method"]].append(cell["accuracy"])
+        found += [[f"  probe of {method}", format_mean_std(seen)] for method, seen in values.items()]
     return found
 
 
