@@ -54,11 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = resolve_device(args.device)
     step = functools.partial(krr_st.measure, device)
-    published = dict(m=1000, b=1024, count=4096, calls=5)
     if device.type == "cuda":
-        step = functools.partial(step, **published)
+        step = functools.partial(step, m=1000, b=1024, count=4096, calls=5)
     if args.quick:
-        step = functools.partial(step, m=8, b=16, count=32, grid=False, apart=False)
+        step = functools.partial(step, m=8, b=16, count=32, grid=False, apart=False, square=256)
     few = {"repeats": 3 if args.quick else args.repeats}
     small = dict(steps=(2,), m=8, model="convnet_8_in", size=16) if args.quick else {}
     sections = {
@@ -72,8 +71,6 @@ def main(argv: list[str] | None = None) -> int:
         run = dict(m=8, b=16, count=32, steps=2, warm_up=2)
     if args.quick or device.type == "cuda":
         sections["krr_st run"] = functools.partial(krr_st.measure_run, device, **run)
-    if device.type == "cuda":
-        sections["krr_st compiled"] = functools.partial(krr_st.measure_compiled, device, **published, **few)
     results, done = measure_sections(sections, device, args.out)
     head = ["what", "times the plain form", "that with memory kept", "of the matmul rate"]
     print(markdown(head, rows(results)))

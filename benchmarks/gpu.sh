@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Everything that wants an accelerator, in one call of under ten minutes:
-#     benchmarks/gpu.sh DATA_DIR OUT_DIR [cuda|cpu] [checks|run]
+# Everything that wants an accelerator, in calls of under ten minutes:
+#     benchmarks/gpu.sh DATA_DIR OUT_DIR [cuda|cpu] [checks|run|sets]
 # DATA_DIR holds the prepared real CIFAR-10 at 32 pixels (cifar10/X_tr_32.pth ...). OUT_DIR gets at most
 # eight files: log.txt, JSON that grows while it is measured, pictures. First a target model and, beside it,
 # correctness against float64; then a short real distillation, stopped and resumed with graphs, and its probe
 # beside that of random images; then the parts of a step and the timings, with the device to themselves.
-# The table comes last. `checks` are correctness, parts and timings alone, `run` the rest alone.
+# The table comes last. `checks` are correctness, parts and timings alone, `run` the rest alone. `sets` is for
+# a call of its own: DC and DM, and a study of what images are worth, side by side.
 # PYTHON names the interpreter, TARGET_EPOCHS the epochs of the target model, WORK a folder for sets and
 # models, which is kept. kornia and pytest-xdist need not be there.
-# With `cpu` the same runs on a CPU at a tiny size and without time limits, to see that it works.
 set -uo pipefail
 device=${3:-cuda} part=${4:-all}
-if [ $# -lt 2 ] || [ ! -e "$1/cifar10/X_tr_32.pth" ] || [[ ! $device/$part =~ ^(cuda|cpu)/(all|checks|run)$ ]]; then
-    echo "usage: benchmarks/gpu.sh DATA_DIR OUT_DIR [cuda|cpu] [checks|run]; DATA_DIR must hold cifar10/X_tr_32.pth" >&2
+if [ $# -lt 2 ] || [ ! -e "$1/cifar10/X_tr_32.pth" ] || [[ ! $device/$part =~ ^(cuda|cpu)/(all|checks|run|sets)$ ]]; then
+    echo "usage: benchmarks/gpu.sh DATA_DIR OUT_DIR [cuda|cpu] [checks|run|sets]; DATA_DIR must hold cifar10/X_tr_32.pth" >&2
     exit 2
 fi
 data=$(realpath "$1")
@@ -37,6 +37,19 @@ step() {  # seconds, name, command...: one that fails is said, the rest goes on
         echo "== $name failed ($code)" | tee -a "$out/log.txt"
         status=1
     fi
+    keep
+    return "$code"
+}
+
+keep() {  # what can be read of the sets so far
+    if [ "$part" = sets ]; then
+        local packed=$(mktemp -p "$work")
+        (cd "$work" && find results study -name '*.json*' -o -name '*.png') 2>/dev/null |
+            tar czf "$packed" -C "$work" -T - 2>/dev/null
+        mv "$packed" "$out/sets.tar.gz"
+    else
+        cp "$work"/results/krr_st/{results.json,x_syn.png,loss.png} "$work"/log/results.jsonl "$out" 2>/dev/null
+    fi
 }
 
 stop_after_a_save() {  # seconds, file, command...: SIGTERM once the file is there, or the time is over
@@ -54,11 +67,16 @@ if [ "$device" = cuda ]; then
     parts=() timings=() arch=resnet18 epochs=${TARGET_EPOCHS:-3} batch=512
     size="--num_images 1000 --outer_batch_size 1024 --outer_iteration 10000 --online_iteration 300
         --num_models 10 --save_every 1000 --print_every 1000 --precision bf16 --pre_iteration 1000"
+    matching="--num_eval 5" short="--Iteration 2000 --eval_interval 2000" strong="--epochs 10 --batch_size 512"
+    study="--student convnet_64_128_256_bn --pre_iteration 1000 --curve 50 100 200 500 1000 2000 --workers 2"
     images=1000 labels=0.05 network=convnet_128_256_512_bn tests=(-m gpu) pre="--pre_iteration 1000"
 else
     parts=(--m 8 --b 8 --dim 16 --size 128 --images 1) timings=(--quick) arch=convnet_8_bn epochs=1 batch=32
     size="--num_images 8 --outer_batch_size 16 --outer_iteration 6 --online_iteration 3
         --num_models 2 --save_every 2 --print_every 2 --pre_epoch 2"
+    matching="--num_eval 1 --epoch_eval_train 2 --batch_real 4 --model ConvNetW32" short="--Iteration 2"
+    strong="--epochs 1 --batch_size 32"
+    study="--student convnet_8_bn --pre_iteration 2 --curve 8 16 --num_images 8 --levers none --fractions 0.5"
     images=8 labels=0.5 network=convnet_8_bn tests=(--collect-only) pre="--pre_epoch 5 --pre_lr 0.001"
 fi
 on="--data_dir $data --data_name cifar10 --img_size 32 --device $device --seed 0"
@@ -72,41 +90,57 @@ probe="--source_data_name cifar10 --target_data_name cifar10 --data_dir $data --
     --test_model $network --protocol probe --label_fraction $labels $pre --num_test 2 --seed 0 --log_dir $work/log"
 
 correctness() {
-    step 150 correctness "$python" -m pytest -o addopts= -q -p no:cacheprovider tests/test_gpu.py "${tests[@]}"
-    return $status  # it may have been in a process of its own
+    step 120 correctness "$python" -m pytest -o addopts= -q -p no:cacheprovider tests/test_gpu.py "${tests[@]}"
 }
 
 target() {
     local train="$on --save_dir $work/teacher_ckpt --epochs $epochs --batch_size $batch"
     if "$python" -c "import kornia" 2>/dev/null; then
-        step 150 target "$python" -m krr_st.target $train --target_model "$arch" --precision bf16
+        step 120 target "$python" -m krr_st.target $train --target_model "$arch" --precision bf16
     else  # a classifier will do for the timings
-        step 150 target "$python" -m krr_st.kd_teacher $train --arch "$arch"
+        step 120 target "$python" -m krr_st.kd_teacher $train --arch "$arch"
         mv "$work/teacher_ckpt/teacher_cifar10.pt" "$target"
     fi
-    step 30 random "$python" -m krr_st.baselines $on $random
+    step 20 random "$python" -m krr_st.baselines $on $random
 }
 
 # shellcheck disable=SC2086
 run() {
     stop_after_a_save 40 "$work/results/krr_st/state.pt" "$python" train.py $distil
-    step 140 distil "$python" train.py $distil
+    step 170 distil "$python" train.py $distil
     step 40 probe "$python" test.py $probe --method krr_st --synthetic_path "$work/results/krr_st"
     step 40 probe_of_random "$python" test.py $probe --method random_features --synthetic_data_dir "$work/sets"
 }
 
+# shellcheck disable=SC2086
+sets() {
+    local main="methods/DC_DSA_DM/main.py --dataset CIFAR10 --data_path $data --device $device --seed 0 $matching"
+    local length=$short
+    [ "$device" = cpu ] || length="--eval_interval 1000"
+    step 500 dc_1 "$python" $main --method DC --ipc 1 $length --save_path "$work/results/dc_1" &
+    step 500 dm_1 "$python" $main --method DM --ipc 1 $short --save_path "$work/results/dm_1" &
+    step 500 dm_10 "$python" $main --method DM --ipc 10 $short --save_path "$work/results/dm_10" &
+    step 120 strong "$python" -m krr_st.kd_teacher $on --save_dir "$work/teacher_ckpt" --arch "$arch" $strong
+    step 380 study "$python" -m krr_st.study --data_dir "$data" --img_size 32 --device "$device" --seeds 1 \
+        --network "$arch" --target_ckpt "$work/teacher_ckpt/teacher_cifar10.pt" --levers "best, batches of 256" \
+        --target_scale std --pre_mixup --probe_on both --target_error --shots none --precision bf16 \
+        --folder "$work/study" $study
+    for job in $(jobs -p); do wait "$job" || status=1; done
+}
+
 if [ "$part" = checks ]; then
     correctness
+elif [ "$part" = sets ]; then
+    sets
 else
     [ "$part" = run ] || correctness &
     target
     wait $! || status=1
     run
 fi
-[ "$part" = run ] || {
-    step 40 parts "$python" -m benchmarks.parts --device "$device" "${parts[@]}" --out "$out/parts.json"
-    step 120 timings "$python" -m benchmarks --device "$device" "${timings[@]}" --out "$out/gpu.json"
+[ "$part" = run ] || [ "$part" = sets ] || {
+    step 35 parts "$python" -m benchmarks.parts --device "$device" "${parts[@]}" --out "$out/parts.json"
+    step 115 timings "$python" -m benchmarks --device "$device" "${timings[@]}" --out "$out/gpu.json"
 }
-cp "$work"/results/krr_st/{results.json,x_syn.png,loss.png} "$work"/log/results.jsonl "$out" 2>/dev/null
 "$python" -m benchmarks.summary "$out" | tee "$out/summary.md"
 exit $status

@@ -224,6 +224,7 @@ def measure(
     compile: bool = False,
     grid: bool = True,
     apart: bool = True,
+    square: int | None = None,
 ) -> dict[str, Any]:
     """Times, ratios, rates and peak memory of one outer step.
 
@@ -237,6 +238,7 @@ def measure(
         compile: measure the compiled form, too.
         grid: also measure how the step grows with m and b.
         apart: see `contest`.
+        square: see `matmul_rate`.
     """
     parts = make_parts(m, max(count, b), device)
     with float32_mode("fp32"):
@@ -267,7 +269,7 @@ def measure(
     flops = {name: counted[re.split("[ ,]", name)[0]] for name in ("plain", *makers)}
     found = contest(plain, makers, device, repeats=repeats, calls=calls, apart=apart)
     times = {name: timing.median for name, timing in found.items()}
-    rates = matmul_rates(device)
+    rates = matmul_rates(device, square)
     results: dict[str, Any] = {
         "setting": {"m": m, "b": b, "network": ARCH, "target": TARGET, "pixels": 32},
         "agreement with the plain form (relative)": gap,
@@ -287,18 +289,6 @@ def measure(
     if grid:
         results["table fp32, seconds by (m, b)"] = growth(device, m, b, repeats)
     return results
-
-
-def measure_compiled(
-    device: torch.device, *, m: int, b: int, count: int, repeats: int, calls: int
-) -> dict[str, float]:
-    """Seconds a step of the bf16 step that is compiled, beside the replayed one: compiling takes its time."""
-    build = functools.partial(make_step, m, b, count, device)
-    compiled = {"precision": "bf16", "table": True, "compile": True}
-    kinds = {"compiled": compiled, "compiled, replayed": compiled | {"cuda_graph": True}}
-    makers = {name: functools.partial(build, kind) for name, kind in kinds.items()}
-    found = contest(functools.partial(build, REPLAYED), makers, device, repeats=repeats, calls=calls)
-    return {"replayed" if name == "plain" else name: timing.median for name, timing in found.items()}
 
 
 def measure_run(

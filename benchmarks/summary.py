@@ -38,7 +38,6 @@ def collect(folder: Path) -> list[list[str]]:
         each = run["seconds a step"]
         shown = f"{1e3 * each:.1f} ms, {PUBLISHED_STEPS} in {PUBLISHED_STEPS * each / 60:.0f} min"
         found.append([f"step of a run of {run['steps']} steps", shown])
-    found += [[f"  {n}", f"{1e3 * s:.1f} ms"] for n, s in results.get("krr_st compiled", {}).items()]
     found += [[n, f"{r:.2f} x plain"] for n, r in results.get("clom", {}).get("ratios", {}).items() if r]
     run = read(folder / "results.json")
     if run:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -13,21 +14,37 @@ from conftest import write_set
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_the_script_runs_whole(tmp_path):
-    write_set(tmp_path / "data", "cifar10", size=32, train=64, test=40, classes=10)
-    for missing in ("kornia", "xdist"):  # neither need be on a machine that lends a GPU
+def run_script(tmp_path, part):
+    """Its output folder and its log, on a set of ten classes; neither kornia nor xdist need be there."""
+    write_set(tmp_path / "data", "cifar10", size=32, train=160, test=40, classes=10)
+    for missing in ("kornia", "xdist"):
         (tmp_path / "path" / missing).mkdir(parents=True)
         (tmp_path / "path" / missing / "__init__.py").write_text(f"raise ImportError({missing!r})\n")
     changed = {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "path")}
-    command = [ROOT / "benchmarks/gpu.sh", tmp_path / "data", tmp_path / "out", "cpu"]
+    command = [ROOT / "benchmarks/gpu.sh", tmp_path / "data", tmp_path / "out", "cpu", part]
     environment = {**os.environ, **changed, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     out = tmp_path / "out"
     log = (out / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + done.stderr
     assert not re.search(r"^== \w+ failed|Traceback", log, re.M), log
+    return out, log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_its_sets(tmp_path):
+    out, _ = run_script(tmp_path, "sets")
+    with tarfile.open(out / "sets.tar.gz") as packed:
+        names = packed.getnames()
+    assert {f"results/{name}/results.json" for name in ("dc_1", "dm_1", "dm_10")} <= set(names)
+    assert any(name.startswith("study/") and name.endswith(".jsonl") for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_script_runs_whole(tmp_path):
+    out, log = run_script(tmp_path, "all")
     assert len(list(out.iterdir())) <= 8
     assert {"ceilings", "layers", "solve", "step", "fill"} <= json.loads(
         (out / "parts.json").read_text()
@@ -47,6 +64,8 @@ def test_limits_leave_time():
     limits = {w[2]: int(w[1]) for w in words if w[:1] == ["step"]}
     limits["stopped"] = next(int(w[1]) for w in words if w[:1] == ["stop_after_a_save"] and w[1].isdigit())
     assert limits.pop("correctness") <= limits["target"]
+    beside, study = (sum(limits.pop(name) for name in names) for names in (("dc_1",), ("strong", "study")))
+    assert max(beside, limits.pop("dm_1"), limits.pop("dm_10")) <= study <= 600
     assert len(limits) == 8 and sum(limits.values()) <= 600, limits
 
 

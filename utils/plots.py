@@ -62,6 +62,8 @@ def save_lines(
 
     A name keeps its colour and its mark in all panels. Positive losses are on a logarithmic axis.
     """
+    from matplotlib.ticker import LogFormatterSciNotation
+
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     single = len(panels) == 1
     figure, grid = _panels(len(panels), min(3, len(panels)), *((7, 4.2) if single else (4, 2.9)))
@@ -77,6 +79,8 @@ def save_lines(
         axes.set_title(_text(title), fontsize="medium")
         axes.set(xlabel=x_label, xscale="log" if log_x else "linear")
         axes.set(ylabel=y_label, yscale="log" if logarithmic else "linear")
+        if logarithmic:  # losses within a decade would have one number on their axis, or none
+            axes.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.5, 0.5)))
         axes.grid(alpha=0.3)
     if any(names):
         columns = 1 if single else 3
