@@ -4,7 +4,7 @@
 # DATA_DIR holds the prepared real CIFAR-10 at 32 pixels (cifar10/X_tr_32.pth ...). OUT_DIR gets at most
 # eight files: log.txt, JSON that grows while it is measured, pictures. First a target model and, beside it,
 # correctness against float64; then a short real distillation, stopped and resumed with graphs, and its probe
-# beside that of random images; then the parts of a step and the timings, with the device to themselves.
+# beside that of random images (`run` alone: and that of --recipe best); then the parts of a step and the timings, with the device to themselves.
 # The table comes last. `checks` are correctness, parts and timings alone, `run` the rest alone. `sets` is for
 # a call of its own: DC and DM, and a study of what images are worth, side by side.
 # PYTHON names the interpreter, TARGET_EPOCHS the epochs of the target model, WORK a folder for sets and
@@ -49,6 +49,7 @@ keep() {  # what can be read of the sets so far
         mv "$packed" "$out/sets.tar.gz"
     else
         cp "$work"/results/krr_st/{results.json,x_syn.png,loss.png} "$work"/log/results.jsonl "$out" 2>/dev/null
+        cp "$work/log_of_best/results.jsonl" "$out/best.jsonl" 2>/dev/null
     fi
 }
 
@@ -69,6 +70,7 @@ if [ "$device" = cuda ]; then
         --num_models 10 --save_every 1000 --print_every 1000 --precision bf16 --pre_iteration 1000"
     matching="--num_eval 5" short="--Iteration 2000 --eval_interval 2000" strong="--epochs 10 --batch_size 512"
     study="--student convnet_64_128_256_bn --pre_iteration 1000 --curve 50 100 200 500 1000 2000 --workers 2"
+    best="--outer_iteration 3000 --precision bf16 --print_every 500"
     images=1000 labels=0.05 network=convnet_128_256_512_bn tests=(-m gpu) pre="--pre_iteration 1000"
 else
     parts=(--m 8 --b 8 --dim 16 --size 128 --images 1) timings=(--quick) arch=convnet_8_bn epochs=1 batch=32
@@ -77,6 +79,8 @@ else
     matching="--num_eval 1 --epoch_eval_train 2 --batch_real 4 --model ConvNetW32" short="--Iteration 2"
     strong="--epochs 1 --batch_size 32"
     study="--student convnet_8_bn --pre_iteration 2 --curve 8 16 --num_images 8 --levers none --fractions 0.5"
+    best="--outer_iteration 3 --views 3 --outer_batch_size 16 --view_batch 8 --num_models 1
+        --online_iteration 3 --online_lr 0.01 --pre_iteration 2 --pre_lr 0.001"
     images=8 labels=0.5 network=convnet_8_bn tests=(--collect-only) pre="--pre_epoch 5 --pre_lr 0.001"
 fi
 on="--data_dir $data --data_name cifar10 --img_size 32 --device $device --seed 0"
@@ -84,6 +88,8 @@ target=$work/teacher_ckpt/barlow_twins_${arch}_cifar10.pt
 # Filling a table of all views takes longer than this run saves by it.
 distil="$on --target_model $arch --target_ckpt $target --train_model $network --target_views online --outer_lr 1e-2
     $size --eval_every 99999 --test_iteration 300 --save_dir $work/results --exp_name krr_st"
+best="--recipe best $on --target_model $arch --target_ckpt $target --train_model $network --num_images $images
+    $best --eval_every 99999 --test_iteration 300 --save_dir $work/results --exp_name best"
 random="--method random_features --num_images $images --target_model $arch --target_ckpt $target
     --synthetic_data_dir $work/sets"
 probe="--source_data_name cifar10 --target_data_name cifar10 --data_dir $data --img_size 32 --device $device
@@ -110,6 +116,10 @@ run() {
     step 170 distil "$python" train.py $distil
     step 40 probe "$python" test.py $probe --method krr_st --synthetic_path "$work/results/krr_st"
     step 40 probe_of_random "$python" test.py $probe --method random_features --synthetic_data_dir "$work/sets"
+    [ "$part" = run ] || return 0
+    step 70 best "$python" train.py $best
+    step 40 probe_of_best "$python" test.py $probe --log_dir "$work/log_of_best" --method krr_st \
+        --synthetic_path "$work/results/best"
 }
 
 # shellcheck disable=SC2086

@@ -45,12 +45,12 @@ def collect(folder: Path) -> list[list[str]]:
         found.append(
             ["short real distillation, after its restart", f"{rate:.3g} steps/s, loss {run['loss']:.4g}"]
         )
-    cells = folder / "results.jsonl"
-    if cells.exists():
-        values = defaultdict(list)
-        for cell in map(json.loads, cells.read_text().splitlines()):
-            values[cell["method"]].append(cell["accuracy"])
-        found += [[f"  probe of {method}", format_mean_std(seen)] for method, seen in values.items()]
+    values = defaultdict(list)
+    for cells, name in (("results.jsonl", None), ("best.jsonl", "best")):
+        for line in (folder / cells).read_text().splitlines() if (folder / cells).exists() else ():
+            cell = json.loads(line)
+            values[name or cell["method"]].append(cell["accuracy"])
+    found += [[f"  probe of {name}", format_mean_std(seen)] for name, seen in values.items()]
     return found
 
 

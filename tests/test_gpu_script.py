@@ -43,6 +43,15 @@ def test_its_sets(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
+def test_its_run_alone(tmp_path):
+    out, log = run_script(tmp_path, "run")
+    assert len(list(out.iterdir())) <= 8 and "resuming after step" in log
+    assert len((out / "best.jsonl").read_text().splitlines()) == 2
+    assert "probe of best" in (out / "summary.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_the_script_runs_whole(tmp_path):
     out, log = run_script(tmp_path, "all")
     assert len(list(out.iterdir())) <= 8
@@ -63,10 +72,15 @@ def test_limits_leave_time():
     words = [line.split() for line in (ROOT / "benchmarks/gpu.sh").read_text().splitlines()]
     limits = {w[2]: int(w[1]) for w in words if w[:1] == ["step"]}
     limits["stopped"] = next(int(w[1]) for w in words if w[:1] == ["stop_after_a_save"] and w[1].isdigit())
-    assert limits.pop("correctness") <= limits["target"]
-    beside, study = (sum(limits.pop(name) for name in names) for names in (("dc_1",), ("strong", "study")))
-    assert max(beside, limits.pop("dm_1"), limits.pop("dm_10")) <= study <= 600
-    assert len(limits) == 8 and sum(limits.values()) <= 600, limits
+    sets = {name: limits.pop(name) for name in ("dc_1", "dm_1", "dm_10", "strong", "study")}
+    assert max(sets.values()) <= sets["strong"] + sets["study"] <= 600
+    tests, timed, best = (
+        {n: limits.pop(n) for n in names}
+        for names in (("correctness",), ("parts", "timings"), ("best", "probe_of_best"))
+    )
+    assert tests["correctness"] <= limits["target"] and len(limits) == 6
+    for alone in (timed, best):
+        assert sum(limits.values()) + sum(alone.values()) <= 600, limits
 
 
 def test_wrong_usage(tmp_path):
