@@ -77,7 +77,8 @@ class Experts:
         enough = self.holds(count)  # with what came between the last look and the end of that process
         if not self._known:
             raise UserError(
-                f"{self.folder} holds no replay_buffer_0.pt; make it with python -m trajectory.experts"
+                f"{self.folder} holds no replay_buffer_0.pt; make it with python -m trajectory.experts, or "
+                "leave --buffer_dir out: then experts are made first"
             )
         if not enough:
             held = f"{self.folder} holds {len(self._known)} trajectories"
