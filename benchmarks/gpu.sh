@@ -4,11 +4,12 @@
 # DATA_DIR holds the prepared real CIFAR-10 at 32 pixels (cifar10/X_tr_32.pth ...). OUT_DIR gets at most
 # eight files: log.txt, JSON that grows while it is measured, pictures. First a target model and, beside it,
 # correctness against float64; then a short real distillation, stopped and resumed with graphs, and its probe
-# beside that of random images (`run` alone: and that of --recipe best); then the parts of a step and the timings, with the device to themselves.
-# The table comes last. `checks` are correctness, parts and timings alone, `run` the rest alone. `sets` is for
+# beside that of random images (`run` alone: and that of --recipe best); then the parts of a step and the
+# timings, with the device to themselves. The table comes last. `checks` are correctness, parts and timings alone, `run` the rest alone. `sets` is for
 # a call of its own: DC and DM, and a study of what images are worth, side by side.
 # PYTHON names the interpreter, TARGET_EPOCHS the epochs of the target model, WORK a folder for sets and
 # models, which is kept. kornia and pytest-xdist need not be there.
+# With `cpu` the same runs on a CPU at a tiny size and without time limits, to see that it works.
 set -uo pipefail
 device=${3:-cuda} part=${4:-all}
 if [ $# -lt 2 ] || [ ! -e "$1/cifar10/X_tr_32.pth" ] || [[ ! $device/$part =~ ^(cuda|cpu)/(all|checks|run|sets)$ ]]; then
@@ -70,7 +71,7 @@ if [ "$device" = cuda ]; then
         --num_models 10 --save_every 1000 --print_every 1000 --precision bf16 --pre_iteration 1000"
     matching="--num_eval 5" short="--Iteration 2000 --eval_interval 2000" strong="--epochs 10 --batch_size 512"
     study="--student convnet_64_128_256_bn --pre_iteration 1000 --curve 50 100 200 500 1000 2000 --workers 2"
-    best="--outer_iteration 3000 --precision bf16 --print_every 500"
+    length_of_best="--outer_iteration 3000 --precision bf16 --print_every 500"
     images=1000 labels=0.05 network=convnet_128_256_512_bn tests=(-m gpu) pre="--pre_iteration 1000"
 else
     parts=(--m 8 --b 8 --dim 16 --size 128 --images 1) timings=(--quick) arch=convnet_8_bn epochs=1 batch=32
@@ -79,7 +80,7 @@ else
     matching="--num_eval 1 --epoch_eval_train 2 --batch_real 4 --model ConvNetW32" short="--Iteration 2"
     strong="--epochs 1 --batch_size 32"
     study="--student convnet_8_bn --pre_iteration 2 --curve 8 16 --num_images 8 --levers none --fractions 0.5"
-    best="--outer_iteration 3 --views 3 --outer_batch_size 16 --view_batch 8 --num_models 1
+    length_of_best="--outer_iteration 3 --views 3 --outer_batch_size 16 --view_batch 8 --num_models 1
         --online_iteration 3 --online_lr 0.01 --pre_iteration 2 --pre_lr 0.001"
     images=8 labels=0.5 network=convnet_8_bn tests=(--collect-only) pre="--pre_epoch 5 --pre_lr 0.001"
 fi
@@ -89,7 +90,7 @@ target=$work/teacher_ckpt/barlow_twins_${arch}_cifar10.pt
 distil="$on --target_model $arch --target_ckpt $target --train_model $network --target_views online --outer_lr 1e-2
     $size --eval_every 99999 --test_iteration 300 --save_dir $work/results --exp_name krr_st"
 best="--recipe best $on --target_model $arch --target_ckpt $target --train_model $network --num_images $images
-    $best --eval_every 99999 --test_iteration 300 --save_dir $work/results --exp_name best"
+    $length_of_best --eval_every 99999 --test_iteration 300 --save_dir $work/results --exp_name best"
 random="--method random_features --num_images $images --target_model $arch --target_ckpt $target
     --synthetic_data_dir $work/sets"
 probe="--source_data_name cifar10 --target_data_name cifar10 --data_dir $data --img_size 32 --device $device
