@@ -18,6 +18,7 @@ from data.target_scale import TargetScale
 from evaluation import transfer
 from evaluation.fit import outputs, pretrain
 from evaluation.recipes import KD, PRETRAIN
+from evaluation.target import load_target
 from evaluation.transfer import TestFlags, Transfer
 from krr_st import baselines
 from krr_st.krr_st import KRRST
@@ -192,8 +193,14 @@ def test_baselines_write_the_statistics(tiny, capsys):
 def test_krr_st_learns_standardised_targets(tiny, capsys):
     assert train.main([*RUN, "--target_scale", "std", "--exp_name", "std"]) == 0
     found = SyntheticSet.load("results/std")
-    scale = TargetScale.fit(features(tiny))
-    assert torch.equal(found.training.targets.mean, scale.mean) and found.training.mixup is None
+    written, by_formula = found.training.targets, features(tiny).double()
+    # The run's own target model: folded, in channels-last, it rounds otherwise than the plain one.
+    target = load_target(NET, None, tiny, CPU, data_name="tiny", data_dir=Path("datasets"))
+    scale = TargetScale.fit(outputs(target, tiny.train.images, tiny, CPU))
+    assert torch.equal(written.mean, scale.mean) and torch.equal(written.std, scale.std)
+    torch.testing.assert_close(written.mean.double(), by_formula.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(written.std.double(), by_formula.std(0, correction=0), rtol=1e-5, atol=1e-6)
+    assert found.training.mixup is None
     assert "linear_accuracy" in {k for e in read_log("results/std") for k in e}
 
 
