@@ -193,7 +193,7 @@ def main(flags: BaselineFlags) -> int:
     count, given = flags.num_images or preset.num_images, "--num_images"
     if flags.bytes is not None:
         label, given = target().dim if soft else classes, f"--bytes {flags.bytes}: room for"
-        count = images_within(flags.bytes, image_set.img_shape, label, how, flags.views, flags.blend)
+        count = images_within(flags.bytes, image_set.img_shape, label, how, flags)
     if count > len(image_set.train) and make is not _gaussian:
         raise UserError(
             f"{given} {count} is more than the {len(image_set.train)} images in {image_set.train.path}"

@@ -32,8 +32,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_models": 5,
         "online_iteration": 500,
     },
-    # Each image in fifty blended views with the target model's features of each; the images are learned
-    # so that these teach. On held-out images a larger rate costs accuracy in the probes, and so do
+    # Each image in fifty hybrid views with the target model's features of each; the images are learned so
+    # that these teach. On held-out images a larger rate costs accuracy in the probes, and so do
     # augmented real batches, which also keep the error higher, and half as large batches (RESULTS.md).
     "best": {
         "outer_iteration": 1800,
@@ -47,6 +47,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "target_scale": "std",
         "views": 50,
         "blend": True,
+        "hybrid": True,
         "pre_iteration": 1000,
     },
 }
@@ -59,7 +60,7 @@ class TrainFlags(ViewFlags, FeatureFlags):
     recipe: str = flag(
         "published",
         "settings in place of the defaults; explicit flags take precedence; best: standardised targets, "
-        "and 50 blended views of each image with the target model's features of each",
+        "and 50 hybrid views of each image with the target model's features of each",
         choices=tuple(RECIPES),
     )
     train_model: str | None = flag(None, "network of the pool (zoo A); default: preset")

@@ -103,8 +103,8 @@ def rows(flags: DemoFlags) -> dict[str, Row]:
             f"test.py {drawn}/{name} --pre_mixup",
         )
     found["blended"] = Row(
-        f"{count} random real images in blended views",
-        f"--num_images {count} --views 50 --blend",
+        f"{count} random real images in hybrid views",
+        f"--num_images {count} --views 50 --blend --hybrid",
         "test.py --method random_features --synthetic_path "
         "synthetic_data/blended/digits/random_features.safetensors",
     )

@@ -78,9 +78,11 @@ LEVERS: dict[str, dict[str, Any]] = {
     "steps 4000": {"outer_iteration": 4000},
     "steps 4000 lr_y 1e-1": {"outer_iteration": 4000, "outer_lr_y": 1e-1},
     "best": {**RECIPES["best"], "pool_mixup": None},
-    "best, batches of 256": {
+    "best, plain blends": {**RECIPES["best"], "pool_mixup": None, "hybrid": None},
+    "best, plain blends in batches of 256": {
         **RECIPES["best"],
         "pool_mixup": None,
+        "hybrid": None,
         "outer_iteration": 2000,
         "outer_batch_size": 256,
         "view_batch": 256,
@@ -93,6 +95,7 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "herding + features": ("herding_features", {}),
     "high-loss + features": ("high_loss_features", {}),
     "random + features, blended views": ("random_features", dict(views=50, blend=True)),
+    "random + features, hybrid views": ("random_features", dict(views=50, blend=True, hybrid=True)),
     "random + class labels": ("random", {}),
 }
 HELD_OUT = 0.2
@@ -299,6 +302,7 @@ class Study:
     def set_folder(self, seed: int, method: str, count: int, more: dict[str, Any]) -> Path:
         """Where a set of `krr_st.baselines` is: a folder, or one compact file."""
         own = f"-{self.student}" if "high_loss" in method and self.student != self.flags.network else ""
+        own += "-hybrid" * bool(more.get("hybrid"))
         place = self.folder / "sets" / f"{count}-{seed}{self.suffix}{own}" / self.name / method
         return place.with_suffix(".safetensors") if more else place
 

@@ -454,7 +454,7 @@ def test_demo_at_tiny_size(tmp_path, capsys):
         "no pre-training",
         "5 random real images + target features",
         "25 random real images + target features",
-        "5 random real images in blended views",
+        "5 random real images in hybrid views",
         "5 KRR-ST images",
     ]
     for row, probes in ((table[2], 1), (table[-1], 5)):

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import safetensors.torch
+import scipy.fft
 import torch
 
 from data.specs import Stats
@@ -177,11 +178,19 @@ def test_pixels_of_real_images_survive_in_one_byte(tmp_path):
     torch.testing.assert_close(again.images, x, atol=1e-5, rtol=0)
 
 
+def filtered(x, cutoff):
+    """Low frequencies of (3, 8, 8) in float64, by SciPy's cosine transform."""
+    along = np.arange(8) / 8
+    gain = 1 / (1 + (np.hypot(along[:, None], along) / cutoff) ** 8)
+    spectrum = scipy.fft.dctn(np.asarray(x, dtype=np.float64), axes=(1, 2), norm="ortho")
+    return scipy.fft.idctn(gain * spectrum, axes=(1, 2), norm="ortho")
+
+
 @pytest.mark.parametrize("border", ["reflect", "constant"])
-@pytest.mark.parametrize("blend", [False, True])
-def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, border):
+@pytest.mark.parametrize(("blend", "hybrid"), [(False, None), (True, None), (True, True)])
+def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, hybrid, border):
     s, pad, k = make(m=4), 1, 6
-    views = ViewFlags(k, blend).draw(4, 8, True, torch.Generator().manual_seed(3))
+    views = ViewFlags(k, blend, hybrid).draw(4, 8, True, torch.Generator().manual_seed(3))
     assert views.border == "reflect"
     views = dataclasses.replace(views, border=border)
     numbers = views.numbers.tolist()
@@ -225,7 +234,14 @@ def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, border)
             if blend:
                 partner, share = int(views.partners[i, j]), int(views.shares[i, j]) / 255
                 assert (partner == i) == (j == 0)
-                expected = share * expected + (1 - share) * seen(partner, int(views.partner_views[i, j]))
+                theirs = seen(partner, int(views.partner_views[i, j]))
+                if hybrid:  # low frequencies by the share, high ones by the rest
+                    cutoff = 0.5 / 8 * 24 ** (int(views.cutoffs[i, j]) / 255)
+                    low, low_of_theirs = filtered(expected, cutoff), filtered(theirs, cutoff)
+                    high = (1 - share) * (expected - low) + share * (theirs - low_of_theirs)
+                    expected = share * low + (1 - share) * low_of_theirs + high
+                else:
+                    expected = share * expected + (1 - share) * theirs
             np.testing.assert_allclose(again.images[i * k + j], expected, atol=1e-5)
 
 
@@ -238,23 +254,24 @@ def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, border)
         (20, dict(y_dtype="bf16"), 3, True),
         (20, dict(y_dtype="uint8"), 3, True),
         (20, dict(y_dtype="uint8", y_rank=5), 4, True),
+        (20, dict(y_dtype="uint8", y_rank=5), 4, "hybrid"),
         (0, dict(x_dtype="uint8"), 1, False),
     ],
 )
 def test_budget_and_what_inspect_prints_are_what_the_file_holds(tmp_path, capsys, width, how, views, blend):
-    label = width or torch.uint8
+    label, seen = width or torch.uint8, ViewFlags(views, bool(blend), blend == "hybrid")
     sizes = []
     for m in (9, 10):
         s, numbers = make(m, width=width), None
         if views > 1:
-            numbers = ViewFlags(views, blend).draw(m, 8, True, torch.Generator().manual_seed(0))
+            numbers = seen.draw(m, 8, True, torch.Generator().manual_seed(0))
             s = make(m * views, width=width)
         path = tmp_path / "a.safetensors"
         save_compact(dataclasses.replace(s, views=numbers), path, CompactFlags(**how))
         held = safetensors.torch.load_file(path)
         x, y = (sum(t.nbytes for k, t in held.items() if k[0] == kind) for kind in "xy")
         sizes.append(x + y)
-    given = (3, 8, 8), label, CompactFlags(**how), views, blend
+    given = (3, 8, 8), label, CompactFlags(**how), seen
     within = [images_within(b, *given) for b in (*sizes, sizes[1] - 1)]
     assert within == [9, 10, 9]
     assert main(["inspect", str(path)]) == 0
@@ -316,15 +333,17 @@ def test_convert(tmp_path, capsys):
 def test_budgets_that_cannot_be_met():
     # 3·8·8·4 + 2·4 bytes an image; mean and two directions of 48·4 bytes once
     with pytest.raises(UserError, match="first image takes 1352 bytes, each other 776"):
-        images_within(1000, (3, 8, 8), 48, CompactFlags(y_rank=2), 1)
+        images_within(1000, (3, 8, 8), 48, CompactFlags(y_rank=2), ViewFlags())
     with pytest.raises(UserError, match="--y_variance"):
-        images_within(10**6, (3, 8, 8), 48, CompactFlags(y_variance=0.5), 1)
+        images_within(10**6, (3, 8, 8), 48, CompactFlags(y_variance=0.5), ViewFlags())
     with pytest.raises(UserError, match="--views 19: an image has 18 different views"):
         ViewFlags(19).draw(3, 8, True, torch.Generator())
     with pytest.raises(UserError, match="single image"):
         ViewFlags(4, True).draw(1, 8, True, torch.Generator())
+    with pytest.raises(UserError, match=r"--hybrid .* add --blend"):
+        ViewFlags(4, hybrid=True).draw(3, 8, True, torch.Generator())
     # From 256 images on, the number of a partner takes two bytes: 192 · 4 + 5 · (4 + 4) bytes each at first.
-    more = (3, 8, 8), 1, CompactFlags(), 5, True
+    more = (3, 8, 8), 1, CompactFlags(), ViewFlags(5, True)
     each = 192 * 4 + 5 * (4 + 4)
 
     def size(n):
@@ -353,7 +372,7 @@ VIEWS = {
 @pytest.mark.parametrize(
     "tensors, facts, message",
     [
-        ({"x": X, "y": Y}, {"version": 2}, "version 2, expected 1"),
+        ({"x": X, "y": Y}, {"version": 3}, "version 3, expected 1 or 2"),
         ({"x": X, "y": Y}, {"version": None}, "version None"),
         ({"x": X, "y": Y}, {"size": [8]}, "size is"),
         ({"x": X, "y": Y}, {"size": [8, "8"]}, "size is"),
@@ -413,6 +432,8 @@ VIEWS = {
         ({"x": X, **VIEWS, "x.shares": BYTE[:1].clone(), "y": Y.repeat(3, 1)}, {}, "x.shares of shape"),
         ({"x": X, "x.views": BYTE, "x.shares": BYTE.clone(), "y": Y}, {}, "or none of them"),
         ({"x": X, **{k: v for k, v in VIEWS.items() if k != "x.views"}, "y": Y}, {}, "blends of the views"),
+        ({"x": X, **VIEWS, "x.cutoffs": BYTE.short(), "y": Y.repeat(3, 1)}, {}, "x.cutoffs .* in uint8"),
+        ({"x": X, "x.views": BYTE, "x.cutoffs": BYTE.clone(), "y": Y.repeat(3, 1)}, {}, "x.shares with"),
         ({"x": X, "x.views": BYTE, "y": Y.repeat(3, 1)}, {}, "no mean and std"),
         ({"x": X, "x.views": BYTE, "y": Y.repeat(3, 1)}, {"mean": [0.5], "std": [1]}, "3 channels"),
     ],

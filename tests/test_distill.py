@@ -87,10 +87,11 @@ def test_one_step_by_hand(tiny, name, wd, optimizer):
     assert distiller.optimizer.param_groups[0].get("momentum", 0.5) == 0.5
 
 
-def test_a_step_on_views_by_hand(tiny):
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_a_step_on_views_by_hand(tiny, hybrid):
     """Each view has the target's features of itself, through which the gradient goes, too."""
     real = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(5))
-    more = dict(views=4, blend=True, view_batch=9, loader=OneBatch(real), num_models=1)
+    more = dict(views=4, blend=True, hybrid=hybrid, view_batch=9, loader=OneBatch(real), num_models=1)
     distiller, target = make_distiller(**more), make_target()
     pool = distiller.pool
     net = copy.deepcopy(pool.slots[0].model).eval()
@@ -278,7 +279,7 @@ def test_a_set_of_views_is_written_whole(tiny):
     [
         (3, "paper", []),
         (5, "released", []),
-        (7, "paper", ["--views", "4", "--blend", "--view_batch", "7", "--target_scale", "std"]),
+        (7, "paper", ["--views", "4", "--blend", "--hybrid", "--view_batch", "7", "--target_scale", "std"]),
         (9, "released", []),
     ],
 )

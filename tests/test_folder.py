@@ -85,6 +85,7 @@ def test_random_pictures_are_trained_on_as_the_distilled_ones_are(workspace):
     assert flags.target_scale == wanted.get("target_scale", "none")
     assert flags.mixup is bool(wanted.get("pool_mixup"))
     assert (flags.views, flags.blend) == (wanted.get("views", 1), wanted.get("blend", False))
+    assert flags.hybrid == wanted.get("hybrid")
     assert "--views" not in labels and "--method" not in labels  # random is the default
 
 

@@ -106,7 +106,7 @@ def steps(distiller, count=1):
     [
         dict(),
         dict(pool_mixup=True, outer_grad_norm=1.0, online_opt="adam"),
-        dict(views=3, blend=True, view_batch=5),
+        dict(views=3, blend=True, hybrid=True, view_batch=5),
         dict(outer_batch_size=64, online_iteration=1),  # a new pass and a new network at every step
     ],
 )

@@ -1,7 +1,8 @@
 """Compact storage: a synthetic set in fewer bytes, decoded to ordinary images and targets when it is read.
 
 A safetensors file whose metadata `compact` is the JSON object {"version": 1, "size": [H, W], "pad": p}, with
-views also "border": "reflect", or "constant" for black, which is what files without this key mean:
+views also "border": "reflect", or "constant" for black, which is what files without this key mean (version 2
+where there are x.cutoffs):
 
 x        (n, C, h, w) float32, bfloat16 or uint8: images, enlarged bilinearly to (H, W), corners not aligned
 x.map    (2, C) float32, with uint8 alone: slope and offset of each channel's values, slope * x + offset
@@ -9,6 +10,7 @@ x.views  (n, k) uint8, where each image stands for k: numbers of crop-and-flip v
          i * k + j of the set is view j of image i (data/synthetic/views.py)
 x.partners, x.partner_views, x.shares   (n, k) integers, uint8 and uint8, where it is blended: with which
          image, in which view, and its own share in 255ths
+x.cutoffs   (n, k) uint8, where shares are those of low frequencies: which frequencies are low
 y        (n * k,) class indices or (n * k, D) target vectors, or in place of these
 y.mean, y.left, y.right   (D,), (n * k, r) and (r, D): the target vectors are mean + left @ right
 y.map    (2, D) or (2, r) float32, where y or y.left are target vectors in uint8: of each column, as x.map
@@ -25,13 +27,13 @@ from torch import Tensor
 
 from data.augment.crop_flip import count_views
 from data.specs import Stats
-from data.synthetic.views import BLEND, BORDERS, INTEGERS, LARGEST_PAD, SetViews, index_type
+from data.synthetic.views import BLEND, BORDERS, INTEGERS, LARGEST_PAD, SetViews, ViewFlags, index_type
 from utils.cli import flag
 from utils.cost import largest
 from utils.errors import UserError
 from utils.precision import DTYPES
 
-VERSION = 1
+VERSIONS = (1, 2)
 LARGEST = 2**31  # values of the decoded images, and of the targets: a small file could ask for any number
 _DTYPES = {**DTYPES, "uint8": torch.uint8}
 _LOW_RANK = ("y.mean", "y.left", "y.right")
@@ -44,6 +46,7 @@ _TENSORS = {
     "x.partners": ("nk", INTEGERS, "integers"),
     "x.partner_views": ("nk", (torch.uint8,), "uint8"),
     "x.shares": ("nk", (torch.uint8,), "uint8"),
+    "x.cutoffs": ("nk", (torch.uint8,), "uint8"),
     "y.mean": ("D", _FLOATS, "float32 or bfloat16"),
     "y.left": ("mr", (*_FLOATS, torch.uint8), "float32, bfloat16 or uint8"),
     "y.map": ("2q", (torch.float32,), "float32"),
@@ -115,7 +118,7 @@ def encode(
     tensors |= _encode_targets(targets.cpu(), how, 1 if unit is None else unit.cpu().double())
     stored = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     facts = {"pad": 0} if views is None else {"pad": views.pad, "border": views.border}
-    return stored, {"version": VERSION, "size": size, **facts}
+    return stored, {"version": VERSIONS["x.cutoffs" in stored], "size": size, **facts}
 
 
 def _shrink(x: Tensor, small: tuple[int, int]) -> Tensor:
@@ -215,8 +218,8 @@ def _checked_facts(facts: Mapping[str, Any], path: Path) -> tuple[tuple[int, int
     """Height and width of the images, and how their views are shifted."""
     version, size, pad = (facts.get(name) for name in ("version", "size", "pad"))
     border = facts.get("border", "constant")  # of files that do not say it: the first ones
-    if version != VERSION:
-        raise UserError(f"{path} is a compact set of version {version}, expected {VERSION}")
+    if version not in VERSIONS:
+        raise UserError(f"{path} is a compact set of version {version}, expected 1 or 2")
     sides = size if isinstance(size, list) and len(size) == 2 else [None, None]
     if not all(type(v) is int and 1 <= v <= LARGEST for v in sides):
         raise UserError(f"{path}: a compact set's size is {size}, expected height and width in pixels")
@@ -255,6 +258,7 @@ def _check_tensors(
     blend = {name: tensors[f"x.{name}"] for name in BLEND if f"x.{name}" in tensors}
     check(len(blend) in (0, len(BLEND)), "x.partners, x.partner_views and x.shares, or none of them")
     check("x.views" in tensors or not blend, "blends of the views in x.views")
+    check(blend or "x.cutoffs" not in tensors, "x.shares with x.cutoffs")
     for name in ("x.views", "x.partner_views"):
         known = name not in tensors or int(tensors[name].max()) < count_views(pad, True)
         check(known, f"view numbers for padding {pad}")
@@ -273,7 +277,9 @@ def _check_tensors(
     vectors = tensors["y.left"] if y is None else y
     columns = vectors.shape[1] if vectors.dtype == torch.uint8 and vectors.dim() == 2 else None
     check(lengths.get("q") == columns, "y.map of shape (2, columns) with y or y.left in uint8, and only then")
-    return SetViews(tensors["x.views"], **shifts, **blend) if "x.views" in tensors else None
+    if "x.views" not in tensors:
+        return None
+    return SetViews(tensors["x.views"], **shifts, **blend, cutoffs=tensors.get("x.cutoffs"))
 
 
 def describe(tensors: Mapping[str, Tensor]) -> str:
@@ -291,14 +297,9 @@ def count_bytes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def images_within(
-    budget: int,
-    img_shape: tuple[int, int, int],
-    label: int | torch.dtype,
-    how: CompactFlags,
-    views: int = 1,
-    blend: bool = False,
+    budget: int, img_shape: tuple[int, int, int], label: int | torch.dtype, how: CompactFlags, seen: ViewFlags
 ) -> int:
-    """How many images fit into `budget` bytes with their targets, each seen in `views` views.
+    """How many images fit into `budget` bytes with their targets, each in the views that `seen` says.
 
     `label` is the length of target vectors, or the number type of class indices. A UserError says what
     one image takes where none fits, and that a rank has to be known.
@@ -312,16 +313,16 @@ def images_within(
     mapped = 2 * torch.float32.itemsize  # for each channel or column that is stored in uint8
     once = channels * mapped if x_type == torch.uint8 else 0
     if isinstance(label, torch.dtype):
-        each += views * label.itemsize
+        each += seen.views * label.itemsize
     else:
         columns = how.y_rank or label
-        each += views * columns * y_type.itemsize
+        each += seen.views * columns * y_type.itemsize
         once += columns * mapped if y_type == torch.uint8 else 0
         once += (how.y_rank + 1) * label * _basis(y_type).itemsize if how.y_rank else 0
 
     def total(count: int) -> int:  # the partners of many images take more bytes each
-        view = 3 + index_type(count - 1).itemsize if blend else 1
-        return once + count * (each + (views * view if views > 1 else 0))
+        view = 3 + index_type(count - 1).itemsize + bool(seen.hybrid) if seen.blend else 1
+        return once + count * (each + (seen.views * view if seen.views > 1 else 0))
 
     if budget < total(1):
         first = total(1)

@@ -5,7 +5,8 @@ features: 100 images in 50 blended views teach like several hundred images (RESU
 
 Source of blends with a teacher's own targets: Beyer et al., "Knowledge distillation: A good teacher is
 patient and consistent", arXiv 2106.05237; of storing them: Shen and Xing, "A Fast Knowledge Distillation
-Framework for Visual Recognition", arXiv 2112.01528.
+Framework for Visual Recognition", arXiv 2112.01528; of one image's low frequencies with another's high ones:
+Oliva, Torralba and Schyns, "Hybrid images", SIGGRAPH 2006.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from data.augment import denormalize, normalize
 from data.augment.crop_flip import apply_crop_flip, count_views, default_padding
+from data.augment.low_pass import low_pass
 from data.specs import Stats
 from utils.cli import flag
 from utils.device import upload
@@ -49,6 +51,11 @@ class ViewFlags:
         "each view but the first is blended with a view of another image, by a share ~ U(0, 1); its features "
         "are the target model's of the blend",
     )
+    hybrid: bool | None = flag(
+        None,
+        "with --blend: the image's share holds for its low frequencies, and 1 minus it for its high ones, "
+        "divided at a random frequency",
+    )
 
     def draw(self, count: int, size: int, hflip: bool, generator: torch.Generator) -> SetViews | None:
         """Views of `count` images of `size` pixels; None where there is one of each.
@@ -56,6 +63,8 @@ class ViewFlags:
         Of each image the plain view, then others: different ones, or random blends, each with another
         image. A UserError for views that these images do not have.
         """
+        if self.hybrid and not self.blend:
+            raise UserError("--hybrid says how views are blended; add --blend")
         if self.views == 1:
             if self.blend:
                 raise UserError("--blend: the first view of an image is never blended; add --views 2 or more")
@@ -82,7 +91,10 @@ class ViewFlags:
             for first, others in ((plain, own), (plain, theirs), (255, shares))
         )
         partners = (partners % count).to(index_type(count - 1))
-        return SetViews(numbers, pad, "reflect", partners, theirs, shares)
+        cutoffs = None
+        if self.hybrid:
+            cutoffs = _after(255, torch.randint(256, more, generator=generator)).to(torch.uint8)
+        return SetViews(numbers, pad, "reflect", partners, theirs, shares, cutoffs)
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,8 @@ class SetViews:
     partners: Tensor | None = None  # integers: which of the n images
     partner_views: Tensor | None = None  # uint8: in which view
     shares: Tensor | None = None  # uint8: of the image itself, in 255ths
+    # uint8: with them `shares` are those of low frequencies, those of high ones the rest to 1
+    cutoffs: Tensor | None = None
 
     def __len__(self) -> int:
         return self.numbers.numel()
@@ -124,12 +138,24 @@ class SetViews:
             return normalize(own, stats)
         other = seen(self.partners.flatten()[rows].long(), self.partner_views)
         share = upload(self.shares.flatten()[rows] / 255, x.device).view(-1, 1, 1, 1)
-        return normalize(share * own + (1 - share) * other, stats)
+        if self.cutoffs is None:
+            return normalize(share * own + (1 - share) * other, stats)
+        cutoff = cutoff_frequency(upload(self.cutoffs.flatten()[rows] / 255, x.device), max(x.shape[2:]))
+        more = own - other
+        return normalize(other + (1 - share) * more + (2 * share - 1) * low_pass(more, cutoff), stats)
 
     def tensors(self) -> dict[str, Tensor]:
         """As a compact file holds them."""
-        found = {"views": self.numbers, **{name: getattr(self, name) for name in BLEND}}
+        found = {"views": self.numbers, **{name: getattr(self, name) for name in (*BLEND, "cutoffs")}}
         return {f"x.{name}": tensor for name, tensor in found.items() if tensor is not None}
+
+
+def cutoff_frequency(part: Tensor, size: int) -> Tensor:
+    """Cutoffs of `low_pass`: from half the lowest frequency of images of `size` pixels (0) to above all (1).
+
+    Equal parts are equal ratios: natural images vary about as much in each octave.
+    """
+    return 0.5 / size * (3.0 * size) ** part
 
 
 def _after(first: int, others: Tensor) -> Tensor:
