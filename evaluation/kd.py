@@ -113,6 +113,8 @@ class Distillation(Measurement):
             self.synthetic, self.count = pretraining.synthetic, len(pretraining.synthetic)
             if flags.method != SCRATCH:
                 self.pretraining, self.width = pretraining, pretraining.outputs
+            if self.synthetic.views is not None:
+                self.recipe = self.recipe.in_steps(self.count // self.synthetic.views.each)
             shape = tuple(self.synthetic.images.shape[1:])
             if shape != target.img_shape:
                 raise UserError(f"synthetic images are {shape}, those of the target {target.img_shape}")

@@ -121,14 +121,10 @@ class Recipe:
             given = {"epochs": 0, "steps": 0, **given}
         return dataclasses.replace(self, **given)
 
-    def fitted(self, training: TrainingSettings, images: int | None = None) -> Recipe:
-        """A copy with what a synthetic set says about training on it.
-
-        One that stands for several views of `images` is trained on for as many steps as these alone.
-        """
+    def fitted(self, training: TrainingSettings) -> Recipe:
+        """A copy with what a synthetic set says about training on it."""
         scale = None if training.targets is None else "std"
         return self.override(
-            steps=self.steps_on(images) if images and self.epochs else None,
             lr=training.lr,
             momentum=training.momentum,
             dsa=training.dsa,
@@ -137,11 +133,20 @@ class Recipe:
         )
 
     def for_set(self, training: TrainingSettings, images: int | None, flags: PreFlags, hflip: bool) -> Recipe:
-        """`fitted`, with the flags put in; without `hflip` DSA does not mirror, unless a flag says so."""
-        recipe = self.fitted(training, images).with_flags(flags, "pre_")
+        """`fitted`, with the flags put in; without `hflip` DSA does not mirror, unless a flag says so.
+
+        `images` is how many several views each there are of, None where images are their only view.
+        """
+        recipe = self.fitted(training).with_flags(flags, "pre_")
+        if images:
+            recipe = recipe.in_steps(images)
         if flags.pre_dsa is None and not hflip:
             recipe = recipe.override(dsa=without_flip(recipe.dsa))
         return recipe
+
+    def in_steps(self, images: int) -> Recipe:
+        """A copy for as many steps as its passes over `images` take, however many views there are of each."""
+        return self.override(steps=self.steps_on(images), rate_by_epoch=False) if self.epochs else self
 
     def check_targets(self, synthetic: SyntheticSet) -> None:
         """Raise a UserError where mixup or the scale of targets is not to be had with a set."""

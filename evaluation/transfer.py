@@ -278,8 +278,13 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
     if found != (size, size):
         raise UserError(f"{path} holds images of {found} pixels, expected {size} x {size}; see --img_size")
     kinds = ("float vectors", "class indices")
-    by_class = recipe.loss == "cross_entropy"
-    if synthetic.soft == by_class:
+    by_class, classes = recipe.loss == "cross_entropy", source_classes(source, flags.data_dir)
+    soft_labels = (
+        by_class
+        and synthetic.probabilities
+        and synthetic.targets.shape[1] == (classes or synthetic.targets.shape[1])
+    )
+    if synthetic.soft == by_class and not soft_labels:
         wanted, found = kinds[by_class], kinds[not by_class]
         raise UserError(f"{path} holds {found}; method {flags.method} is pre-trained on {wanted}")
     try:
@@ -288,7 +293,7 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
         raise UserError(f"{path}: {error}") from None
     if synthetic.soft:
         return Pretraining(synthetic, recipe, synthetic.targets.shape[1])
-    seen, classes = int(synthetic.targets.max()) + 1, source_classes(source, flags.data_dir)
+    seen = int(synthetic.targets.max()) + 1
     if seen > (classes or seen):
         raise UserError(f"{path} holds label {seen - 1}, but {source} has {classes} classes")
     return Pretraining(synthetic, recipe, classes or seen)

@@ -83,6 +83,8 @@ class FRePo(Distiller):
         self.optimizer = make_optimizer("lamb", learned, lr=flags.outer_lr)
         self.schedule = make_schedule("cosine_to_tenth", self.optimizer, flags.outer_iteration)
         self.mirrored = flags.use_flip and problem.image_set.hflip
+        if flags.use_flip and not self.mirrored:
+            print(f"{flags.data_name}: a mirrored image means another thing, the set has no mirrored copies")
         self._embed_real = SplitBatches(lambda x, model: model.embed(x))
 
     @staticmethod

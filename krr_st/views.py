@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
@@ -174,10 +175,11 @@ def mapped_table(
     about = {**about, "rows": rows, "dim": dim, "dtype": str(dtype)}
     text = json.dumps(about, indent=2, sort_keys=True)
     place = folder / checkpoint.fingerprint(torch.tensor(list(text.encode()), dtype=torch.uint8))
-    path, sums_path = place / "table.bin", place / "sums.pt"
+    path, sums_path, lock = place / "table.bin", place / "sums.pt", FileLock(place / ".lock")
     size = rows * dim * dtype.itemsize
     try:
         place.mkdir(parents=True, exist_ok=True)
+        lock.acquire()  # another process of the run, or of another one, may be making it
         if not path.exists() or path.stat().st_size != size:
             sums_path.unlink(missing_ok=True)
             with path.open("wb") as file:
@@ -192,12 +194,20 @@ def mapped_table(
             f"--views_dir {folder}: cannot make a table of target views of {size / 1e9:.2f} GB "
             f"there ({reason}); name another folder or use --target_views online"
         ) from None
+    finally:
+        lock.release()
     checkpoint.write_text(place / "about.json", text + "\n")
-    table, sums = table.view(rows, dim), torch.zeros(rows, dtype=torch.int32)
-    if sums_path.exists():
+    table = table.view(rows, dim)
+
+    def known_sums() -> Tensor:
+        if not sums_path.exists():
+            return torch.zeros(rows, dtype=torch.int32)
         sums = checkpoint.load_tensor(sums_path, what="checksums of target views")
         if sums.shape != (rows,) or sums.dtype != torch.int32:
             raise UserError(f"{sums_path} does not belong to {path}; delete {place}")
+        return sums
+
+    sums = known_sums()
     damaged = 0
     for index in sums.nonzero().flatten().split(_ROWS_AT_ONCE):
         wrong = index[row_sums(table[index]) != sums[index]]
@@ -211,7 +221,9 @@ def mapped_table(
             os.fsync(file.fileno())  # entries first: what is said to be there must be there
         for index in (present & (sums == 0)).nonzero().flatten().split(_ROWS_AT_ONCE):
             sums[index] = row_sums(table[index])
-        checkpoint.save(sums, sums_path)
+        with lock:  # the rows of other processes that fill it stay known
+            theirs = known_sums()
+            checkpoint.save(torch.where(sums == 0, theirs, sums), sums_path)
 
     return table, sums != 0, flush
 

@@ -473,6 +473,7 @@ EXCLUSIVE = [
     ("test_kd", "--pre_iteration 3 --pre_epoch 3"),
     ("test", "--synthetic_data_dir there --synthetic_path here"),
     ("train", "--method dm --ipc 2 --num_images 40"),
+    ("train", "--method dm --ipc 1 --num_images 40"),  # 1 is the default, and typed
     ("train", "--method dc --exp_name run --save_path here"),
     ("train", "--method dsa --resume --overwrite"),
     ("train", "--method krr_st --pre_epoch 3 --pre_iteration 3"),

@@ -298,6 +298,15 @@ def test_plain_forms_are_weighed_too(tmp_path, capsys):
     assert f"X {pictures} + Y {(tmp_path / 'p' / 'labels.csv').stat().st_size}" in capsys.readouterr().out
 
 
+def test_a_form_that_forgets_views_says_so(tmp_path, capsys):
+    views = ViewFlags(3, True).draw(4, 8, True, torch.Generator().manual_seed(3))
+    save_compact(dataclasses.replace(make(m=12), views=views), tmp_path / "v.safetensors", CompactFlags())
+    for form, lost in (("npz", True), ("compact", False)):
+        target = str(tmp_path / f"out.{'npz' if lost else 'safetensors'}")
+        assert main(["convert", str(tmp_path / "v.safetensors"), target, "--form", form]) == 0
+        assert ("lost     that 3 images each are views of one" in capsys.readouterr().out) == lost
+
+
 def test_convert(tmp_path, capsys):
     make(m=40).save(tmp_path / "s")
     out = str(tmp_path / "c.safetensors")

@@ -12,7 +12,10 @@ from torch import nn
 import test_kd
 from data.augment.dsa import diff_augment
 from data.load import load_set
-from data.synthetic import SyntheticSet
+from data.specs import Stats
+from data.synthetic import SyntheticSet, save_compact
+from data.synthetic.compact import CompactFlags
+from data.synthetic.views import ViewFlags
 from evaluation import epochs, kd
 from evaluation.fit import Trainer
 from evaluation.recipes import DSA_STRATEGY, KD, PRETRAIN, kd_loss, pretrain_recipe
@@ -269,6 +272,20 @@ def test_the_teacher_sees_whole_batches(goal, monkeypatch):
     argv = [*ARGV, "--test_model", "convnet_4_8_none", "--num_test", "1", "--kd_batch_size", "4"]
     assert test_kd.main([*argv, "--kd_bn", "batch"]) == 0
     assert [len(x) for x, _ in calls[0][3]] == [4, 2] * 3
+
+
+def test_a_set_of_views_is_distilled_on_as_long_as_its_images_alone(goal, monkeypatch):
+    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    views = ViewFlags(4, True).draw(6, 8, True, torch.Generator().manual_seed(2))
+    stats = Stats((0.5,) * 3, (0.25,) * 3)
+    whole = SyntheticSet(views.images(x, stats), torch.randn(24, 5), stats, views=views)
+    save_compact(whole, Path("views.safetensors"), CompactFlags())
+    calls = recorded(monkeypatch)
+    argv = [*ARGV, "--num_test", "1", "--kd_batch_size", "4", "--synthetic_path", "views.safetensors"]
+    assert test_kd.main(argv) == 0
+    ((_, _, steps, seen, rates),) = calls
+    assert steps == len(seen) == 3 * 2  # three passes over six images, four at a time
+    assert len(set(rates)) == 6  # the rate moves with each step: a pass over all views is longer than the run
 
 
 def test_gaussian_student_starts_untrained(goal, monkeypatch):

@@ -139,3 +139,6 @@ def test_a_set_of_views_is_trained_on_as_long_by_train_py_as_by_test_py(tmp_path
     found = Labels(METHODS["krr_st"], flags, image_set, None).recipe(TrainingSettings())
     alone = pretrain_recipe("krr_st", "cifar10", flags.test_model, count=100)
     assert found.steps_on(5000) == alone.steps_on(100) == 1000
+    flags = replace(flags, pre_epoch=20)  # passes over the images, not over their views
+    found = Labels(METHODS["krr_st"], flags, image_set, None).recipe(TrainingSettings())
+    assert found.steps_on(5000) == 20

@@ -14,6 +14,7 @@ import torch
 from conftest import CPU, NET, make_target, read_log, resolved, write_set, write_target
 from test_cli import fails
 
+import test as judged
 import train
 from data.augment import normalize
 from data.load import load_set
@@ -111,6 +112,11 @@ def test_run_from_nothing_and_interrupted_one_is_the_same(tiny, kind, monkeypatc
         assert y.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     elif kind == "datm":
         assert y.shape == (8, 4) and torch.allclose(y.sum(1), torch.ones(8)) and (y >= 0).all()
+        judge = "--source_data_name tiny --target_data_name tiny --img_size 8 --device cpu --protocol linear "
+        judge += (
+            f"--method mtt --synthetic_path results/whole --pre_epoch 2 --num_test 1 --test_model {STUDENT}"
+        )
+        assert judged.main(judge.split()) == 0  # soft labels are labels
     else:
         assert y.shape == (6, make_target().dim)
     assert x.isfinite().all() and Path("results/whole/x_syn.png").exists()
@@ -465,6 +471,8 @@ def test_what_does_not_fit_is_refused_before_a_run_folder(tiny, capsys):
     assert "has 3 epochs, 4 are needed: lower --max_start_epoch 4" in refused(*own, "--max_start_epoch", "4")
     assert "holds 3 trajectories, 5 are needed; see --num_experts" in refused(*own, "--num_experts", "5")
     assert "its experts have targets classes, not features" in refused(*own, kind="mkdt")
+    make_experts("--zca", "--buffer_dir", "white", targets="features")
+    assert "its experts have zca True, not False" in refused("--buffer_dir", "white", kind="mkdt")
     assert "holds no replay_buffer_0.pt" in refused("--buffer_dir", "nowhere")
     assert "--min_start_epoch 2 is not below --max_start_epoch 2" in refused("--min_start_epoch", "2")
     assert "unknown DSA operation 'blur'" in refused("--dsa_strategy", "blur")

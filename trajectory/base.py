@@ -181,6 +181,8 @@ class TrajectoryMatching(Distiller):
         self.strategy = flags.dsa_strategy
         if not problem.image_set.hflip:
             self.strategy = without_flip(self.strategy)
+            if self.strategy != flags.dsa_strategy:
+                print(f"{flags.data_name}: a mirrored image means another thing, DSA does not flip")
         self.weights = tensor_weights(network, flags.vector_weight, flags.head_weight)
         x, y = self.start()
         self.x_syn, self.y_syn = x.clone().requires_grad_(), y.clone()

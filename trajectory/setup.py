@@ -147,8 +147,7 @@ def check_origin(
     wanted["train_model"] = flags.train_model
     if on_demand:
         wanted["dsa_strategy"] = flags.dsa_strategy
-    if hasattr(flags, "zca"):
-        wanted["zca"] = bool(flags.zca)
+    wanted["zca"] = bool(getattr(flags, "zca", False))  # MKDT has no whitening
     if method.labels == "features":
         wanted["target_scale"] = flags.target_scale or "none"
         made = {**made, "target_scale": made.get("target_scale") or "none"}

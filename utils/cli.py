@@ -153,6 +153,8 @@ def add_flags(
         help_text = (field.metadata["help"] + shown).replace("%", "%%")
         names = [f"--{name}" for name in (field.name, *field.metadata["also"])]
         owner = groups.get(field.name, parser)
+        if owner is not parser and kind in (int, float) and default is not None:
+            default = str(default)  # argparse tells a typed 1 from the default 1 by identity alone
         owner.add_argument(*names, dest=field.name, default=default, help=help_text, **options)
 
 

@@ -147,6 +147,11 @@ def _convert(args: argparse.Namespace) -> None:
         if synthetic.soft and same != "equal":
             same = f"by at most {float((again.targets - synthetic.targets).abs().max()):.3g}"
     print(f"{args.dst}: {len(again)} images in {args.form} form")
+    if synthetic.views is not None and again.views is None:
+        each = synthetic.views.each
+        print(
+            f"lost     that {each} images each are views of one: networks train on them {each} times as long"
+        )
     if args.form == "png":
         print(f"lost     {share_outside(synthetic):.2%} of pixels clamped to [0, 1], rest at 8 bits")
     print(f"checked  read back: images differ by at most {worst:.3g}, targets {same}")

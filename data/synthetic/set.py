@@ -62,6 +62,12 @@ class SyntheticSet:
         """True for float target vectors, False for class indices."""
         return self.targets.is_floating_point()
 
+    @property
+    def probabilities(self) -> bool:
+        """Whether the targets are probabilities of classes: vectors not below 0 that sum to 1."""
+        t = self.targets
+        return self.soft and bool(t.min() >= 0 and ((t.sum(1) - 1).abs() <= 1e-3).all())
+
     def plain(self) -> SyntheticSet:
         """The set without further views of its images."""
         if self.views is None:
