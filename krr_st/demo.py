@@ -102,11 +102,11 @@ def rows(flags: DemoFlags) -> dict[str, Row]:
             f"--num_images {number}",
             f"test.py {drawn}/{name} --pre_mixup",
         )
-    found["blended"] = Row(
+    found["hybrid"] = Row(
         f"{count} random real images in hybrid views",
         f"--num_images {count} --views 50 --blend --hybrid",
         "test.py --method random_features --synthetic_path "
-        "synthetic_data/blended/digits/random_features.safetensors",
+        "synthetic_data/hybrid/digits/random_features.safetensors",
     )
     found["krr_st"] = Row(
         f"{count} KRR-ST images", judged="test.py --method krr_st --synthetic_path results/demo"
@@ -202,9 +202,7 @@ def unlabelled_table(flags: DemoFlags) -> str:
         lines.append([row.label, *shown])
     count = flags.num_images
     curve = {number: -fmean(values[f"random_{number}"][error]) for number in (n * count for n in MORE)}
-    views, worth = (
-        random_images(curve, -fmean(values[name][error]), count) for name in ("blended", "krr_st")
-    )
+    views, worth = (random_images(curve, -fmean(values[name][error]), count) for name in ("hybrid", "krr_st"))
     ahead = []
     for title in COLUMNS:
         pairs = zip(values["krr_st"][title], values[f"random_{count}"][title], strict=True)
@@ -214,7 +212,7 @@ def unlabelled_table(flags: DemoFlags) -> str:
         f"{markdown(['pre-training', *COLUMNS], lines)}\n\n"
         "The error is that of the outputs on unseen images, in variances of the target's features "
         f"(1: predicting their mean); by it the {count} KRR-ST images are worth {worth} random ones, "
-        f"{count} random ones in blended views {views}.\n"
+        f"{count} random ones in hybrid views {views}.\n"
         f"Seeds on which they beat {count} random ones: {'; '.join(ahead)}."
     )
 

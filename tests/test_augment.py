@@ -6,6 +6,7 @@ import torch
 
 from data.augment import denormalize, normalize, to_float
 from data.augment.crop_flip import apply_crop_flip, count_views, default_padding, draw_crop_flip
+from data.augment.low_pass import low_pass
 from data.specs import Stats
 
 STATS = Stats((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -133,3 +134,19 @@ def test_to_float():
 )  # 4 is published
 def test_default_padding(size, pad):
     assert default_padding(size) == pad
+
+
+def test_low_frequencies_of_waves():
+    """A wave of the cosine transform counts by the gain at its frequency; no frequency stays whole."""
+    n = torch.arange(12, dtype=torch.float64)
+    for row, column in ((0, 0), (3, 0), (2, 5), (11, 11)):
+        wave = torch.cos(torch.pi * row * (n[:, None] + 0.5) / 12) * torch.cos(
+            torch.pi * column * (n + 0.5) / 12
+        )
+        x = wave.expand(3, 2, 12, 12)
+        cutoff = torch.tensor([0.04, 0.4, 1.5], dtype=torch.float64)
+        frequency = (row**2 + column**2) ** 0.5 / 12
+        gain = 1 / (1 + (frequency / cutoff) ** 8)
+        torch.testing.assert_close(low_pass(x, cutoff), gain.view(3, 1, 1, 1) * x, atol=1e-12, rtol=1e-9)
+    x = torch.randn(2, 1, 5, 8, dtype=torch.float64, requires_grad=True)  # sides that differ
+    assert torch.autograd.gradcheck(lambda t: low_pass(t, torch.tensor([0.2, 0.7], dtype=torch.float64)), x)

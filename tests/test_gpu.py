@@ -17,6 +17,7 @@ from data.augment.dc import dc_augment
 from data.augment.dsa import diff_augment
 from data.loader import TensorLoader, ViewPipeline
 from data.specs import Stats
+from data.synthetic.views import ViewFlags
 from evaluation.fit import Trainer
 from evaluation.recipes import sgd_by_epochs
 from krr_st.loss import krr_loss
@@ -130,6 +131,19 @@ def test_target_views_lookup_and_fill():
             wanted = OnlineTargets(target)(*batch)
             for table in (*tables, on_host):
                 torch.testing.assert_close(table(*batch), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_hybrid_views_of_a_set():
+    """Images and their gradient, beside the CPU's."""
+    views = ViewFlags(6, True, True).draw(10, 32, True, torch.Generator().manual_seed(0))
+    found = []
+    for device in (CPU, CUDA):
+        x = draw(10, 3, 32, 32).float().to(device).requires_grad_()
+        with float32_mode("fp32"):
+            seen = views.images(x, STATS)
+            seen.square().mean().backward()
+        found.append((seen.detach().cpu(), x.grad.cpu()))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
 def test_a_replayed_step_is_the_same():

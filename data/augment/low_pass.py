@@ -20,11 +20,8 @@ def low_pass(x: Tensor, cutoff: Tensor) -> Tensor:
     """
     height, width = x.shape[2:]
     rows, columns = (_cosines(n, x.dtype, x.device) for n in (height, width))
-    along = (
-        torch.arange(height, device=x.device)[:, None] / height,
-        torch.arange(width, device=x.device) / width,
-    )
-    power = (along[0].square() + along[1].square()) ** (ORDER // 2)  # f^8
+    down, across = (torch.arange(n, dtype=x.dtype, device=x.device) / n for n in (height, width))
+    power = (down[:, None].square() + across.square()) ** (ORDER // 2)  # f^8
     gain = 1 / (1 + power / cutoff.view(-1, 1, 1, 1) ** ORDER)
     with torch.autocast(x.device.type, enabled=False):
         return rows.T @ (gain * (rows @ x @ columns.T)) @ columns
