@@ -63,17 +63,22 @@ def index_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[6:]))
 
 
-def find_checkpoints(root: Path, dataset: str, model: str, epoch: int, count: int) -> list[Path]:
-    """The first `count` state dicts of an architecture at an epoch; a UserError if there are fewer."""
+def find_checkpoints(
+    root: Path, dataset: str, model: str, epoch: int, count: int, size: int | None = None
+) -> list[Path]:
+    """The first `count` state dicts of an architecture at an epoch; a UserError if there are fewer.
+
+    `size` is the side of its images where a flag says it.
+    """
     folder, wanted = model_folder(root, dataset, model), checkpoint_name(dataset, model, epoch)
     found = [p / wanted for p in index_folders(folder) if (p / wanted).exists()]
     if len(found) >= count:
         return found[:count]
     raise UserError(
-        f"looked for {count} x {folder / 'index_*' / wanted} and found {len(found)}; there is: "
+        f"looked for {count} x {folder / 'index_*' / wanted} and found {len(found)}; there are: "
         f"{_describe(root, folder, dataset, model)}; train them with: python "
         f"train_original_models.py --normalize_data --dataset {dataset} --model {model} "
-        f"--num {count - len(found)} --epochs {epoch}"
+        f"--num {count - len(found)} --epochs {epoch}" + (f" --img_size {size}" if size else "")
     )
 
 
@@ -98,7 +103,9 @@ def load_networks(
     A UserError for too few checkpoints, damaged ones, or a source whose images are unknown.
     """
     teachers, num_classes, dataset = [], 0, flags.source_dataset
-    for path in find_checkpoints(flags.pretrained_path, dataset, model, flags.epoch, flags.model_num):
+    for path in find_checkpoints(
+        flags.pretrained_path, dataset, model, flags.epoch, flags.model_num, flags.img_size
+    ):
         own, num_classes = source_space(path, dataset)
         network = get_network(model, own.channels, num_classes, own.size)
         state = checkpoint.load_state(path, what="pre-trained model")

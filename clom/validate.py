@@ -56,6 +56,10 @@ def validate(flags: ValidateFlags) -> int:
     names = [flags.model] if flags.eval_mode is None else eval_pool(flags.eval_mode, flags.model)
     if flags.scores and no_augmentation(flags.dsa_strategy):
         raise UserError(f"--dsa_strategy {flags.dsa_strategy}: --scores compares with and without DSA")
+    if flags.full_accuracy is not None and not flags.scores:
+        raise UserError("--full_accuracy has a meaning for --scores alone; add --scores")
+    if not (flags.dsa or flags.scores) and flags.dsa_strategy != ValidateFlags.dsa_strategy:
+        print("not used without --dsa: --dsa_strategy")
     if flags.full_accuracy is not None and len(names) > 1:
         raise UserError(f"--full_accuracy is that of one network, not of the {len(names)} of --eval_mode")
     print(json.dumps(cli.as_json(flags), indent=2))
@@ -66,6 +70,9 @@ def validate(flags: ValidateFlags) -> int:
         return 0
     image_set, path = load_data(flags), synthetic_path(flags)
     stored = load_synthetic(path, image_set, flags.experiment)
+    made_by = stored.info.get("method")
+    if isinstance(made_by, str) and made_by.lower() != flags.method.lower():
+        print(f"note: {path} was made by {made_by}, results are filed under --method {flags.method}")
     ipc = len(stored) / image_set.num_classes
     if flags.ipc not in (None, ipc):
         raise UserError(f"{path} holds {len(stored)} images, {ipc:g} per class; not --ipc {flags.ipc}")

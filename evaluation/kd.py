@@ -122,7 +122,7 @@ class Distillation(Measurement):
         self.teacher = place(load_teacher(flags, target), self.device)
         self.common = self.settings()
         if self.pretraining is not None:
-            print(f"pre-training: {self.pretraining.recipe}")
+            self.tell_pretraining()
         print(f"distillation: {self.recipe}; teacher: {flags.kd_bn} statistics")
 
     def settings(self) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class Run:
     @property
     def legend(self) -> str:
         """What a card shows."""
-        first, total = self.cards[0], len(self.synthetic)
+        first, total = self.cards[0], len(self.synthetic.plain())
         count = f"All {total} images" if total == len(self.cards) else f"{len(self.cards)} of {total} images"
         parts = ["before the first step", "at the end"] if first.start else ["the synthetic image"]
         parts += ["the nearest training picture, with its distance"] * bool(first.nearest)

@@ -21,7 +21,7 @@ Number = tuple[float, float | None]
 Published = dict[tuple[str, str, str], Number]
 
 RESULTS = "results.jsonl"  # the measurements, in the folder of a table
-NOTE = "ours, mean ± std [published, difference]; – not run, † shortened"
+NOTE = "ours, mean ± std [published, difference, where the number is known]; – not run, † shortened"
 
 
 @dataclass(frozen=True)

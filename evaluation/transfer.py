@@ -267,6 +267,10 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
     source = flags.source_data_name
     pick(PRETRAIN, flags.method, "method")  # an unknown name fails before its set is looked for
     path = flags.synthetic_path or flags.synthetic_data_dir / source / flags.method
+    if flags.synthetic_path is None and (one_file := path.with_name(f"{path.name}.safetensors")).exists():
+        if path.exists():
+            raise UserError(f"{path} and {one_file} are two sets; name one with --synthetic_path")
+        path = one_file
     if not path.exists() and flags.synthetic_path is None:
         raise UserError(f"synthetic set {path} does not exist; make it with: {set_command(flags, size)}")
     synthetic = SyntheticSet.load(path)
@@ -407,10 +411,18 @@ class Measurement:
                 cells += self.repetition(seed, store)
         text, note = self.table(cells)
         if flags.steps_scale != 1:
-            note += f"; lengths scaled by {flags.steps_scale}, not the table's"
+            note += f"; training lengths times {flags.steps_scale:g}: not comparable with the tables"
         folder = flags.log_dir / flags.source_data_name / self.method / self.arch / self.protocol
         finish(folder, flags, self.device, cells, self.summary(cells), f"{text}\n{note}")
         return 0
+
+    def tell_pretraining(self) -> None:
+        """Print how networks are pre-trained, and whether the set is one of another source."""
+        scale, source = self.flags.steps_scale, self.flags.source_data_name
+        print(f"pre-training: {self.pretraining.recipe}" + f"; length times {scale:g}" * (scale != 1))
+        own = self.pretraining.synthetic.data_name
+        if own and own.lower() != source.lower():
+            print(f"note: the set was made from {own}, results are filed under --source_data_name {source}")
 
     def new_forecast(self, seeds: int) -> Forecast:
         """Of so many repetitions; their results take a few kilobytes."""
@@ -491,7 +503,7 @@ class Transfer(Measurement):
         if isinstance(flags, TestFlags):
             self.pretraining = load_pretraining(flags, self.preset.size, self.arch)
             self.width, shape = self.pretraining.outputs, tuple(self.pretraining.synthetic.images.shape[1:])
-            print(f"pre-training: {self.pretraining.recipe}")
+            self.tell_pretraining()
         self.common = self.settings()
         if targets is None:
             names = resolve_targets(flags.source_data_name, flags.target_data_name, flags.data_dir)

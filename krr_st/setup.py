@@ -103,6 +103,6 @@ class KRRSTSetup(KernelSetup):
             curve = [e["held_out_loss"] for e in run.read_log() if "held_out_loss" in e]
             found = {"held_out_loss": {"of": str(self.monitor), "start": curve[0], "end": curve[-1]}}
             lines = {str(self.monitor): series["held_out_loss"], **lines}
-        title = "Only the fixed networks compare step with step: the pool's age and follow the set"
+        title = "Compare steps by the fixed networks alone: those of the pool age and follow the set"
         save_lines({title: lines}, run.path / "loss.png", x_label="outer step", y_label="KRR loss")
         return found

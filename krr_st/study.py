@@ -12,6 +12,7 @@ import contextlib
 import functools
 import gc
 import io
+import itertools
 import math
 import shlex
 import sys
@@ -46,6 +47,7 @@ from evaluation.transfer import (
     TargetModel,
     TestFlags,
     Transfer,
+    labelled_indices,
     load_targets,
     parse_shots,
 )
@@ -208,6 +210,9 @@ class Study:
         self.student = flags.student or flags.network
         self.test_model = flags.test_model or self.student
         self.targets = load_targets((self.name, *flags.targets), flags.img_size, flags.data_dir, None)
+        count, train = flags.num_images, self.targets[0].train
+        if count > len(train):
+            raise UserError(f"--num_images {count} is more than the {len(train)} images in {train.path}")
         shots = () if flags.shots == "none" else parse_shots(flags.shots)
         read = READ[flags.probe_on]
         self.probes = [
@@ -218,6 +223,8 @@ class Study:
         self.finetuning = [Measure("finetune", count) for count in FINETUNED if flags.finetune_iteration]
         self.rows = [*self._rows()]
         self.curves = [self._baseline(f"curve {n}", "random_features", n) for n in flags.curve]
+        for image_set, measure in itertools.product(self.targets, self.few_shot):
+            labelled_indices(image_set, measure, 0)  # too many labels per class fail now
         # (row, target, measure) -> seed -> accuracy, of what is measured
         self.found: dict[tuple, dict[int, float]] = defaultdict(dict)
         self._read: set[tuple[str, int]] = set()

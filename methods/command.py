@@ -41,6 +41,8 @@ def parse(
         default = next(with_it, default)
     name = peeked.method or default
     row = offered.get(name.lower(), METHODS[default])
+    if peeked.method is not None and name.lower() in offered:
+        options["prog"] = f"{options['prog']} --method {name}"  # whose flags --help lists
     names = tuple(r.name for r in offered.values()) if among else tuple(offered)
     about = "\n".join(f"  {known:8} {r.about}" for known, r in offered.items())
     parsed = cli.parse(

@@ -34,6 +34,7 @@ from evaluation.fit import Trainer
 from evaluation.measure import CellStore, grouped
 from evaluation.presets import resolve_preset
 from evaluation.recipes import Recipe
+from evaluation.target import Representation
 from evaluation.transfer import TARGET_ERROR, Measure, ScratchFlags, TestFlags, Transfer
 from krr_st.config import BaselineFlags, TargetFlags
 from krr_st.target import target_trainer
@@ -99,10 +100,17 @@ class Plan:
         kept = read_json(path)
         begun = kept.get("chosen") or kept.get("done")  # else nothing was made of what was asked
         before = kept.get("asked", asked) if begun else asked
-        changed = [name for name in asked if not isinstance(before, dict) or before.get(name) != asked[name]]
+        before = before if isinstance(before, dict) else {}
+        changed = [
+            f"--{name} {before[name]}, not {now}"
+            if name in before and name in FolderFlags.__dataclass_fields__
+            else f"another {name}"
+            for name, now in asked.items()
+            if before.get(name) != now
+        ]
         if changed:
             raise UserError(
-                f"{path.parent} was begun with another {' and '.join(changed)}; choose another --out, or "
+                f"{path.parent} was begun with {' and '.join(changed)}; choose another --out, or "
                 "remove that folder"
             )
         self.commands = kept.get("commands", {})
@@ -121,7 +129,8 @@ class Plan:
     def choose(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `make` gives, and what it gave before where it was asked already."""
         if name not in self.chosen:
-            self.chosen[name] = make()
+            with contextlib.redirect_stdout(io.StringIO()):  # trials, which say nothing about the set
+                self.chosen[name] = make()
             self.save()
         return self.chosen[name]
 
@@ -153,12 +162,16 @@ class FolderRun:
         self.recipe = replace(recipe, **STEPS)
         self.views = {f.name: getattr(self.recipe, f.name) for f in fields(ViewFlags)}
         self.foreign = ":" in (flags.target or "")  # the target model is one from elsewhere
+        if flags.target and not self.foreign:
+            Representation(flags.target, (3, flags.img_size, flags.img_size))  # an unknown name fails now
         self.source = self._read()
         self.labelled = len(self.source.class_names or ()) > 1  # sub-folders name two classes or more
         # Random images with class labels make a row where each class has one of them.
         self.can_label = self.labelled and flags.num_images >= len(self.source.class_names)
         asked = {"folder": str(pictures.resolve()), **cli.identity(flags), "set of pictures": self._digest()}
         self.plan = Plan(self.out / "plan.json", asked)
+        if (self.out / "config.json").exists() and "distil" not in self.plan.chosen:
+            raise UserError(f"{self.out} holds another run, such as one of train.py; choose another --out")
 
     def _read(self) -> Source:
         """List the pictures; some are set apart where the folder does not do so itself."""
@@ -451,9 +464,7 @@ class FolderRun:
         advice = ""
         if steps < ENOUGH_DISTIL:
             more = math.ceil(self.flags.minutes * ENOUGH_DISTIL / steps)
-            advice = (
-                f"{steps} outer steps are few: --minutes {more} with another --out gives {ENOUGH_DISTIL}\n\n"
-            )
+            advice = f"few outer steps: {steps}; --minutes {more} with another --out: {ENOUGH_DISTIL}\n\n"
         print(
             f"\nWhat networks are worth, judged on {unseen}:\n\n"
             f"{markdown(list(table[0]), [list(row.values()) for row in table])}\n\n"

@@ -70,7 +70,7 @@ def test_too_few_models(workspace):
         "--dataset CIFAR10 --model ConvNetD1 --num 1 --epochs 5",
     ):
         assert word in text, text
-    with pytest.raises(UserError, match=r"found 0; there is: CIFAR10/original/ConvNetD1;"):
+    with pytest.raises(UserError, match=r"found 0; there are: CIFAR10/original/ConvNetD1;"):
         load("ConvNetD2")
     with pytest.raises(UserError, match="nothing in elsewhere"):
         find_checkpoints("elsewhere", "CIFAR10", "ConvNetD1", 5, 1)

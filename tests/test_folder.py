@@ -107,7 +107,7 @@ def test_a_plan_is_kept_and_belongs_to_what_was_asked(tmp_path):
     again = Plan(tmp_path / "plan.json", {"minutes": 2.0})
     assert again.choose("target", lambda: {"epochs": 7}) == {"epochs": 3} and again.done == ["prepare"]
     assert again.spent >= 30.0
-    with pytest.raises(UserError, match="another minutes"):
+    with pytest.raises(UserError, match=r"begun with --minutes 2\.0, not 3\.0"):
         Plan(tmp_path / "plan.json", {"minutes": 3.0})
     unused = Plan(tmp_path / "unused.json", {"minutes": 2.0})
     unused.save()  # nothing was chosen or made for what was asked
@@ -157,3 +157,14 @@ def test_pictures_without_classes_are_judged_by_the_error_alone(workspace, capsy
     shown = capsys.readouterr().out
     assert "| pre-training " in shown and "error of target features" in shown
     assert "labels per class" not in shown and "class labels |" not in shown
+
+
+def test_a_run_that_is_there_already_is_left_alone(workspace):
+    draw("mine", 60)
+    Path("results/mine").mkdir(parents=True)
+    Path("results/mine/config.json").write_text("{}")
+    with pytest.raises(UserError, match="results/mine holds another run"):
+        FolderRun(Path("mine"), FolderFlags(num_images=6, img_size=8, device="cpu"))
+    assert [p.name for p in Path("results/mine").iterdir()] == ["config.json"]
+    with pytest.raises((UserError, ValueError), match="unknown model 'resnet19'"):
+        FolderRun(Path("mine"), FolderFlags(num_images=6, img_size=8, device="cpu", target="resnet19"))

@@ -210,7 +210,7 @@ def test_statistics_of_a_prepared_set(tmp_path, capsys):
     SyntheticSet(torch.randn(3, 3, 16, 16), torch.randn(3, 4)).save(tmp_path / "set")
     flags = ["inspect", str(tmp_path / "set"), "--data_dir", str(tmp_path / "data"), "--data_name"]
     assert main([*flags, "mine"]) == 2
-    assert "unknown data set (none is prepared in" in capsys.readouterr().err
+    assert "unknown data set (nothing of that name is prepared in" in capsys.readouterr().err
     for name in ("digits", "mine"):
         (tmp_path / "data" / name).mkdir(parents=True)
         assert main([*flags, name]) == 2

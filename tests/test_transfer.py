@@ -1,6 +1,7 @@
 """test.py and test_scratch.py: targets, early refusals, what is read, trained and overridden."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,15 @@ def tiny(workspace):
     x, y = torch.randn(6, 3, 8, 8, generator=generator), torch.randn(6, 5, generator=generator)
     SyntheticSet(x, y).save(Path("synthetic_data/tiny/krr_st"))
     return workspace
+
+
+def test_a_set_in_one_file_is_found_and_two_are_refused(tiny, capsys):
+    place = Path("synthetic_data/tiny/krr_st")
+    SyntheticSet.load(place).save(place.with_suffix(".safetensors"), "safetensors")
+    argv = [*SHARED, "--target_data_name", "tiny", *SHORT, "--protocol", "linear"]
+    fails(capsys, test_command, argv, "krr_st.safetensors are two sets", "--synthetic_path")
+    shutil.rmtree(place)
+    assert test_command.main(argv) == 0
 
 
 def cells():

@@ -1,7 +1,6 @@
 """Write {folder}/report.html: one page of a run, or of all runs below a folder.
 
-python -m utils.report results/EXP
-python -m utils.report results
+For example `python -m utils.report results/EXP`, or `python -m utils.report results`.
 """
 
 from pathlib import Path

@@ -218,5 +218,5 @@ def _describe_broken(broken: dict[str, list[dict[str, str]]], path: Path) -> str
         more = f"; all of them in {path}"
     return (
         f"{len(every)} unreadable picture{'s' * (len(every) > 1)} ({shown}{more}); "
-        "mend them, or leave them out with --skip_broken"
+        "repair or remove them, or leave them out with --skip_broken"
     )

@@ -28,8 +28,12 @@ def summarize(synthetic: SyntheticSet) -> list[str]:
     """What a set holds, one fact a line."""
     images, targets = synthetic.images, synthetic.targets
     shape = " x ".join(map(str, images.shape[1:]))
+    seen = ""
+    if synthetic.views is not None:
+        each = synthetic.views.each
+        seen = f", {each} views of each of {len(synthetic) // each}"
     lines = [
-        f"images   {len(synthetic)} of {shape} (C x H x W), {_range(images)}",
+        f"images   {len(synthetic)} of {shape} (C x H x W){seen}, {_range(images)}",
         f"targets  {_count_targets(targets)}",
         "finite   yes: no NaN or infinite value in images or targets",
     ]
@@ -83,9 +87,10 @@ def _count_targets(targets: Tensor) -> str:
 
 
 def draw(synthetic: SyntheticSet, path: Path, limit: int = 100) -> str:
-    """Draw a grid of at most `limit` images spread evenly over the set."""
+    """Draw a grid of at most `limit` images spread evenly over the set, each in its first view alone."""
     from utils.plots import save_grid  # torchvision: slow to import, and only drawing needs it
 
+    synthetic = synthetic.plain()
     chosen = spaced(len(synthetic), limit)
     if synthetic.stats is None:
         values, how = synthetic.images, "stretched to the full range, the statistics are unknown"
@@ -103,7 +108,7 @@ def _load_flagged(args: argparse.Namespace, path: Path) -> SyntheticSet:
     rows, name = {"krr": KRR_SPECS, "dc": DC_SPECS}[args.family], args.data_name
     folder = args.data_dir / (rows[name].folder if name in rows else name)
     if name not in rows and not folder.is_dir():
-        pick(rows, name, f"data set (none is prepared in {args.data_dir} either)")
+        pick(rows, name, f"data set (nothing of that name is prepared in {args.data_dir} either):")
     stats = stored_sizes(folder) | (rows[name].stats if name in rows else {})
     # The first time only for its size: a PNG folder is normalised with the values that belong to it.
     size = load(stats=next(iter(stats.values()))).images.shape[-1] if stats else None

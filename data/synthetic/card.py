@@ -78,7 +78,8 @@ def write_card(synthetic: SyntheticSet, source: Path | None = None, flags: CardF
         found = list(_numbers(results))
     except (OverflowError, RecursionError):
         raise UserError(f"{folder / 'results.json'} holds numbers that no run writes") from None
-    title = f"{len(synthetic)} images from {facts.get('source', 'an unknown source')}"
+    views = "" if synthetic.views is None else f" in {synthetic.views.each} views each"
+    title = f"{len(synthetic.plain())} images{views} from {facts.get('source', 'an unknown source')}"
     title += f" by {facts['method']}" if "method" in facts else ""
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters["plain"] = _plain
