@@ -219,7 +219,8 @@ def main(flags: BaselineFlags) -> int:
     else:
         synthetic.save(path)
     x_bytes, y_bytes, _ = stored_bytes(path)
-    each = f" in {flags.views} {'blended ' * flags.blend}views" if flags.views > 1 else ""
+    kind = "hybrid " if flags.hybrid else "blended " * flags.blend
+    each = f" in {flags.views} {kind}views" if flags.views > 1 else ""
     print(f"{flags.method} of {flags.data_name}: {count} images{each} in {path}, {x_bytes + y_bytes} bytes")
     return 0
 
