@@ -252,6 +252,9 @@ def test_what_is_needed_is_named(cluster, monkeypatch, capsys):
 def test_a_study_submits_its_target_model_first(cluster, capsys):
     write_set("datasets", "tiny")
     argv = ["--data_name=tiny", "--img_size=8", "--network=convnet_4_bn", "--slurm=day", "--detach"]
+    assert study.main(argv) == 2  # of sets that the images cannot give nothing is submitted
+    assert "--num_images 100 is more than the 48 images" in capsys.readouterr().err
+    argv += ["--num_images=4", "--shots=1"]
     assert study.main(argv) == 0
     out = capsys.readouterr().out
     assert "submitted to day: tiny: target model\n" in out and "jobs left: 1; " in out
