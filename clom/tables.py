@@ -247,7 +247,7 @@ def teacher_fingerprints(run: DistillFlags) -> list[str]:
         if name.startswith(PREFIX):
             found.append(name)
         else:
-            paths = find_checkpoints(*source, name, run.epoch, run.model_num)
+            paths = find_checkpoints(*source, name, run.epoch, run.model_num, run.img_size)
             found += [_digest(path, _version(path)) for path in paths]
     return found
 

@@ -283,11 +283,8 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
         raise UserError(f"{path} holds images of {found} pixels, expected {size} x {size}; see --img_size")
     kinds = ("float vectors", "class indices")
     by_class, classes = recipe.loss == "cross_entropy", source_classes(source, flags.data_dir)
-    soft_labels = (
-        by_class
-        and synthetic.probabilities
-        and synthetic.targets.shape[1] == (classes or synthetic.targets.shape[1])
-    )
+    width = synthetic.targets.shape[-1]
+    soft_labels = by_class and synthetic.probabilities and width == (classes or width)
     if synthetic.soft == by_class and not soft_labels:
         wanted, found = kinds[by_class], kinds[not by_class]
         raise UserError(f"{path} holds {found}; method {flags.method} is pre-trained on {wanted}")

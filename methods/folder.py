@@ -464,7 +464,10 @@ class FolderRun:
         advice = ""
         if steps < ENOUGH_DISTIL:
             more = math.ceil(self.flags.minutes * ENOUGH_DISTIL / steps)
-            advice = f"few outer steps: {steps}; --minutes {more} with another --out: {ENOUGH_DISTIL}\n\n"
+            advice = (
+                f"The minutes allowed few outer steps ({steps}); --minutes {more} with another --out allows "
+                f"about {ENOUGH_DISTIL}.\n\n"
+            )
         print(
             f"\nWhat networks are worth, judged on {unseen}:\n\n"
             f"{markdown(list(table[0]), [list(row.values()) for row in table])}\n\n"

@@ -95,7 +95,7 @@ def test_run_from_nothing_and_interrupted_one_is_the_same(tiny, kind, monkeypatc
     argv = RUNS[kind]
     assert train.main([*argv, "--exp_name", "whole"]) == 0
     shown = capsys.readouterr().out
-    assert "making experts: 2" in shown and "training 2 experts" in shown
+    assert "making 2 experts" in shown and "training 2 experts" in shown
     with interrupted(monkeypatch, METHODS[argv[1]].distiller, at=3):
         assert train.main([*argv, "--exp_name", "parts"]) == 130
     assert train.main([*argv, "--exp_name", "parts"]) == 0

@@ -157,19 +157,19 @@ def test_table_on_disk_goes_on(tmp_path):
 
 
 def test_processes_that_fill_one_table_keep_what_the_others_found(tmp_path):
+    def start():
+        table, known, flush = mapped_table(tmp_path, 16, 4, torch.float32, {})
+        return TargetViews(target, table, 1, known, flush)
+
     target = Counting()
-    tables = [TargetViews(target, *_mapped(tmp_path)[:1], 1, *_mapped(tmp_path)[1:]) for _ in range(2)]
+    tables = [start(), start()]
     x, nothing = torch.randn(16, *SHAPE), torch.zeros(8, dtype=torch.int64)
     for table, part in zip(tables, torch.arange(16).split(8), strict=True):
         table(x[part], part, nothing)
     for table in tables:
         table.flush()
-    table, known, _ = _mapped(tmp_path)
-    assert known.all() and torch.equal(table, OnlineTargets(target)(x, None, None))
-
-
-def _mapped(folder):
-    return mapped_table(folder, 16, 4, torch.float32, {})
+    again = start()
+    assert again.known.all() and torch.equal(again.table, OnlineTargets(target)(x, None, None))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

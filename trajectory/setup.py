@@ -100,7 +100,8 @@ class TrajectorySetup(SetSetup):
         """Train missing experts, first or meanwhile, and distil."""
         if self.missing is None:
             return super().run(run)
-        print(f"no --buffer_dir is given: making experts: {self.missing.num_experts}")
+        count = self.missing.num_experts
+        print(f"no --buffer_dir is given: making {count} expert{'s' * (count > 1)}")
         old = (Path(self.missing.buffer_dir) / "config.json").exists()
         missing = replace(self.missing, seed=None if old else run.seed)
         if self.flags.expert_every is None:
