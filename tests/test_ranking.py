@@ -156,4 +156,5 @@ def test_flags_that_do_not_fit_scores(soft, capsys):
     fails(capsys, validate, [*FLAGS, "--scores", "--dsa_strategy", "none"], "--dsa_strategy none", "--scores")
     several = [*FLAGS, "--scores", "--eval_mode", "P", "--full_accuracy", "0.9"]
     fails(capsys, validate, several, "--full_accuracy", "3", "--eval_mode")
+    fails(capsys, validate, [*FLAGS, "--full_accuracy", "0.9"], "--full_accuracy", "--scores")
     assert not Path("test_log").exists()
