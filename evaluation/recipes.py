@@ -135,7 +135,7 @@ class Recipe:
     def for_set(self, training: TrainingSettings, images: int | None, flags: PreFlags, hflip: bool) -> Recipe:
         """`fitted`, with the flags put in; without `hflip` DSA does not mirror, unless a flag says so.
 
-        `images` is how many several views each there are of, None where images are their only view.
+        `images` is the number of images that the set shows in several views each; None: each is shown once.
         """
         recipe = self.fitted(training).with_flags(flags, "pre_")
         if images:
@@ -145,7 +145,10 @@ class Recipe:
         return recipe
 
     def in_steps(self, images: int) -> Recipe:
-        """A copy for as many steps as its passes over `images` take, however many views there are of each."""
+        """A copy for as many steps as its passes over `images` take, however many views there are of each.
+
+        Its rate moves with the steps: one pass over all views may be longer than the run.
+        """
         return self.override(steps=self.steps_on(images), rate_by_epoch=False) if self.epochs else self
 
     def check_targets(self, synthetic: SyntheticSet) -> None:
