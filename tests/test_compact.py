@@ -145,13 +145,17 @@ def test_rounding(tmp_path):
     assert torch.equal(again.images, s.images.bfloat16().float())
 
 
-@pytest.mark.parametrize("rank", [None, 4])
-def test_rounded_target_vectors(tmp_path, rank):
-    s, (name, columns) = make(), ("y", 20) if rank is None else ("y.left", rank)
-    stored, again = store(s, tmp_path / "a.safetensors", y_dtype="uint8", y_rank=rank)
-    assert stored[name].dtype == torch.uint8 and stored[name].shape == (12, columns)
+@pytest.mark.parametrize("rank, width", [(None, 20), (None, 1), (4, 20), (5, 20)])
+@pytest.mark.parametrize("dtype, top", [("uint8", 255), ("uint4", 15)])
+def test_rounded_target_vectors(tmp_path, dtype, top, rank, width):
+    s, (name, columns) = make(width=width), ("y", width) if rank is None else ("y.left", rank)
+    stored, again = store(s, tmp_path / "a.safetensors", y_dtype=dtype, y_rank=rank)
+    levels = stored[name].numpy()
+    assert levels.dtype == np.uint8 and levels.shape == (12, columns if top == 255 else -(-columns // 2))
+    if top == 15:  # two columns a byte, the first in the lower half
+        levels = np.array([[row[j // 2] // 16 ** (j % 2) % 16 for j in range(columns)] for row in levels])
     slope, offset = stored["y.map"].double().numpy()
-    found = slope * stored[name].numpy() + offset
+    found = slope * levels + offset
     if rank is None:
         wanted = s.targets.double().numpy()
     else:
@@ -162,7 +166,7 @@ def test_rounded_target_vectors(tmp_path, rank):
         np.testing.assert_allclose(
             again.targets, stored["y.mean"].double().numpy() + found @ found_right, atol=1e-5
         )
-    step = (wanted.max(0) - wanted.min(0)) / 255
+    step = (wanted.max(0) - wanted.min(0)) / top
     assert (np.abs(found - wanted).max(0) <= step / 2 + 1e-6).all()
     if rank is None:
         np.testing.assert_allclose(again.targets, found, atol=1e-6)
@@ -255,6 +259,8 @@ def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, hybrid,
         (20, dict(y_dtype="uint8"), 3, True),
         (20, dict(y_dtype="uint8", y_rank=5), 4, True),
         (20, dict(y_dtype="uint8", y_rank=5), 4, "hybrid"),
+        (20, dict(y_dtype="uint4", y_rank=5), 4, "hybrid"),
+        (20, dict(y_dtype="uint4"), 3, True),
         (0, dict(x_dtype="uint8"), 1, False),
     ],
 )
@@ -305,6 +311,23 @@ def test_a_form_that_forgets_views_says_so(tmp_path, capsys):
         target = str(tmp_path / f"out.{'npz' if lost else 'safetensors'}")
         assert main(["convert", str(tmp_path / "v.safetensors"), target, "--form", form]) == 0
         assert ("lost     that 3 images each are views of one" in capsys.readouterr().out) == lost
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_first_views_of_a_set(tmp_path, capsys, kept):
+    views = ViewFlags(3, True, True).draw(4, 8, True, torch.Generator().manual_seed(3))
+    whole = dataclasses.replace(make(m=12), images=views.images(make(m=4).images, STATS), views=views)
+    save_compact(whole, source := tmp_path / "v.safetensors")
+    argv = ["convert", str(source), str(tmp_path / "few.safetensors"), "--form", "compact", "--views"]
+    assert main([*argv, str(kept)]) == 0
+    assert f"{4 * kept} images" in capsys.readouterr().out
+    few = SyntheticSet.load(tmp_path / "few.safetensors")
+    rows = [i * 3 + j for i in range(4) for j in range(kept)]
+    torch.testing.assert_close(few.images, whole.images[rows], atol=1e-6, rtol=0)
+    assert torch.equal(few.targets, whole.targets[rows]) and (few.views is None) == (kept == 1)
+    assert main([*argv, "4", "--overwrite"]) == 2
+    assert "--views 4" in capsys.readouterr().err
+    assert len(SyntheticSet.load(tmp_path / "few.safetensors")) == 4 * kept
 
 
 def test_convert(tmp_path, capsys):
@@ -381,7 +404,7 @@ VIEWS = {
 @pytest.mark.parametrize(
     "tensors, facts, message",
     [
-        ({"x": X, "y": Y}, {"version": 3}, "version 3, expected 1 or 2"),
+        ({"x": X, "y": Y}, {"version": 4}, "version 4, expected 1 to 3"),
         ({"x": X, "y": Y}, {"version": None}, "version None"),
         ({"x": X, "y": Y}, {"size": [8]}, "size is"),
         ({"x": X, "y": Y}, {"size": [8, "8"]}, "size is"),
@@ -430,6 +453,13 @@ VIEWS = {
         ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 3)}, {}, "y.map of shape"),
         ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 5).double()}, {}, "y.map of shape"),
         ({"x": X, "y": Y[:, 0].byte(), "y.map": torch.ones(2, 1)}, {}, "y.map of shape"),
+        ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 5)}, {"y_bits": 4}, "two columns of y.map a byte"),
+        ({"x": X, "y": Y, "y.map": torch.ones(2, 10)}, {"y_bits": 4}, "y or y.left in uint8"),
+        ({"x": X, "y": Y[:, 0].byte(), "y.map": torch.ones(2, 5)}, {"y_bits": 4}, "y_bits 4"),
+        ({"x": X, "y": Y.byte()}, {"y_bits": 4}, "two columns of y.map a byte"),
+        ({"x": X}, {"y_bits": 4}, "y_bits 4"),
+        ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 15)}, {"y_bits": 3}, "y_bits 3; expected y_bits 4"),
+        ({"x": X, **LOW, "y.left": BYTE, "y.map": torch.ones(2, 5)}, {"y_bits": 4}, "y.right of shape"),
         ({"x": X, "x.views": BYTE[:1].clone(), "y": Y}, {}, "x.views"),
         ({"x": X, "x.views": BYTE.int(), "y": Y}, {}, "x.views"),
         ({"x": X, "x.views": BYTE + 18, "y": Y}, {}, "view numbers"),

@@ -6,6 +6,7 @@ python -m data.synthetic convert SRC DST --form pair|res|safetensors|compact|png
 
 import argparse
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +21,16 @@ from data.synthetic.compact import CompactFlags
 from data.synthetic.forms import FORMS, detect_form, save_compact, save_hf, stored_bytes
 from data.synthetic.set import SyntheticSet
 from utils import cli
+from utils.cli import flag
 from utils.errors import UserError, entry_point, pick
 from utils.run_folder import SET_FILE
+
+
+@dataclass(frozen=True)
+class ConvertFlags:
+    """What is converted."""
+
+    views: int | None = flag(None, "keep the first so many views of each image; default: all", minimum=1)
 
 
 def summarize(synthetic: SyntheticSet) -> list[str]:
@@ -133,6 +142,13 @@ def _convert(args: argparse.Namespace) -> None:
     if args.form != "hf" and card != CardFlags():
         raise UserError(f"--form {args.form} has no card: --license and --results need hf")
     synthetic = _load_flagged(args, args.src)
+    if args.views is not None:
+        have = 1 if synthetic.views is None else synthetic.views.each
+        if args.views > have:
+            raise UserError(
+                f"--views {args.views}: {args.src} has {have} of each image; expected at most that"
+            )
+        synthetic = synthetic.first_views(args.views)
     taken = args.dst / "x_syn.pt" if args.form == "pair" and args.dst.is_dir() else args.dst
     if args.form != "png" and taken.is_file() and not args.overwrite:  # png never replaces a folder
         raise UserError(f"{taken} exists already; pass --overwrite to replace it")
@@ -177,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     convert.add_argument("dst", type=Path, help="folder (pair, png, hf) or file (the other forms)")
     convert.add_argument("--form", required=True, choices=tuple(FORMS), help="form to write")
     convert.add_argument("--overwrite", action="store_true", help="replace a pair or file that is there")
+    cli.add_flags(convert, ConvertFlags)
     cli.add_flags(convert, CompactFlags)
     cli.add_flags(convert, CardFlags)
     for command in (inspect, convert):

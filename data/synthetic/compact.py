@@ -2,7 +2,7 @@
 
 A safetensors file whose metadata `compact` is the JSON object {"version": 1, "size": [H, W], "pad": p}, with
 views also "border": "reflect", or "constant" for black, which is what files without this key mean (version 2
-where there are x.cutoffs):
+where there are x.cutoffs), with targets in four bits "y_bits": 4 (version 3):
 
 x        (n, C, h, w) float32, bfloat16 or uint8: images, enlarged bilinearly to (H, W), corners not aligned
 x.map    (2, C) float32, with uint8 alone: slope and offset of each channel's values, slope * x + offset
@@ -14,6 +14,9 @@ x.cutoffs   (n, k) uint8, where shares are those of low frequencies: which frequ
 y        (n * k,) class indices or (n * k, D) target vectors, or in place of these
 y.mean, y.left, y.right   (D,), (n * k, r) and (r, D): the target vectors are mean + left @ right
 y.map    (2, D) or (2, r) float32, where y or y.left are target vectors in uint8: of each column, as x.map
+
+In four bits y or y.left hold two columns a byte, the first in the lower half, and four bits of padding
+where their number is odd.
 """
 
 from collections.abc import Mapping
@@ -33,9 +36,9 @@ from utils.cost import largest
 from utils.errors import UserError
 from utils.precision import DTYPES
 
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 LARGEST = 2**31  # values of the decoded images, and of the targets: a small file could ask for any number
-_DTYPES = {**DTYPES, "uint8": torch.uint8}
+LEVELS = {"uint8": 256, "uint4": 16}
 _LOW_RANK = ("y.mean", "y.left", "y.right")
 _FLOATS = tuple(DTYPES.values())
 # Axes and number types of what is not y; m = n * k.
@@ -66,7 +69,7 @@ class CompactFlags:
     x_dtype: str = flag(
         "fp32",
         "of stored images; uint8: 256 levels between the extremes of each channel",
-        choices=tuple(_DTYPES),
+        choices=(*DTYPES, "uint8"),
     )
     y_rank: int | None = flag(
         None,
@@ -83,8 +86,9 @@ class CompactFlags:
     )
     y_dtype: str = flag(
         "fp32",
-        "of stored target vectors; uint8: 256 levels between the extremes of each entry or direction",
-        choices=tuple(_DTYPES),
+        "of stored target vectors; uint8 and uint4: 256 and 16 levels between the extremes of each entry or "
+        "direction",
+        choices=(*DTYPES, *LEVELS),
     )
 
     def small_size(self, size: tuple[int, ...]) -> tuple[int, int]:
@@ -112,13 +116,16 @@ def encode(
     """
     size, images = tuple(images.shape[2:]), images.cpu()
     x = images if views is None else images[:: views.each]
-    tensors = _pack("x", _shrink(x, how.small_size(size)), _DTYPES[how.x_dtype])
+    tensors = _pack("x", _shrink(x, how.small_size(size)), how.x_dtype)
     if views is not None:
         tensors |= views.tensors()
     tensors |= _encode_targets(targets.cpu(), how, 1 if unit is None else unit.cpu().double())
     stored = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     facts = {"pad": 0} if views is None else {"pad": views.pad, "border": views.border}
-    return stored, {"version": VERSIONS["x.cutoffs" in stored], "size": size, **facts}
+    version = 2 if "x.cutoffs" in stored else 1
+    if how.y_dtype == "uint4" and "y.map" in stored:
+        version, facts["y_bits"] = 3, 4
+    return stored, {"version": version, "size": size, **facts}
 
 
 def _shrink(x: Tensor, small: tuple[int, int]) -> Tensor:
@@ -140,15 +147,18 @@ def _enlarging(small: int, large: int) -> Tensor:
     return F.interpolate(unit[None], large, mode="linear", align_corners=False)[0].T
 
 
-def _pack(name: str, t: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """`t` (n, C, ...) in `dtype`; in uint8 with the map that leads back to the values of each of the C."""
-    if dtype != torch.uint8:
-        return {name: t.to(dtype)}
-    axes = [0, *range(2, t.dim())]
+def _pack(name: str, t: Tensor, dtype: str) -> dict[str, Tensor]:
+    """`t` (n, C, ...) in `dtype`; in levels with the map that leads back to the values of each of the C."""
+    if dtype in DTYPES:
+        return {name: t.to(DTYPES[dtype])}
+    axes, top = [0, *range(2, t.dim())], LEVELS[dtype] - 1
     low, high = t.amin(axes, keepdim=True), t.amax(axes, keepdim=True)
-    slope = torch.where(high > low, (high - low) / 255, 1)
-    levels = ((t - low) / slope).round().clamp(0, 255)
-    return {name: levels.to(dtype), f"{name[0]}.map": torch.stack([slope, low]).view(2, -1).float()}
+    slope = torch.where(high > low, (high - low) / top, 1)
+    levels = ((t - low) / slope).round().clamp(0, top).byte()
+    if dtype == "uint4":
+        first, second = F.pad(levels, (0, levels.shape[1] % 2)).unflatten(1, (-1, 2)).unbind(2)
+        levels = first | second << 4
+    return {name: levels, f"{name[0]}.map": torch.stack([slope, low]).view(2, -1).float()}
 
 
 def _unpack(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -167,9 +177,8 @@ def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[
         if low_rank:
             raise UserError("--y_rank and --y_variance need target vectors; this set has class indices")
         return {"y": y.to(index_type(int(y.max())))}
-    dtype = _DTYPES[how.y_dtype]
     if not low_rank:
-        return _pack("y", y, dtype)
+        return _pack("y", y, how.y_dtype)
     y = y.double()
     mean = y.mean(0)
     left, spectrum, right = torch.linalg.svd((y - mean) / unit, full_matrices=False)
@@ -180,13 +189,14 @@ def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[
     if rank > len(spectrum):
         wanted = f"expected at most {len(spectrum)}"
         raise UserError(f"--y_rank {rank}: {wanted} for {len(y)} target vectors of length {y.shape[1]}")
-    basis = {"y.mean": mean.to(_basis(dtype)), "y.right": (right[:rank] * unit).to(_basis(dtype))}
-    return basis | _pack("y.left", left[:, :rank] * spectrum[:rank], dtype)
+    dtype = _basis(how.y_dtype)
+    basis = {"y.mean": mean.to(dtype), "y.right": (right[:rank] * unit).to(dtype)}
+    return basis | _pack("y.left", left[:, :rank] * spectrum[:rank], how.y_dtype)
 
 
-def _basis(dtype: torch.dtype) -> torch.dtype:
+def _basis(dtype: str) -> torch.dtype:
     """Number type of the mean and the directions of target vectors whose coefficients are in `dtype`."""
-    return torch.bfloat16 if dtype == torch.uint8 else dtype
+    return DTYPES.get(dtype, torch.bfloat16)
 
 
 def decode(
@@ -197,6 +207,7 @@ def decode(
     Sizes, types and values are checked before anything is decoded; a UserError names the file.
     """
     size, shifts = _checked_facts(facts, path)
+    tensors = _one_per_byte(tensors, facts, path)
     views = _check_tensors(tensors, size, shifts, path)
     images = _unpack("x", tensors)
     if size != tuple(images.shape[2:]):
@@ -214,12 +225,31 @@ def decode(
     return {"images": images, "targets": targets, "views": views}
 
 
+def _one_per_byte(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], path: Path
+) -> Mapping[str, Tensor]:
+    """`tensors` with target vectors in four bits widened to one value a byte; they stay if there are none."""
+    bits = facts.get("y_bits", 8)
+    if bits == 8:
+        return tensors
+    name = "y" if "y" in tensors else "y.left"
+    packed, columns = (tensors.get(n, torch.empty(0)) for n in (name, "y.map"))
+    fits = bits == 4 and packed.dtype == torch.uint8 and packed.dim() == columns.dim() == 2
+    if not fits or packed.shape[1] != (columns.shape[1] + 1) // 2:
+        raise UserError(
+            f"{path}: a compact set of {describe(tensors) or 'nothing'} with y_bits {bits}; expected "
+            "y_bits 4 with y or y.left in uint8, of two columns of y.map a byte"
+        )
+    halves = torch.stack([packed & 15, packed >> 4], 2).flatten(1)
+    return {**tensors, name: halves[:, : columns.shape[1]]}
+
+
 def _checked_facts(facts: Mapping[str, Any], path: Path) -> tuple[tuple[int, int], dict[str, Any]]:
     """Height and width of the images, and how their views are shifted."""
     version, size, pad = (facts.get(name) for name in ("version", "size", "pad"))
     border = facts.get("border", "constant")  # of files that do not say it: the first ones
     if version not in VERSIONS:
-        raise UserError(f"{path} is a compact set of version {version}, expected 1 or 2")
+        raise UserError(f"{path} is a compact set of version {version}, expected 1 to 3")
     sides = size if isinstance(size, list) and len(size) == 2 else [None, None]
     if not all(type(v) is int and 1 <= v <= LARGEST for v in sides):
         raise UserError(f"{path}: a compact set's size is {size}, expected height and width in pixels")
@@ -296,6 +326,13 @@ def count_bytes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     return tuple(sum(t.nbytes for name, t in tensors.items() if name.split(".")[0] == k) for k in "xy")
 
 
+def _bytes_of(values: int, dtype: str) -> int:
+    """Bytes of a row of `values` in `dtype`."""
+    if dtype in DTYPES:
+        return values * DTYPES[dtype].itemsize
+    return (values + 1) // 2 if dtype == "uint4" else values
+
+
 def images_within(
     budget: int, img_shape: tuple[int, int, int], label: int | torch.dtype, how: CompactFlags, seen: ViewFlags
 ) -> int:
@@ -308,17 +345,16 @@ def images_within(
         raise UserError("--bytes needs a known rank; use --y_rank in place of --y_variance")
     channels, *size = img_shape
     height, width = how.small_size(tuple(size))
-    x_type, y_type = _DTYPES[how.x_dtype], _DTYPES[how.y_dtype]
-    each = channels * height * width * x_type.itemsize
-    mapped = 2 * torch.float32.itemsize  # for each channel or column that is stored in uint8
-    once = channels * mapped if x_type == torch.uint8 else 0
+    each = _bytes_of(channels * height * width, how.x_dtype)
+    mapped = 2 * torch.float32.itemsize  # for each channel or column that is stored in levels
+    once = channels * mapped if how.x_dtype in LEVELS else 0
     if isinstance(label, torch.dtype):
         each += seen.views * label.itemsize
     else:
         columns = how.y_rank or label
-        each += seen.views * columns * y_type.itemsize
-        once += columns * mapped if y_type == torch.uint8 else 0
-        once += (how.y_rank + 1) * label * _basis(y_type).itemsize if how.y_rank else 0
+        each += seen.views * _bytes_of(columns, how.y_dtype)
+        once += columns * mapped if how.y_dtype in LEVELS else 0
+        once += (how.y_rank + 1) * label * _basis(how.y_dtype).itemsize if how.y_rank else 0
 
     def total(count: int) -> int:  # the partners of many images take more bytes each
         view = 3 + index_type(count - 1).itemsize + bool(seen.hybrid) if seen.blend else 1

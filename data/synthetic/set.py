@@ -70,11 +70,18 @@ class SyntheticSet:
 
     def plain(self) -> SyntheticSet:
         """The set without further views of its images."""
+        return self.first_views(1)
+
+    def first_views(self, count: int) -> SyntheticSet:
+        """The set with the first views of each image, `count` of them or all if there are fewer."""
         if self.views is None:
             return self
         # Copies: saving a part of a tensor would write all of it.
-        images, targets = (t[:: self.views.each].clone() for t in (self.images, self.targets))
-        return replace(self, images=images, targets=targets, views=None)
+        images, targets = (
+            t.unflatten(0, (-1, self.views.each))[:, :count].flatten(0, 1).clone()
+            for t in (self.images, self.targets)
+        )
+        return replace(self, images=images, targets=targets, views=self.views.first(count))
 
     def unclamped_pixels(self) -> Tensor:
         """The images de-normalised: m×C×H×W float32, 1 is white; a UserError if `stats` is unknown."""

@@ -11,7 +11,7 @@ Oliva, Torralba and Schyns, "Hybrid images", SIGGRAPH 2006.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -118,6 +118,13 @@ class SetViews:
     def each(self) -> int:
         """How many views there are of each image: k."""
         return self.numbers.shape[1]
+
+    def first(self, count: int) -> SetViews | None:
+        """The first views of each image, `count` at most; None for one."""
+        if count == 1:
+            return None
+        fields = {name: getattr(self, name) for name in ("numbers", *BLEND, "cutoffs")}
+        return replace(self, **{n: t if t is None else t[:, :count].contiguous() for n, t in fields.items()})
 
     def images(self, x: Tensor, stats: Stats, rows: Tensor | None = None) -> Tensor:
         """The set's images (n * k, C, H, W) of normalised ones (n, C, H, W); differentiable.
