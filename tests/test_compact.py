@@ -283,7 +283,7 @@ def test_budget_and_what_inspect_prints_are_what_the_file_holds(tmp_path, capsys
     assert main(["inspect", str(path)]) == 0
     said = capsys.readouterr().out
     plain = 4 * 192 * 10 * views, (4 * width or 8) * 10 * views
-    assert f"stored   X {x} + Y {y} = {x + y} bytes" in said
+    assert f"stored   X {x} + Y {y} = {x + y} bytes, per image {x / 10:.6g} + {y / 10:.6g}" in said
     assert f"float32  X {plain[0]} + Y {plain[1]} = {sum(plain)} bytes" in said
 
 

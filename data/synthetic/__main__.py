@@ -58,15 +58,16 @@ def summarize(synthetic: SyntheticSet) -> list[str]:
 
 
 def weigh(synthetic: SyntheticSet, path: Path, experiment: int) -> list[str]:
-    """The bytes of images X and targets Y as stored, and as float32 (classes: int64)."""
+    """The bytes of images X and targets Y as stored, and as float32 (classes: int64); of views, all."""
     x_bytes, y_bytes, words = stored_bytes(path, experiment)
     stored, plain = (x_bytes, y_bytes), (synthetic.images.nbytes, synthetic.targets.nbytes)
+    count = len(synthetic) // (1 if synthetic.views is None else synthetic.views.each)
     lines = [f"compact  {words}"] if words else []
     for name, (x, y) in (("stored", stored), ("float32", plain)):
         total = f"X {x} + Y {y} = {x + y} bytes"
         lines.append(
-            f"{name:8} {total}, per image {' + '.join(f'{v / len(synthetic):.6g}' for v in (x, y))}"
-            f" = {(x + y) / len(synthetic):.6g}"
+            f"{name:8} {total}, per image {' + '.join(f'{v / count:.6g}' for v in (x, y))}"
+            f" = {(x + y) / count:.6g}"
         )
     lines[-1] += f"; {sum(plain) / sum(stored):.3g} times the stored"
     more = sum(t.nbytes for t in synthetic.training.pack()[0].values())

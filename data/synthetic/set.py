@@ -68,6 +68,11 @@ class SyntheticSet:
         t = self.targets
         return self.soft and bool(t.min() >= 0 and ((t.sum(1) - 1).abs() <= 1e-3).all())
 
+    @property
+    def views_each(self) -> int:
+        """How many views there are of each image; 1 where the set is of images alone."""
+        return 1 if self.views is None else self.views.each
+
     def plain(self) -> SyntheticSet:
         """The set without further views of its images."""
         return self.first_views(1)
@@ -78,7 +83,7 @@ class SyntheticSet:
             return self
         # Copies: saving a part of a tensor would write all of it.
         images, targets = (
-            t.unflatten(0, (-1, self.views.each))[:, :count].flatten(0, 1).clone()
+            t.unflatten(0, (-1, self.views_each))[:, :count].flatten(0, 1).clone()
             for t in (self.images, self.targets)
         )
         return replace(self, images=images, targets=targets, views=self.views.first(count))
