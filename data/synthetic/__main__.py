@@ -37,10 +37,8 @@ def summarize(synthetic: SyntheticSet) -> list[str]:
     """What a set holds, one fact a line."""
     images, targets = synthetic.images, synthetic.targets
     shape = " x ".join(map(str, images.shape[1:]))
-    seen = ""
-    if synthetic.views is not None:
-        each = synthetic.views.each
-        seen = f", {each} views of each of {len(synthetic) // each}"
+    each = synthetic.views_each
+    seen = f", {each} views of each of {len(synthetic) // each}" if each > 1 else ""
     lines = [
         f"images   {len(synthetic)} of {shape} (C x H x W){seen}, {_range(images)}",
         f"targets  {_count_targets(targets)}",
@@ -61,7 +59,7 @@ def weigh(synthetic: SyntheticSet, path: Path, experiment: int) -> list[str]:
     """The bytes of images X and targets Y as stored, and as float32 (classes: int64); of views, all."""
     x_bytes, y_bytes, words = stored_bytes(path, experiment)
     stored, plain = (x_bytes, y_bytes), (synthetic.images.nbytes, synthetic.targets.nbytes)
-    count = len(synthetic) // (1 if synthetic.views is None else synthetic.views.each)
+    count = len(synthetic) // synthetic.views_each
     lines = [f"compact  {words}"] if words else []
     for name, (x, y) in (("stored", stored), ("float32", plain)):
         total = f"X {x} + Y {y} = {x + y} bytes"
@@ -144,7 +142,7 @@ def _convert(args: argparse.Namespace) -> None:
         raise UserError(f"--form {args.form} has no card: --license and --results need hf")
     synthetic = _load_flagged(args, args.src)
     if args.views is not None:
-        have = 1 if synthetic.views is None else synthetic.views.each
+        have = synthetic.views_each
         if args.views > have:
             raise UserError(
                 f"--views {args.views}: {args.src} has {have} of each image; expected at most that"
@@ -170,7 +168,7 @@ def _convert(args: argparse.Namespace) -> None:
             same = f"by at most {float((again.targets - synthetic.targets).abs().max()):.3g}"
     print(f"{args.dst}: {len(again)} images in {args.form} form")
     if synthetic.views is not None and again.views is None:
-        each = synthetic.views.each
+        each = synthetic.views_each
         print(
             f"lost     that {each} images each are views of one: networks train on them {each} times as long"
         )
