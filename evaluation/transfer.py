@@ -23,7 +23,7 @@ from data.target_scale import TARGET_SCALES
 from evaluation.fit import StepHook, Trainer, held_out_accuracy, outputs, pretrain
 from evaluation.measure import Cell, CellStore, finish, grouped, spread
 from evaluation.presets import resolve_preset, resolve_targets
-from evaluation.probe import feature_error, frozen_accuracy, labelled_subset
+from evaluation.probe import FROZEN, feature_error, frozen_accuracy, labelled_subset
 from evaluation.recipes import (
     BASELINES,
     MATCHING,
@@ -457,7 +457,8 @@ class Features:
 
     def _compute(self, images: Tensor, on: str) -> Tensor:
         network = self.network()
-        function = network.embed if on == "body" else network
+        # A target model is all body: its outputs are the features.
+        function = getattr(network, "embed", network) if on == "body" else network
 
         def counted(x: Tensor) -> Tensor:
             found = function(x)
@@ -517,9 +518,12 @@ class Transfer(Measurement):
             for target in targets:
                 self._add_target_model(target)
 
+    @property
+    def target_name(self) -> str:
+        return self.flags.target_model or self.preset.target_model
+
     def _add_target_model(self, target: ImageSet) -> None:
-        flags, pretraining = self.flags, self.pretraining
-        name = flags.target_model or self.preset.target_model
+        flags, pretraining, name = self.flags, self.pretraining, self.target_name
         if target.name not in self.target_models:
             where = dict(data_name=flags.source_data_name, data_dir=flags.data_dir)
             model = load_target(name, flags.target_ckpt, target, self.device, **where)
@@ -596,11 +600,15 @@ class Transfer(Measurement):
         backbone = functools.cache(lambda: self.backbone(seed, self.targets[0].img_shape))
         cells = []
         for target in self.targets:
-            features = Features(backbone, target, self.device, self.forecast.tick)
+            features = self.features(backbone, target)
             for measure in self.measures:
                 compute = functools.partial(self._measure, features, measure, seed)
                 cells.append(store.measure(self.key(target, measure, seed), compute, describe))
         return cells
+
+    def features(self, network: Callable[[], nn.Module], target: ImageSet) -> Features:
+        """What is read of the network that `network` gives."""
+        return Features(network, target, self.device, self.forecast.tick)
 
     def _measure(self, features: Features, measure: Measure, seed: int) -> dict[str, Any]:
         target, on = features.target, measure.on
@@ -636,3 +644,20 @@ class Transfer(Measurement):
             notes.append("error of the outputs in variances of the target's features: 1 predicts the mean")
         note = f"{'; '.join(notes)}; mean ± std over {self.flags.num_test} seeds"
         return markdown(["target", *(m.heading() for m in measures)], rows), note
+
+
+class TargetTransfer(Transfer):
+    """The same of the target model itself, by frozen features: what pre-training on them aims at."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.measures = [measure for measure in self.measures if measure.protocol in FROZEN]
+        for target in self.targets:
+            self._add_target_model(target)
+
+    def key(self, target: ImageSet, measure: Measure, seed: int) -> dict[str, Any]:
+        model = dict(model=self.target_name, target_model=self.target_models[target.name].digest)
+        return super().key(target, measure, seed) | model | dict(method="target")
+
+    def features(self, network: Callable[[], nn.Module], target: ImageSet) -> Features:
+        return self.target_models[target.name].features

@@ -2,7 +2,7 @@
 
 Sets of `num_images` images are compared by the same probes of freshly pre-trained networks: KRR-ST
 with each lever alone; real images with target features, chosen at random, by k-means, herding or a high
-loss; random ones with class labels; nothing. The accuracy of random images by their number turns an
+loss; random ones with class labels; nothing; and by the target model itself. The accuracy of random images by their number turns an
 accuracy into an equivalence ratio, and so does their error of the target's features (--target_error). With
 --validation the probes see a held-out part of the training images instead of the test split: choose levers
 there. Finished work is kept, and the same command resumes.
@@ -45,6 +45,7 @@ from evaluation.transfer import (
     Measure,
     ScratchFlags,
     TargetModel,
+    TargetTransfer,
     TestFlags,
     Transfer,
     labelled_indices,
@@ -104,6 +105,7 @@ HELD_OUT = 0.2
 # How flags begin that say how a run is judged, or where files are, not what its set is.
 _NOT_OF_SET = ("pre_", "test_", "eval_", "data_dir", "save_dir", "target_ckpt")
 FINETUNED = ("10", "all")  # labels per class
+TARGET = "the target model itself"
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ class Row:
     folder: Callable[[int], Path | None]  # of the set, by seed; None: no set
     make: Callable[[int], object] = lambda seed: None
     check: Callable[[int], object] = lambda seed: None  # raises a UserError where another set is there
+    judge: type[Transfer] = Transfer  # measures it
 
     @property
     def classes(self) -> bool:
@@ -233,6 +236,7 @@ class Study:
     def _rows(self) -> Iterator[Row]:
         flags = self.flags
         yield Row("no pre-training", SCRATCH, lambda seed: None)
+        yield Row(TARGET, SCRATCH, lambda seed: None, judge=TargetTransfer)
         for name, (method, more) in SETS.items():
             yield self._baseline(name, method, flags.num_images, **more)
         for text in flags.extra_sets:
@@ -373,7 +377,7 @@ class Study:
         probes = [m for m in self.probes if m.on == "body" or not row.classes]
         if row not in self.curves:
             probes += [*self.few_shot, *self.finetuning]
-        return Transfer(flags, probes, self.targets, self._target_models)
+        return row.judge(flags, probes, self.targets, self._target_models)
 
     def read(self, row: Row, seed: int) -> bool:
         """Whether a row is measured with a seed; its accuracies are in `found` then."""
@@ -456,7 +460,8 @@ def draw(study: Study) -> None:
             if not math.isnan(value := study.mean(row.name, probe, study.name)) and not (
                 error and row.method == SCRATCH
             ):
-                lines[row.name] = ([study.flags.num_images], [value])
+                at = [*curve] if row.name == TARGET else [study.flags.num_images]
+                lines[row.name] = (at, [value] * len(at))
     save_lines(panels, study.folder / "worth.png", x_label="images", log_x=True)
 
 

@@ -7,10 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_set
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
+from data.augment import normalize, to_float
 from data.load import load_set
 from evaluation import transfer
+from evaluation.transfer import Measure
 from krr_st import study
+from models import get_model
 from utils import cli
 from utils.errors import UserError
 from utils.run_folder import write_json
@@ -57,7 +63,7 @@ def test_study(quick, monkeypatch, capsys):
     out = capsys.readouterr().out
     text = Path("study/tiny/tables.md").read_text()
     assert "fine-tuning tiny" in text
-    rows = ["no pre-training", *study.SETS, "krr_st", "k-means start"]
+    rows = ["no pre-training", study.TARGET, *study.SETS, "krr_st", "k-means start"]
     for row in rows:
         assert sum(line.startswith(f"| {row} ") for line in text.splitlines()) == 3, row
     assert "few-shot tiny" in text and Path("study/tiny/worth.png").exists()
@@ -115,6 +121,32 @@ def test_outputs_errors_and_another_student(quick, monkeypatch):
     assert study.main([*again, "--pre_mixup", "--target_scale=std"]) == 0  # the run is taken as it is
 
 
+def test_the_target_model_is_a_row(quick):
+    """Its features, through its own weights, probed with the labels that each student has."""
+    argv = [*FLAGS, "--levers=none", "--probe_on=both", "--target_error", "--fractions=0.05"]
+    assert study.main(argv) == 0
+    log = Path("study/tiny/test_log") / study.TARGET / "results.jsonl"
+    body, by_outputs, one_shot = map(json.loads, log.read_text().splitlines())
+    assert body["accuracy"] == by_outputs["accuracy"] and body["protocol"] == one_shot["protocol"] == "linear"
+    data = load_set("tiny", 8, Path("datasets"))
+    model = get_model("convnet_4_bn", data.img_shape, 1)
+    (made,) = Path("study/teacher_ckpt").glob("*.pt")
+    model.load_state_dict(torch.load(made, weights_only=True), strict=False)
+    with torch.no_grad():
+        train, test = (
+            model.eval().pooled(normalize(to_float(split.images), data.stats))
+            for split in (data.train, data.test)
+        )
+    for cell, measure in ((body, Measure("linear", fraction=0.05)), (one_shot, Measure("linear", "1"))):
+        index = transfer.labelled_indices(data, measure, 0)
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, tol=1e-10, max_iter=10**4))
+        found = 100 * probe.fit(train[index], data.train.labels[index]).score(test, data.test.labels)
+        one_image = 100 / len(data.test)
+        assert cell["labelled"] == len(index) and cell["accuracy"] == pytest.approx(found, abs=one_image)
+    text = Path("study/tiny/tables.md").read_text()
+    assert f"| {study.TARGET} " in text and Path("study/tiny/worth.png").exists()
+
+
 def test_transfer_to_a_second_set(quick):
     """Each target set has its own table and its own curve, from which its worth is read."""
     write_set("datasets", "second", train=400, test=40, seed=1)
@@ -140,7 +172,9 @@ def test_what_is_measured_is_left_and_what_fails_is_said(quick, capsys):
     cells = Path("study/tiny/test_log/no pre-training/results.jsonl")
     Path("study/tiny/tables.md").unlink()
     missing = study.jobs(cli.parse(study.StudyFlags, [*flags, "--seeds=2"], prog="study", description=""))
-    names = [f"tiny: {row}, seed 1" for row in ("no pre-training", *study.SETS, "curve 4", "curve 8")]
+    names = [
+        f"tiny: {row}, seed 1" for row in ("no pre-training", study.TARGET, *study.SETS, "curve 4", "curve 8")
+    ]
     assert [job.name for job in missing()] == names
     capsys.readouterr()
     assert study.main([*flags, "--extra_sets", "dm=dm=nowhere", "--seeds=2"]) == 1
