@@ -2,8 +2,9 @@
 
 Sets of `num_images` images are compared by the same probes of freshly pre-trained networks: KRR-ST
 with each lever alone; real images with target features, chosen at random, by k-means, herding or a high
-loss; random ones with class labels; nothing; and by the target model itself. The accuracy of random images by their number turns an
-accuracy into an equivalence ratio, and so does their error of the target's features (--target_error). With
+loss; random ones with class labels; nothing. The target model's own features are probed, too: what they
+reach is about what pre-training on them can. The accuracy of random images by their number turns an accuracy
+into an equivalence ratio, and so does their error of the target's features (--target_error). With
 --validation the probes see a held-out part of the training images instead of the test split: choose levers
 there. Finished work is kept, and the same command resumes.
 """
