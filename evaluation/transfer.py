@@ -457,8 +457,7 @@ class Features:
 
     def _compute(self, images: Tensor, on: str) -> Tensor:
         network = self.network()
-        # A target model is all body: its outputs are the features.
-        function = getattr(network, "embed", network) if on == "body" else network
+        function = network.embed if on == "body" else network
 
         def counted(x: Tensor) -> Tensor:
             found = function(x)
@@ -661,3 +660,7 @@ class TargetTransfer(Transfer):
 
     def features(self, network: Callable[[], nn.Module], target: ImageSet) -> Features:
         return self.target_models[target.name].features
+
+    def _measure(self, features: Features, measure: Measure, seed: int) -> dict[str, Any]:
+        # A target model is all body: its outputs are the features.
+        return super()._measure(features, replace(measure, on="outputs"), seed)
