@@ -519,6 +519,7 @@ class Transfer(Measurement):
 
     @property
     def target_name(self) -> str:
+        """The target model's network."""
         return self.flags.target_model or self.preset.target_model
 
     def _add_target_model(self, target: ImageSet) -> None:

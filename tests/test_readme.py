@@ -115,6 +115,25 @@ def test_every_command_is_known():
     assert run == set(SMALLER)
 
 
+def anchors(page):
+    """Of a page's headings, as they are linked to: small letters and hyphens."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_picture_and_link_is_there():
+    links = 0
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if "://" not in link:
+                path, _, anchor = link.partition("#")
+                there = page.parent / path if path else page
+                assert there.exists(), f"{page.name}: {link}"
+                assert not anchor or anchor in anchors(there), f"{page.name}: {link}"
+                links += 1
+    assert links > 30
+
+
 @pytest.mark.slow
 def test_every_command_works(workspace):
     for name in ("cifar100", *TARGETS):
