@@ -200,7 +200,7 @@ def main(flags: BaselineFlags) -> int:
         )
     student = flags.student or preset.network
     get_model(student, image_set.img_shape)  # an unknown name fails now
-    views = flags.draw(count, image_set.size, image_set.hflip, make_generator(seed, "views"))
+    views = flags.draw(count, image_set.size, image_set.hflip, derive_seed(seed, "views"))
     request = Request(
         image_set, count, flags.kmeans_space, student, flags.num_students, seed, device, target, views
     )

@@ -24,6 +24,7 @@ from utils.graph import beside, side_stream
 from utils.memory import SplitBatches
 from utils.optim import make_optimizer, make_schedule, set_gradients
 from utils.precision import autocast, compiled
+from utils.seed import derive_seed
 
 
 class KRRST(Distiller):
@@ -44,8 +45,8 @@ class KRRST(Distiller):
     def __init__(self, problem: Problem, flags: TrainFlags) -> None:
         super().__init__(problem, flags)
         x_syn, y_syn = problem.start_with_features(flags.num_images, flags.syn_init, flags.init_images)
-        image_set, draws = problem.image_set, self.stream("views")
-        self.views = flags.draw(flags.num_images, image_set.size, image_set.hflip, draws)
+        image_set, seed = problem.image_set, derive_seed(problem.seed, "views")
+        self.views = flags.draw(flags.num_images, image_set.size, image_set.hflip, seed)
         self.x_syn, self.y_syn = x_syn.clone().requires_grad_(), y_syn.clone()
         self.learned = [self.x_syn]
         if self.views is None:

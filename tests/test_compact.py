@@ -146,14 +146,11 @@ def test_rounding(tmp_path):
 
 
 @pytest.mark.parametrize("rank, width", [(None, 20), (None, 1), (4, 20), (5, 20)])
-@pytest.mark.parametrize("dtype, top", [("uint8", 255), ("uint4", 15)])
-def test_rounded_target_vectors(tmp_path, dtype, top, rank, width):
+def test_rounded_target_vectors(tmp_path, rank, width):
     s, (name, columns) = make(width=width), ("y", width) if rank is None else ("y.left", rank)
-    stored, again = store(s, tmp_path / "a.safetensors", y_dtype=dtype, y_rank=rank)
+    stored, again = store(s, tmp_path / "a.safetensors", y_dtype="uint8", y_rank=rank)
     levels = stored[name].numpy()
-    assert levels.dtype == np.uint8 and levels.shape == (12, columns if top == 255 else -(-columns // 2))
-    if top == 15:  # two columns a byte, the first in the lower half
-        levels = np.array([[row[j // 2] // 16 ** (j % 2) % 16 for j in range(columns)] for row in levels])
+    assert levels.dtype == np.uint8 and levels.shape == (12, columns)
     slope, offset = stored["y.map"].double().numpy()
     found = slope * levels + offset
     if rank is None:
@@ -166,7 +163,7 @@ def test_rounded_target_vectors(tmp_path, dtype, top, rank, width):
         np.testing.assert_allclose(
             again.targets, stored["y.mean"].double().numpy() + found @ found_right, atol=1e-5
         )
-    step = (wanted.max(0) - wanted.min(0)) / top
+    step = (wanted.max(0) - wanted.min(0)) / 255
     assert (np.abs(found - wanted).max(0) <= step / 2 + 1e-6).all()
     if rank is None:
         np.testing.assert_allclose(again.targets, found, atol=1e-6)
@@ -194,9 +191,10 @@ def filtered(x, cutoff):
 @pytest.mark.parametrize(("blend", "hybrid"), [(False, None), (True, None), (True, True)])
 def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, hybrid, border):
     s, pad, k = make(m=4), 1, 6
-    views = ViewFlags(k, blend, hybrid).draw(4, 8, True, torch.Generator().manual_seed(3))
-    assert views.border == "reflect"
-    views = dataclasses.replace(views, border=border)
+    views = ViewFlags(k, blend, hybrid).draw(4, 8, True, 3)
+    assert views.border == "reflect" and (views.drawn is not None) == blend
+    if border == "constant":
+        views = dataclasses.replace(views, border=border, drawn=None)
     numbers = views.numbers.tolist()
     assert int(views.numbers.max()) < 18 and (blend or all(len(set(row)) == k for row in numbers))
     whole = views.images(s.images, STATS)
@@ -207,6 +205,7 @@ def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, hybrid,
     save_compact(SyntheticSet(whole, targets, STATS, views=views), tmp_path / "a.safetensors", how)
     stored = safetensors.torch.load_file(tmp_path / "a.safetensors")
     torch.testing.assert_close(stored["x"], s.images, atol=1e-6, rtol=0)  # each once
+    assert ("x.drawn" in stored) == (blend and border == "reflect") != ("x.views" in stored)
     again = SyntheticSet.load(tmp_path / "a.safetensors")
     assert again.images.shape == (24, 3, 8, 8) and torch.equal(again.targets, targets)
     if border == "constant":  # what the first files do not say
@@ -259,8 +258,8 @@ def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, hybrid,
         (20, dict(y_dtype="uint8"), 3, True),
         (20, dict(y_dtype="uint8", y_rank=5), 4, True),
         (20, dict(y_dtype="uint8", y_rank=5), 4, "hybrid"),
-        (20, dict(y_dtype="uint4", y_rank=5), 4, "hybrid"),
-        (20, dict(y_dtype="uint4"), 3, True),
+        (20, dict(y_bits=13, y_rank=5), 4, "hybrid"),
+        (20, dict(y_bits=40), 3, True),
         (0, dict(x_dtype="uint8"), 1, False),
     ],
 )
@@ -270,7 +269,7 @@ def test_budget_and_what_inspect_prints_are_what_the_file_holds(tmp_path, capsys
     for m in (9, 10):
         s, numbers = make(m, width=width), None
         if views > 1:
-            numbers = seen.draw(m, 8, True, torch.Generator().manual_seed(0))
+            numbers = seen.draw(m, 8, True, 0)
             s = make(m * views, width=width)
         path = tmp_path / "a.safetensors"
         save_compact(dataclasses.replace(s, views=numbers), path, CompactFlags(**how))
@@ -305,7 +304,7 @@ def test_plain_forms_are_weighed_too(tmp_path, capsys):
 
 
 def test_a_form_that_forgets_views_says_so(tmp_path, capsys):
-    views = ViewFlags(3, True).draw(4, 8, True, torch.Generator().manual_seed(3))
+    views = ViewFlags(3, True).draw(4, 8, True, 3)
     save_compact(dataclasses.replace(make(m=12), views=views), tmp_path / "v.safetensors", CompactFlags())
     for form, lost in (("npz", True), ("compact", False)):
         target = str(tmp_path / f"out.{'npz' if lost else 'safetensors'}")
@@ -315,7 +314,7 @@ def test_a_form_that_forgets_views_says_so(tmp_path, capsys):
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_first_views_of_a_set(tmp_path, capsys, kept):
-    views = ViewFlags(3, True, True).draw(4, 8, True, torch.Generator().manual_seed(3))
+    views = ViewFlags(3, True, True).draw(4, 8, True, 3)
     whole = dataclasses.replace(make(m=12), images=views.images(make(m=4).images, STATS), views=views)
     save_compact(whole, source := tmp_path / "v.safetensors")
     argv = ["convert", str(source), str(tmp_path / "few.safetensors"), "--form", "compact", "--views"]
@@ -347,6 +346,9 @@ def test_convert(tmp_path, capsys):
         (["--y_rank", "2", "--y_variance", "0.5"], "--y_variance"),
         (["--y_variance", "2"], "--y_variance"),
         (["--x_dtype", "int4"], "--x_dtype"),
+        (["--y_bits", "8", "--y_dtype", "uint8"], "--y_dtype"),
+        (["--y_bits", "161"], "--y_bits 161: expected at most 8 for each of 20"),
+        (["--y_rank", "2", "--y_bits", "17"], "--y_bits 17: expected at most 8 for each of 2"),
         (["--form", "npz", "--x_size", "4"], "--form npz"),
     ):
         refused = tmp_path / "new.safetensors"
@@ -358,6 +360,8 @@ def test_convert(tmp_path, capsys):
         assert code == 2 and word in line and not refused.exists()
     with pytest.raises(UserError, match="class indices"):
         save_compact(make(width=0), out, CompactFlags(y_rank=2))
+    with pytest.raises(UserError, match="class indices"):
+        save_compact(make(width=0), out, CompactFlags(y_bits=2))
     with pytest.raises(UserError, match=r"ending in .safetensors"):
         save_compact(make(), tmp_path / "a.pt")
 
@@ -369,23 +373,11 @@ def test_budgets_that_cannot_be_met():
     with pytest.raises(UserError, match="--y_variance"):
         images_within(10**6, (3, 8, 8), 48, CompactFlags(y_variance=0.5), ViewFlags())
     with pytest.raises(UserError, match="--views 19: an image has 18 different views"):
-        ViewFlags(19).draw(3, 8, True, torch.Generator())
+        ViewFlags(19).draw(3, 8, True, 0)
     with pytest.raises(UserError, match="single image"):
-        ViewFlags(4, True).draw(1, 8, True, torch.Generator())
+        ViewFlags(4, True).draw(1, 8, True, 0)
     with pytest.raises(UserError, match=r"--hybrid .* add --blend"):
-        ViewFlags(4, hybrid=True).draw(3, 8, True, torch.Generator())
-    # From 256 images on, the number of a partner takes two bytes: 192 · 4 + 5 · (4 + 4) bytes each at first.
-    more = (3, 8, 8), 1, CompactFlags(), ViewFlags(5, True)
-    each = 192 * 4 + 5 * (4 + 4)
-
-    def size(n):
-        return n * (192 * 4 + 5 * (4 + (4 if n <= 256 else 5)))
-
-    for budget in range(size(255), size(259), 97):
-        assert images_within(budget, *more) == max(n for n in range(1, 400) if size(n) <= budget)
-    assert images_within(256 * each, *more) == 256 and images_within(300 * each, *more) == 300 * each // (
-        each + 5
-    )
+        ViewFlags(4, hybrid=True).draw(3, 8, True, 0)
 
 
 X, MAP = torch.zeros(2, 3, 4, 4), torch.ones(2, 3)
@@ -393,6 +385,15 @@ Y = torch.zeros(2, 5)
 LOW = {"y.mean": torch.zeros(5), "y.left": torch.zeros(2, 1), "y.right": torch.zeros(1, 5)}
 FACTS = {"version": 1, "size": [8, 8], "pad": 1}
 BYTE = torch.zeros(2, 3).byte()
+BITS = torch.tensor([8, 8, 8, 8, 8], dtype=torch.uint8)
+REFLECT = {"border": "reflect"}
+
+
+def drawn(*numbers):
+    return {"x.drawn": torch.tensor(numbers)}
+
+
+DRAWN = drawn(2, 0, 3, 1, 1)
 VIEWS = {
     "x.views": BYTE,
     "x.partners": BYTE.clone(),
@@ -440,7 +441,7 @@ VIEWS = {
         (
             {"x": X, **LOW, "y.right": torch.ones(1, 5).double()},
             {},
-            r"y.right of shape \(r, D\) in float32 or",
+            r"y.right of shape \(r, D\) in float32, bf",
         ),
         ({"x": X, **LOW, "y.right": torch.full((1, 5), torch.inf)}, {}, "finite"),
         (
@@ -453,13 +454,37 @@ VIEWS = {
         ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 3)}, {}, "y.map of shape"),
         ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 5).double()}, {}, "y.map of shape"),
         ({"x": X, "y": Y[:, 0].byte(), "y.map": torch.ones(2, 1)}, {}, "y.map of shape"),
-        ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 5)}, {"y_bits": 4}, "two columns of y.map a byte"),
-        ({"x": X, "y": Y, "y.map": torch.ones(2, 10)}, {"y_bits": 4}, "y or y.left in uint8"),
-        ({"x": X, "y": Y[:, 0].byte(), "y.map": torch.ones(2, 5)}, {"y_bits": 4}, "y_bits 4"),
-        ({"x": X, "y": Y.byte()}, {"y_bits": 4}, "two columns of y.map a byte"),
-        ({"x": X}, {"y_bits": 4}, "y_bits 4"),
-        ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 15)}, {"y_bits": 3}, "y_bits 3; expected y_bits 4"),
-        ({"x": X, **LOW, "y.left": BYTE, "y.map": torch.ones(2, 5)}, {"y_bits": 4}, "y.right of shape"),
+        ({"x": X, "y": Y.byte(), "y.bits": BITS}, {}, "y.map of shape"),
+        ({"x": X, "y": Y, "y.map": torch.ones(2, 5), "y.bits": BITS}, {}, "y.bits in uint8"),
+        ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 5), "y.bits": BITS.int()}, {}, "y.bits in uint8"),
+        (
+            {"x": X, "y": Y.byte(), "y.map": torch.ones(2, 5), "y.bits": BITS[:4].clone()},
+            {},
+            "y.bits in uint8",
+        ),
+        ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 5), "y.bits": BITS[None].clone()}, {}, "y.bits in"),
+        ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 5), "y.bits": BITS + 1}, {}, "each at most 8"),
+        ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 5), "y.bits": BITS + 250}, {}, "each at most 8"),
+        ({"x": X, "y": Y.byte(), "y.map": torch.ones(2, 4), "y.bits": BITS}, {}, "y.map of shape"),
+        ({"x": X, "y": Y[:, 0].byte(), "y.map": torch.ones(2, 5), "y.bits": BITS}, {}, "y.bits in uint8"),
+        ({"x": X, "y.bits": BITS}, {}, "y.bits in uint8"),
+        (
+            {"x": X, **LOW, "y.left": BYTE, "y.map": torch.ones(2, 3), "y.bits": BITS[:3].clone()},
+            {},
+            "y.right of",
+        ),
+        ({"x": X, **DRAWN, "y": Y}, {}, "border reflect"),
+        ({"x": X[:1].clone(), **DRAWN, "y": Y}, REFLECT, "several images"),
+        ({"x": X, "x.drawn": DRAWN["x.drawn"].int(), "y": Y}, REFLECT, r"x.drawn of shape \(5\) in int64"),
+        ({"x": X, "x.drawn": DRAWN["x.drawn"][:4].clone(), "y": Y}, REFLECT, "x.drawn of shape"),
+        ({"x": X, **drawn(1, 0, 3, 1, 1), "y": Y}, REFLECT, "k from 2"),
+        ({"x": X, **drawn(4, 0, 3, 1, 1), "y": Y}, REFLECT, "k from 2"),
+        ({"x": X, **drawn(2, -1, 3, 1, 1), "y": Y}, REFLECT, "a seed below"),
+        ({"x": X, **drawn(2, 2**32, 3, 1, 1), "y": Y}, REFLECT, "a seed below"),
+        ({"x": X, **drawn(2, 0, 3, 2, 1), "y": Y}, REFLECT, "two switches"),
+        ({"x": X, **drawn(2, 0, 2**60, 1, 1), "y": Y}, REFLECT, "decoded values"),
+        ({"x": X, **DRAWN, **VIEWS, "y": Y.repeat(3, 1)}, REFLECT, "x.drawn or x.views"),
+        ({"x": X, **DRAWN, "y": Y.repeat(2, 1)}, REFLECT, "no mean and std"),
         ({"x": X, "x.views": BYTE[:1].clone(), "y": Y}, {}, "x.views"),
         ({"x": X, "x.views": BYTE.int(), "y": Y}, {}, "x.views"),
         ({"x": X, "x.views": BYTE + 18, "y": Y}, {}, "view numbers"),
@@ -515,7 +540,7 @@ def test_encoding_leaves_the_set_alone():
 def test_gradients_of_views_are_the_same_bits_with_several_threads():
     """Many views show one image; threads that added up its gradient as they come would differ."""
     generator = torch.Generator().manual_seed(0)
-    views = ViewFlags(8, True).draw(20, 16, True, generator)
+    views = ViewFlags(8, True).draw(20, 16, True, 0)
     x = torch.rand(20, 3, 16, 16, generator=generator).requires_grad_()
     weight = torch.rand(160, 3, 16, 16, generator=generator)
     threads = torch.get_num_threads()

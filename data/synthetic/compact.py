@@ -1,8 +1,8 @@
 """Compact storage: a synthetic set in fewer bytes, decoded to ordinary images and targets when it is read.
 
 A safetensors file whose metadata `compact` is the JSON object {"version": 1, "size": [H, W], "pad": p}, with
-views also "border": "reflect", or "constant" for black, which is what files without this key mean (version 2
-where there are x.cutoffs), with targets in four bits "y_bits": 4 (version 3):
+views also "border": "reflect", or "constant" for black, which is what files without this key mean; version
+2 where there are x.cutoffs, 3 where there are x.drawn or y.bits:
 
 x        (n, C, h, w) float32, bfloat16 or uint8: images, enlarged bilinearly to (H, W), corners not aligned
 x.map    (2, C) float32, with uint8 alone: slope and offset of each channel's values, slope * x + offset
@@ -11,15 +11,16 @@ x.views  (n, k) uint8, where each image stands for k: numbers of crop-and-flip v
 x.partners, x.partner_views, x.shares   (n, k) integers, uint8 and uint8, where it is blended: with which
          image, in which view, and its own share in 255ths
 x.cutoffs   (n, k) uint8, where shares are those of low frequencies: which frequencies are low
+x.drawn  (5,) int64, in place of these five: k, and the seed, views, hflip and hybrid of the BlendDraw whose
+         first k views of each image these are
 y        (n * k,) class indices or (n * k, D) target vectors, or in place of these
 y.mean, y.left, y.right   (D,), (n * k, r) and (r, D): the target vectors are mean + left @ right
 y.map    (2, D) or (2, r) float32, where y or y.left are target vectors in uint8: of each column, as x.map
-
-In four bits y or y.left hold two columns a byte, the first in the lower half, and four bits of padding
-where their number is odd.
+y.bits   (D,) or (r,) uint8, where each row of y or y.left is a string of bits, the lowest of a byte first:
+         how many each value takes of it, 0 to 8, with its lowest bit first; y.right is in int8 then
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,24 @@ from torch import Tensor
 
 from data.augment.crop_flip import count_views
 from data.specs import Stats
-from data.synthetic.views import BLEND, BORDERS, INTEGERS, LARGEST_PAD, SetViews, ViewFlags, index_type
+from data.synthetic.levels import MOST_BITS, between, pack_bits, share_bits, unpack_bits
+from data.synthetic.views import (
+    BLEND,
+    BORDERS,
+    INTEGERS,
+    LARGEST_PAD,
+    BlendDraw,
+    SetViews,
+    ViewFlags,
+    index_type,
+)
 from utils.cli import flag
-from utils.cost import largest
 from utils.errors import UserError
 from utils.precision import DTYPES
 
 VERSIONS = (1, 2, 3)
+_DRAWN = 5 * torch.int64.itemsize  # bytes of x.drawn
 LARGEST = 2**31  # values of the decoded images, and of the targets: a small file could ask for any number
-LEVELS = {"uint8": 256, "uint4": 16}
 _LOW_RANK = ("y.mean", "y.left", "y.right")
 _FLOATS = tuple(DTYPES.values())
 # Axes and number types of what is not y; m = n * k.
@@ -50,10 +60,11 @@ _TENSORS = {
     "x.partner_views": ("nk", (torch.uint8,), "uint8"),
     "x.shares": ("nk", (torch.uint8,), "uint8"),
     "x.cutoffs": ("nk", (torch.uint8,), "uint8"),
+    "x.drawn": ("5", (torch.int64,), "int64"),
     "y.mean": ("D", _FLOATS, "float32 or bfloat16"),
     "y.left": ("mr", (*_FLOATS, torch.uint8), "float32, bfloat16 or uint8"),
     "y.map": ("2q", (torch.float32,), "float32"),
-    "y.right": ("rD", _FLOATS, "float32 or bfloat16"),
+    "y.right": ("rD", (*_FLOATS, torch.int8), "float32, bfloat16 or int8"),
 }
 
 
@@ -86,9 +97,14 @@ class CompactFlags:
     )
     y_dtype: str = flag(
         "fp32",
-        "of stored target vectors; uint8 and uint4: 256 and 16 levels between the extremes of each entry or "
-        "direction",
-        choices=(*DTYPES, *LEVELS),
+        "of stored target vectors; uint8: 256 levels between the extremes of each entry or direction",
+        choices=(*DTYPES, "uint8"),
+    )
+    y_bits: int | None = flag(
+        None,
+        "bits of each stored target vector, shared out among its entries or directions so that least is lost",
+        minimum=1,
+        instead_of="y_dtype",
     )
 
     def small_size(self, size: tuple[int, ...]) -> tuple[int, int]:
@@ -122,9 +138,7 @@ def encode(
     tensors |= _encode_targets(targets.cpu(), how, 1 if unit is None else unit.cpu().double())
     stored = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
     facts = {"pad": 0} if views is None else {"pad": views.pad, "border": views.border}
-    version = 2 if "x.cutoffs" in stored else 1
-    if how.y_dtype == "uint4" and "y.map" in stored:
-        version, facts["y_bits"] = 3, 4
+    version = 3 if stored.keys() & {"x.drawn", "y.bits"} else 2 if "x.cutoffs" in stored else 1
     return stored, {"version": version, "size": size, **facts}
 
 
@@ -151,13 +165,8 @@ def _pack(name: str, t: Tensor, dtype: str) -> dict[str, Tensor]:
     """`t` (n, C, ...) in `dtype`; in levels with the map that leads back to the values of each of the C."""
     if dtype in DTYPES:
         return {name: t.to(DTYPES[dtype])}
-    axes, top = [0, *range(2, t.dim())], LEVELS[dtype] - 1
-    low, high = t.amin(axes, keepdim=True), t.amax(axes, keepdim=True)
-    slope = torch.where(high > low, (high - low) / top, 1)
-    levels = ((t - low) / slope).round().clamp(0, top).byte()
-    if dtype == "uint4":
-        first, second = F.pad(levels, (0, levels.shape[1] % 2)).unflatten(1, (-1, 2)).unbind(2)
-        levels = first | second << 4
+    axes = [0, *range(2, t.dim())]
+    levels, slope, low = between(t, t.amin(axes, keepdim=True), t.amax(axes, keepdim=True), MOST_BITS)
     return {name: levels, f"{name[0]}.map": torch.stack([slope, low]).view(2, -1).float()}
 
 
@@ -170,15 +179,28 @@ def _unpack(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
     return t.float() * slope + offset
 
 
+def _pack_bits(name: str, t: Tensor, unit: Tensor | float, total: int) -> dict[str, Tensor]:
+    """`t` (m, q), in `unit` (q,), with `total` bits a row, and the map that leads back to t * unit."""
+    each = t.shape[1]
+    if total > each * MOST_BITS:
+        raise UserError(f"--y_bits {total}: expected at most {MOST_BITS} for each of {each} columns")
+    (levels, slope, low), bits = share_bits(t, total)
+    back = torch.stack([slope, low]) * unit
+    return {name: pack_bits(levels, bits), "y.map": back.float(), "y.bits": bits.byte()}
+
+
 def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[str, Tensor]:
     """By the singular value decomposition of the centred vectors: no other rank r is nearer in `unit`."""
     low_rank = how.y_rank is not None or how.y_variance is not None
     if not y.is_floating_point():
-        if low_rank:
-            raise UserError("--y_rank and --y_variance need target vectors; this set has class indices")
+        if low_rank or how.y_bits is not None:
+            needed = "--y_rank, --y_variance and --y_bits need target vectors"
+            raise UserError(f"{needed}; this set has class indices")
         return {"y": y.to(index_type(int(y.max())))}
     if not low_rank:
-        return _pack("y", y, how.y_dtype)
+        if how.y_bits is None:
+            return _pack("y", y, how.y_dtype)
+        return _pack_bits("y", y.double() / unit, unit, how.y_bits)
     y = y.double()
     mean = y.mean(0)
     left, spectrum, right = torch.linalg.svd((y - mean) / unit, full_matrices=False)
@@ -189,14 +211,20 @@ def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[
     if rank > len(spectrum):
         wanted = f"expected at most {len(spectrum)}"
         raise UserError(f"--y_rank {rank}: {wanted} for {len(y)} target vectors of length {y.shape[1]}")
-    dtype = _basis(how.y_dtype)
-    basis = {"y.mean": mean.to(dtype), "y.right": (right[:rank] * unit).to(dtype)}
-    return basis | _pack("y.left", left[:, :rank] * spectrum[:rank], how.y_dtype)
+    left, right = left[:, :rank] * spectrum[:rank], right[:rank] * unit
+    stored = {"y.mean": mean.to(_basis(how))}
+    if how.y_bits is None:
+        return stored | {"y.right": right.to(_basis(how))} | _pack("y.left", left, how.y_dtype)
+    scale = right.abs().amax(1, keepdim=True) / 127  # y.map undoes it
+    stored |= _pack_bits("y.left", left, scale.T, how.y_bits)
+    used = stored["y.bits"] > 0  # the others are always 0, their mean
+    stored |= {"y.map": stored["y.map"][:, used], "y.bits": stored["y.bits"][used]}
+    return stored | {"y.right": (right / scale).round().to(torch.int8)[used]}
 
 
-def _basis(dtype: str) -> torch.dtype:
-    """Number type of the mean and the directions of target vectors whose coefficients are in `dtype`."""
-    return DTYPES.get(dtype, torch.bfloat16)
+def _basis(how: CompactFlags) -> torch.dtype:
+    """Number type of the mean of target vectors, and of their directions but where these are int8."""
+    return torch.bfloat16 if how.y_bits is not None else DTYPES.get(how.y_dtype, torch.bfloat16)
 
 
 def decode(
@@ -207,7 +235,7 @@ def decode(
     Sizes, types and values are checked before anything is decoded; a UserError names the file.
     """
     size, shifts = _checked_facts(facts, path)
-    tensors = _one_per_byte(tensors, facts, path)
+    tensors = _one_per_byte(tensors, path)
     views = _check_tensors(tensors, size, shifts, path)
     images = _unpack("x", tensors)
     if size != tuple(images.shape[2:]):
@@ -225,23 +253,20 @@ def decode(
     return {"images": images, "targets": targets, "views": views}
 
 
-def _one_per_byte(
-    tensors: Mapping[str, Tensor], facts: Mapping[str, Any], path: Path
-) -> Mapping[str, Tensor]:
-    """`tensors` with target vectors in four bits widened to one value a byte; they stay if there are none."""
-    bits = facts.get("y_bits", 8)
-    if bits == 8:
+def _one_per_byte(tensors: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:
+    """`tensors` with target vectors of few bits widened to one value a byte; they stay if there are none."""
+    if "y.bits" not in tensors:
         return tensors
     name = "y" if "y" in tensors else "y.left"
-    packed, columns = (tensors.get(n, torch.empty(0)) for n in (name, "y.map"))
-    fits = bits == 4 and packed.dtype == torch.uint8 and packed.dim() == columns.dim() == 2
-    if not fits or packed.shape[1] != (columns.shape[1] + 1) // 2:
+    bits, packed = tensors["y.bits"], tensors.get(name, torch.empty(0))
+    bytewise = bits.dtype == packed.dtype == torch.uint8 and (bits.dim(), packed.dim()) == (1, 2)
+    wanted = (bits.sum(dtype=torch.int64) + 7) // 8
+    if not bytewise or bool((bits > MOST_BITS).any()) or packed.shape[1] != wanted:
         raise UserError(
-            f"{path}: a compact set of {describe(tensors) or 'nothing'} with y_bits {bits}; expected "
-            "y_bits 4 with y or y.left in uint8, of two columns of y.map a byte"
+            f"{path}: a compact set of {describe(tensors)}; expected y.bits in uint8, each at most "
+            f"{MOST_BITS}, and in rows of as many bits y or y.left in uint8"
         )
-    halves = torch.stack([packed & 15, packed >> 4], 2).flatten(1)
-    return {**tensors, name: halves[:, : columns.shape[1]]}
+    return {**tensors, name: unpack_bits(packed, bits)}
 
 
 def _checked_facts(facts: Mapping[str, Any], path: Path) -> tuple[tuple[int, int], dict[str, Any]]:
@@ -273,7 +298,7 @@ def _check_tensors(
             raise UserError(f"{path}: a compact set of {describe(tensors) or 'nothing'}; expected {what}")
 
     check("x" in tensors, "x of shape (n, C, h, w)")
-    lengths = {"2": 2}
+    lengths = {"2": 2, "5": 5}
     for name, (axes, dtypes, words) in _TENSORS.items():
         if (t := tensors.get(name)) is not None:
             fits = (
@@ -282,20 +307,13 @@ def _check_tensors(
             fits = fits and all(lengths.setdefault(a, n) == n for a, n in zip(axes, t.shape, strict=True))
             shape = ", ".join("n * k" if axis == "m" else axis for axis in axes)
             check(fits, f"finite {name} of shape ({shape}) in {words}")
-    x, y, pad, count = tensors["x"], tensors.get("y"), shifts["pad"], lengths["n"] * lengths.get("k", 1)
+    x, y = tensors["x"], tensors.get("y")
     check(x.shape[2] <= size[0] and x.shape[3] <= size[1], f"x of at most {size} pixels")
     check(("x.map" in tensors) == (x.dtype == torch.uint8), "x.map with x in uint8, and only then")
-    blend = {name: tensors[f"x.{name}"] for name in BLEND if f"x.{name}" in tensors}
-    check(len(blend) in (0, len(BLEND)), "x.partners, x.partner_views and x.shares, or none of them")
-    check("x.views" in tensors or not blend, "blends of the views in x.views")
-    check(blend or "x.cutoffs" not in tensors, "x.shares with x.cutoffs")
-    for name in ("x.views", "x.partner_views"):
-        known = name not in tensors or int(tensors[name].max()) < count_views(pad, True)
-        check(known, f"view numbers for padding {pad}")
-    if blend:
-        low, high = blend["partners"].aminmax()
-        check(low >= 0 and high < len(x), f"partners below {len(x)}")
-    check(count * x.shape[1] * size[0] * size[1] <= LARGEST, f"at most {LARGEST} decoded values")
+    each = int(tensors["x.drawn"][2]) if "x.drawn" in tensors else lengths.get("k", 1)
+    check(len(x) * each * x.shape[1] * size[0] * size[1] <= LARGEST, f"at most {LARGEST} decoded values")
+    views = _check_views(tensors, shifts, check)
+    count = len(x) if views is None else len(views)
     check({name in tensors for name in _LOW_RANK} == {y is None}, "y, or y.mean, y.left and y.right")
     if y is None:
         check(lengths["m"] == count, f"y.left for {count} images")
@@ -307,6 +325,31 @@ def _check_tensors(
     vectors = tensors["y.left"] if y is None else y
     columns = vectors.shape[1] if vectors.dtype == torch.uint8 and vectors.dim() == 2 else None
     check(lengths.get("q") == columns, "y.map of shape (2, columns) with y or y.left in uint8, and only then")
+    return views
+
+
+def _check_views(
+    tensors: Mapping[str, Tensor], shifts: dict[str, Any], check: Callable[[bool, str], None]
+) -> SetViews | None:
+    """The views, drawn again or as they are stored; `check` raises a UserError where they do not fit."""
+    pad, count = shifts["pad"], len(tensors["x"])
+    blend = {name: tensors[f"x.{name}"] for name in BLEND if f"x.{name}" in tensors}
+    if "x.drawn" in tensors:
+        kept, seed, drawn, *switches = tensors["x.drawn"].tolist()
+        known = 2 <= kept <= drawn and 0 <= seed < 2**32 and {*switches} <= {0, 1}
+        check(known, "x.drawn of k from 2 to the drawn views, a seed below 2**32 and two switches")
+        check(not blend and "x.views" not in tensors, "x.drawn or x.views")
+        check(count > 1 and shifts["border"] == "reflect", "x.drawn for several images with border reflect")
+        return BlendDraw(seed, drawn, *map(bool, switches)).of(count, pad).first(kept)
+    check(len(blend) in (0, len(BLEND)), "x.partners, x.partner_views and x.shares, or none of them")
+    check("x.views" in tensors or not blend, "blends of the views in x.views")
+    check(bool(blend) or "x.cutoffs" not in tensors, "x.shares with x.cutoffs")
+    for name in ("x.views", "x.partner_views"):
+        known = name not in tensors or int(tensors[name].max()) < count_views(pad, True)
+        check(known, f"view numbers for padding {pad}")
+    if blend:
+        low, high = blend["partners"].aminmax()
+        check(low >= 0 and high < count, f"partners below {count}")
     if "x.views" not in tensors:
         return None
     return SetViews(tensors["x.views"], **shifts, **blend, cutoffs=tensors.get("x.cutoffs"))
@@ -326,11 +369,8 @@ def count_bytes(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     return tuple(sum(t.nbytes for name, t in tensors.items() if name.split(".")[0] == k) for k in "xy")
 
 
-def _bytes_of(values: int, dtype: str) -> int:
-    """Bytes of a row of `values` in `dtype`."""
-    if dtype in DTYPES:
-        return values * DTYPES[dtype].itemsize
-    return (values + 1) // 2 if dtype == "uint4" else values
+def _itemsize(dtype: str) -> int:
+    return DTYPES.get(dtype, torch.uint8).itemsize
 
 
 def images_within(
@@ -338,29 +378,31 @@ def images_within(
 ) -> int:
     """How many images fit into `budget` bytes with their targets, each in the views that `seen` says.
 
-    `label` is the length of target vectors, or the number type of class indices. A UserError says what
-    one image takes where none fits, and that a rank has to be known.
+    `label` is the length of target vectors, or the number type of class indices. Directions are counted that
+    get no bit and are not stored. A UserError says what one image takes where none fits, and that a rank
+    has to be known.
     """
     if how.y_variance is not None:
         raise UserError("--bytes needs a known rank; use --y_rank in place of --y_variance")
     channels, *size = img_shape
     height, width = how.small_size(tuple(size))
-    each = _bytes_of(channels * height * width, how.x_dtype)
+    each = channels * height * width * _itemsize(how.x_dtype)
     mapped = 2 * torch.float32.itemsize  # for each channel or column that is stored in levels
-    once = channels * mapped if how.x_dtype in LEVELS else 0
+    once = channels * mapped if how.x_dtype == "uint8" else 0
     if isinstance(label, torch.dtype):
         each += seen.views * label.itemsize
     else:
         columns = how.y_rank or label
-        each += seen.views * _bytes_of(columns, how.y_dtype)
-        once += columns * mapped if how.y_dtype in LEVELS else 0
-        once += (how.y_rank + 1) * label * _basis(how.y_dtype).itemsize if how.y_rank else 0
-
-    def total(count: int) -> int:  # the partners of many images take more bytes each
-        view = 3 + index_type(count - 1).itemsize + bool(seen.hybrid) if seen.blend else 1
-        return once + count * (each + (seen.views * view if seen.views > 1 else 0))
-
-    if budget < total(1):
-        first = total(1)
-        raise UserError(f"--bytes {budget}: the first image takes {first} bytes, each other {first - once}")
-    return largest(lambda count: total(count) <= budget, budget // each)
+        vector, direction = columns * _itemsize(how.y_dtype), label * _basis(how).itemsize
+        if how.y_bits is not None:
+            vector, direction, once = -(-how.y_bits // 8), label, once + columns
+        each += seen.views * vector
+        once += columns * mapped if how.y_bits is not None or how.y_dtype == "uint8" else 0
+        once += label * _basis(how).itemsize + how.y_rank * direction if how.y_rank else 0
+    if seen.blend:
+        once += _DRAWN
+    elif seen.views > 1:
+        each += seen.views
+    if budget < once + each:
+        raise UserError(f"--bytes {budget}: the first image takes {once + each} bytes, each other {each}")
+    return (budget - once) // each

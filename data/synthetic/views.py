@@ -11,8 +11,9 @@ Oliva, Torralba and Schyns, "Hybrid images", SIGGRAPH 2006.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -57,8 +58,8 @@ class ViewFlags:
         "divided at a random frequency",
     )
 
-    def draw(self, count: int, size: int, hflip: bool, generator: torch.Generator) -> SetViews | None:
-        """Views of `count` images of `size` pixels; None where there is one of each.
+    def draw(self, count: int, size: int, hflip: bool, seed: int) -> SetViews | None:
+        """Views of `count` images of `size` pixels by a seed from 0; None where there is one of each.
 
         Of each image the plain view, then others: different ones, or random blends, each with another
         image. A UserError for views that these images do not have.
@@ -69,32 +70,53 @@ class ViewFlags:
             if self.blend:
                 raise UserError("--blend: the first view of an image is never blended; add --views 2 or more")
             return None
-        pad, more = default_padding(size), (count, self.views - 1)
-        known, plain = count_views(pad, hflip), pad * (2 * pad + 1) + pad
-        if not self.blend:
-            if self.views > known:
-                raise UserError(
-                    f"--views {self.views}: an image has {known} different views, shifted by up to {pad} "
-                    "pixels; with --blend there are more"
-                )
-            others = torch.rand(count, known - 1, generator=generator).argsort(1)[:, : more[1]]
-            return SetViews(_after(plain, others + (others >= plain)).to(torch.uint8), pad)
-        if count < 2:
-            raise UserError("--blend: a single image has no other to be blended with")
-        own, theirs = torch.randint(known, (2, *more), generator=generator)
-        partners = torch.arange(count)[:, None] + _after(
-            0, torch.randint(1, count, more, generator=generator)
-        )
-        shares = torch.randint(256, more, generator=generator)
+        pad = default_padding(size)
+        if self.blend:
+            if count < 2:
+                raise UserError("--blend: a single image has no other to be blended with")
+            return BlendDraw(seed % 2**32, self.views, hflip, bool(self.hybrid)).of(count, pad)
+        known, plain = count_views(pad, hflip), _plain_view(pad)
+        if self.views > known:
+            raise UserError(
+                f"--views {self.views}: an image has {known} different views, shifted by up to {pad} "
+                "pixels; with --blend there are more"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        others = torch.rand(count, known - 1, generator=generator).argsort(1)[:, : self.views - 1]
+        return SetViews(_after(plain, others + (others >= plain)).to(torch.uint8), pad)
+
+
+@dataclass(frozen=True)
+class BlendDraw:
+    """A random draw of blended views: these few numbers stand for all that SetViews says of each view."""
+
+    seed: int  # 0 to 2**32 - 1
+    views: int  # of each image, at least 2
+    hflip: bool
+    hybrid: bool
+
+    def of(self, count: int, pad: int) -> SetViews:
+        """The views of `count` images, at least 2, shifted by at most `pad` pixels.
+
+        Files rest on this order of 32-bit numbers of the Mersenne Twister, each modulo its limit: own view,
+        partner's view, partner, share, cutoff. NumPy has promised that this stream never changes.
+        """
+        stream, shape = np.random.RandomState(self.seed), (count, self.views - 1)
+
+        def below(limit: int) -> Tensor:
+            drawn = stream.randint(0, 2**32, shape, dtype=np.uint32)
+            return torch.from_numpy(drawn.astype(np.int64) % limit)
+
+        known, plain = count_views(pad, self.hflip), _plain_view(pad)
+        own, theirs, others, shares = below(known), below(known), 1 + below(count - 1), below(256)
         numbers, theirs, shares = (
-            _after(first, others).to(torch.uint8)
-            for first, others in ((plain, own), (plain, theirs), (255, shares))
+            _after(first, numbers).to(torch.uint8)
+            for first, numbers in ((plain, own), (plain, theirs), (255, shares))
         )
-        partners = (partners % count).to(index_type(count - 1))
-        cutoffs = None
-        if self.hybrid:
-            cutoffs = _after(255, torch.randint(256, more, generator=generator)).to(torch.uint8)
-        return SetViews(numbers, pad, "reflect", partners, theirs, shares, cutoffs)
+        partners = (torch.arange(count)[:, None] + _after(0, others)) % count
+        cutoffs = _after(255, below(256)).to(torch.uint8) if self.hybrid else None
+        blends = partners.to(index_type(count - 1)), theirs, shares, cutoffs
+        return SetViews(numbers, pad, "reflect", *blends, drawn=self)
 
 
 @dataclass(frozen=True)
@@ -110,6 +132,7 @@ class SetViews:
     shares: Tensor | None = None  # uint8: of the image itself, in 255ths
     # uint8: with them `shares` are those of low frequencies, those of high ones the rest to 1
     cutoffs: Tensor | None = None
+    drawn: BlendDraw | None = None  # of which these are the first, if they are
 
     def __len__(self) -> int:
         return self.numbers.numel()
@@ -152,7 +175,9 @@ class SetViews:
         return normalize(other + (1 - share) * more + (2 * share - 1) * low_pass(more, cutoff), stats)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As a compact file holds them."""
+        """As a compact file holds them: where they are drawn only by what, and how many there are."""
+        if self.drawn is not None:
+            return {"x.drawn": torch.tensor([self.each, *astuple(self.drawn)])}
         found = {"views": self.numbers, **{name: getattr(self, name) for name in (*BLEND, "cutoffs")}}
         return {f"x.{name}": tensor for name, tensor in found.items() if tensor is not None}
 
@@ -163,6 +188,11 @@ def cutoff_frequency(part: Tensor, size: int) -> Tensor:
     Equal parts are equal ratios: natural images vary about as much in each octave.
     """
     return 0.5 / size * (3.0 * size) ** part
+
+
+def _plain_view(pad: int) -> int:
+    """The number of the view that is not shifted."""
+    return pad * (2 * pad + 1) + pad
 
 
 def _after(first: int, others: Tensor) -> Tensor:
