@@ -18,7 +18,7 @@ from data.specs import Stats
 from data.synthetic.training import read_safetensors, write_safetensors
 from data.untrusted import read_json
 from data.whitening import Whitening
-from evaluation.transfer import Measurement, NetworkFlags, PretrainFlags, load_pretraining
+from evaluation.pretraining import Measurement, NetworkFlags, PretrainFlags, load_pretraining
 from models import get_model
 from utils import checkpoint
 from utils.cli import as_json, command, flag, same_flag, typed

@@ -19,8 +19,8 @@ from data.load import ImageSet, load_set
 from data.meta import keeps_meaning_mirrored
 from evaluation.fit import Trainer, held_out_accuracy
 from evaluation.measure import Cell, CellStore, spread
+from evaluation.pretraining import MeasureFlags, Measurement, PretrainFlags, load_pretraining
 from evaluation.recipes import GAUSSIAN, KD, RANDOM_FEATURES, SCRATCH, kd_loss, of_recipe
-from evaluation.transfer import MeasureFlags, Measurement, PretrainFlags, load_pretraining
 from models import get_model
 from models.layout import batch_norms
 from utils import checkpoint

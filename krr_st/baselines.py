@@ -8,9 +8,9 @@ NAME with labels (class by class, but for k-means) and NAME_features: kmeans, th
 each k-means centre; herding, the images whose mean is nearest to that of all; high_loss, those with the
 largest loss early in training (MKDT's start). gaussian: N(0, 1) noise with features.
 
-With smaller sizes, types or ranks than usual (--x_size, --x_dtype, --y_rank, --y_dtype) or several --views of
-each image, perhaps blended with others (--blend), the set is one compact file. --bytes gives sets of
-equal storage.
+With smaller sizes, types or ranks than usual (--x_size, --x_dtype, --y_rank, --y_dtype, --y_bits) or several
+--views of each image, perhaps blended with others (--blend), the set is one compact file. --bytes gives sets
+of equal storage.
 """
 
 import functools
@@ -173,6 +173,7 @@ def main(flags: BaselineFlags) -> int:
         (flags.target_scale == "std", "target_scale std"),
         (flags.mixup, "mixup"),
         (flags.views > 1, f"views {flags.views}"),
+        (flags.y_bits is not None, f"y_bits {flags.y_bits}"),
     ):
         if asked and not soft:
             raise UserError(f"--{what} needs target vectors; --method {flags.method} gives class labels")

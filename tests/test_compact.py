@@ -187,13 +187,13 @@ def filtered(x, cutoff):
     return scipy.fft.idctn(gain * spectrum, axes=(1, 2), norm="ortho")
 
 
-@pytest.mark.parametrize("border", ["reflect", "constant"])
+@pytest.mark.parametrize("border, seeded", [("reflect", True), ("reflect", False), ("constant", False)])
 @pytest.mark.parametrize(("blend", "hybrid"), [(False, None), (True, None), (True, True)])
-def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, hybrid, border):
+def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, hybrid, border, seeded):
     s, pad, k = make(m=4), 1, 6
     views = ViewFlags(k, blend, hybrid).draw(4, 8, True, 3)
     assert views.border == "reflect" and (views.drawn is not None) == blend
-    if border == "constant":
+    if not seeded:
         views = dataclasses.replace(views, border=border, drawn=None)
     numbers = views.numbers.tolist()
     assert int(views.numbers.max()) < 18 and (blend or all(len(set(row)) == k for row in numbers))
@@ -205,7 +205,7 @@ def test_views_are_crops_and_flips_of_the_stored_images(tmp_path, blend, hybrid,
     save_compact(SyntheticSet(whole, targets, STATS, views=views), tmp_path / "a.safetensors", how)
     stored = safetensors.torch.load_file(tmp_path / "a.safetensors")
     torch.testing.assert_close(stored["x"], s.images, atol=1e-6, rtol=0)  # each once
-    assert ("x.drawn" in stored) == (blend and border == "reflect") != ("x.views" in stored)
+    assert ("x.drawn" in stored) == (blend and seeded) != ("x.views" in stored)
     again = SyntheticSet.load(tmp_path / "a.safetensors")
     assert again.images.shape == (24, 3, 8, 8) and torch.equal(again.targets, targets)
     if border == "constant":  # what the first files do not say
@@ -469,6 +469,13 @@ VIEWS = {
         ({"x": X, "y": Y[:, 0].byte(), "y.map": torch.ones(2, 5), "y.bits": BITS}, {}, "y.bits in uint8"),
         ({"x": X, "y.bits": BITS}, {}, "y.bits in uint8"),
         (
+            {"x": X, "y": Y.byte(), "y.map": torch.ones(2, 5), "y.bits": BITS.to(torch.complex64)},
+            {},
+            "y.bits in",
+        ),
+        ({"x": X, "y": torch.empty(2**45, 0).byte(), "y.bits": BITS * 0}, {}, "at most 2147483648 values"),
+        ({"x": X, "y": Y, "y.unit": torch.ones(5)}, {}, "y.unit with y.right"),
+        (
             {"x": X, **LOW, "y.left": BYTE, "y.map": torch.ones(2, 3), "y.bits": BITS[:3].clone()},
             {},
             "y.right of",
@@ -482,7 +489,9 @@ VIEWS = {
         ({"x": X, **drawn(2, -1, 3, 1, 1), "y": Y}, REFLECT, "a seed below"),
         ({"x": X, **drawn(2, 2**32, 3, 1, 1), "y": Y}, REFLECT, "a seed below"),
         ({"x": X, **drawn(2, 0, 3, 2, 1), "y": Y}, REFLECT, "two switches"),
-        ({"x": X, **drawn(2, 0, 2**60, 1, 1), "y": Y}, REFLECT, "decoded values"),
+        ({"x": X, **drawn(2, 0, 2**60, 1, 1), "y": Y}, REFLECT, "drawn views"),
+        ({"x": X[..., :1, :1].clone(), **drawn(2, 0, 2**25, 1, 1), "y": Y}, REFLECT, "drawn views"),
+        ({"x": X, **DRAWN, "x.cutoffs": BYTE, "y": Y}, REFLECT, "x.drawn or x.views"),
         ({"x": X, **DRAWN, **VIEWS, "y": Y.repeat(3, 1)}, REFLECT, "x.drawn or x.views"),
         ({"x": X, **DRAWN, "y": Y.repeat(2, 1)}, REFLECT, "no mean and std"),
         ({"x": X, "x.views": BYTE[:1].clone(), "y": Y}, {}, "x.views"),

@@ -292,7 +292,7 @@ def test_gaussian_student_starts_untrained(goal, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("gaussian pre-trained something")
 
-    monkeypatch.setattr("evaluation.transfer.pretrain", forbidden)
+    monkeypatch.setattr("evaluation.pretraining.pretrain", forbidden)
     argv = [*ARGV, "--method", "gaussian", "--num_test", "1"]
     assert test_kd.main(argv) == 0
     with pytest.raises(AssertionError):

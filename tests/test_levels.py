@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from data.synthetic import SyntheticSet, TrainingSettings, save_compact
-from data.synthetic.compact import CompactFlags
+from data.synthetic.compact import CompactFlags, images_within
 from data.synthetic.levels import pack_bits, share_bits, unpack_bits
 from data.synthetic.views import ViewFlags
 from data.target_scale import TargetScale
@@ -55,29 +55,46 @@ def test_rows_are_strings_of_bits(bits):
 
 
 @pytest.mark.parametrize("rank", [None, 4])
-@pytest.mark.parametrize("standardised", [False, True])
-def test_target_vectors_in_few_bits(tmp_path, rank, standardised):
-    generator, unit = torch.Generator().manual_seed(3), torch.ones(20)
+@pytest.mark.parametrize("spread", [0, 3])
+def test_target_vectors_in_few_bits(tmp_path, rank, spread):
+    generator = torch.Generator().manual_seed(3)
     x, y = (torch.randn(40, *shape, generator=generator) for shape in ((3, 8, 8), (20,)))
-    training = TrainingSettings()
-    if standardised:
-        unit = torch.logspace(-1, 2, 20)
-        training = TrainingSettings(targets=TargetScale(torch.zeros(20), unit))
+    y[:, 10:] = y[:, :10] + y[:, 10:] / 9
+    unit = torch.logspace(-1, spread - 1, 20) if spread else torch.ones(20)
+    training = TrainingSettings(targets=TargetScale(torch.zeros(20), unit)) if spread else TrainingSettings()
     s = SyntheticSet(x, y * unit, STATS, training=training)
-    stored, again = store(s, tmp_path / "a.safetensors", y_rank=rank, y_bits=9)
+    stored, again = store(s, tmp_path / "a.safetensors", y_rank=rank, y_bits=21)
     bits, slope, low = stored["y.bits"].tolist(), *stored["y.map"].double().numpy()
-    assert sum(bits) == 9 and stored["y" if rank is None else "y.left"].shape == (40, 2)
-    assert rank is None or min(bits) > 0  # nothing is stored of the others
-    rows = [int.from_bytes(bytes(r), "little") for r in stored["y" if rank is None else "y.left"].tolist()]
+    rows = stored["y" if rank is None else "y.left"]
+    assert sum(bits) == 21 and rows.shape == (40, 3)
+    rows = [int.from_bytes(bytes(row), "little") for row in rows.tolist()]
     levels = np.array([[n >> sum(bits[:i]) & 2**b - 1 for i, b in enumerate(bits)] for n in rows])
     found = slope * levels + low
+    exact = y.double().numpy()  # in the unit that errors count in
     if rank is not None:
-        assert stored["y.right"].dtype == torch.int8 and len(stored["y.right"]) == len(bits)
-        found = stored["y.mean"].double().numpy() + found @ stored["y.right"].double().numpy()
+        assert stored["y.right"].dtype == torch.int8
+        mean, right = (stored[f"y.{name}"].double().numpy() for name in ("mean", "right"))
+        found = mean + found @ right * stored["y.unit"].double().numpy()
+        left, spectrum, right = np.linalg.svd(exact - exact.mean(0), full_matrices=False)
+        coefficients = left[:, :rank] * spectrum[:rank]
+        exact = exact.mean(0) + coefficients @ right[:rank]
     np.testing.assert_allclose(again.targets, found, rtol=1e-4, atol=1e-4)
-    # In the unit of errors nothing is far off; what one bit a column would leave is more.
-    error = ((again.targets - s.targets) / unit).square().sum() / (s.targets / unit).square().sum()
-    assert error < 0.75
+    # What is lost is what the bits lose, of the best coefficients in exact directions, and no more.
+    t = torch.from_numpy(exact if rank is None else coefficients)
+    lost = np.square(again.targets.double().numpy() / unit.double().numpy() - exact).sum()
+    assert lost == pytest.approx(float(errors_of(t, 21)[0].sum()), rel=0.02)
+
+
+def test_directions_without_bits_are_not_stored(tmp_path):
+    generator = torch.Generator().manual_seed(4)
+    s = SyntheticSet(torch.randn(40, 3, 8, 8, generator=generator), torch.randn(40, 20, generator=generator))
+    stored, _ = store(s, tmp_path / "a.safetensors", x_dtype="uint8", y_rank=18, y_bits=8)
+    count = len(stored["y.bits"])
+    assert count <= 8 and min(stored["y.bits"]) > 0 and stored["y.right"].shape == (count, 20)
+    taken = sum(t.nbytes for t in stored.values())
+    how = CompactFlags(x_dtype="uint8", y_rank=18, y_bits=8)
+    # All eight directions that a bit might go to are counted: 20 + 8 + 1 bytes each.
+    assert images_within(taken + (8 - count) * 29, (3, 8, 8), 20, how, ViewFlags()) == 40
 
 
 def twister(seed):

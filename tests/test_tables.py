@@ -15,9 +15,10 @@ from data.synthetic import SyntheticSet
 from evaluation.jobs import run_missing
 from evaluation.measure import CellStore, read_cells
 from evaluation.presets import FULL_TARGETS, PRESETS, Preset
+from evaluation.pretraining import load_pretraining
 from evaluation.recipes import finetune_recipe, pretrain_recipe
 from evaluation.tables import with_published_file
-from evaluation.transfer import TestFlags, load_pretraining
+from evaluation.transfer import TestFlags
 from krr_st import tables
 from krr_st.published import PROBE_CELLS
 from krr_st.tables import LAYOUTS, KernelTable, Layout, TablesFlags, forward_flops

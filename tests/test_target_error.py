@@ -12,9 +12,10 @@ import test as test_command
 import test_scratch
 from data.load import load_set
 from data.synthetic import SyntheticSet
+from evaluation.pretraining import Measurement
 from evaluation.probe import feature_error
 from evaluation.target import Representation
-from evaluation.transfer import Measurement, ScratchFlags, TestFlags, Transfer
+from evaluation.transfer import ScratchFlags, TestFlags, Transfer
 from utils import checkpoint
 from utils.seed import local_seed
 

@@ -14,7 +14,7 @@ import test_scratch
 from data.loader import TensorLoader
 from data.synthetic import SyntheticSet, save_compact
 from data.synthetic.compact import CompactFlags
-from evaluation import kd, transfer
+from evaluation import kd, pretraining, transfer
 from evaluation.fit import Trainer
 from evaluation.kd import KdFlags
 from evaluation.presets import resolve_targets
@@ -202,7 +202,7 @@ def test_what_cannot_be_measured_fails_before_anything_is_trained(tiny, capsys):
 
 def test_images_are_read_once_and_one_network_serves_all_targets(tiny, monkeypatch):
     write_set("datasets", "other", seed=1)
-    read, trained, real_load, real_pretrain = [], [], checkpoint.load_tensor, transfer.pretrain
+    read, trained, real_load, real_pretrain = [], [], checkpoint.load_tensor, pretraining.pretrain
 
     def load_tensor(path, **kwargs):
         read.append(str(path))
@@ -213,7 +213,7 @@ def test_images_are_read_once_and_one_network_serves_all_targets(tiny, monkeypat
         return real_pretrain(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "load_tensor", load_tensor)
-    monkeypatch.setattr(transfer, "pretrain", pretrain)
+    monkeypatch.setattr(pretraining, "pretrain", pretrain)
     argv = [*SHARED, *SHORT, "--target_data_name", "tiny_other", "--shots", "2_all"]
     assert test_command.main([*argv, "--num_test", "2"]) == 0
     images = [path for path in read if "datasets" in path]
@@ -304,7 +304,7 @@ def test_every_hyper_parameter_has_a_flag(tiny, monkeypatch, prefix):
             self.steps = 0
             seen["finetune_"] = recipe
 
-    monkeypatch.setattr(transfer, "pretrain", lambda *a, **k: seen.setdefault("pre_", a[2]))
+    monkeypatch.setattr(pretraining, "pretrain", lambda *a, **k: seen.setdefault("pre_", a[2]))
     monkeypatch.setattr(transfer, "Trainer", Untrained)
     flags = [word for name, v in values.values() for word in (f"--{prefix}{name}", str(v))]
     assert test_command.main([*SHARED, *flags]) == 0

@@ -16,8 +16,9 @@ x.drawn  (5,) int64, in place of these five: k, and the seed, views, hflip and h
 y        (n * k,) class indices or (n * k, D) target vectors, or in place of these
 y.mean, y.left, y.right   (D,), (n * k, r) and (r, D): the target vectors are mean + left @ right
 y.map    (2, D) or (2, r) float32, where y or y.left are target vectors in uint8: of each column, as x.map
-y.bits   (D,) or (r,) uint8, where each row of y or y.left is a string of bits, the lowest of a byte first:
-         how many each value takes of it, 0 to 8, with its lowest bit first; y.right is in int8 then
+y.bits   (D,) or (r,) uint8, where y or y.left are (n * k, bytes) uint8: each row is a string of bits, the
+         lowest of a byte first, of which each value takes so many, 0 to 8, with its lowest bit first
+y.unit   (D,), where y.right is in int8: the target vectors are mean + left @ right * unit
 """
 
 from collections.abc import Callable, Mapping
@@ -48,6 +49,7 @@ from utils.precision import DTYPES
 
 VERSIONS = (1, 2, 3)
 _DRAWN = 5 * torch.int64.itemsize  # bytes of x.drawn
+_MOST_DRAWN = 2**25  # views that are drawn again: these take a file no bytes at all
 LARGEST = 2**31  # values of the decoded images, and of the targets: a small file could ask for any number
 _LOW_RANK = ("y.mean", "y.left", "y.right")
 _FLOATS = tuple(DTYPES.values())
@@ -64,6 +66,7 @@ _TENSORS = {
     "y.mean": ("D", _FLOATS, "float32 or bfloat16"),
     "y.left": ("mr", (*_FLOATS, torch.uint8), "float32, bfloat16 or uint8"),
     "y.map": ("2q", (torch.float32,), "float32"),
+    "y.unit": ("D", _FLOATS, "float32 or bfloat16"),
     "y.right": ("rD", (*_FLOATS, torch.int8), "float32, bfloat16 or int8"),
 }
 
@@ -102,7 +105,8 @@ class CompactFlags:
     )
     y_bits: int | None = flag(
         None,
-        "bits of each stored target vector, shared out among its entries or directions so that least is lost",
+        "bits of each stored target vector, shared out among its entries or directions so that little is "
+        "lost; a multiple of 8 wastes none",
         minimum=1,
         instead_of="y_dtype",
     )
@@ -211,20 +215,21 @@ def _encode_targets(y: Tensor, how: CompactFlags, unit: Tensor | float) -> dict[
     if rank > len(spectrum):
         wanted = f"expected at most {len(spectrum)}"
         raise UserError(f"--y_rank {rank}: {wanted} for {len(y)} target vectors of length {y.shape[1]}")
-    left, right = left[:, :rank] * spectrum[:rank], right[:rank] * unit
+    left, right = left[:, :rank] * spectrum[:rank], right[:rank]
     stored = {"y.mean": mean.to(_basis(how))}
     if how.y_bits is None:
-        return stored | {"y.right": right.to(_basis(how))} | _pack("y.left", left, how.y_dtype)
+        return stored | {"y.right": (right * unit).to(_basis(how))} | _pack("y.left", left, how.y_dtype)
     scale = right.abs().amax(1, keepdim=True) / 127  # y.map undoes it
     stored |= _pack_bits("y.left", left, scale.T, how.y_bits)
     used = stored["y.bits"] > 0  # the others are always 0, their mean
     stored |= {"y.map": stored["y.map"][:, used], "y.bits": stored["y.bits"][used]}
-    return stored | {"y.right": (right / scale).round().to(torch.int8)[used]}
+    right = (right / scale).round().to(torch.int8)[used]
+    return stored | {"y.right": right, "y.unit": (unit * torch.ones_like(mean)).float()}
 
 
 def _basis(how: CompactFlags) -> torch.dtype:
-    """Number type of the mean of target vectors, and of their directions but where these are int8."""
-    return torch.bfloat16 if how.y_bits is not None else DTYPES.get(how.y_dtype, torch.bfloat16)
+    """Number type of the mean and the directions of target vectors; with --y_bits of the mean alone."""
+    return DTYPES.get(how.y_dtype, torch.bfloat16)
 
 
 def decode(
@@ -249,7 +254,7 @@ def decode(
         targets = _unpack("y", tensors) if "y.map" in tensors else tensors["y"]
     else:
         mean, left, right = (_unpack(name, tensors) for name in _LOW_RANK)
-        targets = mean + left @ right
+        targets = mean + left @ right * tensors.get("y.unit", torch.ones(()))
     return {"images": images, "targets": targets, "views": views}
 
 
@@ -259,12 +264,12 @@ def _one_per_byte(tensors: Mapping[str, Tensor], path: Path) -> Mapping[str, Ten
         return tensors
     name = "y" if "y" in tensors else "y.left"
     bits, packed = tensors["y.bits"], tensors.get(name, torch.empty(0))
-    bytewise = bits.dtype == packed.dtype == torch.uint8 and (bits.dim(), packed.dim()) == (1, 2)
-    wanted = (bits.sum(dtype=torch.int64) + 7) // 8
-    if not bytewise or bool((bits > MOST_BITS).any()) or packed.shape[1] != wanted:
+    fits = bits.dtype == packed.dtype == torch.uint8 and (bits.dim(), packed.dim()) == (1, 2)
+    fits = fits and bool((bits <= MOST_BITS).all()) and packed.shape[1] == (int(bits.sum()) + 7) // 8
+    if not fits or len(packed) * len(bits) > LARGEST:
         raise UserError(
             f"{path}: a compact set of {describe(tensors)}; expected y.bits in uint8, each at most "
-            f"{MOST_BITS}, and in rows of as many bits y or y.left in uint8"
+            f"{MOST_BITS}, and in rows of as many bits y or y.left in uint8, at most {LARGEST} values"
         )
     return {**tensors, name: unpack_bits(packed, bits)}
 
@@ -310,11 +315,12 @@ def _check_tensors(
     x, y = tensors["x"], tensors.get("y")
     check(x.shape[2] <= size[0] and x.shape[3] <= size[1], f"x of at most {size} pixels")
     check(("x.map" in tensors) == (x.dtype == torch.uint8), "x.map with x in uint8, and only then")
-    each = int(tensors["x.drawn"][2]) if "x.drawn" in tensors else lengths.get("k", 1)
+    each = int(tensors["x.drawn"][0]) if "x.drawn" in tensors else lengths.get("k", 1)
     check(len(x) * each * x.shape[1] * size[0] * size[1] <= LARGEST, f"at most {LARGEST} decoded values")
     views = _check_views(tensors, shifts, check)
     count = len(x) if views is None else len(views)
     check({name in tensors for name in _LOW_RANK} == {y is None}, "y, or y.mean, y.left and y.right")
+    check(y is None or "y.unit" not in tensors, "y.unit with y.right")
     if y is None:
         check(lengths["m"] == count, f"y.left for {count} images")
         check(lengths["r"] <= min(count, lengths["D"]), "a rank of at most n * k and D")
@@ -338,7 +344,8 @@ def _check_views(
         kept, seed, drawn, *switches = tensors["x.drawn"].tolist()
         known = 2 <= kept <= drawn and 0 <= seed < 2**32 and {*switches} <= {0, 1}
         check(known, "x.drawn of k from 2 to the drawn views, a seed below 2**32 and two switches")
-        check(not blend and "x.views" not in tensors, "x.drawn or x.views")
+        check(count * drawn <= _MOST_DRAWN, f"at most {_MOST_DRAWN} drawn views")
+        check(not blend and not tensors.keys() & {"x.views", "x.cutoffs"}, "x.drawn or x.views")
         check(count > 1 and shifts["border"] == "reflect", "x.drawn for several images with border reflect")
         return BlendDraw(seed, drawn, *map(bool, switches)).of(count, pad).first(kept)
     check(len(blend) in (0, len(BLEND)), "x.partners, x.partner_views and x.shares, or none of them")
@@ -378,9 +385,9 @@ def images_within(
 ) -> int:
     """How many images fit into `budget` bytes with their targets, each in the views that `seen` says.
 
-    `label` is the length of target vectors, or the number type of class indices. Directions are counted that
-    get no bit and are not stored. A UserError says what one image takes where none fits, and that a rank
-    has to be known.
+    `label` is the length of target vectors, or the number type of class indices. Directions that get no bit
+    are counted, though they are not stored. A UserError says what one image takes where none fits, and that
+    a rank has to be known.
     """
     if how.y_variance is not None:
         raise UserError("--bytes needs a known rank; use --y_rank in place of --y_variance")
@@ -392,13 +399,15 @@ def images_within(
     if isinstance(label, torch.dtype):
         each += seen.views * label.itemsize
     else:
-        columns = how.y_rank or label
-        vector, direction = columns * _itemsize(how.y_dtype), label * _basis(how).itemsize
-        if how.y_bits is not None:
-            vector, direction, once = -(-how.y_bits // 8), label, once + columns
-        each += seen.views * vector
-        once += columns * mapped if how.y_bits is not None or how.y_dtype == "uint8" else 0
-        once += label * _basis(how).itemsize + how.y_rank * direction if how.y_rank else 0
+        rank = how.y_rank and min(how.y_rank, how.y_bits or how.y_rank)
+        columns, basis = rank or label, label * _basis(how).itemsize  # of a direction or the mean
+        once += columns * mapped if how.y_bits or how.y_dtype == "uint8" else 0
+        if how.y_bits:
+            each += seen.views * ((how.y_bits + 7) // 8)
+            once += columns + (2 * basis + rank * label if rank else 0)
+        else:
+            each += seen.views * columns * _itemsize(how.y_dtype)
+            once += (1 + rank) * basis if rank else 0
     if seen.blend:
         once += _DRAWN
     elif seen.views > 1:

@@ -35,11 +35,15 @@ def between(t: Tensor, low: Tensor, high: Tensor, bits: int) -> Levels:
 
 
 def share_bits(t: Tensor, total: int) -> tuple[Levels, Tensor]:
-    """`t` (m, q) in `total` bits a row, at most MOST_BITS * q, and the bits of each column: least is lost.
+    """`t` (m, q) in `total` bits a row, at most MOST_BITS * q, and the bits of each column: little is lost.
 
-    One bit after the other goes to the column whose squared errors it lowers most.
+    One bit after the other goes to the column whose squared errors it lowers most, which is best where each
+    further bit of a column lowers them less.
     """
-    choices = [_best_range(t, bits) for bits in range(MOST_BITS + 1)]
+    ordered, outside = t.sort(0).values, (torch.tensor(_OUTSIDE) * (len(t) - 1)).round().long()
+    ends = ordered[outside], ordered[len(t) - 1 - outside]
+    choices = [between(t, t.mean(0), t.mean(0), 0)]
+    choices += [_best_range(t, bits, *ends) for bits in range(1, MOST_BITS + 1)]
     errors = torch.stack([choice.errors(t) for choice in choices])
     gains = (errors[:-1] - errors[1:]).cummin(0).values  # a bit does not come before those that it follows
     columns = torch.arange(t.shape[1])
@@ -48,29 +52,28 @@ def share_bits(t: Tensor, total: int) -> tuple[Levels, Tensor]:
     return Levels(levels[bits, :, columns].T, slope[bits, columns], low[bits, columns]), bits
 
 
-def _best_range(t: Tensor, bits: int) -> Levels:
-    """`t` (m, q) in 2**bits levels: of each column over the range that loses least."""
-    if bits == 0:
-        return between(t, t.mean(0), t.mean(0), 0)
-    ordered, outside = t.sort(0).values, (torch.tensor(_OUTSIDE) * (len(t) - 1)).round().long()
-    lows, highs = ordered[outside], ordered[len(t) - 1 - outside]
+def _best_range(t: Tensor, bits: int, lows: Tensor, highs: Tensor) -> Levels:
+    """`t` (m, q) in 2**bits levels: of each column between those of the ends (k, q) that lose least."""
     errors = [between(t, *ends, bits).errors(t) for ends in zip(lows, highs, strict=True)]
     best = torch.stack(errors).argmin(0, keepdim=True)
     return between(t, lows.gather(0, best)[0], highs.gather(0, best)[0], bits)
 
 
+def _places(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each bit of a row its column, and its place in the level there, the lowest first."""
+    return (torch.arange(MOST_BITS) < bits[:, None]).nonzero(as_tuple=True)
+
+
 def pack_bits(levels: Tensor, bits: Tensor) -> Tensor:
     """Levels (m, q) uint8 as (m, bytes): those of a row one after the other, the lowest bits first."""
-    columns = zip(levels.numpy().T, bits.tolist(), strict=True)
-    single = [np.unpackbits(c[:, None], axis=1, count=b, bitorder="little") for c, b in columns]
-    return torch.from_numpy(np.packbits(np.concatenate(single, 1), axis=1, bitorder="little"))
+    columns, places = _places(bits)
+    single = levels[:, columns] >> places.byte() & 1
+    return torch.from_numpy(np.packbits(single.numpy(), axis=1, bitorder="little"))
 
 
 def unpack_bits(packed: Tensor, bits: Tensor) -> Tensor:
     """The inverse of `pack_bits`."""
-    single = np.unpackbits(packed.numpy(), axis=1, count=int(bits.sum()), bitorder="little")
-    levels = np.zeros((len(packed), len(bits)), np.uint8)
-    for i, column in enumerate(np.split(single, bits.cumsum(0)[:-1].tolist(), axis=1)):
-        if column.size:
-            levels[:, i] = np.packbits(column, axis=1, bitorder="little")[:, 0]
-    return torch.from_numpy(levels)
+    columns, places = _places(bits)
+    single = np.unpackbits(packed.numpy(), axis=1, count=len(columns), bitorder="little")
+    levels = torch.zeros(len(packed), len(bits), dtype=torch.uint8)
+    return levels.index_add_(1, columns, torch.from_numpy(single) << places.byte())

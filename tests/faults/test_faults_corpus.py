@@ -21,6 +21,7 @@ from fault_damage import PAYLOADS, payload
 import clom.config
 import clom.tables
 import evaluation.kd
+import evaluation.pretraining
 import evaluation.transfer
 import krr_st.config
 import krr_st.tables
@@ -79,6 +80,7 @@ def configs():
         krr_st.tables,
         clom.config,
         clom.tables,
+        evaluation.pretraining,
         evaluation.transfer,
         evaluation.kd,
     ):
