@@ -14,6 +14,9 @@ import torch
 from conftest import write_set
 from PIL import Image
 
+from data.specs import Stats
+from data.synthetic import SyntheticSet, save_compact
+from data.synthetic.views import ViewFlags
 from utils import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +135,21 @@ def test_every_picture_and_link_is_there():
                 assert not anchor or anchor in anchors(there), f"{page.name}: {link}"
                 links += 1
     assert links > 30
+
+
+def test_a_set_is_read_in_your_own_code_as_the_guide_says(workspace):
+    stats = Stats((0.5,) * 3, (0.25,) * 3)
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    views = ViewFlags(3, True).draw(4, 8, True, seed=0)
+    whole = SyntheticSet(views.images(x, stats), torch.randn(12, 5), stats, views=views)
+    save_compact(whole, Path("results/mine/set.safetensors"))
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "SyntheticSet" in b]
+    exec(block, names := {})
+    torch.testing.assert_close(names["images"], whole.images)
+    assert torch.equal(names["targets"], whole.targets)
+    wanted = (names["images"] * 0.25 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(names["pixels"], wanted)
+    torch.testing.assert_close(names["found"].plain().images, x)
 
 
 @pytest.mark.slow
