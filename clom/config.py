@@ -193,11 +193,21 @@ class ValidateFlags(TrainingFlags):
     num_eval: int = flag(3, "networks with different seeds, for mean and std", minimum=1)
     epochs: int = same_flag(TrainingFlags, "epochs", default=1000)
     lr: float | None = flag(None, "learning rate; default: the one learned with the set, else 0.01", above=0)
+    momentum: float | None = same_flag(
+        TrainingFlags,
+        "momentum",
+        default=None,
+        help="momentum; default: the one that belongs to a learned rate, else 0.9",
+    )
     weight_decay: float = same_flag(TrainingFlags, "weight_decay", default=5e-4)
     lr_decay_step: str = same_flag(TrainingFlags, "lr_decay_step", default="500")
     save_every: int = flag(50, "epochs between tests and checkpoints", minimum=1)
     dsa: bool = flag(False, "train with DSA")
-    dsa_strategy: str = flag(DSA_STRATEGY, "DSA operations joined by _")
+    dsa_strategy: str | None = flag(
+        None,
+        "DSA operations joined by _; default: as published, without flip for an own set whose mirror images "
+        "mean something else",
+    )
     align_corners: bool = same_flag(DistillFlags, "align_corners")
     scores: bool = flag(
         False,

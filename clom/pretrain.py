@@ -1,7 +1,8 @@
 """The driver behind train_original_models.py: the pre-trained models that CLoM asks."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from utils import checkpoint, cli
 from utils.device import resolve_gpus
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
-from utils.run_folder import RunFolder, changed_inputs, claim_run, is_claimed
+from utils.run_folder import InUse, RunFolder, changed_inputs, claim_run, is_claimed
 from utils.seed import derive_seed, make_generator, resolve_seed
 
 
@@ -62,10 +63,11 @@ def train_originals(flags: OriginalFlags) -> int:
         print(f"{min(finished, flags.num)} of {flags.num} networks are there already")
     facts = dict(data_name=flags.dataset, mean=image_set.stats.mean, std=image_set.stats.std)
     facts |= dict(img_shape=image_set.img_shape, num_classes=image_set.num_classes)
-    for number in range(flags.num - finished):
-        begun = number < len(unfinished)
-        place = unfinished[number] if begun else next_index(folder)
-        with claim_run(place), out_of_memory_says(device, "lower --batch_size"):
+    for _ in range(flags.num - finished):
+        with (
+            claim_place(folder, unfinished) as (place, begun),
+            out_of_memory_says(device, "lower --batch_size"),
+        ):
             run = RunFolder(
                 place,
                 identity,
@@ -107,9 +109,29 @@ def network_seed(seed: int, place: Path) -> int:
     return derive_seed(seed, place.name) % 2**31
 
 
-def next_index(folder: Path) -> Path:
-    """The first index_{i} that does not exist."""
-    taken = {path.name for path in index_folders(folder)}
+@contextlib.contextmanager
+def claim_place(folder: Path, unfinished: list[Path]) -> Iterator[tuple[Path, bool]]:
+    """A place that no other process has, and whether its network was begun.
+
+    The next of `unfinished`, which is taken off the list, or the first index_{i} that does not exist.
+    """
+    busy = set()
+    while True:
+        begun = bool(unfinished)
+        place = unfinished.pop(0) if begun else next_index(folder, busy)
+        with contextlib.ExitStack() as claim:
+            try:
+                claim.enter_context(claim_run(place))
+            except InUse:  # since it was looked for
+                busy.add(place.name)
+                continue
+            yield place, begun
+            return
+
+
+def next_index(folder: Path, busy: Collection[str] = ()) -> Path:
+    """The first index_{i} that neither exists nor is one of `busy`."""
+    taken = {path.name for path in index_folders(folder)} | {*busy}
     return next(folder / n for i in range(len(taken) + 1) if (n := f"index_{i}") not in taken)
 
 

@@ -201,9 +201,12 @@ def check_datasets(flags: TablesFlags) -> None:
 def spots(flags: TablesFlags) -> list[Spot]:
     """All cells in reading order, random real images first where a method starts from them.
 
-    A UserError for a bad variant.
+    A UserError for a bad variant, or one that the pool of models does not fit.
     """
     variants = [parse_variant(text) for text in dict.fromkeys(flags.variants)]
+    asks_classes = any(VARIANTS[variant.name].get("CLoM_distance") == "ce" for variant in variants)
+    if asks_classes and any(name.startswith(PREFIX) for name in flags.models_pool):
+        raise UserError(f"--variants: {PREFIX} models have no class labels; use --variants none cos")
     methods, plain = list(dict.fromkeys(flags.methods)), Variant("none")
     rows = [(method, variant, False) for method in methods for variant in variants]
     real = [m for m in methods if (flags.init or find_method(m).defaults["init"]) == "real"]

@@ -16,14 +16,15 @@ from clom.pool import checkpoint_name, model_folder
 from clom.pretrain import in_space
 from clom.source import load_data, network_factory, to_space
 from data.augment import normalize
-from data.augment.dsa import check_strategy, no_augmentation
+from data.augment.dsa import check_strategy, no_augmentation, without_flip
 from data.load import ImageSet
+from data.specs import DC_SPECS
 from data.synthetic import SyntheticSet, TrainingSettings
 from data.synthetic.forms import detect_form, find_set
 from evaluation.measure import Cell, CellStore, finish, grouped, spread
 from evaluation.probe import shuffled_classes
 from evaluation.ranking import SCORES, scores, titled
-from evaluation.recipes import Recipe
+from evaluation.recipes import DSA_STRATEGY, Recipe
 from evaluation.score import score_network
 from models import eval_pool
 from utils import checkpoint, cli
@@ -51,14 +52,15 @@ def validate(flags: ValidateFlags) -> int:
     Finished networks are kept in results.jsonl and not trained again. A UserError for bad flags, data
     or synthetic set, or one of another size than --ipc says.
     """
-    check_strategy(flags.dsa_strategy)
+    typed = flags.dsa_strategy
+    check_strategy(typed)
     flags.recipe()
     names = [flags.model] if flags.eval_mode is None else eval_pool(flags.eval_mode, flags.model)
-    if flags.scores and no_augmentation(flags.dsa_strategy):
-        raise UserError(f"--dsa_strategy {flags.dsa_strategy}: --scores compares with and without DSA")
+    if flags.scores and typed is not None and no_augmentation(typed):
+        raise UserError(f"--dsa_strategy {typed}: --scores compares with and without DSA")
     if flags.full_accuracy is not None and not flags.scores:
         raise UserError("--full_accuracy has a meaning for --scores alone; add --scores")
-    if not (flags.dsa or flags.scores) and flags.dsa_strategy != ValidateFlags.dsa_strategy:
+    if not (flags.dsa or flags.scores) and typed is not None:
         print("not used without --dsa: --dsa_strategy")
     if flags.full_accuracy is not None and len(names) > 1:
         raise UserError(f"--full_accuracy is that of one network, not of the {len(names)} of --eval_mode")
@@ -77,6 +79,9 @@ def validate(flags: ValidateFlags) -> int:
     if flags.ipc not in (None, ipc):
         raise UserError(f"{path} holds {len(stored)} images, {ipc:g} per class; not --ipc {flags.ipc}")
     image_set = in_space(image_set, flags.normalize_data)
+    if typed is None:
+        mirrors = flags.dataset in DC_SPECS or image_set.hflip
+        flags = replace(flags, dsa_strategy=DSA_STRATEGY if mirrors else without_flip(DSA_STRATEGY))
     trainings = plan_trainings(flags, image_set, to_space(stored, image_set.stats))
     networks = {name: network_factory(name, image_set, device) for name in names}
     if flags.cost:
@@ -136,9 +141,11 @@ def plan_trainings(flags: ValidateFlags, image_set: ImageSet, synthetic: Synthet
     counts, of_images = classes.bincount().tolist(), replace(synthetic.training, targets=None, mixup=None)
     data = dict(dataset=flags.dataset, data=image_set.fingerprint, size=image_set.size)
     data |= dict(normalized=flags.normalize_data)
-    plain = flags.recipe().override(lr=flags.lr or TrainingFlags.lr, align_corners=flags.align_corners)
+    lr, momentum = flags.lr or TrainingFlags.lr, flags.momentum
+    plain = flags.recipe().override(lr=lr, align_corners=flags.align_corners)
+    plain = plain.override(momentum=TrainingFlags.momentum if momentum is None else momentum)
     own, dsa = {"lr": flags.lr or synthetic.training.lr}, flags.dsa_strategy
-    if flags.lr is None:  # a learned rate belongs to its momentum
+    if flags.lr is None and momentum is None:  # a learned rate belongs to its momentum
         own["momentum"] = synthetic.training.momentum
 
     def facts(recipe: Recipe, training: TrainingSettings, **more: Any) -> dict[str, Any]:

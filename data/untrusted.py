@@ -4,6 +4,7 @@ import contextlib
 import json
 import stat
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from PIL import Image
 
 from utils.errors import UserError
 
+# Pictures and labels compress to no less than a hundredth, short files aside.
+_GROWTH, SMALL = 100, 1 << 26
 # Decoded by Pillow itself. Others are no rasters, or are handed to another program (EPS: Ghostscript).
 _FORMATS = ("JPEG", "MPO", "PNG", "BMP", "DIB", "GIF", "WEBP", "AVIF", "TIFF", "PPM", "JPEG2000", "TGA")
 
@@ -21,6 +24,19 @@ def check_regular(path: Path | str) -> None:
     with contextlib.suppress(OSError):
         if not stat.S_ISREG(Path(path).stat().st_mode):
             raise UserError(f"{path} is not a regular file")
+
+
+def check_growth(path: Path, packed: int, unpacked: int) -> None:
+    """Refuse a file that unpacks to far more than pictures and labels would (a "zip bomb")."""
+    if unpacked > _GROWTH * packed + SMALL:
+        raise UserError(f"{path} is refused: {packed} bytes would unpack to {unpacked} and more")
+
+
+def check_zip(path: Path) -> None:
+    """The same of each member of a zip file, such as npz; reading gives no more than is declared."""
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            check_growth(path, info.compress_size, info.file_size)
 
 
 def read_json(path: Path) -> dict[str, Any]:

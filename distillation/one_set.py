@@ -27,7 +27,7 @@ from evaluation.recipes import PRETRAIN, PreFlags
 from evaluation.target import TARGET_CKPT, TARGET_MODEL
 from models import get_model
 from utils import checkpoint
-from utils.cli import flag
+from utils.cli import flag, how
 from utils.device import LAYOUTS
 from utils.distributed import Group
 from utils.errors import UserError, pick
@@ -48,11 +48,11 @@ ZCA = "whiten images by ZCA (ridge 0.1) before networks see them; default: as pu
 class SetFlags(RunFlags):
     """Flags of every run of one synthetic set."""
 
-    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
+    data_dir: Path = how(Path("./datasets"), "folder of the prepared tensors")
     recipe: str = flag("published", "settings in place of the defaults; explicit flags take precedence")
     data_name: str = flag("cifar100", "source data set: a listed name or a prepared set of yours")
-    save_dir: Path = flag(Path("./results"), "folder of the run folders")
-    exp_name: str | None = flag(None, "name of the run folder; default: {data_name}")
+    save_dir: Path = how(Path("./results"), "folder of the run folders")
+    exp_name: str | None = how(None, "name of the run folder; default: {data_name}")
     img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
     num_images: int | None = flag(None, "synthetic images m; default: preset", minimum=1)
     train_model: str | None = flag(
@@ -70,7 +70,7 @@ class FeatureFlags(PreFlags, SetFlags):
     """Flags of methods whose labels are a target model's features."""
 
     target_model: str | None = flag(None, TARGET_MODEL)
-    target_ckpt: Path | None = flag(None, TARGET_CKPT)
+    target_ckpt: Path | None = how(None, TARGET_CKPT)
     target_scale: str | None = flag(None, TARGET_SCALE, choices=TARGET_SCALES)
     test_opt: str = flag("sgd", "optimiser of the linear classifier", choices=("sgd", "adam"))
     test_iteration: int = flag(5000, "steps of the linear classifier", minimum=1)

@@ -21,7 +21,7 @@ from distillation.problem import Problem
 from utils import checkpoint, cli
 from utils.cost import Cost, Forecast, tensor_bytes
 from utils.device import resolve_device
-from utils.distributed import Group, local_gpu, process_group, quiet_unless_first
+from utils.distributed import Group, launched, local_gpu, process_group, quiet_unless_first
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
 from utils.precision import float32_mode
@@ -87,9 +87,10 @@ class Setup:
 
     @property
     def extra(self) -> dict[str, Any]:
-        """More facts for config.json: the source, and what undoes the normalisation of the set."""
+        """More facts for config.json: the source, its folder, what undoes the normalisation of the set."""
         stats = self.syn_stats
-        return {"data_name": self.image_set.name, "mean": stats.mean, "std": stats.std}
+        place = self.image_set.train.path.parent.parent
+        return dict(data_name=self.image_set.name, data_dir=str(place), mean=stats.mean, std=stats.std)
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -158,6 +159,10 @@ def resolved(method: Method, flags: Any) -> Any:
 @contextlib.contextmanager
 def set_up(method: Method, flags: Any) -> Iterator[Setup]:
     """Data and models of resolved flags; see `Setup`."""
+    if launched() and ":" in (flags.device or ""):
+        raise UserError(
+            f"--device {flags.device}: torchrun gives each process its own GPU; use --device cuda"
+        )
     device = resolve_device(flags.device, local_gpu(flags.gpu_id))
     method.setup.check(flags, device)
     precision = float32_mode(getattr(flags, "precision", None))
@@ -173,6 +178,8 @@ def run_method(method: Method, flags: Any) -> int:
     with quiet_unless_first():
         flags = resolved(method, flags)
         print(json.dumps(cli.as_json(flags), indent=2))
+        if flags.cost and launched():
+            raise UserError("--cost measures one process; start it without torchrun")
         if flags.dry_run and not flags.cost:
             method.setup.check(flags, resolve_device(flags.device, local_gpu(flags.gpu_id)))
             return 0

@@ -18,7 +18,7 @@ from utils.cli import SEED, DeviceFlags, flag, how
 from utils.cost import Cost, DryRunFlags, tensor_bytes
 from utils.errors import UserError
 from utils.memory import out_of_memory_says
-from utils.run_folder import TENSORBOARD, RunFolder, claim_run, load_run, save_run
+from utils.run_folder import TENSORBOARD, RunFolder, claim_run, forget_run, load_run, save_run
 from utils.stop import StopRequest
 
 
@@ -26,10 +26,10 @@ from utils.stop import StopRequest
 class EpochFlags(DeviceFlags, DryRunFlags):
     """Flags of the commands that train a network over epochs and write its checkpoint."""
 
-    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
+    data_dir: Path = how(Path("./datasets"), "folder of the prepared tensors")
     seed: int | None = how(None, "seed; default: drawn and printed", **SEED)
     img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
-    save_dir: Path = flag(Path("./teacher_ckpt"), "folder of the checkpoint")
+    save_dir: Path = how(Path("./teacher_ckpt"), "folder of the checkpoint")
     tensorboard: bool = how(False, TENSORBOARD)
     overwrite: bool = how(False, "train again over a checkpoint of another configuration")
     epochs: int = flag(200, "passes over the training images", minimum=1)
@@ -78,6 +78,7 @@ def make_checkpoint(
             tensorboard=flags.tensorboard,
         )
         if run.finished and path.exists():
+            forget_run(run.state_path)  # of a start that was killed at its very end
             print(f"{path} is there already, trained with these flags; --overwrite trains it again")
             return
         began = time.perf_counter()

@@ -107,6 +107,8 @@ class Distillation(Measurement):
         if not (target.hflip and keeps_meaning_mirrored(flags.data_dir / flags.source_data_name)):
             self.recipe = self.recipe.override(dsa=without_flip(self.recipe.dsa))
         self.synthetic, self.count = None, self.preset.num_images
+        if flags.method == GAUSSIAN and flags.synthetic_path is not None:
+            raise UserError("--synthetic_path: --method gaussian takes fresh noise, not a set")
         if flags.method != GAUSSIAN:
             source = replace(flags, method=RANDOM_FEATURES) if flags.method == SCRATCH else flags
             pretraining = load_pretraining(source, size, self.arch, kd=True)

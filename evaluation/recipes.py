@@ -45,9 +45,9 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 DSA_STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 
-def of_recipe(what: str, **limits: Any) -> Any:
-    """A flag for a value whose default is the method's published one; see `Recipe.with_flags`."""
-    return flag(None, f"{what}; default: as published for the method", **limits)
+def of_recipe(what: str, whose: str = "method", **limits: Any) -> Any:
+    """A flag for a value whose default is the published one of the method; see `Recipe.with_flags`."""
+    return flag(None, f"{what}; default: as published for the {whose}", **limits)
 
 
 @dataclass(frozen=True)

@@ -308,6 +308,8 @@ def accuracy(run: Run) -> tuple[list[float], str] | None:
     for entry in reversed(run.log):
         for name, what in _ACCURACIES.items():
             if found := _numbers(entry.get(name)):
+                if _of_real_images(run):
+                    return [100 * v for v in found], "trained on real images"
                 return found, f"{what}: {run.flags.get('test_model')}"
         tested = entry.get("test")
         if isinstance(tested, dict) and tested:
@@ -375,6 +377,11 @@ def draw_curves(folder: Path, runs: list[Run], alone: bool) -> str:
     return data_uri((folder / "curves.png").read_bytes())
 
 
+def _of_real_images(run: Run) -> bool:
+    """Whether a run trains a network (for CLoM) or experts on real images: these log accuracies in [0, 1]."""
+    return "test_model" not in run.flags
+
+
 def shared_series(run: Run) -> Lines:
     """The series that compare between runs; accuracies of all methods in %, under one name."""
     found: Lines = {}
@@ -382,7 +389,8 @@ def shared_series(run: Run) -> Lines:
         if name.startswith("test "):  # of the first network
             found.setdefault("test accuracy, %", (steps, [100 * v for v in values]))
         elif name in _ACCURACIES:
-            found[f"{name.replace('_', ' ')}, %"] = (steps, values)
+            share = 100 if _of_real_images(run) else 1
+            found[f"{name.replace('_', ' ')}, %"] = (steps, [share * v for v in values])
         elif name not in _NOT_SHARED and any(values):
             found[name.replace("_", " ")] = (steps, values)
     return found
@@ -425,7 +433,7 @@ def find_source(run: Run, data_dir: Path | None, read: Read) -> Pictures:
         raise UserError("the set does not say what it was made from: no nearest real images")
     spec, size = find_row(name), shape[-1]
     folder = spec.folder if spec else name
-    given = [Path(p) for key in ("data_dir", "data_path") if isinstance(p := run.flags.get(key), str)]
+    given = [Path(p) for key in ("data_dir", "data_path") if isinstance(p := run.facts.get(key), str)]
     given += [p.parent for p in given if p.name == folder]
     places = [*given, Path("./data") / name, Path("./datasets")] if data_dir is None else [data_dir]
     for place in places:

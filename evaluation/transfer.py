@@ -68,13 +68,17 @@ class ScratchFlags(MeasureFlags):
     )
     target_model: str | None = flag(None, f"for --target_error: {TARGET_MODEL}")
     target_ckpt: Path | None = flag(None, TARGET_CKPT)
-    finetune_iteration: int | None = of_recipe("fine-tuning steps", minimum=1)
-    finetune_opt: str | None = of_recipe("fine-tuning optimiser", choices=("sgd", "adam"))
-    finetune_momentum: float | None = of_recipe("fine-tuning momentum (sgd)", minimum=0, maximum=0.999)
-    finetune_schedule: str | None = of_recipe("fine-tuning learning-rate schedule", choices=tuple(SCHEDULES))
-    finetune_lr: float | None = of_recipe("fine-tuning learning rate", above=0)
-    finetune_wd: float | None = of_recipe("fine-tuning weight decay", minimum=0)
-    finetune_batch_size: int | None = of_recipe("fine-tuning batch", minimum=1)
+    finetune_iteration: int | None = of_recipe("fine-tuning steps", "target", minimum=1)
+    finetune_opt: str | None = of_recipe("fine-tuning optimiser", "target", choices=("sgd", "adam"))
+    finetune_momentum: float | None = of_recipe(
+        "fine-tuning momentum (sgd)", "target", minimum=0, maximum=0.999
+    )
+    finetune_schedule: str | None = of_recipe(
+        "fine-tuning learning-rate schedule", "target", choices=tuple(SCHEDULES)
+    )
+    finetune_lr: float | None = of_recipe("fine-tuning learning rate", "target", above=0)
+    finetune_wd: float | None = of_recipe("fine-tuning weight decay", "target", minimum=0)
+    finetune_batch_size: int | None = of_recipe("fine-tuning batch", "target", minimum=1)
 
     @property
     def wants_error(self) -> bool:
@@ -146,6 +150,16 @@ def wanted_measures(flags: ScratchFlags) -> list[Measure]:
         )
     found = [Measure(flags.protocol, count, on, fraction) for on in READ[flags.probe_on] for count in shots]
     return found + [error] * flags.target_error
+
+
+def unused(flags: ScratchFlags) -> list[str]:
+    """Flags that were given but mean nothing beside the others."""
+    names = [] if flags.protocol == "finetune" else [n for n in vars(flags) if n.startswith("finetune_")]
+    if flags.protocol == TARGET_ERROR:
+        names += ["shots", "label_fraction", "probe_on"]
+    if not flags.wants_error and (flags.protocol == "finetune" or isinstance(flags, TestFlags)):
+        names += ["target_model", "target_ckpt"]
+    return [name for name in names if getattr(flags, name) != getattr(ScratchFlags, name)]
 
 
 def labelled_indices(target: ImageSet, measure: Measure, seed: int) -> Tensor:
@@ -249,7 +263,11 @@ class Transfer(Measurement):
         targets: list[ImageSet] | None = None,
         target_models: dict[str, TargetModel] | None = None,
     ) -> None:
-        self.measures = wanted_measures(flags) if measures is None else measures
+        if measures is None:  # they are those that the flags say
+            measures = wanted_measures(flags)
+            if names := unused(flags):
+                print(f"not used with --protocol {flags.protocol}: --{', --'.join(names)}")
+        self.measures = measures
         super().__init__(flags)
         self.protocol, shape = flags.protocol, None
         if isinstance(flags, TestFlags):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from evaluation.jobs import Job, file_name, last_line
+from utils.stop import stop_with_parent
 
 PROCESSES = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
 
@@ -73,6 +74,7 @@ def _gpus() -> list[str]:
 
 def run_logged(job: Callable[[], None], log: Path, gpu: str | None, threads: int) -> None:
     """In its own process: the job, with its output in a file."""
+    stop_with_parent()
     with log.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -35,8 +35,9 @@ def draw_weights(network: nn.Module, generator: torch.Generator) -> None:
         if isinstance(module, nn.Conv2d | nn.Linear):
             fan_in = module.weight[0].numel()
             for parameter, std in ((module.weight, WEIGHT_STD / fan_in**0.5), (module.bias, BIAS_STD)):
-                drawn = torch.randn(parameter.shape, generator=generator) * std
-                parameter.copy_(upload(drawn, parameter.device))
+                if parameter is not None:  # a bias
+                    drawn = torch.randn(parameter.shape, generator=generator) * std
+                    parameter.copy_(upload(drawn, parameter.device))
 
 
 def estimated_kernel(f_a: Sequence[Tensor], f_b: Sequence[Tensor]) -> Tensor:

@@ -82,7 +82,10 @@ class KRRSTSetup(KernelSetup):
             return self.image_set.stats
         return pixel_stats(self.image_set.img_shape[0])
 
-    shorter = "--recipe best, lower --num_images, a smaller --train_model, --precision bf16"
+    @property
+    def shorter(self) -> str:
+        """Flags that shorten the run."""
+        return "--recipe best, " * (self.flags.recipe != "best") + SetSetup.shorter
 
     def measure(self) -> Cost:
         """As any, with targets computed at every step: a table would have to be filled first."""

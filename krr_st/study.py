@@ -103,8 +103,8 @@ SETS: dict[str, tuple[str, dict[str, Any]]] = {
     "random + class labels": ("random", {}),
 }
 HELD_OUT = 0.2
-# How flags begin that say how a run is judged, or where files are, not what its set is.
-_NOT_OF_SET = ("pre_", "test_", "eval_", "data_dir", "save_dir", "target_ckpt")
+# How flags begin that say how a run is judged, not what its set is.
+_NOT_OF_SET = ("pre_", "test_", "eval_")
 FINETUNED = ("10", "all")  # labels per class
 TARGET = "the target model itself"
 
@@ -352,7 +352,10 @@ class Study:
         return TrainFlags(**settings | LEVERS[lever])
 
     def distil(self, lever: str, seed: int) -> None:
-        """One KRR-ST run."""
+        """One KRR-ST run; a finished one stays, however its set was judged at its end."""
+        if (self.run_folder(lever, seed) / "results.json").exists():
+            self.check_run(lever, seed)
+            return
         run_method(METHODS["krr_st"], self.train_flags(lever, seed))
         gc.collect()  # the table of views is large
 

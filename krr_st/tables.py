@@ -18,7 +18,7 @@ from typing import Any
 import krr_st.baselines
 import krr_st.target
 from data.prepared import file_name, prepare_command
-from data.specs import KRR_SPECS
+from data.specs import DC_SPECS, KRR_SPECS
 from data.synthetic import SyntheticSet
 from distillation.one_set import SetFlags
 from distillation.run import Method, resolved, run_method
@@ -74,7 +74,7 @@ _TABLE_2 = tuple(m for m in _TABLE_1 if m != "kip")
 _FIVE = ("base", "vgg", "alexnet", "mobilenet", "resnet10")
 _FINE_GRAINED = ("aircraft", "cars", "cub2011", "dogs", "flowers")
 _SOURCE_IMAGES = 50000  # of a training split, in estimates
-_KRR_ST_RATES = {"tinyimagenet": 1e-5, "imagenet": 1e-5, "imagenette": 1e-5}  # elsewhere 1e-4
+_KRR_ST_RATES = {"tinyimagenet": 1e-5, "imagenet": 1e-5}  # elsewhere 1e-4
 # Images per target that only pass through: a test split, or training images for their features, too.
 _MEASURED = {"finetune": 10000, "kd": 20000, "probe": 60000}
 
@@ -204,6 +204,8 @@ class Sets:
         else:
             given |= dict(dataset=self.source, data_path=flags.data_dir, save_path=folder)
             given |= dict(export=str(folder / "pair"), num_eval=1, epoch_eval_train=0)
+            ipc = self.preset.num_images // KRR_SPECS[self.source].num_classes
+            given |= row.published(DC_SPECS.spelling(self.source), ipc)
             every = "eval_interval"
         if row.flags is TrainFlags:
             given["outer_lr"] = _KRR_ST_RATES.get(self.source, 1e-4)

@@ -41,7 +41,7 @@ from krr_st.target import target_trainer
 from methods.command import parse
 from models import get_model
 from utils import checkpoint, cli
-from utils.cli import SEED, DeviceFlags, flag
+from utils.cli import SEED, DeviceFlags, flag, how
 from utils.commands import run_command
 from utils.cost import largest, round_down
 from utils.device import place, resolve_device
@@ -75,14 +75,14 @@ class FolderFlags(DeviceFlags):
     """Flags of `python -m distillation`."""
 
     minutes: float = flag(15.0, "time for all of it", above=0, maximum=1e5)
-    num_images: int = flag(100, "images of the distilled set", minimum=1)
+    num_images: int = flag(100, "images of the distilled set", minimum=2)
     img_size: int = flag(32, "side in pixels that the pictures are brought to", minimum=8, maximum=512)
     target: str | None = flag(
         None,
         "target model: hf:NAME_OR_FOLDER or torchvision:NAME as it is, or a network of zoo A that learns "
         "from the pictures; default: one that the minutes allow",
     )
-    out: Path | None = flag(None, "folder of everything; default: results/{name of the folder}")
+    out: Path | None = how(None, "folder of everything; default: results/{name of the folder}")
     seed: int = flag(0, "seed of everything", **SEED)
     unlabelled: bool = flag(False, "sub-folders are not classes")
     skip_broken: bool = flag(False, "leave unreadable pictures out instead of stopping")

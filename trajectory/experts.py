@@ -38,7 +38,7 @@ from models import get_model
 from models.layout import arranged
 from trajectory.buffers import Trajectory, expert_files, expert_path
 from utils import checkpoint, cli
-from utils.cli import SEED, DeviceFlags, flag
+from utils.cli import SEED, DeviceFlags, flag, how
 from utils.cost import Cost, DryRunFlags
 from utils.device import resolve_device
 from utils.errors import UserError, entry_point
@@ -60,7 +60,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 class ExpertFlags(DeviceFlags, DryRunFlags):
     """Flags of trajectory.experts."""
 
-    data_dir: Path = flag(Path("./datasets"), "folder of the prepared tensors")
+    data_dir: Path = how(Path("./datasets"), "folder of the prepared tensors")
     data_name: str = flag("cifar10", "data set: a listed name or a prepared set of yours")
     img_size: int | None = flag(None, "side in pixels; default: preset", minimum=4)
     targets: str = flag(
@@ -70,7 +70,7 @@ class ExpertFlags(DeviceFlags, DryRunFlags):
         choices=tuple(PUBLISHED),
     )
     target_model: str | None = flag(None, TARGET_MODEL)
-    target_ckpt: Path | None = flag(None, TARGET_CKPT)
+    target_ckpt: Path | None = how(None, TARGET_CKPT)
     target_scale: str | None = flag(
         None,
         "std: features with mean 0 and variance 1 over the training images; default: none",

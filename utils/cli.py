@@ -8,7 +8,7 @@ import operator
 import shlex
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
@@ -131,8 +131,12 @@ def add_flags(
     config_class: type,
     choices: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     defaults: Mapping[str, Any] = MappingProxyType({}),
+    negatable: Collection[str] = (),
 ) -> None:
-    """Give a parser the flags of `config_class`; `choices` and `defaults` as for `parse`."""
+    """Give a parser the flags of `config_class`; `choices` and `defaults` as for `parse`.
+
+    A switch whose default is None, or that is one of `negatable`, has a --no-... beside it.
+    """
     hints, groups = typing.get_type_hints(config_class), {}
     for field in dataclasses.fields(config_class):
         if other := field.metadata["instead_of"]:
@@ -142,7 +146,8 @@ def add_flags(
         kind, *_ = typing.get_args(hint) or [hint]  # of `int | None`, of `tuple[int, ...]`
         several = typing.get_origin(hint) is tuple
         allowed = choices.get(field.name, field.metadata["choices"])
-        switch = argparse.BooleanOptionalAction if default is None else "store_true"
+        either = default is None or field.name in negatable
+        switch = argparse.BooleanOptionalAction if either else "store_true"
         options: dict[str, Any] = dict(action=switch)
         if kind is not bool:
             number, metavar = kind in (int, float), None if allowed else kind.__name__.upper()
@@ -177,7 +182,8 @@ def parse(
     """
     plain_help = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain_help)
-    add_flags(parser, config_class, choices, defaults)
+    turned_on = {k for recipe in (recipes or {}).values() for k, v in recipe.items() if v is True}
+    add_flags(parser, config_class, choices, defaults, turned_on)
     for name, why in no_effect.items():
         parser.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=f"no effect: {why}")
     given = vars(parser.parse_args(argv))

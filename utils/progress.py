@@ -125,7 +125,10 @@ class Every(str):
     """The type of a flag: `500` steps, or `300s`, seconds."""
 
     def __new__(cls, text: str | int) -> Every:
-        plain = re.sub(r"\.0+$", "", str(text))
+        plain = str(text)
+        with contextlib.suppress(ValueError):
+            if (steps := float(plain)).is_integer():  # published command lines write counts as 1e3, too
+                plain = str(int(steps))
         if not re.fullmatch(r"0*[1-9]\d*s?", plain):
             raise argparse.ArgumentTypeError(
                 f"expected steps such as 500 or seconds such as 300s, got {text!r}"

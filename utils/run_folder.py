@@ -27,6 +27,8 @@ TENSORBOARD = "also log for TensorBoard (package tensorboard), into {run folder}
 SET_FILE = "set.safetensors"  # the whole set, where x_syn.pt and y_syn.pt are a part of it
 START_FILE = "x_start.pt"  # the set's images before the first step: m×C×H×W uint8 pixels
 
+# Flags that say where: older config.json files count them among those that say which run it is.
+_PLACES = ("data_dir", "save_dir", "exp_name", "target_ckpt", "out")
 _STALE = ("results.json", "state.pt", "state.prev.pt", "log.jsonl", START_FILE)
 # Removed by --overwrite: no set may lie beside the configuration of another run.
 _ARTEFACTS = ("x_syn.pt", "y_syn.pt", SET_FILE, "training.safetensors", "x_syn.png", "loss.png", "curves.png")
@@ -115,7 +117,7 @@ def changed_inputs(config: dict[str, Any], inputs: Mapping[str, str]) -> str:
 def changed_flags(before: dict[str, Any], wanted: dict[str, Any]) -> str:
     """Which flags of a config.json differ from those wanted, in words (five at most); else ""."""
     wanted = _plain(wanted)
-    changed = [k for k in {**before, **wanted} if before.get(k) != wanted.get(k)]
+    changed = [k for k in {**before, **wanted} if k not in _PLACES and before.get(k) != wanted.get(k)]
     return ", ".join(f"{k} {before.get(k)} -> {wanted.get(k)}" for k in changed[:5])
 
 

@@ -45,13 +45,21 @@ def end_with_parent(worker: int = 0) -> None:
 
     It fits `worker_init_fn` of a DataLoader, which gives the number of the worker.
     """
-
-    def exit_with_parent() -> None:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    _when_parent_ends(lambda: os._exit(1))
+
+
+def stop_with_parent() -> None:
+    """In a child process: be asked to stop when the parent ends, even if it is killed; a loop saves first."""
+    _when_parent_ends(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def _when_parent_ends(act: Callable[[], None]) -> None:
+    def watch() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager

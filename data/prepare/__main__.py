@@ -7,8 +7,10 @@ python -m data.prepare --data_name birds --size 64 --from_folder PATH --val_frac
 python -m data.prepare --check digits
 """
 
+import contextlib
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from data.prepared import file_name
 from data.specs import DC_SPECS, KRR_SPECS, DatasetSpec, find_row
 from utils.cli import flag, parse
 from utils.errors import UserError, entry_point, pick
+from utils.run_folder import InUse, claim_run
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,18 @@ def _read_source(flags: PrepareFlags, name: str, spec: DatasetSpec | None) -> So
     return source
 
 
-def _exists(flags: PrepareFlags, folder: Path, spec: DatasetSpec | None, size: int) -> bool:
-    """Whether the listed set is complete; a UserError for an own set or one that is there in part."""
+def _missing(folder: Path, spec: DatasetSpec | None, size: int) -> tuple[list[str], bool]:
+    """Which files a complete set lacks, and whether it lacks all of them."""
     splits = ("train", "test") if spec is None or spec.has_test else ("train",)
     wanted = [file_name(kind, split, size) for split in splits for kind in "XY"]
     missing = [name for name in wanted if not (folder / name).exists()]
-    if len(missing) == len(wanted):
+    return missing, len(missing) == len(wanted)
+
+
+def _exists(flags: PrepareFlags, folder: Path, spec: DatasetSpec | None, size: int) -> bool:
+    """Whether the listed set is complete; a UserError for an own set or one that is there in part."""
+    missing, nothing = _missing(folder, spec, size)
+    if nothing:
         return False
     if flags.from_folder is not None:
         raise UserError(f"{folder} is prepared at size {size}; replace it with --overwrite")
@@ -107,15 +116,33 @@ def _exists(flags: PrepareFlags, folder: Path, spec: DatasetSpec | None, size: i
     return True
 
 
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time prepares a set, and takes its raw files; the others wait."""
+    with contextlib.ExitStack() as claim:
+        try:
+            claim.enter_context(claim_run(folder))
+        except InUse:
+            print(f"another process prepares {folder}: waiting for it")
+            claim.enter_context(claim_run(folder, patience=-1))
+        yield
+
+
 def prepare(flags: PrepareFlags) -> None:
     """Prepare one set at one size."""
     _validate(flags)
     name = flags.data_name or flags.from_folder.resolve().name
     spec, name = find_row(name), _folder_name(name)
     folder, size = flags.data_dir / name, flags.size or spec.sizes[0]
-    if not flags.overwrite and _exists(flags, folder, spec, size):
-        print(f"{name} at size {size} is prepared already in {folder}")
-        return
+    writes = flags.overwrite or bool(_missing(folder, spec, size)[0])
+    with _alone(folder) if writes else contextlib.nullcontext():
+        if not flags.overwrite and _exists(flags, folder, spec, size):
+            print(f"{name} at size {size} is prepared already in {folder}")
+        else:
+            _prepare(flags, name, spec, folder, size)
+
+
+def _prepare(flags: PrepareFlags, name: str, spec: DatasetSpec | None, folder: Path, size: int) -> None:
     started = time.perf_counter()
     source = _read_source(flags, name, spec)
     entry = write_prepared(

@@ -6,7 +6,6 @@ import math
 import pickle
 import re
 import struct
-import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from data.untrusted import check_regular
+from data.untrusted import SMALL, check_growth, check_regular, check_zip
 from utils.errors import UserError, first_line
 
-# Pictures and labels compress to no less than a hundredth, short files aside.
-_GROWTH, _SMALL = 100, 1 << 26
 _MAT_COMPRESSED = 15  # the type of an element, MATLAB's "MAT-File Level 5"
 
 
@@ -71,16 +68,8 @@ def load_arrays(path: Path, *keys: str) -> list[Any]:
     return [content[key] for key in keys]
 
 
-def _check_growth(path: Path, packed: int, unpacked: int) -> None:
-    """Refuse a file that unpacks to far more than numbers would (a "zip bomb")."""
-    if unpacked > _GROWTH * packed + _SMALL:
-        raise UserError(f"{path} is refused: {packed} bytes would unpack to {unpacked} and more")
-
-
 def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
-    with zipfile.ZipFile(path) as archive:  # which reads no more of a member than is declared
-        for info in archive.infolist():
-            _check_growth(path, info.compress_size, info.file_size)
+    check_zip(path)
     with np.load(path, allow_pickle=False) as archive:
         return {key: archive[key] for key in keys if key in archive}
 
@@ -108,8 +97,8 @@ def _check_mat(path: Path) -> None:
             inflate = zlib.decompressobj()
             rest = packed
             while rest and not inflate.eof:
-                unpacked += len(inflate.decompress(rest, _SMALL))
-                _check_growth(path, len(packed), unpacked)
+                unpacked += len(inflate.decompress(rest, SMALL))
+                check_growth(path, len(packed), unpacked)
                 rest = inflate.unconsumed_tail
 
 

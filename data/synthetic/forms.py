@@ -45,7 +45,7 @@ from data.synthetic.training import (
     write_safetensors,
     write_training,
 )
-from data.untrusted import check_regular, open_picture, parse_json, read_json
+from data.untrusted import check_regular, check_zip, open_picture, parse_json, read_json
 from utils import checkpoint
 from utils.errors import UserError
 from utils.run_folder import SET_FILE
@@ -374,6 +374,7 @@ def _read_npz(path: Path, stats: Stats | None, experiment: int) -> Fields:
     """Read an npz set; a column of class indices becomes a vector of them."""
     check_regular(path)
     try:
+        check_zip(path)
         with np.load(path, allow_pickle=False) as file:
             names = [next((k for k in (f"{kind}s", kind) if k in file), None) for kind in ("image", "label")]
             if None in names:
