@@ -204,9 +204,9 @@ def spots(flags: TablesFlags) -> list[Spot]:
     A UserError for a bad variant, or one that the pool of models does not fit.
     """
     variants = [parse_variant(text) for text in dict.fromkeys(flags.variants)]
-    asks_classes = any(VARIANTS[variant.name].get("CLoM_distance") == "ce" for variant in variants)
-    if asks_classes and any(name.startswith(PREFIX) for name in flags.models_pool):
-        raise UserError(f"--variants: {PREFIX} models have no class labels; use --variants none cos")
+    without_classes = [name for name in flags.models_pool if name.startswith(PREFIX)]
+    if without_classes and any(VARIANTS[v.name].get("CLoM_distance") == "ce" for v in variants):
+        raise UserError(f"{without_classes[0]} has no class labels: use --variants none cos")
     methods, plain = list(dict.fromkeys(flags.methods)), Variant("none")
     rows = [(method, variant, False) for method in methods for variant in variants]
     real = [m for m in methods if (flags.init or find_method(m).defaults["init"]) == "real"]

@@ -399,6 +399,14 @@ def test_help_begins_with_what_matters_most(command, names, capsys):
     assert places == sorted(places)
 
 
+def test_what_a_recipe_turns_on_can_be_turned_off(capsys, workspace):
+    argv = ["--recipe", "best", "--data_name", "cifar10", "--dry_run", "--device", "cpu"]
+    write_set("datasets", "cifar10", size=32)
+    assert train.main([*argv, "--no-blend", "--no-hybrid", "--views", "1"]) == 0
+    shown = json.loads(capsys.readouterr().out.split("\ndevice")[0])
+    assert (shown["blend"], shown["hybrid"], shown["views"]) == (False, False, 1)
+
+
 def test_errors_as_a_process(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), "--no_such_flag"]
     # Scripts work from any folder.

@@ -14,7 +14,7 @@ from test_cli import fails, listing
 
 import train_original_models
 import validate
-from clom import config
+from clom import config, pretrain
 from clom.pretrain import original_trainer
 from clom.source import load_data, network_factory
 from data.augment import denormalize
@@ -26,6 +26,7 @@ from evaluation.score import score_network
 from utils import checkpoint, cli
 from utils.device import resolve_gpus
 from utils.errors import UserError
+from utils.run_folder import claim_run
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["--dataset", "CIFAR10", "--model", "ConvNetD1", "--device", "cpu"]
@@ -239,6 +240,14 @@ def test_originals_take_the_next_free_index_and_decay(tiny):
     assert not torch.equal(states[0]["classifier.weight"], states[1]["classifier.weight"])
     facts = json.loads(Path(ORIGINAL, "index_0/config.json").read_text())
     assert facts["img_shape"] == [3, 32, 32] and facts["std"] == [0.2023, 0.1994, 0.2010]
+
+
+def test_originals_that_start_at_once_take_places_of_their_own(tiny, monkeypatch):
+    """The other process takes index_0 after this one has looked for a free place."""
+    monkeypatch.setattr(pretrain, "is_claimed", lambda place: False)
+    with claim_run(Path(ORIGINAL, "index_0")):
+        assert train_original_models.main([*TRAIN, "--num", "2"]) == 0
+    assert sorted(p.name for p in Path(ORIGINAL).glob("[!.]*")) == ["index_1", "index_2"]
 
 
 def test_an_interrupted_original_goes_on(tiny, monkeypatch):

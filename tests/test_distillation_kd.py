@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CPU, write_set
+from test_cli import fails
 from torch import nn
 
 import test_kd
@@ -470,3 +471,8 @@ def test_help(command, capsys):
         command.main(["--help"])
     assert stop.value.code == 0 and "--data_dir" in capsys.readouterr().out
     assert kd.KdFlags().teacher_arch == kd_teacher.KdTeacherFlags().arch == "resnet18"
+
+
+def test_noise_is_no_set(goal, capsys):
+    argv = [*ARGV, "--method", "gaussian", "--synthetic_path", "sets/nothing"]
+    fails(capsys, test_kd, argv, "--synthetic_path", "fresh noise")

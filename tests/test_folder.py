@@ -57,6 +57,9 @@ def test_a_folder_that_does_not_serve_is_one_line(workspace, capsys, make, said)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and said in line
     assert not list(Path(".").rglob("*.pt*"))
+    with pytest.raises(SystemExit):  # views are blended with another image
+        main(["mine", "--num_images", "1"])
+    assert "--num_images: must be at least 2" in capsys.readouterr().err
 
 
 def test_results_do_not_go_among_the_pictures(workspace, capsys):

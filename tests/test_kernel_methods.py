@@ -21,6 +21,7 @@ from data.whitening import Whitening
 from distillation.problem import Problem
 from krr_st.frepo import FRePo, centred, frepo_loss, label_margin
 from krr_st.kip import KIP, draw_weights, estimated_kernel
+from models import get_model
 from utils.optim import LAMB, AdaBelief, make_optimizer, make_schedule
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -332,3 +333,10 @@ def test_a_learning_rate_of_labels_that_are_kept_is_refused(workspace, capsys):
     assert train.main([*argv, "--outer_lr_y", "0.1", "--no-learn_label"]) == 2
     assert "--outer_lr_y is the learning rate of labels" in capsys.readouterr().err
     assert train.main([*argv, "--outer_lr_y", "0.1"]) == 0
+
+
+def test_networks_without_biases_are_drawn_too():
+    network = get_model("resnet10", (3, 8, 8), 1)
+    before = network.conv1.weight.clone()
+    draw_weights(network, generator())
+    assert network.conv1.bias is None and not torch.equal(network.conv1.weight, before)

@@ -85,3 +85,29 @@ def test_without_labels_it_says_so(mean, capsys):
     fails(capsys, train, [*ARGV, "--data_name", "half", "--num_images", "8"], "half", "labels in each split")
     fails(capsys, train, [*ARGV, "--img_size", "12"], "X_tr_12.pth", "does not exist")
     assert not Path("results").exists()
+
+
+def test_a_run_is_the_same_wherever_its_files_lie(mean, capsys):
+    """Data and folders may move; what the data are is checked by their fingerprint."""
+    argv = [*ARGV, "--num_images", "8", "--exp_name", "a"]
+    assert train.main(argv) == 0
+    config = Path("results/a/config.json")
+    kept = json.loads(config.read_text())
+    kept["flags"] |= {"data_dir": "datasets", "save_dir": "results", "exp_name": "a"}  # as older versions do
+    config.write_text(json.dumps(kept))
+    Path("datasets").rename("elsewhere")
+    Path("results").rename("moved")
+    capsys.readouterr()
+    moved = [*argv, "--data_dir", str(Path("elsewhere").resolve()), "--save_dir", "moved"]
+    assert train.main(moved) == 0 and "holds the finished run" in capsys.readouterr().out
+    fails(capsys, train, [*moved, "--train_model", "convnet_8_bn"], "other flags", "train_model")
+    write_set("elsewhere", "tiny", train=32, test=8, seed=1)
+    fails(capsys, train, moved, "another data set")
+
+
+def test_what_needs_one_process_says_so(mean, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    argv = [*ARGV, "--num_images", "8"]
+    fails(capsys, train, [*argv, "--cost"], "--cost", "without torchrun")
+    fails(capsys, train, [*argv, "--device", "cuda:0"], "--device cuda:0", "use --device cuda")

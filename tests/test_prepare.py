@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from data.prepare import __main__ as prepare
 from data.prepare import images, write
 from data.prepare.raw import Part, Source, one_part
 from data.prepare.write import write_prepared
+from data.prepared import read_split
+from utils.cli import parse
 from utils.errors import UserError
 
 
@@ -50,8 +54,9 @@ def run(*flags: str | Path) -> int:
 
 
 def listing(path: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too, with its content."""
-    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    """Every file below a folder with its content, hidden ones too, but for locks."""
+    files = (p for p in path.rglob("*") if p.is_file() and p.parent.name != ".locks")
+    return {str(p.relative_to(path)): p.read_bytes() for p in files}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -297,3 +302,28 @@ def test_check_reports_absent_classes(tmp_path, capsys):
     write_prepared(tmp_path / "own", 4, 3, source, workers=1)
     assert run("--check", "own", "--data_dir", tmp_path) == 2
     assert "1 of 3 classes have no picture" in capsys.readouterr().err
+
+
+def test_two_processes_prepare_a_set_one_after_another(folder, tmp_path, monkeypatch, capsys):
+    out, busy, written = tmp_path / "out", threading.Event(), []
+    write, flags = prepare.write_prepared, ("--from_folder", folder, "--size", 8, "--data_dir", out)
+
+    def slow(*args, **kwargs):
+        written.append(1)
+        busy.set()
+        time.sleep(1)  # the other one asks meanwhile
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(prepare, "write_prepared", slow)
+    first = threading.Thread(target=lambda: prepare.prepare(options(*flags)))
+    first.start()
+    assert busy.wait(60)
+    with pytest.raises(UserError, match="is prepared at size 8"):  # not: lacks half of its files
+        prepare.prepare(options(*flags))
+    first.join()
+    assert "another process prepares" in capsys.readouterr().out and len(written) == 1
+    assert len(read_split(out / "pictures", "train", 8, None).images) == 150
+
+
+def options(*flags):
+    return parse(prepare.PrepareFlags, [str(flag) for flag in flags], prog="", description="")

@@ -1,11 +1,12 @@
 """How far a loop is: the lines, and a speed that leaves out what is not the loop."""
 
+import argparse
 import re
 
 import pytest
 
 from utils import progress
-from utils.progress import Progress
+from utils.progress import Every, Progress
 
 
 @pytest.fixture
@@ -42,3 +43,16 @@ def test_a_bar_where_someone_watches(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""  # the bar says it all
     assert re.search(r"work.* 2/3 .*loss 7", captured.err)
+
+
+@pytest.mark.parametrize(
+    "text, kept", [("500", "500"), ("1e3", "1000"), ("256.0", "256"), ("300s", "300s"), (7, "7")]
+)
+def test_steps_and_seconds_between_saves(text, kept):
+    assert Every(text) == kept
+
+
+@pytest.mark.parametrize("text", ["0", "0.5", "-1", "1e400", "nan", "s", "3m", "1e2s", ""])
+def test_what_is_neither(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="300s"):
+        Every(text)

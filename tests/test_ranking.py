@@ -11,6 +11,7 @@ from conftest import CPU, write_set
 from test_cli import fails
 
 import validate
+from clom import validate as validate_driver
 from clom.config import ValidateFlags
 from clom.source import load_data, network_factory
 from clom.validate import plan_trainings, random_images
@@ -58,7 +59,12 @@ def test_a_learned_rate_goes_with_its_momentum(workspace):
     write_set("datasets", "cifar10", size=8, train=40, test=10, classes=10)
     learned = TrainingSettings(lr=0.05, momentum=0.3)
     synthetic = SyntheticSet(torch.zeros(10, 3, 8, 8), torch.arange(10), training=learned)
-    for more, wanted in (([], (0.05, 0.3)), (["--lr", "0.02"], (0.02, 0.9))):
+    for more, wanted in (
+        ([], (0.05, 0.3)),
+        (["--lr", "0.02"], (0.02, 0.9)),
+        (["--momentum", "0"], (0.05, 0.0)),
+        (["--lr", "0.02", "--momentum", "0.5"], (0.02, 0.5)),
+    ):
         flags = cli.parse(ValidateFlags, [*FLAGS, *more], prog="", description="")
         found = plan_trainings(flags, load_data(flags), synthetic)
         assert {(t.recipe.lr, t.recipe.momentum) for name, t in found.items() if name == "own_labels"} == {
@@ -158,3 +164,22 @@ def test_flags_that_do_not_fit_scores(soft, capsys):
     fails(capsys, validate, several, "--full_accuracy", "3", "--eval_mode")
     fails(capsys, validate, [*FLAGS, "--full_accuracy", "0.9"], "--full_accuracy", "--scores")
     assert not Path("test_log").exists()
+
+
+@pytest.mark.parametrize(
+    "dataset, hflip, flips", [("cifar10", False, True), ("own", True, True), ("own", False, False)]
+)
+def test_dsa_does_not_flip_an_own_set_whose_mirror_images_mean_something_else(
+    workspace, monkeypatch, dataset, hflip, flips
+):
+    """As in distillation; listed sets keep what is published."""
+    folder = write_set("datasets", dataset, size=8, train=40, test=10, classes=10)
+    (folder / "meta.json").write_text(json.dumps({"hflip": hflip}))
+    SyntheticSet(torch.zeros(10, 3, 8, 8), torch.arange(10)).save("set")
+    seen, plan = [], validate_driver.plan_trainings
+    monkeypatch.setattr(validate_driver, "plan_trainings", lambda *args: seen.append(plan(*args)) or seen[-1])
+    argv = [*FLAGS, "--dataset", dataset, "--synthesis_data_path", "set", "--ipc", "1", "--dsa", "--cost"]
+    assert validate.main(argv) == 0
+    assert ("flip" in seen[0]["own_labels"].recipe.dsa) == flips
+    assert validate.main([*argv, "--dsa_strategy", "flip_color"]) == 0
+    assert seen[1]["own_labels"].recipe.dsa == "flip_color"

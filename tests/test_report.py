@@ -21,6 +21,7 @@ from data.specs import Stats
 from data.synthetic import SyntheticSet
 from distillation.run import repeating, resolved
 from evaluation.nearest import find_nearest, unseen_distances
+from evaluation.report import Run, accuracy, shared_series
 from methods import METHODS, command
 from utils import checkpoint, report
 from utils.run_folder import RunFolder, numbers, read_series
@@ -278,3 +279,16 @@ def test_the_page_in_a_browser(workspace):
     assert orders["seconds2"] == ["descending", "100", "20", "9", "–"]
     assert orders["run1"] == ["ascending", "a", "b", "c", "d"]
     assert found["copied"].startswith("python a.py --seed ")
+
+
+def test_accuracies_of_networks_on_real_images_are_shares(workspace):
+    """Networks for CLoM and experts log accuracies in [0, 1], runs of sets in %."""
+    for name, flags, logged in (("net", {"epochs": 1}, 0.73), ("set", {"test_model": "ConvNet"}, 73.0)):
+        made = RunFolder(name, flags, seed=0, device=torch.device("cpu"))
+        made.truncate_log(0)
+        made.log(step=1, loss=1.0, test_accuracy=logged)
+        run = Run(Path(name), name)
+        values, what = accuracy(run)
+        assert values == pytest.approx([73])
+        assert what == {"net": "trained on real images", "set": "trained on the set: ConvNet"}[name]
+        assert shared_series(run)["test accuracy, %"][1] == pytest.approx([73])

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_set
+from conftest import NET, write_set, write_target
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from data.augment import normalize, to_float
 from data.load import load_set
+from distillation.run import resolved
 from evaluation import transfer
 from evaluation.transfer import Measure
 from krr_st import study
+from methods import METHODS
 from models import get_model
 from utils import cli
 from utils.errors import UserError
@@ -270,3 +272,27 @@ def test_validation_never_reads_the_test_split(quick):
 def test_bad_flags(quick, capsys, flags, message):
     assert study.main([*FLAGS, *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_finished_run_stays_when_it_is_judged_otherwise(workspace, monkeypatch):
+    """The flags of pre-training say how a set is judged, and a folder may be judged again."""
+    write_set("datasets", "tiny", train=400, test=40)
+    write_target()
+
+    def made(**more):
+        given = dict(data_name="tiny", network=NET, student=NET, num_images=4, img_size=8, seeds=1)
+        given |= dict(levers=("krr_st",), outer_iteration=3, device="cpu")
+        given |= dict(target_ckpt=Path(f"teacher_ckpt/barlow_twins_{NET}_tiny.pt"))
+        return study.Study(study.StudyFlags(**given | more))
+
+    first, ran = made(), []
+    monkeypatch.setattr(study, "run_method", lambda method, flags: ran.append(flags))
+    first.distil("krr_st", 0)
+    folder = first.run_folder("krr_st", 0)
+    flags = cli.identity(resolved(METHODS["krr_st"], ran[0]))
+    write_json(folder / "config.json", {"flags": flags})
+    write_json(folder / "results.json", {})
+    made(pre_mixup=True, pre_iteration=7).distil("krr_st", 0)
+    assert len(ran) == 1
+    with pytest.raises(UserError, match="outer_iteration"):
+        made(outer_iteration=4).distil("krr_st", 0)

@@ -308,3 +308,11 @@ def test_convert_keeps_a_set_that_is_there(tmp_path, form, capsys):
     assert torch.equal(SyntheticSet.load(place, form=form).images, kept)
     assert main([*convert, str(tmp_path / "b"), str(place), "--overwrite"]) == 0
     assert not torch.equal(SyntheticSet.load(place, form=form).images, kept)
+
+
+def test_a_small_npz_cannot_ask_for_much_memory(tmp_path):
+    np.savez_compressed(
+        tmp_path / "a.npz", images=np.zeros((30, 1024, 1024, 3), np.uint8), labels=np.zeros(30)
+    )
+    with pytest.raises(UserError, match=r"a.npz is refused: \d+ bytes would unpack to"):
+        SyntheticSet.load(tmp_path / "a.npz")

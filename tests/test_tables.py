@@ -12,6 +12,7 @@ import torch
 from conftest import NET, write_set, write_target
 
 from data.synthetic import SyntheticSet
+from distillation.run import resolved
 from evaluation.jobs import run_missing
 from evaluation.measure import CellStore, read_cells
 from evaluation.presets import FULL_TARGETS, PRESETS, Preset
@@ -21,7 +22,7 @@ from evaluation.tables import with_published_file
 from evaluation.transfer import TestFlags
 from krr_st import tables
 from krr_st.published import PROBE_CELLS
-from krr_st.tables import LAYOUTS, KernelTable, Layout, TablesFlags, forward_flops
+from krr_st.tables import LAYOUTS, KernelTable, Layout, Sets, TablesFlags, forward_flops
 from methods import METHODS
 from utils import checkpoint
 from utils.errors import UserError
@@ -533,3 +534,10 @@ def test_costs_grow_with_the_length(small_source, method):
         return KernelTable(flags).sets.job(method).cost
 
     assert cost(0.2) == pytest.approx(2 * cost(0.1)) and cost(0.1) > 0
+
+
+def test_methods_with_labels_start_as_published(workspace):
+    sets = Sets(TablesFlags(table="1"), "cifar100")
+    starts = {name: METHODS[name] for name in ("dc", "dsa", "dm")}
+    found = {name: resolved(row, sets.run_flags(row)).init for name, row in starts.items()}
+    assert found == {"dc": "noise", "dsa": "real", "dm": "real"}

@@ -437,3 +437,11 @@ def test_cells_belong_to_the_target_data(tiny, capsys):
         assert test_scratch.main(argv) == 0
         assert len(cells()) == count, file
     assert len({cell["target_data"] for cell in cells()}) == 5
+
+
+def test_flags_that_mean_nothing_beside_the_others_are_said(tiny, capsys):
+    argv = [*SHARED, "--target_data_name", "tiny", "--pre_epoch", "1"]
+    assert test_command.main([*argv, "--protocol", "knn", "--finetune_lr", "9", "--target_model", NET]) == 0
+    assert "not used with --protocol knn: --finetune_lr, --target_model\n" in capsys.readouterr().out
+    assert test_command.main([*argv, "--protocol", "knn"]) == 0
+    assert "not used" not in capsys.readouterr().out
