@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -222,3 +225,35 @@ def test_a_stopped_command_gives_its_folder_back(inputs, monkeypatch, capsys):
         assert command.main(flags.split()) == 143
     assert not is_claimed(Path("results/run"))
     assert checkpoint.load("results/run/state.pt")["step"] == 2
+
+
+PARENT = """
+import multiprocessing, os, signal, sys, time
+from pathlib import Path
+from utils.stop import StopRequest, stop_with_parent
+
+def work():
+    stop_with_parent()
+    with StopRequest() as stop:
+        Path("begun").write_text("")
+        while not stop:
+            time.sleep(0.01)
+        Path("saved").write_text(str(stop.number))
+
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=work).start()
+    while not Path("begun").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_saves_when_its_parent_is_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    parent = subprocess.run([sys.executable, "parent.py"], cwd=tmp_path, env=environment)
+    assert parent.returncode == -signal.SIGKILL
+    ends = time.monotonic() + 60
+    while not (tmp_path / "saved").exists() and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert (tmp_path / "saved").read_text() == str(int(signal.SIGTERM))
