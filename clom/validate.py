@@ -142,8 +142,11 @@ def plan_trainings(flags: ValidateFlags, image_set: ImageSet, synthetic: Synthet
     data = dict(dataset=flags.dataset, data=image_set.fingerprint, size=image_set.size)
     data |= dict(normalized=flags.normalize_data)
     lr, momentum = flags.lr or TrainingFlags.lr, flags.momentum
-    plain = flags.recipe().override(lr=lr, align_corners=flags.align_corners)
-    plain = plain.override(momentum=TrainingFlags.momentum if momentum is None else momentum)
+    plain = flags.recipe().override(
+        lr=lr,
+        momentum=TrainingFlags.momentum if momentum is None else momentum,
+        align_corners=flags.align_corners,
+    )
     own, dsa = {"lr": flags.lr or synthetic.training.lr}, flags.dsa_strategy
     if flags.lr is None and momentum is None:  # a learned rate belongs to its momentum
         own["momentum"] = synthetic.training.momentum

@@ -379,7 +379,7 @@ def draw_curves(folder: Path, runs: list[Run], alone: bool) -> str:
 
 def _of_real_images(run: Run) -> bool:
     """Whether a run trains a network (for CLoM) or experts on real images: these log accuracies in [0, 1]."""
-    return "test_model" not in run.flags
+    return bool(run.flags) and "test_model" not in run.flags
 
 
 def shared_series(run: Run) -> Lines:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from test_compact import STATS, store
 
 from data.synthetic import SyntheticSet, TrainingSettings, save_compact
 from data.synthetic.compact import CompactFlags, images_within
 from data.synthetic.levels import pack_bits, share_bits, unpack_bits
 from data.synthetic.views import ViewFlags
 from data.target_scale import TargetScale
-from tests.test_compact import STATS, store
 
 
 def errors_of(t, total):

@@ -292,3 +292,5 @@ def test_accuracies_of_networks_on_real_images_are_shares(workspace):
         assert values == pytest.approx([73])
         assert what == {"net": "trained on real images", "set": "trained on the set: ConvNet"}[name]
         assert shared_series(run)["test accuracy, %"][1] == pytest.approx([73])
+    Path("set/config.json").write_text("damaged")  # then nothing is known, and nothing is scaled
+    assert accuracy(Run(Path("set"), "set"))[0] == pytest.approx([73])

@@ -12,6 +12,7 @@ import functools
 import json
 import re
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,7 +48,6 @@ from utils.precision import DTYPES, float32_mode
 from utils.progress import byte_size
 from utils.run_folder import RunFolder, claim_run, is_claimed
 from utils.seed import derive_seed, local_seed, make_generator
-from utils.stop import end_with_parent
 
 # Published values of the flags that are not given.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -320,7 +320,7 @@ def _make_beside(flags: ExpertFlags, device: torch.device, precision: str) -> No
         with float32_mode(precision):  # as in the run that it belongs to
             make_experts(flags, resolve_device(str(device)))
 
-    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # left to the parent, with which `run_logged` ends this
     sys.exit(make())
 
 

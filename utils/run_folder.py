@@ -28,7 +28,7 @@ SET_FILE = "set.safetensors"  # the whole set, where x_syn.pt and y_syn.pt are a
 START_FILE = "x_start.pt"  # the set's images before the first step: m×C×H×W uint8 pixels
 
 # Flags that say where: older config.json files count them among those that say which run it is.
-_PLACES = ("data_dir", "save_dir", "exp_name", "target_ckpt", "out")
+_PLACES = ("data_dir", "save_dir", "exp_name", "target_ckpt")
 _STALE = ("results.json", "state.pt", "state.prev.pt", "log.jsonl", START_FILE)
 # Removed by --overwrite: no set may lie beside the configuration of another run.
 _ARTEFACTS = ("x_syn.pt", "y_syn.pt", SET_FILE, "training.safetensors", "x_syn.png", "loss.png", "curves.png")

@@ -132,7 +132,8 @@ def encode(
 
     Of images (m, C, H, W) float32 with targets (m,) int64 or (m, D) float32. `views` are what n stored
     images stand for, m in all; the first view shows each as it is. `unit` (D,) above 0 is that in which
-    errors of the target vectors count; None: equally. A UserError for a size or rank that they do not have.
+    errors of the target vectors count; None: equally. A UserError for a size or rank that they do
+    not have, or more bits than there is room for.
     """
     size, images = tuple(images.shape[2:]), images.cpu()
     x = images if views is None else images[:: views.each]
