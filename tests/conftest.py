@@ -10,13 +10,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from PIL import Image
 
 from distillation.problem import Problem
 from evaluation.target import Representation, Target
 from krr_st.config import TrainFlags
 from krr_st.krr_st import KRRST
 from methods import find_method
-from utils import checkpoint
+from utils import checkpoint, plots
 from utils.device import place
 from utils.seed import local_seed
 
@@ -107,6 +108,28 @@ def workspace(tmp_path, monkeypatch):
     """An empty working folder; commands write their relative paths into it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+_draw = plots._save
+
+
+def _blank(figure, path):
+    with checkpoint.atomic_path(path) as temporary:
+        Image.new("RGB", (8, 8)).save(temporary, format="PNG")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def blank_figures():
+    """Figures are left blank: to draw one takes longer than a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_save", _blank)
+        yield
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """For tests that want their figures drawn."""
+    monkeypatch.setattr(plots, "_save", _draw)
 
 
 def pytest_make_parametrize_id(config, val):

@@ -286,6 +286,7 @@ def test_foreign_run_states_are_refused(tmp_path, content):
         load_run(path, {"model": nn.Linear(2, 2)})
 
 
+@pytest.mark.usefixtures("figures")
 def test_pictures(tmp_path):
     from PIL import Image
 

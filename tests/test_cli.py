@@ -93,6 +93,7 @@ def listing(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
+@pytest.mark.usefixtures("figures")
 def test_train_then_test_then_scratch(tiny, capsys):
     assert train.main([*TRAIN, "--exp_name", "a"]) == 0
     run = tiny / "results" / "a"

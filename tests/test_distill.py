@@ -15,7 +15,6 @@ from data.synthetic import SyntheticSet
 from distillation import one_set
 from distillation.problem import Problem
 from krr_st import krr_st as krr_st_module
-from krr_st import setup as kernel_setup
 from krr_st.krr_st import KRRST
 from krr_st.loss import krr_loss
 from utils import checkpoint
@@ -191,13 +190,6 @@ def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(tensors(first), tensors(second), strict=True))
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Drawing takes most of a tiny run; one test looks at the pictures."""
-    for module, name in ((one_set, "save_grid"), (kernel_setup, "save_lines")):
-        monkeypatch.setattr(module, name, lambda *args, **more: None)
-
-
 def log(name):
     return read_log(Path("results") / name)
 
@@ -249,7 +241,6 @@ def test_run_folder(tiny):
     assert list(stats.mean) == config["mean"] == list(load_set("tiny", 8, "datasets").stats.mean)
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_looking_at_a_run_does_not_change_it(tiny):
     assert run("a") == run("rare", "--eval_every", "9", "--save_every", "9", "--print_every", "9") == 0
     assert same("a", "rare")
@@ -273,7 +264,6 @@ def test_a_set_of_views_is_written_whole(tiny):
     assert run("no", "--blend") == 2 and not Path("results/no").exists()
 
 
-@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(  # saved after steps 4 and 8, and for the evaluations after 3 and 6
     ("step", "reset", "more"),
     [
@@ -311,7 +301,6 @@ def test_killed_between_the_last_save_and_the_results(tiny, monkeypatch):
     assert same("a", "whole") and first["loss"] == second["loss"] is not None
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_finished_run_is_left_alone(tiny, capsys):
     assert run("a") == 0
     stamp = Path("results/a/x_syn.pt").stat().st_mtime_ns
@@ -320,7 +309,6 @@ def test_finished_run_is_left_alone(tiny, capsys):
     assert Path("results/a/x_syn.pt").stat().st_mtime_ns == stamp
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_a_drawn_seed_is_kept_on_resuming(tiny, monkeypatch, capsys):
     at = FLAGS.index("--seed")
     flags = FLAGS[:at] + FLAGS[at + 2 :]
@@ -342,7 +330,6 @@ def test_processes_average_what_the_optimiser_gets(tiny, monkeypatch):
     assert all(t.grad.eq(3.0).all() for t in distiller.learned)
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_loss_that_is_not_finite_keeps_the_last_save(tiny, monkeypatch, capsys):
     real, calls = krr_st_module.real_kernel, []
 
@@ -363,7 +350,6 @@ def test_loss_that_is_not_finite_keeps_the_last_save(tiny, monkeypatch, capsys):
     assert same("a", "whole")
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_unlabelled_set(tiny, capsys):
     write_set("datasets", "bare", train=30, test=0, labelled=False)
     checkpoint.save(make_target().backbone.state_dict(), "bare.pt")
@@ -376,7 +362,6 @@ def test_unlabelled_set(tiny, capsys):
     assert "half lacks labels: linear evaluation is skipped" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_labels_change_nothing_but_the_evaluation(tiny):
     assert run("labelled") == 0
     for path in Path("datasets/tiny").glob("Y_*"):
@@ -385,7 +370,6 @@ def test_labels_change_nothing_but_the_evaluation(tiny):
     assert same("labelled", "unlabelled")
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_without_test_split_the_training_images_stand_in(tiny, capsys):
     for path in Path("datasets/tiny").glob("*_te_*"):
         path.unlink()
@@ -393,7 +377,6 @@ def test_without_test_split_the_training_images_stand_in(tiny, capsys):
     assert "tiny has no test split: evaluations use the training images" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_raw_start_is_recorded(tiny):
     assert run("raw", "--syn_init", "raw") == 0 == run("normalized")
     assert not same("raw", "normalized")
@@ -411,7 +394,6 @@ def test_overwrite_leaves_nothing_of_the_old_run(tiny, monkeypatch):
     assert run("a", "--outer_lr", "0.5") == 0
 
 
-@pytest.mark.usefixtures("no_pictures")
 def test_resumed_from_a_foreign_state(tiny, capsys):
     assert run("a") == 0
     Path("results/a/results.json").unlink()

@@ -77,6 +77,7 @@ def entries(name):
     return [e for e in map(json.loads, lines) if "held_out_loss" in e]
 
 
+@pytest.mark.usefixtures("figures")
 def test_a_run_logs_it_and_is_not_disturbed(tiny, monkeypatch, capsys):
     assert run("a", "--outer_iteration", "20") == 0
     assert "held-out loss: 8 held-out images, fixed networks of ages 0, 1, 3" in capsys.readouterr().out

@@ -94,6 +94,7 @@ def watch(patch, row, stop=None):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.usefixtures("figures")
 def test_a_run_finishes_and_its_steps_keep_the_contract(tiny, monkeypatch, name):
     row = METHODS[name]
     seen = watch(monkeypatch, row)

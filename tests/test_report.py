@@ -49,6 +49,7 @@ def test_series_leave_torn_lines_out(workspace):
     assert series["test ConvNet"][1] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
 
 
+@pytest.mark.usefixtures("figures")
 def test_a_finished_run_has_its_curves_and_a_page(workspace, capsys):
     run = make_run()
     run.finish({"accuracy": 12.345678})
@@ -164,6 +165,7 @@ def test_without_its_data_or_its_start_a_set_is_shown_all_the_same(workspace):
     assert "tiny at 8 pixels is not prepared" in page and "x_start.pt" in page and "data.prepare" in page
 
 
+@pytest.mark.usefixtures("figures")
 def test_many_runs_on_one_page(workspace, capsys):
     write_set("datasets", "tiny")
     make_set("results/a")[0].finish({"seconds": 12.0})

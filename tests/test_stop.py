@@ -16,10 +16,9 @@ from test_clom_cli import main as main_command
 import train
 import train_original_models
 from clom.dm import DistributionMatching
-from distillation import one_set
 from distillation.labels import FeatureLabels
 from evaluation.target import Representation
-from krr_st import kd_teacher, setup, target
+from krr_st import kd_teacher, target
 from krr_st.krr_st import KRRST
 from utils import checkpoint
 from utils.errors import entry_point
@@ -88,8 +87,6 @@ def signal_at(patch, owner, name, number, call=5):
 @pytest.fixture
 def inputs(tmp_path, monkeypatch):
     """Two equal working folders."""
-    for module, name in ((one_set, "save_grid"), (setup, "save_lines")):
-        monkeypatch.setattr(module, name, lambda *args, **more: None)
     with local_seed(0):
         state = Representation(NET, (3, 8, 8)).backbone.state_dict()
     for name in ("whole", "stopped"):

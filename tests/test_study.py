@@ -57,6 +57,7 @@ def quick(workspace, monkeypatch):
     monkeypatch.setattr(transfer, "load_pretraining", shortened)
 
 
+@pytest.mark.usefixtures("figures")
 def test_study(quick, monkeypatch, capsys):
     assert study.main([*FLAGS, "--levers", "krr_st", "k-means start"]) == 0
     assert "fine-tuning" not in Path("study/tiny/tables.md").read_text()

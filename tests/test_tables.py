@@ -248,6 +248,7 @@ def test_table_files(log, capsys, tmp_path):
     assert (folder / "table_1.md").read_text().count("–") > 50
 
 
+@pytest.mark.usefixtures("figures")
 def test_figure_3_is_a_picture(log):
     folder = log(
         *(

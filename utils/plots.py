@@ -33,16 +33,28 @@ def save_grid(
         save_image(grid, temporary, format="PNG")
 
 
-def _panels(count: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its `count` axes; width and height of each in inches."""
+def _panels(count: int, width: float, height: float, below: float = 0.0) -> tuple[Any, list[Any]]:
+    """A figure and its `count` axes, three per row; inches of each, and of the legend `below` them.
+
+    The margins are fixed: matplotlib's layout engines draw everything twice more to measure it.
+    """
     from matplotlib.figure import Figure  # slow to import, and only drawing needs it
 
-    rows = math.ceil(count / columns)
-    figure = Figure(figsize=(width * columns, height * rows), dpi=120, layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid[count:]:
-        axes.set_axis_off()
-    return figure, grid[:count]
+    rows, columns = math.ceil(count / 3), min(3, count)
+    size = width * columns, height * rows + below
+    figure = Figure(figsize=size, dpi=120)
+    left, right, bottom, top = 0.85, 0.1, 0.5, 0.35  # of an axes, for numbers and titles
+    grid = figure.add_gridspec(
+        rows,
+        columns,
+        left=left / size[0],
+        right=1 - right / size[0],
+        bottom=(bottom + below) / size[1],
+        top=1 - top / size[1],
+        wspace=(left + right) / (width - left - right),
+        hspace=(bottom + top) / (height - bottom - top),
+    )
+    return figure, [figure.add_subplot(grid[number]) for number in range(count)]
 
 
 def _save(figure: Any, path: Path | str) -> None:
@@ -66,7 +78,9 @@ def save_lines(
 
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     single = len(panels) == 1
-    figure, grid = _panels(len(panels), min(3, len(panels)), *((7, 4.2) if single else (4, 2.9)))
+    columns = 1 if single else 3  # of the legend
+    below = 0.2 * math.ceil(len(names) / columns) + 0.1 if any(names) else 0.0
+    figure, grid = _panels(len(panels), *((7, 4.2) if single else (4, 2.9)), below)
     handles: dict[str, Any] = {}
     for axes, (title, lines) in zip(grid, panels.items(), strict=True):
         for name, (x, y) in lines.items():
@@ -76,17 +90,15 @@ def save_lines(
                 style = dict(linestyle="", marker="osD^v<>pPX*hd"[number % 13])
             (handles[name],) = axes.plot(x, y, color=f"C{number % 10}", linewidth=1.3, **style)
         logarithmic = "loss" in title + y_label and min(min(y) for _, y in lines.values()) > 0
-        axes.set_title(_text(title), fontsize="medium")
+        axes.set_title(_text(title), fontsize="medium", y=1)  # a given y is not measured
         axes.set(xlabel=x_label, xscale="log" if log_x else "linear")
         axes.set(ylabel=y_label, yscale="log" if logarithmic else "linear")
         if logarithmic:  # losses within a decade would have one number on their axis, or none
             axes.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.5, 0.5)))
         axes.grid(alpha=0.3)
     if any(names):
-        columns = 1 if single else 3
-        figure.set_figheight(figure.get_figheight() + 0.2 * math.ceil(len(names) / columns))
         shown = [handles[name] for name in names]
-        style = dict(loc="outside lower center", ncols=columns, fontsize="small")
+        style = dict(loc="lower center", ncols=columns, fontsize="small")
         figure.legend(shown, map(_text, names), **style)
     _save(figure, path)
 
@@ -111,7 +123,7 @@ def save_bar_groups(
     from matplotlib.patches import Patch
 
     names = list(dict.fromkeys(n for groups in panels.values() for g in groups.values() for n in g))
-    figure, grid = _panels(len(panels), 3, 4, 2.9)
+    figure, grid = _panels(len(panels), 4, 2.9, 0.3)
     width = 0.85 / len(names)
     for axes, (title, groups) in zip(grid, panels.items(), strict=True):
         for number, name in enumerate(names):
@@ -125,5 +137,5 @@ def save_bar_groups(
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
     handles = [Patch(color=f"C{number}", label=name) for number, name in enumerate(names)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(names), 9))
+    figure.legend(handles=handles, loc="lower center", ncols=min(len(names), 9))
     _save(figure, path)

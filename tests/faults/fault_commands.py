@@ -62,10 +62,6 @@ class Command:
             argv[argv.index(f"--{name}") + 1] = str(value)
         return replace(self, flags=" ".join(argv))
 
-    def without_curve(self) -> Command:
-        """The same, its loss curve not asked for: drawing takes most of a tiny run."""
-        return replace(self, results=tuple(p for p in self.results if "loss.png" not in p))
-
     @property
     def line(self) -> list[str]:
         """As a process is started."""

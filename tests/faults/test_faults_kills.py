@@ -16,7 +16,6 @@ from fault_commands import COMMANDS, differing, results
 from fault_kills import OUTPUT, Changes, Forked, spawn, survive_kills, uninterrupted
 
 from data.prepare import write
-from krr_st import setup
 
 SEED = 20240607
 SHORT = {
@@ -30,10 +29,8 @@ SHORT = {
 @pytest.fixture(scope="module", params=SHORT)
 def whole(request, tmp_path_factory):
     """A command, what its uninterrupted run leaves, its changes to files, its seconds."""
-    command = SHORT[request.param].without_curve()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "save_lines", lambda *args, **kwargs: None)  # matplotlib is slow
-        yield command, *uninterrupted(command, tmp_path_factory.mktemp("whole"))
+    command = SHORT[request.param]
+    return command, *uninterrupted(command, tmp_path_factory.mktemp("whole"))
 
 
 def left_overs(folder):

@@ -8,8 +8,7 @@ from fault_commands import COMMANDS
 from fault_kills import OUTPUT, Forked, uninterrupted
 from fault_saves import recover_damaged, small_disk, survive_small_disk
 
-from distillation import loop, one_set
-from krr_st import setup
+from distillation import loop
 from utils.errors import UserError
 
 SEED = 11
@@ -24,11 +23,9 @@ SHORT = {
 @pytest.fixture(scope="module", params=SHORT)
 def whole(request, tmp_path_factory):
     """A command, what it leaves, its changes to files."""
-    command = SHORT[request.param].without_curve()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "save_lines", lambda *args, **kwargs: None)
-        wanted, changes, _ = uninterrupted(command, tmp_path_factory.mktemp("whole"))
-        yield command, wanted, changes
+    command = SHORT[request.param]
+    wanted, changes, _ = uninterrupted(command, tmp_path_factory.mktemp("whole"))
+    return command, wanted, changes
 
 
 def test_a_damaged_save_loses_nothing_of_the_result(whole, tmp_path):
@@ -70,7 +67,5 @@ def test_the_harness_sees_a_save_that_is_not_kept(tmp_path, monkeypatch):
             raise UserError(f"cannot write {path}: {error}") from None
 
     monkeypatch.setattr(loop, "save_run", in_place)
-    for module, name in ((one_set, "save_grid"), (setup, "save_lines")):
-        monkeypatch.setattr(module, name, lambda *args, **more: None)
     with pytest.raises(AssertionError, match="is not the last save"):
         survive_small_disk(SHORT["train.py"], tmp_path, 160, {}, random.Random(SEED))
