@@ -9,6 +9,7 @@ import socket
 import statistics
 import subprocess
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -51,8 +52,6 @@ def _plain(value: Any) -> Any:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, git commit and device."""
-    import torchvision
-
     root = Path(__file__).resolve().parents[1]
     describe, commit = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"], None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -61,7 +60,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "git_commit": commit,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),  # not imported: that takes a second
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "threads": torch.get_num_threads(),
