@@ -5,8 +5,9 @@
 # eight files: log.txt, JSON that grows while it is measured, pictures. First a target model and, beside it,
 # correctness against float64; then a short real distillation, stopped and resumed with graphs, and its probe
 # beside that of random images (`run` alone: and that of --recipe best); then the parts of a step and the
-# timings, with the device to themselves. The table comes last. `checks` are correctness, parts and timings alone, `run` the rest alone. `sets` is for
-# a call of its own: DC and DM, and a study of what images are worth, side by side.
+# timings, with the device to themselves. The table comes last. `checks` are correctness, parts and timings
+# alone, `run` the rest alone. `sets` is for a call of its own: a strong target model; then DC, DM and a study
+# of what images are worth, side by side. Results are packed while it runs: a call cut short leaves some.
 # PYTHON names the interpreter, TARGET_EPOCHS the epochs of the target model, WORK a folder for sets and
 # models, which is kept. kornia and pytest-xdist need not be there.
 # With `cpu` the same runs on a CPU at a tiny size and without time limits, to see that it works.
@@ -45,7 +46,7 @@ step() {  # seconds, name, command...: one that fails is said, the rest goes on
 keep() {  # what can be read of the sets so far
     if [ "$part" = sets ]; then
         local packed=$(mktemp -p "$work")
-        (cd "$work" && find results study -name '*.json*' -o -name '*.png') 2>/dev/null |
+        (cd "$work" && find results study -name '*.json*' -o -name '*.png' -o -name '*.md' -o -name '*.log') 2>/dev/null |
             tar czf "$packed" -C "$work" -T - 2>/dev/null
         mv "$packed" "$out/sets.tar.gz"
     else
@@ -70,8 +71,8 @@ if [ "$device" = cuda ]; then
     size="--num_images 1000 --outer_batch_size 1024 --outer_iteration 10000 --online_iteration 300
         --num_models 10 --save_every 1000 --print_every 1000 --precision bf16 --pre_iteration 1000"
     matching="--num_eval 5" short="--Iteration 2000 --eval_interval 2000" strong="--epochs 10 --batch_size 512"
-    study="--student convnet_64_128_256_bn --pre_iteration 1000 --curve 50 100 200 500 1000 2000 --workers 2"
-    length_of_best="--outer_iteration 3000 --precision bf16 --print_every 500"
+    study="--student convnet_64_128_256_bn --pre_iteration 1000 --curve 50 200 1000 --workers 3"
+    length_of_best="--outer_iteration 1000 --online_iteration 200 --num_models 3 --precision bf16 --print_every 500"
     images=1000 labels=0.05 network=convnet_128_256_512_bn tests=(-m gpu) pre="--pre_iteration 1000"
 else
     parts=(--m 8 --b 8 --dim 16 --size 128 --images 1) timings=(--quick) arch=convnet_8_bn epochs=1 batch=32
@@ -114,13 +115,13 @@ target() {
 # shellcheck disable=SC2086
 run() {
     stop_after_a_save 40 "$work/results/krr_st/state.pt" "$python" train.py $distil
-    step 170 distil "$python" train.py $distil
+    step 190 distil "$python" train.py $distil
     step 40 probe "$python" test.py $probe --method krr_st --synthetic_path "$work/results/krr_st"
     step 40 probe_of_random "$python" test.py $probe --method random_features --synthetic_data_dir "$work/sets"
     [ "$part" = run ] || return 0
-    step 70 best "$python" train.py $best
-    step 40 probe_of_best "$python" test.py $probe --log_dir "$work/log_of_best" --method krr_st \
-        --synthetic_path "$work/results/best"
+    step 100 best "$python" train.py $best &&
+        step 40 probe_of_best "$python" test.py $probe --log_dir "$work/log_of_best" --method krr_st \
+            --synthetic_path "$work/results/best"
 }
 
 # shellcheck disable=SC2086
@@ -128,15 +129,18 @@ sets() {
     local main="methods/DC_DSA_DM/main.py --dataset CIFAR10 --data_path $data --device $device --seed 0 $matching"
     local length=$short
     [ "$device" = cpu ] || length="--eval_interval 1000"
-    step 500 dc_1 "$python" $main --method DC --ipc 1 $length --save_path "$work/results/dc_1" &
-    step 500 dm_1 "$python" $main --method DM --ipc 1 $short --save_path "$work/results/dm_1" &
-    step 500 dm_10 "$python" $main --method DM --ipc 10 $short --save_path "$work/results/dm_10" &
-    step 120 strong "$python" -m krr_st.kd_teacher $on --save_dir "$work/teacher_ckpt" --arch "$arch" $strong
-    step 380 study "$python" -m krr_st.study --data_dir "$data" --img_size 32 --device "$device" --seeds 1 \
-        --network "$arch" --target_ckpt "$work/teacher_ckpt/teacher_cifar10.pt" --levers "best, batches of 256" \
+    (while sleep 20; do keep; done) &
+    local packing=$!
+    step 100 strong "$python" -m krr_st.kd_teacher $on --save_dir "$work/teacher_ckpt" --arch "$arch" $strong
+    step 400 dc_1 "$python" $main --method DC --ipc 1 $length --save_path "$work/results/dc_1" &
+    step 400 dm_1 "$python" $main --method DM --ipc 1 $short --save_path "$work/results/dm_1" &
+    step 400 dm_10 "$python" $main --method DM --ipc 10 $short --save_path "$work/results/dm_10" &
+    step 400 study "$python" -m krr_st.study --data_dir "$data" --img_size 32 --device "$device" --seeds 1 \
+        --network "$arch" --target_ckpt "$work/teacher_ckpt/teacher_cifar10.pt" --levers best \
         --target_scale std --pre_mixup --probe_on both --target_error --shots none --precision bf16 \
         --folder "$work/study" $study
-    for job in $(jobs -p); do wait "$job" || status=1; done
+    kill $packing
+    for job in $(jobs -p); do [ "$job" = $packing ] || wait "$job" || status=1; done
 }
 
 if [ "$part" = checks ]; then

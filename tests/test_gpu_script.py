@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import write_set
 
+from krr_st.study import LEVERS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -73,7 +75,7 @@ def test_limits_leave_time():
     limits = {w[2]: int(w[1]) for w in words if w[:1] == ["step"]}
     limits["stopped"] = next(int(w[1]) for w in words if w[:1] == ["stop_after_a_save"] and w[1].isdigit())
     sets = {name: limits.pop(name) for name in ("dc_1", "dm_1", "dm_10", "strong", "study")}
-    assert max(sets.values()) <= sets["strong"] + sets["study"] <= 600
+    assert sets["strong"] + max(sets.values()) <= 600
     tests, timed, best = (
         {n: limits.pop(n) for n in names}
         for names in (("correctness",), ("parts", "timings"), ("best", "probe_of_best"))
@@ -81,6 +83,12 @@ def test_limits_leave_time():
     assert tests["correctness"] <= limits["target"] and len(limits) == 6
     for alone in (timed, best):
         assert sum(limits.values()) + sum(alone.values()) <= 600, limits
+
+
+def test_its_levers_are_those_of_the_study():
+    """On a CPU it asks for none."""
+    asked = re.findall(r"--levers (\S+)", (ROOT / "benchmarks/gpu.sh").read_text())
+    assert set(asked) - {"none"} and set(asked) <= {"none", *LEVERS}
 
 
 def test_wrong_usage(tmp_path):
