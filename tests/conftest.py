@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
+import time
 from pathlib import Path
 
 # One thread: the tests' tensors are tiny, and two cores that wait for each other only lose time.
@@ -19,6 +21,7 @@ from krr_st.krr_st import KRRST
 from methods import find_method
 from utils import checkpoint, plots
 from utils.device import place
+from utils.run_folder import claim_run
 from utils.seed import local_seed
 
 torch.set_num_threads(1)
@@ -108,6 +111,25 @@ def workspace(tmp_path, monkeypatch):
     """An empty working folder; commands write their relative paths into it."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def _hold(path, held):
+    with claim_run(path):
+        held.set()
+        time.sleep(1e6)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that has claimed the folder "a" of `tmp_path`."""
+    fork = multiprocessing.get_context("fork")
+    held = fork.Event()
+    process = fork.Process(target=_hold, args=(tmp_path / "a", held))
+    process.start()
+    assert held.wait(60)
+    yield process
+    process.kill()
+    process.join()
 
 
 _draw = plots._save

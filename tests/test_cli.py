@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_set
+from sklearn import datasets
 
 import test as test_command
 import test_scratch
@@ -425,7 +426,11 @@ def test_demo_runs_ordinary_commands(tmp_path, capfd):
         demo.run_step("A title", "train.py --no_such_flag", tmp_path)
 
 
-def test_demo_at_tiny_size(tmp_path, capsys):
+def test_demo_at_tiny_size(tmp_path, monkeypatch, capsys):
+    """On about twenty training images a class."""
+    digits = datasets.load_digits()
+    digits.images, digits.target = digits.images[:700], digits.target[:700]
+    monkeypatch.setattr(datasets, "load_digits", lambda: digits)
     argv = [
         "--folder",
         str(tmp_path),

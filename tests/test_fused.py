@@ -125,10 +125,10 @@ def test_statistics_of_maps_far_from_zero():
 @interpreted
 def test_a_network_of_first_order():
     torch.manual_seed(0)
-    networks = [get_model("convnet_8_16_bn", (3, 8, 8), 5)]
+    networks = [get_model("convnet_4_8_bn", (3, 8, 8), 5)]
     networks.append(copy.deepcopy(networks[0]))
     networks[1].first_order = True
-    x = torch.randn(6, 3, 8, 8)
+    x = torch.randn(4, 3, 8, 8)
     for network in networks:
         rate = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
         for _ in range(2):

@@ -6,11 +6,8 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -22,32 +19,11 @@ from utils.progress import duration
 from utils.run_folder import InUse, claim_run, is_claimed
 from utils.table import markdown
 
-ROOT = Path(__file__).resolve().parents[1]
-
-HOLDER = """
-import sys, time
-from utils.run_folder import claim_run
-
-with claim_run(sys.argv[1] + "/a"):
-    print("held", flush=True)
-    time.sleep(1e6)
-"""
-
-
-@pytest.fixture
-def holder(tmp_path):
-    """A process that has claimed "a" of `tmp_path`."""
-    words = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "held\n"
-        yield process
-        process.kill()
-
 
 def test_a_claim_ends_with_its_process(tmp_path, holder):
     assert is_claimed(tmp_path / "a")
     holder.kill()
-    holder.wait()
+    holder.join()
     assert not is_claimed(tmp_path / "a")
 
 
@@ -71,7 +47,7 @@ def test_another_name_of_the_folder_is_the_same_folder(tmp_path):
 
 
 def test_a_suspended_process_keeps_its_claim(tmp_path, holder):
-    holder.send_signal(signal.SIGSTOP)
+    os.kill(holder.pid, signal.SIGSTOP)
     assert is_claimed(tmp_path / "a")
 
 

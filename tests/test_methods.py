@@ -47,7 +47,7 @@ SMALL = {
         "--pre_iteration 2 --platt"
     ),
     DistillFlags: (
-        "--model ConvNetD1 --batch_real 4 --num_eval 1 --epoch_eval_train 1 --eval_interval 3 "
+        "--model MLP --batch_real 4 --num_eval 1 --epoch_eval_train 1 --eval_interval 3 "
         "--outer_loop 2 --inner_loop 1"
     ),
 }
@@ -197,7 +197,7 @@ def test_the_names_of_train_py_mean_those_of_main_py(tiny):
         f"--Iteration {STEPS} --print_every 2 --save_every 2 {SMALL[DistillFlags]} --save_path b"
     )
     assert main_command.main(argv.split()) == 0
-    name = f"res_DM_tiny_ConvNetD1_{IMAGES // CLASSES}ipc.pt"
+    name = f"res_DM_tiny_MLP_{IMAGES // CLASSES}ipc.pt"
     found, wanted = (checkpoint.load(folder / name) for folder in (Path("results/a"), Path("b")))
     assert found["data"][0][0].shape == (IMAGES, 3, 8, 8) and plain(found) == plain(wanted)
     assert read_log("results/a") == read_log("b")

@@ -4,8 +4,6 @@ import errno
 import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -197,36 +195,18 @@ def test_a_file_that_is_being_written_is_left_alone(tmp_path):
 # ------------------------------------------------------------------ one process a folder
 
 
-def test_a_folder_in_use_is_refused(tmp_path):
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys, time; from utils.run_folder import claim_run\n"
-            "with claim_run(sys.argv[1]): print('mine', flush=True); time.sleep(60)",
-            str(tmp_path / "run"),
-        ],
-        cwd=Path(__file__).resolve().parents[1],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert holder.stdout.readline() == "mine\n"
-        with (
-            pytest.raises(UserError, match=rf"run is in use by .*process {holder.pid} on"),
-            claim_run(tmp_path / "run"),
-        ):
-            pass
-        with claim_run(tmp_path / "other"):
-            pass
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
-    with claim_run(tmp_path / "run"):  # its owner is dead: taken over at once
+def test_a_folder_in_use_is_refused(tmp_path, holder):
+    run = tmp_path / "a"
+    with pytest.raises(UserError, match=rf"a is in use by .*process {holder.pid} on"), claim_run(run):
         pass
-    (tmp_path / "alias").symlink_to("run")
-    with claim_run(tmp_path / "run"), pytest.raises(UserError, match="in use"), claim_run(tmp_path / "alias"):
+    with claim_run(tmp_path / "other"):
+        pass
+    holder.kill()
+    holder.join()
+    with claim_run(run):  # its owner is dead: taken over at once
+        pass
+    (tmp_path / "alias").symlink_to("a")
+    with claim_run(run), pytest.raises(UserError, match="in use"), claim_run(tmp_path / "alias"):
         pass
 
 

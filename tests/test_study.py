@@ -57,6 +57,14 @@ def quick(workspace, monkeypatch):
     monkeypatch.setattr(transfer, "load_pretraining", shortened)
 
 
+@pytest.fixture
+def brief(quick, monkeypatch):
+    """The same with fewer rows."""
+    rows = {name: row for name, row in study.SETS.items() if name in ROWS}
+    assert len(rows) == 2
+    monkeypatch.setattr(study, "SETS", rows)
+
+
 @pytest.mark.usefixtures("figures")
 def test_study(quick, monkeypatch, capsys):
     assert study.main([*FLAGS, "--levers", "krr_st", "k-means start"]) == 0
@@ -97,7 +105,7 @@ def test_standardised_and_mixed(quick):
     assert (plain / "y_syn.pt").read_bytes() == (scaled / "y_syn.pt").read_bytes()
 
 
-def test_outputs_errors_and_another_student(quick, monkeypatch):
+def test_outputs_errors_and_another_student(brief, monkeypatch):
     short = dict(views=3, blend=True, view_batch=5, outer_iteration=2, num_models=1, online_iteration=2)
     monkeypatch.setitem(study.LEVERS, "best", study.LEVERS["best"] | short)
     argv = [*FLAGS, "--student=convnet_8_bn", "--probe_on=both", "--target_error", "--shots=none"]
@@ -124,7 +132,7 @@ def test_outputs_errors_and_another_student(quick, monkeypatch):
     assert study.main([*again, "--pre_mixup", "--target_scale=std"]) == 0  # the run is taken as it is
 
 
-def test_the_target_model_is_a_row(quick):
+def test_the_target_model_is_a_row(brief):
     """Its features, through its own weights, probed with the labels that each student has."""
     argv = [*FLAGS, "--levers=none", "--probe_on=both", "--target_error", "--fractions=0.05"]
     assert study.main(argv) == 0
@@ -150,7 +158,7 @@ def test_the_target_model_is_a_row(quick):
     assert f"| {study.TARGET} " in text and Path("study/tiny/worth.png").exists()
 
 
-def test_transfer_to_a_second_set(quick):
+def test_transfer_to_a_second_set(brief):
     """Each target set has its own table and its own curve, from which its worth is read."""
     write_set("datasets", "second", train=400, test=40, seed=1)
     argv = [*FLAGS, "--levers=none", "--shots=none", "--fractions", "0.05", "1", "--target_error"]
@@ -169,7 +177,7 @@ def test_transfer_to_a_second_set(quick):
     assert "| 4 images, second " in text
 
 
-def test_what_is_measured_is_left_and_what_fails_is_said(quick, capsys):
+def test_what_is_measured_is_left_and_what_fails_is_said(brief, capsys):
     flags = [*FLAGS, "--levers=none"]
     assert study.main(flags) == 0
     cells = Path("study/tiny/test_log/no pre-training/results.jsonl")
@@ -193,7 +201,7 @@ def test_what_is_measured_is_left_and_what_fails_is_said(quick, capsys):
     assert not any("±" in line for line in tables if line.startswith("|"))
 
 
-def test_sets_of_another_target_model_are_not_used(quick, capsys):
+def test_sets_of_another_target_model_are_not_used(brief, capsys):
     flags = [*FLAGS, "--levers=none"]
     assert study.main(flags) == 0
     (made,) = Path("study/teacher_ckpt").glob("*.pt")
@@ -210,7 +218,7 @@ def test_sets_of_another_target_model_are_not_used(quick, capsys):
     assert study.main([*flags, f"--target_ckpt={made}"]) == 0
 
 
-def test_sets_of_other_flags_or_data_are_not_used(quick, capsys):
+def test_sets_of_other_flags_or_data_are_not_used(brief, capsys):
     flags = [*FLAGS, "--levers=krr_st"]
     assert study.main(flags) == 0
     before = sorted(Path("study").rglob("*"))
