@@ -143,8 +143,9 @@ def our_side(
     fused: bool = True,
     num_models: int = 1,
     online_iteration: int = 10**9,
+    **more: Any,
 ) -> KRRST:
-    """KRR-ST, by fused kernels if wanted; with `table` all its targets are known."""
+    """KRR-ST, by fused kernels if wanted; with `table` all its targets are known. `more` are its flags."""
     image_set, model = parts["image_set"], copy.deepcopy(parts["target"])
     model.backbone = fold_frozen(model.backbone, torch.randn(2, *SHAPE))
     target = Target(place(model, device), precision)
@@ -160,6 +161,7 @@ def our_side(
         compile=compile,
         cuda_graph=cuda_graph,
         target_views="online",
+        **more,
     )
     distiller = KRRST(Problem(image_set, device, 0, target=target), flags)
     distiller.pool.slots[0].model.first_order = fused

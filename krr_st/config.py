@@ -136,11 +136,6 @@ class TrainFlags(ViewFlags, FeatureFlags):
 
     eval_every: int = flag(16000, "steps between linear evaluations", minimum=1)
 
-    @property
-    def can_replay(self) -> bool:
-        """Whether the pool trains on the set itself, with an optimiser that can be recorded."""
-        return not self.pool_mixup and self.views <= 1 and self.online_opt == "sgd"
-
 
 @dataclass(frozen=True)
 class FRePoFlags(ClassFlags):

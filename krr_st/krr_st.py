@@ -76,7 +76,7 @@ class KRRST(Distiller):
         self.optimizer = make_optimizer(flags.outer_opt, groups, lr=lr, wd=wd, momentum=0.5)
         self.schedule = make_schedule("linear", self.optimizer, flags.outer_iteration)
         # Here and for the pool without `self`: a cycle would keep the table of views after the run.
-        self._gradients = outer_gradients(flags, self.learned)
+        self._gradients = outer_gradients(flags, problem.device)
 
     @classmethod
     def cost(cls, flags: TrainFlags, classes: int) -> float:
@@ -134,8 +134,10 @@ class KRRST(Distiller):
         (x, view), index = next(self._batches)
         with autocast(flags.precision, x.device), torch.no_grad():
             y_real = self.targets(x, index, view)  # (b, D)
-        gradients = functools.partial(self._gradients, slot.model, x_syn, y_syn)
-        loss, *found = self.pool.replayed(slot, "outer", gradients)(x, y_real)
+        gradients = self.pool.replayed(slot, "outer", functools.partial(self._gradients, slot.model))
+        loss, *found = gradients(x, y_real, x_syn.detach(), y_syn.detach())
+        if self._seen is not None:
+            found = torch.autograd.grad((x_syn, y_syn), self.learned, found)
         group.average_([*found, loss])
         set_gradients(self.learned, found)  # maybe copies
         if flags.outer_grad_norm > 0:
@@ -152,18 +154,21 @@ class KRRST(Distiller):
 
 
 def replays(flags: TrainFlags, device: torch.device) -> bool:
-    """--cuda_graph, which by default is wherever the networks' passes can be replayed."""
-    return device.type == "cuda" and flags.can_replay if flags.cuda_graph is None else flags.cuda_graph
+    """--cuda_graph, which by default is wherever the pool's optimiser can be recorded."""
+    return (
+        device.type == "cuda" and flags.online_opt == "sgd" if flags.cuda_graph is None else flags.cuda_graph
+    )
 
 
-def outer_gradients(flags: TrainFlags, learned: list[Tensor]) -> Callable[..., list[Tensor]]:
-    """A function (network, X_s, Y_s, real images, their targets) -> loss, and its gradients on `learned`."""
+def outer_gradients(flags: TrainFlags, device: torch.device) -> Callable[..., list[Tensor]]:
+    """A function (network, real images, their targets, X_s, Y_s) -> loss, its gradients on X_s and Y_s."""
     embed = compiled(lambda x, model: model.embed(x), flags.compile)
     embed_real = SplitBatches(compiled(lambda x, model: model.embed(x), flags.compile))
 
-    side = side_stream(learned[0].device)
+    side = side_stream(device)
 
-    def gradients(model: nn.Module, x_syn: Tensor, y_syn: Tensor, x: Tensor, y_real: Tensor) -> list[Tensor]:
+    def gradients(model: nn.Module, x: Tensor, y_real: Tensor, x_syn: Tensor, y_syn: Tensor) -> list[Tensor]:
+        x_syn, y_syn = x_syn.detach().requires_grad_(), y_syn.detach().requires_grad_()
         with autocast(flags.precision, x.device):
             f_syn = embed(x_syn, model)  # (m, d)
         # The solve is many small kernels: they run next to the real batch's.
@@ -172,7 +177,7 @@ def outer_gradients(flags: TrainFlags, learned: list[Tensor]) -> Callable[..., l
             f_real = embed_real(x, model)  # (b, d)
         k_rs = real_kernel(f_real, f_syn)
         loss = mse_loss(k_rs @ weights().to(k_rs.dtype), y_real)
-        return [loss.detach(), *torch.autograd.grad(loss, learned)]
+        return [loss.detach(), *torch.autograd.grad(loss, (x_syn, y_syn))]
 
     return gradients
 

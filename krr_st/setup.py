@@ -59,8 +59,8 @@ class KRRSTSetup(KernelSetup):
         if flags.cuda_graph:
             if device.type != "cuda":
                 raise UserError(f"--cuda_graph needs an NVIDIA GPU, the device is {device}")
-            if not flags.can_replay:
-                raise UserError("--cuda_graph goes with --online_opt sgd, without --pool_mixup and --views")
+            if flags.online_opt != "sgd":
+                raise UserError("--cuda_graph goes with --online_opt sgd")
         if flags.views > 1 and flags.syn_init == "raw":
             raise UserError("--views needs --syn_init normalized: their targets are features of the views")
         if flags.views > 1 and flags.pool_mixup:

@@ -150,7 +150,7 @@ def test_stopped_and_resumed_it_ends_with_the_set_of_its_plan(workspace, capsys)
     assert torch.equal(torch.load("results/mine/x_syn.pt", weights_only=True), found)
     capsys.readouterr()
     assert main([*ARGV, "--seed", "1"]) == 2
-    assert "another seed" in capsys.readouterr().err
+    assert "begun with --seed 0, not 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

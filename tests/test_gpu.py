@@ -147,11 +147,17 @@ def test_hybrid_views_of_a_set():
         assert (ours - wanted).norm() < 1e-5 * wanted.norm()
 
 
-def test_a_replayed_step_is_the_same():
+HYBRID = dict(views=4, blend=True, hybrid=True, view_batch=48)
+
+
+@pytest.mark.parametrize("more", [dict(), dict(pool_mixup=True), HYBRID])
+def test_a_replayed_step_is_the_same(more):
     parts, losses = bench.make_parts(32, 200, CUDA), []  # every fourth batch is a small one
     with float32_mode("fp32"):
         for graph in (False, True):
-            distiller = bench.our_side(parts, 64, CUDA, precision="fp32", table=True, cuda_graph=graph)
+            distiller = bench.our_side(
+                parts, 64, CUDA, precision="fp32", table=True, cuda_graph=graph, **more
+            )
             distiller.pool.max_steps = 6  # its network is replaced in place
             losses.append([float(distiller.step()["loss"]) for _ in range(16)])
     assert [r.recorded is not None for r in distiller.pool.slots[0].replays.values()] == [True, True]
@@ -168,10 +174,10 @@ def three_steps_without_waiting(distiller):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("graph", [False, True])
-def test_a_step_does_not_wait_for_the_device(graph):
+@pytest.mark.parametrize(("graph", "more"), [(False, dict()), (True, dict()), (True, HYBRID)])
+def test_a_step_does_not_wait_for_the_device(graph, more):
     parts = bench.make_parts(32, 1024, CUDA)
-    distiller = bench.our_side(parts, 64, CUDA, precision="bf16", table=True, cuda_graph=graph)
+    distiller = bench.our_side(parts, 64, CUDA, precision="bf16", table=True, cuda_graph=graph, **more)
     for _ in range(6):  # a first pass, the first order of the data and a recording may wait
         distiller.step()
     three_steps_without_waiting(distiller)
