@@ -129,18 +129,20 @@ sets() {
     local main="methods/DC_DSA_DM/main.py --dataset CIFAR10 --data_path $data --device $device --seed 0 $matching"
     local length=$short
     [ "$device" = cpu ] || length="--eval_interval 1000"
-    (while sleep 20; do keep; done) &
-    local packing=$!
+    (while sleep 20 && kill -0 $$ 2>/dev/null; do keep; done) >/dev/null 2>&1 &
+    local packing=$! jobs=()
     step 100 strong "$python" -m krr_st.kd_teacher $on --save_dir "$work/teacher_ckpt" --arch "$arch" $strong
-    step 400 dc_1 "$python" $main --method DC --ipc 1 $length --save_path "$work/results/dc_1" &
-    step 400 dm_1 "$python" $main --method DM --ipc 1 $short --save_path "$work/results/dm_1" &
-    step 400 dm_10 "$python" $main --method DM --ipc 10 $short --save_path "$work/results/dm_10" &
+    step 400 dc_1 "$python" $main --method DC --ipc 1 $length --save_path "$work/results/dc_1" & jobs+=($!)
+    step 400 dm_1 "$python" $main --method DM --ipc 1 $short --save_path "$work/results/dm_1" & jobs+=($!)
+    step 400 dm_10 "$python" $main --method DM --ipc 10 $short --save_path "$work/results/dm_10" & jobs+=($!)
     step 400 study "$python" -m krr_st.study --data_dir "$data" --img_size 32 --device "$device" --seeds 1 \
         --network "$arch" --target_ckpt "$work/teacher_ckpt/teacher_cifar10.pt" --levers best \
         --target_scale std --pre_mixup --probe_on both --target_error --shots none --precision bf16 \
         --folder "$work/study" $study
+    for job in "${jobs[@]}"; do wait "$job" || status=1; done
     kill $packing
-    for job in $(jobs -p); do [ "$job" = $packing ] || wait "$job" || status=1; done
+    wait $packing
+    keep
 }
 
 if [ "$part" = checks ]; then

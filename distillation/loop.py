@@ -103,9 +103,9 @@ def run_loop(distiller: Distiller, run: Run, observer: Observer, plan: Plan) -> 
         if not any(found.keys() <= keys for keys in logged):
             run.log(**plan.where(step), **found)
 
+    if resumed is None:
+        watch(0)
     with StopRequest() as stop:
-        if resumed is None:
-            watch(0)
         for step in range(start, steps + 1):
             due = group.first and observer.due(step)
             if due and plan.log_step(step) not in evaluations:

@@ -124,7 +124,7 @@ def holder(tmp_path):
     """A process that has claimed the folder "a" of `tmp_path`."""
     fork = multiprocessing.get_context("fork")
     held = fork.Event()
-    process = fork.Process(target=_hold, args=(tmp_path / "a", held))
+    process = fork.Process(target=_hold, args=(tmp_path / "a", held), daemon=True)
     process.start()
     assert held.wait(60)
     yield process

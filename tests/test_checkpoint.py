@@ -298,6 +298,12 @@ def test_pictures(tmp_path):
     lines = {"a": ([1, 2], [1.0, 0.1]), "b": ([1], [0.5])}
     save_lines({"t": lines, "u": lines}, tmp_path / "c.png", x_label="x", y_label="loss")
     assert Image.open(tmp_path / "c.png").size[0] > 100
+    for low, high in ((0.3, 0.9), (0.301, 0.311), (0.05, 0.6), (1e-5, 2.5e-5), (11.2, 1200.0)):
+        falls = {"run 1": ([1.0, 2.0], [high, low])}
+        for panels in ({"loss": falls}, dict.fromkeys("tu", falls)):  # words stay within the picture
+            save_lines(panels, tmp_path / "c.png", x_label="step", y_label="KRR loss")
+            picture = np.asarray(Image.open(tmp_path / "c.png").convert("L"))
+            assert all((edge == 255).all() for edge in (picture[0], picture[-1], *picture.T[[0, -1]]))
     with pytest.raises(UserError, match=r"cannot draw images of shape \(0, 3, 4, 4\)"):
         save_grid(torch.zeros(0, 3, 4, 4), tmp_path / "no.png")
     assert not (tmp_path / "no.png").exists()

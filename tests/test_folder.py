@@ -131,7 +131,7 @@ def test_stopped_and_resumed_it_ends_with_the_set_of_its_plan(workspace, capsys)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     first, log = subprocess.Popen(command, env=env, **pipes), Path("results/mine/log.jsonl")
-    while not (log.exists() and log.read_text()) and first.poll() is None:
+    while not (log.exists() and '"loss"' in log.read_text()) and first.poll() is None:
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
     assert "resumes from there" in first.communicate()[0] and first.returncode == 143

@@ -43,7 +43,7 @@ def _panels(count: int, width: float, height: float, below: float = 0.0) -> tupl
     rows, columns = math.ceil(count / 3), min(3, count)
     size = width * columns, height * rows + below
     figure = Figure(figsize=size, dpi=120)
-    left, right, bottom, top = 0.85, 0.1, 0.5, 0.35  # of an axes, for numbers and titles
+    left, right, bottom, top = 1.0, 0.1, 0.5, 0.35  # of an axes, for numbers and titles
     grid = figure.add_gridspec(
         rows,
         columns,
@@ -72,7 +72,7 @@ def save_lines(
 ) -> None:
     """Draw a panel per title, three per row; a line of a single point becomes a mark.
 
-    A name keeps its colour and its mark in all panels. Positive losses are on a logarithmic axis.
+    A name keeps its colour and its mark in all panels. Losses that fall to a tenth are on a logarithmic axis.
     """
     from matplotlib.ticker import LogFormatterSciNotation
 
@@ -89,11 +89,12 @@ def save_lines(
             if len(x) == 1:
                 style = dict(linestyle="", marker="osD^v<>pPX*hd"[number % 13])
             (handles[name],) = axes.plot(x, y, color=f"C{number % 10}", linewidth=1.3, **style)
-        logarithmic = "loss" in title + y_label and min(min(y) for _, y in lines.values()) > 0
+        values = [value for _, y in lines.values() for value in y]
+        logarithmic = "loss" in title + y_label and 0 < 10 * min(values) <= max(values)
         axes.set_title(_text(title), fontsize="medium", y=1)  # a given y is not measured
         axes.set(xlabel=x_label, xscale="log" if log_x else "linear")
         axes.set(ylabel=y_label, yscale="log" if logarithmic else "linear")
-        if logarithmic:  # losses within a decade would have one number on their axis, or none
+        if logarithmic:  # a single decade would have one number on its axis
             axes.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.5, 0.5)))
         axes.grid(alpha=0.3)
     if any(names):
