@@ -94,8 +94,8 @@ def save_lines(
         axes.set_title(_text(title), fontsize="medium", y=1)  # a given y is not measured
         axes.set(xlabel=x_label, xscale="log" if log_x else "linear")
         axes.set(ylabel=y_label, yscale="log" if logarithmic else "linear")
-        if logarithmic:  # a single decade would have one number on its axis
-            axes.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.5, 0.5)))
+        if logarithmic:  # less than two decades may have one number on their axis
+            axes.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 0.5)))
         axes.grid(alpha=0.3)
     if any(names):
         shown = [handles[name] for name in names]
