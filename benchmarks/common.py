@@ -276,7 +276,7 @@ def measure_sections(
         print(f"{name} ...", flush=True)
         try:
             results[name] = measure()
-        except Exception:
+        except Exception:  # shown, listed, and in the exit code: one section does not cost the others
             traceback.print_exc()
             results.setdefault("failed", []).append(name)
         report(out, results)

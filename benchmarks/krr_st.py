@@ -138,32 +138,29 @@ def our_side(
     *,
     precision: str,
     table: bool,
-    compile: bool = False,
-    cuda_graph: bool = False,
     fused: bool = True,
-    num_models: int = 1,
-    online_iteration: int = 10**9,
     **more: Any,
 ) -> KRRST:
-    """KRR-ST, by fused kernels if wanted; with `table` all its targets are known. `more` are its flags."""
+    """KRR-ST, by fused kernels if wanted; with `table` all its targets are known. `more` are its flags.
+
+    Without them it has one network, which is never replaced, and no graphs.
+    """
     image_set, model = parts["image_set"], copy.deepcopy(parts["target"])
     model.backbone = fold_frozen(model.backbone, torch.randn(2, *SHAPE))
     target = Target(place(model, device), precision)
-    flags = TrainFlags(
+    usual = dict(
         train_model=ARCH,
         num_images=len(parts["x_syn"]),
-        num_models=num_models,
-        online_iteration=online_iteration,
+        num_models=1,
+        online_iteration=10**9,
         outer_iteration=10**6,
         outer_lr=1e-4,
         outer_batch_size=batch,
         precision=precision,
-        compile=compile,
-        cuda_graph=cuda_graph,
+        cuda_graph=False,
         target_views="online",
-        **more,
     )
-    distiller = KRRST(Problem(image_set, device, 0, target=target), flags)
+    distiller = KRRST(Problem(image_set, device, 0, target=target), TrainFlags(**{**usual, **more}))
     distiller.pool.slots[0].model.first_order = fused
     with torch.no_grad():
         distiller.x_syn.copy_(parts["x_syn"])

@@ -155,16 +155,15 @@ class KRRST(Distiller):
 
 def replays(flags: TrainFlags, device: torch.device) -> bool:
     """--cuda_graph, which by default is wherever the pool's optimiser can be recorded."""
-    return (
-        device.type == "cuda" and flags.online_opt == "sgd" if flags.cuda_graph is None else flags.cuda_graph
-    )
+    if flags.cuda_graph is not None:
+        return flags.cuda_graph
+    return device.type == "cuda" and flags.online_opt == "sgd"
 
 
 def outer_gradients(flags: TrainFlags, device: torch.device) -> Callable[..., list[Tensor]]:
     """A function (network, real images, their targets, X_s, Y_s) -> loss, its gradients on X_s and Y_s."""
     embed = compiled(lambda x, model: model.embed(x), flags.compile)
     embed_real = SplitBatches(compiled(lambda x, model: model.embed(x), flags.compile))
-
     side = side_stream(device)
 
     def gradients(model: nn.Module, x: Tensor, y_real: Tensor, x_syn: Tensor, y_syn: Tensor) -> list[Tensor]:

@@ -1,12 +1,13 @@
 """DC, DSA, DM and the evaluation against the plain re-statement of the published loops."""
 
+import json
 import os
 
 import pytest
 import torch
 
 from benchmarks import clom as benchmark
-from benchmarks.common import KEPT, contest
+from benchmarks.common import KEPT, contest, measure_sections
 from models import layout
 
 CPU = torch.device("cpu")
@@ -18,6 +19,14 @@ def test_both_sides_compute_the_same(monkeypatch):
     found = benchmark.differences(image_set, CPU, model="ConvNetW32", batch_real=4)
     assert found["DC"] < 1e-2 and found["DSA"] < 1e-3 and found["DM"] < 1e-3
     assert found["evaluation"] <= 0.021  # one of 50 test images
+
+
+def test_a_section_that_fails_is_said_and_costs_no_other(tmp_path, capsys):
+    sections = {"a": lambda: [][1], "b": lambda: 1}
+    results, done = measure_sections(sections, CPU, tmp_path / "out.json")
+    assert not done and results == json.loads((tmp_path / "out.json").read_text())
+    assert results["failed"] == ["a"] and results["b"] == 1 and "a" not in results
+    assert "IndexError" in capsys.readouterr().err
 
 
 def sort():
