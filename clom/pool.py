@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from models import get_network
 from models.foundation import load_hf
 from models.layout import arranged, images_at_once
 from utils import checkpoint
+from utils.cli import typed
 from utils.device import upload
 from utils.errors import UserError
 
@@ -63,22 +65,24 @@ def index_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[6:]))
 
 
-def find_checkpoints(
-    root: Path, dataset: str, model: str, epoch: int, count: int, size: int | None = None
-) -> list[Path]:
-    """The first `count` state dicts of an architecture at an epoch; a UserError if there are fewer.
-
-    `size` is the side of its images where a flag says it.
-    """
-    folder, wanted = model_folder(root, dataset, model), checkpoint_name(dataset, model, epoch)
+def find_checkpoints(flags: DistillFlags, model: str) -> list[Path]:
+    """The state dicts of an architecture that the flags ask for; a UserError if there are fewer."""
+    root, dataset, count = flags.pretrained_path, flags.source_dataset, flags.model_num
+    folder, wanted = model_folder(root, dataset, model), checkpoint_name(dataset, model, flags.epoch)
     found = [p / wanted for p in index_folders(folder) if (p / wanted).exists()]
     if len(found) >= count:
         return found[:count]
+    named: dict[str, Any] = dict(dataset=dataset, model=model, num=count - len(found), epochs=flags.epoch)
+    if dataset == flags.dataset:  # another set has its own size
+        named["img_size"] = flags.img_size
+    if Path(root) != Path(DistillFlags.pretrained_path):
+        named["pretrained_path"] = root
+    command = typed(
+        "python train_original_models.py", normalize_data=True, **named, data_path=flags.data_path
+    )
     raise UserError(
         f"looked for {count} x {folder / 'index_*' / wanted} and found {len(found)}; there are: "
-        f"{_describe(root, folder, dataset, model)}; train them with: python "
-        f"train_original_models.py --normalize_data --dataset {dataset} --model {model} "
-        f"--num {count - len(found)} --epochs {epoch}" + (f" --img_size {size}" if size else "")
+        f"{_describe(root, folder, dataset, model)}; train them with: {command}"
     )
 
 
@@ -103,9 +107,7 @@ def load_networks(
     A UserError for too few checkpoints, damaged ones, or a source whose images are unknown.
     """
     teachers, num_classes, dataset = [], 0, flags.source_dataset
-    for path in find_checkpoints(
-        flags.pretrained_path, dataset, model, flags.epoch, flags.model_num, flags.img_size
-    ):
+    for path in find_checkpoints(flags, model):
         own, num_classes = source_space(path, dataset)
         network = get_network(model, own.channels, num_classes, own.size)
         state = checkpoint.load_state(path, what="pre-trained model")

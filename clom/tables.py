@@ -34,7 +34,7 @@ from evaluation.measure import CellStore, read_cells
 from evaluation.slurm import JobFlags
 from evaluation.tables import NOTE, RESULTS, Place, Published, make_table, with_published_file
 from methods import METHODS, find_method
-from models import get_network
+from models import eval_pool, get_network
 from utils import checkpoint, cli
 from utils.cli import SEED, flag
 from utils.cost import forward_flops
@@ -245,13 +245,12 @@ def data_facts(dataset: str, data_path: Path | None, img_size: int | None) -> tu
 
 def teacher_fingerprints(run: DistillFlags) -> list[str]:
     """One digest per pre-trained model; those of transformers are known by their name."""
-    found, source = [], (run.pretrained_path, run.source_dataset)
+    found = []
     for name in run.models_pool:
         if name.startswith(PREFIX):
             found.append(name)
         else:
-            paths = find_checkpoints(*source, name, run.epoch, run.model_num, run.img_size)
-            found += [_digest(path, _version(path)) for path in paths]
+            found += [_digest(path, _version(path)) for path in find_checkpoints(run, name)]
     return found
 
 
@@ -300,7 +299,7 @@ def run_cell(spot: Spot, seed: int) -> None:
         return {
             "accuracy": sum(percent) / len(percent),
             "accuracies": percent,
-            "start_accuracies": [100 * a for a in start.get(spot.run.model, [])],
+            "start_accuracies": [100 * a for a in start.get(network["network"], [])],
             "variant": spot.variant.name,
             "steps_scale": spot.flags.steps_scale,
             "folder": folder.name,
@@ -338,7 +337,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def caption(flags: TablesFlags, published: bool) -> str:
     """What the numbers are; `published` says whether all have a place beside the published ones."""
-    text = f"test accuracy in % of {flags.model} after the last iteration and epoch; {NOTE}"
+    (network,) = eval_pool("S", flags.model)
+    text = f"test accuracy in % of {network} after the last iteration and epoch; {NOTE}"
+    if network != flags.model:
+        text += f"; distilled with {flags.model}"
     full = [f"{name} {FULL_DATA[name][0]}" for name in flags.datasets if name in FULL_DATA]
     if not published:
         text += (

@@ -72,9 +72,8 @@ def validate(flags: ValidateFlags) -> int:
         return 0
     image_set, path = load_data(flags), synthetic_path(flags)
     stored = load_synthetic(path, image_set, flags.experiment)
-    made_by = stored.info.get("method")
-    if isinstance(made_by, str) and made_by.lower() != flags.method.lower():
-        print(f"note: {path} was made by {made_by}, results are filed under --method {flags.method}")
+    if stored.made_by and stored.made_by.lower() != flags.method.lower():
+        print(f"note: {path} was made by {stored.made_by}, results are filed under --method {flags.method}")
     ipc = len(stored) / image_set.num_classes
     if flags.ipc not in (None, ipc):
         raise UserError(f"{path} holds {len(stored)} images, {ipc:g} per class; not --ipc {flags.ipc}")

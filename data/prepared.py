@@ -107,7 +107,7 @@ def read_split(
     if y_path.exists():
         labels = checkpoint.load_tensor(y_path, what="label tensor")
         labels = _check_labels(labels, y_path, len(images), spec.num_classes if spec else None)
-    elif spec is not None:
+    elif spec is not None and any((folder / file_name("Y", other, size)).exists() for other in SPLITS):
         raise UserError(f"{y_path} does not exist, but its images {x_path} do; expected the pair")
     return ImageSplit(images, labels, x_path)
 
@@ -197,7 +197,7 @@ def count_classes(
     folder: Path, train: ImageSplit, test: ImageSplit | None, spec: DatasetSpec | None
 ) -> int | None:
     """The class count of the row, of meta.json, or else of the labels; None for an unlabelled set."""
-    if spec is not None:
+    if spec is not None and train.labels is not None:
         return spec.num_classes
     labels = [s.labels for s in (train, test) if s is not None and s.labels is not None]
     if train.labels is None:

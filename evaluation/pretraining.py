@@ -155,7 +155,12 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if synthetic.soft:
-        return Pretraining(synthetic, recipe, synthetic.targets.shape[1])
+        if recipe.loss == "half_squared_error" and width != (classes or width):
+            raise UserError(
+                f"{path} holds vectors of {width} entries; method {flags.method} is pre-trained on soft "
+                f"labels, one for each of the {classes} classes of {source}"
+            )
+        return Pretraining(synthetic, recipe, width)
     seen = int(synthetic.targets.max()) + 1
     if seen > (classes or seen):
         raise UserError(f"{path} holds label {seen - 1}, but {source} has {classes} classes")
@@ -248,12 +253,17 @@ class Measurement:
         return 0
 
     def tell_pretraining(self) -> None:
-        """Print how networks are pre-trained, and whether the set is one of another source."""
+        """Print how networks are pre-trained, and whether the set is one of another source or method."""
         scale, source = self.flags.steps_scale, self.flags.source_data_name
         print(f"pre-training: {self.pretraining.recipe}" + f"; length times {scale:g}" * (scale != 1))
         own = self.pretraining.synthetic.data_name
         if own and own.lower() != source.lower():
             print(f"note: the set was made from {own}, results are filed under --source_data_name {source}")
+        made_by = self.pretraining.synthetic.made_by
+        if made_by and made_by.lower() != self.method:
+            print(
+                f"note: the set was made by {made_by}, but is used and filed as one of --method {self.method}"
+            )
 
     def new_forecast(self, seeds: int) -> Forecast:
         """Of so many repetitions; their results take a few kilobytes."""

@@ -89,7 +89,7 @@ class FRePo(Distiller):
 
     @staticmethod
     def test_network(network: str) -> str:
-        """Evaluations use the network without norm."""
+        """Evaluations use the network without BatchNorm."""
         return network.removesuffix("_bn") + "_none" if network.endswith("_bn") else network
 
     @classmethod

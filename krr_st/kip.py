@@ -16,7 +16,7 @@ from distillation.problem import Problem
 from evaluation.presets import Preset
 from evaluation.recipes import half_squared_error
 from krr_st.config import KIPFlags
-from krr_st.frepo import centred
+from krr_st.frepo import FRePo, centred
 from krr_st.loss import kernel_weights
 from models import get_model
 from utils.device import place, upload
@@ -95,6 +95,8 @@ class KIP(Distiller):
     def network(preset: Preset) -> str:
         """As many blocks as the preset's, of width 256, without norm."""
         return re.sub(r"_\d+", "_256", preset.network).replace("_bn", "_none")
+
+    test_network = staticmethod(FRePo.test_network)
 
     @classmethod
     def cost(cls, flags: KIPFlags, classes: int) -> float:

@@ -10,7 +10,7 @@ from conftest import CPU
 
 from clom.config import DistillFlags, pair_pool
 from clom.loss import CLoM
-from clom.pool import Teacher, find_checkpoints, load_foundation, load_networks
+from clom.pool import Teacher, load_foundation, load_networks
 from data.space import Space, convert
 from data.specs import DC_SPECS, Stats
 from models import get_network
@@ -30,18 +30,12 @@ def save_model(name, source="CIFAR10", index=0, epoch=5, channel=3, size=32):
     return model.eval()
 
 
-def load(name="ConvNetD1", source="CIFAR10", given=None, count=1, stats="own"):
+def load(name="ConvNetD1", source="CIFAR10", given=None, count=1, stats="own", **more):
     if given is None:
         spec = DC_SPECS[source]
         size = spec.sizes[0]
         given = Space(spec.stats[size], (size, size))
-    flags = DistillFlags(
-        pretrained_path=Path("pretrained_model"),
-        source_dataset=source,
-        epoch=5,
-        model_num=count,
-        CLoM_teacher_stats=stats,
-    )
+    flags = DistillFlags(source_dataset=source, epoch=5, model_num=count, CLoM_teacher_stats=stats, **more)
     return load_networks(flags, name, given, CPU)
 
 
@@ -72,8 +66,15 @@ def test_too_few_models(workspace):
         assert word in text, text
     with pytest.raises(UserError, match=r"found 0; there are: CIFAR10/original/ConvNetD1;"):
         load("ConvNetD2")
-    with pytest.raises(UserError, match="nothing in elsewhere"):
-        find_checkpoints("elsewhere", "CIFAR10", "ConvNetD1", 5, 1)
+    # The command writes where it was looked for; another set than the distilled one has its own size.
+    elsewhere = dict(pretrained_path=Path("elsewhere"), data_path=Path("sets"), img_size=16)
+    program = "python train_original_models.py --normalize_data --dataset"
+    for source, size in (("CIFAR10", " --img_size 16"), ("SVHN", "")):
+        with pytest.raises(UserError, match="nothing in elsewhere") as caught:
+            load(source=source, **elsewhere)
+        flags = f"{source} --model ConvNetD1 --num 1 --epochs 5{size}"
+        wanted = f"{program} {flags} --pretrained_path elsewhere --data_path sets"
+        assert str(caught.value).endswith(wanted)
 
 
 def test_damaged_models_are_named(workspace):

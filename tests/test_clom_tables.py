@@ -168,6 +168,18 @@ def test_cells_run_are_kept_and_pooled(tiny, capsys):
     assert rows["DM", "CIFAR10, 1 ipc"]["n"] == "4"
 
 
+def test_a_network_with_batchnorm_is_judged_without(tiny, capsys):
+    """As published (`--eval_mode S`); the row of random images is of the same network."""
+    argv = [*TINY, "--methods", "DM", "--variants", "none", "--num_exp", "1", "--run"]
+    argv[argv.index("ConvNetD1")] = "ConvNetBN"
+    assert tables.main(argv) == 0
+    assert "accuracy in % of ConvNet after" in (printed := capsys.readouterr().out)
+    assert "; distilled with ConvNetBN" in printed
+    (cell,) = cells()
+    assert len(cell["start_accuracies"]) == 2
+    assert csv_rows()[RANDOM, "CIFAR10, 1 ipc"]["n"] == "2"
+
+
 def test_missing_models_are_said_and_skipped(tiny, capsys):
     argv = [*TINY, "--methods", "DM", "--variants", "none", "cos", "--num_exp", "1", "--run"]
     assert tables.main(argv) == 1

@@ -362,6 +362,20 @@ def test_unlabelled_set(tiny, capsys):
     assert "half lacks labels: linear evaluation is skipped" in capsys.readouterr().out
 
 
+def test_a_listed_set_without_labels(tiny, capsys):
+    """Distillation without labels needs none; half a labelled set is still refused."""
+    folder = write_set("datasets", "cifar10", train=30, classes=10, labelled=False)
+    checkpoint.save(make_target().backbone.state_dict(), "listed.pt")
+    flags = ["--data_name", "cifar10", "--target_ckpt", "listed.pt"]
+    assert run("listed", *flags) == 0
+    assert "cifar10 lacks labels: linear evaluation is skipped" in capsys.readouterr().out
+    assert train.main(["--method", "dm", *flags[:2], "--num_images", "10", "--img_size", "8"]) == 2
+    assert "datasets/cifar10" in capsys.readouterr().err
+    checkpoint.save(torch.arange(24) % 10, folder / "Y_te_8.pth")
+    assert run("half", *flags) == 2
+    assert "Y_tr_8.pth does not exist, but its images" in capsys.readouterr().err
+
+
 def test_labels_change_nothing_but_the_evaluation(tiny):
     assert run("labelled") == 0
     for path in Path("datasets/tiny").glob("Y_*"):

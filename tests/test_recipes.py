@@ -50,6 +50,8 @@ def test_pretraining(method, source, model, m, what, batch, steps):
     assert described(recipe) == what
     assert recipe.batch_size == batch
     assert recipe.steps_on(m) == steps
+    if source != "digits":  # the papers' lengths belong to the source, whatever the set's size
+        assert pretrain_recipe(method, source, model, count=7) == recipe
 
 
 @pytest.mark.parametrize(

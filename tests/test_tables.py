@@ -152,7 +152,8 @@ def test_published_numbers_of_the_probe():
     assert published["probe_cifar10_1", "random_features", "cifar10"] == (38.25, 0.69)
     assert published["probe_cifar100_5", "krr_st", "flowers"] == (4.85, 0.75)
     assert published["probe_tinyimagenet_5", "mkdt", "tinyimagenet"] == (13.47, 0.35)
-    assert len(published) == 5 * 3 * 7 + 3 + 7
+    assert published["probe_tinyimagenet_1", "krr_st", "cifar100"] == (8.49, None)
+    assert len(published) == 5 * 3 * 7 + 3 + 7 + 3 * 3
     tables_of_all = {name: KernelTable(TablesFlags(table=name)).places() for name in LAYOUTS}
     shown = {(name, p.row, p.column) for name, ps in tables_of_all.items() for p in ps}
     assert published.keys() <= shown

@@ -264,6 +264,27 @@ def test_a_compact_set_trains_like_the_plain_set_it_decodes_to(tiny):
     assert values[0]["synthetic_set"] != values[2]["synthetic_set"]
 
 
+def test_a_set_of_another_method_is_told(tiny, capsys):
+    """test.py's default method is krr_st, a run's folder says which one made its set."""
+    argv = [*SHARED, *SHORT, "--protocol", "linear"]
+    assert test_command.main(argv) == 0
+    assert "was made by" not in capsys.readouterr().out
+    shutil.copytree("synthetic_data/tiny/krr_st", "results/run")
+    for said, told in (("KRR_ST", False), ("FRePo", True)):
+        Path("results/run/config.json").write_text(json.dumps({"flags": {"method": said}}))
+        (Path("results/run/x_syn.json")).unlink(missing_ok=True)
+        assert test_command.main([*argv, "--synthetic_path", "results/run"]) == 0
+        note = "note: the set was made by FRePo, but is used and filed as one of --method krr_st"
+        assert (note in capsys.readouterr().out) is told
+
+
+def test_soft_labels_have_the_classes_of_the_source(tiny, capsys):
+    """Vectors of target features are no soft labels."""
+    checkpoint.write_text(Path("datasets/tiny/meta.json"), json.dumps({"class_names": list("abcd")}))
+    argv = [*SHARED, "--synthetic_path", "synthetic_data/tiny/krr_st", "--method", "kip"]
+    fails(capsys, test_command, argv, "vectors of 5 entries", "kip", "each of the 4 classes of tiny")
+
+
 def test_gaussian_baseline_is_a_method(tiny):
     torch.manual_seed(0)
     from evaluation.target import Representation

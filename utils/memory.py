@@ -101,5 +101,5 @@ def out_of_memory_says(device: torch.device, knobs: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"{device} is out of memory: {knobs}; the last save is kept ({first_line(error)})"
+            f"{device} is out of memory: {knobs}; the last save, if any, is kept ({first_line(error)})"
         ) from None

@@ -116,7 +116,7 @@ class FiniteGuard:
     def _judge(self, value: float, step: int) -> None:
         if not math.isfinite(value):
             raise UserError(
-                f"{self.what}: the loss is {value} at step {step}; stopped, the last save is kept; "
+                f"{self.what}: the loss is {value} at step {step}; stopped; the last save, if any, is kept; "
                 "a smaller learning rate usually helps"
             )
 

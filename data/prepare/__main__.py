@@ -77,7 +77,7 @@ def _folder_name(name: str) -> str:
     if spec is not None:
         return spec.folder
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"--data_name {name!r} must be letters, digits, '_', '-' and '.'")
+        raise UserError(f"{name!r} cannot name a set; --data_name takes letters, digits, '_', '-' and '.'")
     if name == "raw":
         raise UserError("--data_name raw is taken: DATA_DIR/raw holds downloads")
     return name

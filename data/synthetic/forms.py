@@ -146,9 +146,10 @@ def _read_pair(path: Path, stats: Stats | None, experiment: int) -> Fields:
 def _run_fields(folder: Path) -> Fields:
     """What the config.json of a run folder says about its set."""
     path = folder / "config.json"
-    found = _parse_description(read_json(path), path)
-    found.pop("info", None)  # of the run
-    return found
+    raw = read_json(path)
+    flags = raw.get("flags")
+    method = flags.get("method") if isinstance(flags, dict) else None
+    return _parse_description(raw, path) | {"info": {"method": method} if isinstance(method, str) else {}}
 
 
 def _write_pair(synthetic: SyntheticSet, path: Path) -> None:

@@ -69,6 +69,12 @@ class SyntheticSet:
         return self.soft and bool(t.min() >= 0 and ((t.sum(1) - 1).abs() <= 1e-3).all())
 
     @property
+    def made_by(self) -> str | None:
+        """The method that made it; None if unknown."""
+        method = self.info.get("method")
+        return method if isinstance(method, str) else None
+
+    @property
     def views_each(self) -> int:
         """How many views there are of each image; 1 where the set is of images alone."""
         return 1 if self.views is None else self.views.each
