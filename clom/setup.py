@@ -158,8 +158,8 @@ class MatchingSetup(Setup):
             done.append(self.run_experiment(run, experiment))
             checkpoint.save(done[-1], path)
             forget_run(run.state_path)
-            self.write(run, done)
-        self.write(run, done)
+            self.write(done)
+        self.write(done)
         networks = []
         for name, values in joined_accuracies(done).items():
             (mean, std), recipe = mean_std(values), evaluation_recipe(self.method, flags, name)
@@ -203,7 +203,7 @@ class MatchingSetup(Setup):
     def observer(self, run: RunFolder, plan: Plan, distiller: Distiller) -> NetworkObserver:
         return NetworkObserver(self, run, plan)
 
-    def write(self, run: RunFolder, done: list[dict[str, Any]]) -> None:
+    def write(self, done: list[dict[str, Any]]) -> None:
         """Write `res_*.pt` with all finished experiments."""
         flags = self.flags
         info = {name: getattr(flags, name) for name in ("method", "model", "ipc", "CLoM")}

@@ -47,11 +47,17 @@ class ImageSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Which data it is: images and labels (from 1 GiB on a sample of them), statistics, mirroring."""
+        """Which data it is: images and labels (from 1 GiB on a sample of them), statistics, mirroring.
+
+        And the number of classes, where it is not that of the labels.
+        """
         parts = [part for part in (self.train, self.test) if part is not None]
         tensors = [t for part in parts for t in (sample(part.images), part.labels) if t is not None]
-        rest = torch.tensor([*self.stats.mean, *self.stats.std, self.hflip], dtype=torch.float64)
-        return fingerprint(*tensors, rest)
+        rest = [*self.stats.mean, *self.stats.std, self.hflip]
+        seen = [int(part.labels.max()) + 1 for part in parts if part.labels is not None and len(part.labels)]
+        if self.num_classes not in (None, max(seen, default=None)):
+            rest.append(self.num_classes)
+        return fingerprint(*tensors, torch.tensor(rest, dtype=torch.float64))
 
 
 def load_set(

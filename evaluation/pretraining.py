@@ -108,6 +108,17 @@ def source_classes(name: str, data_dir: Path) -> int:
     return len(read_meta(data_dir / name).get("class_names") or ())
 
 
+def set_place(folder: Path, method: str) -> Path:
+    """Where a method's set lies in the folder of its source: in a folder, or in one file.
+
+    A UserError where both are there.
+    """
+    path, one_file = folder / method, folder / f"{method}.safetensors"
+    if path.exists() and one_file.exists():
+        raise UserError(f"{path} and {one_file} are two sets; name one with --synthetic_path")
+    return one_file if one_file.exists() else path
+
+
 def set_command(flags: PretrainFlags, size: int) -> str:
     """The command that makes the synthetic set that the flags name, where they look for it."""
     source, method, folder = flags.source_data_name, flags.method, flags.synthetic_data_dir
@@ -128,11 +139,7 @@ def load_pretraining(flags: PretrainFlags, size: int, arch: str, *, kd: bool = F
     """
     source = flags.source_data_name
     pick(PRETRAIN, flags.method, "method")  # an unknown name fails before its set is looked for
-    path = flags.synthetic_path or flags.synthetic_data_dir / source / flags.method
-    if flags.synthetic_path is None and (one_file := path.with_name(f"{path.name}.safetensors")).exists():
-        if path.exists():
-            raise UserError(f"{path} and {one_file} are two sets; name one with --synthetic_path")
-        path = one_file
+    path = flags.synthetic_path or set_place(flags.synthetic_data_dir / source, flags.method)
     if not path.exists() and flags.synthetic_path is None:
         raise UserError(f"synthetic set {path} does not exist; make it with: {set_command(flags, size)}")
     synthetic = SyntheticSet.load(path)

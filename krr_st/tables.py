@@ -20,12 +20,14 @@ import krr_st.target
 from data.prepared import file_name, prepare_command
 from data.specs import DC_SPECS, KRR_SPECS
 from data.synthetic import SyntheticSet
+from data.synthetic.forms import find_set
 from distillation.one_set import SetFlags
 from distillation.run import Method, resolved, run_method
 from evaluation.jobs import Job
 from evaluation.kd import KD_BN, Distillation, KdFlags
 from evaluation.measure import Cell, read_cells
 from evaluation.presets import FULL_TARGETS, PRESETS
+from evaluation.pretraining import set_place
 from evaluation.recipes import (
     GAUSSIAN,
     KD,
@@ -133,18 +135,18 @@ class Sets:
         self.flags, self.source, self.preset = flags, source, PRESETS[source]
 
     def path(self, method: str) -> Path:
-        """Where test.py looks for a method's set."""
-        return self.flags.synthetic_data_dir / self.source / method
+        """Where test.py finds a method's set; a UserError where there are two."""
+        return set_place(self.flags.synthetic_data_dir / self.source, method)
 
     def is_missing(self, method: str) -> bool:
         """No set is there, or one of a shortened distillation where longer ones are wanted."""
-        if not (self.path(method) / "x_syn.pt").exists():
-            return True
         try:
-            made = SyntheticSet.load(self.path(method)).info.get("steps_scale", 1.0)
-        except UserError:  # damaged: whoever measures it says so
+            path = self.path(method)
+            if not path.is_file() and find_set(path) is None:
+                return True
+            return SyntheticSet.load(path).info.get("steps_scale", 1.0) < self.flags.steps_scale
+        except UserError:  # damaged, or two: whoever measures it says so
             return False
-        return made < self.flags.steps_scale
 
     def job(self, method: str) -> Job | None:
         """What makes a missing set, or first the target model that it needs; None: it is there."""
@@ -263,9 +265,10 @@ class KernelTable:
     def present_sets(self) -> dict[str, str]:
         """Method -> fingerprint of its synthetic set, which its cells carry, where there is one."""
         layout, found = self.layout, {}
-        for method in layout.methods:
+        owners = {method: owner for method in layout.methods if (owner := self.owner(method))}
+        for method, owner in owners.items():
             with contextlib.suppress(UserError):  # missing or damaged: its job will say so
-                synthetic = SyntheticSet.load(self.sets.path(self.owner(method) or method))
+                synthetic = SyntheticSet.load(self.sets.path(owner))
                 found[method] = fingerprint(synthetic.images, synthetic.targets)
         return found
 

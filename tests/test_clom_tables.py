@@ -304,6 +304,22 @@ def test_identity_of_a_cell(tiny):
     assert identity() != base
 
 
+def test_what_normalises_an_own_set_is_in_its_cells(workspace):
+    write_set("datasets", "mine", size=32, train=30, test=20)
+
+    def key(**meta):
+        Path("datasets/mine/meta.json").write_text(json.dumps(meta))
+        data_facts.cache_clear()
+        (run,) = [s.run for s in spots(flags(datasets=("mine",))) if not s.start]
+        return CellStore.identity(cell_key(run, 0))
+
+    at = lambda *mean: {"sizes": {"32": {"mean": mean, "std": (0.2, 0.2, 0.2)}}}  # noqa: E731
+    names = list("abcd")
+    assert key(**at(0.5, 0.5, 0.5)) == key(**at(0.5, 0.5, 0.5), class_names=names)
+    others = [key(**at(0.4, 0.5, 0.5)), key(**at(0.5, 0.5, 0.5), class_names=[*names, "e"])]
+    assert len({key(**at(0.5, 0.5, 0.5)), *others}) == 3
+
+
 def test_costs_by_hand_and_their_order(tiny, monkeypatch):
     monkeypatch.setattr(tables, "_network_flops", lambda *a: 1)
     common = dict(Iteration=5, epoch_eval_train=7, num_eval=2, batch_real=4)

@@ -177,11 +177,13 @@ def test_saved_images_that_do_not_fit(tiny, change):
         distiller.load_state_dict({**state, "x_syn": change(state["x_syn"])})
 
 
-def test_a_set_without_its_run_is_not_overwritten(tiny, capsys):
+@pytest.mark.parametrize("name", ["x_syn.pt", "set.safetensors", "training.safetensors"])
+def test_a_set_without_its_run_is_not_overwritten(tiny, capsys, name):
+    """Nor read as a part of the run's own."""
     Path("results/a").mkdir(parents=True)
-    checkpoint.save(torch.ones(1), "results/a/x_syn.pt")
-    assert "results/a holds x_syn.pt without the run that made it" in refused(capsys)
-    assert torch.equal(torch.load("results/a/x_syn.pt"), torch.ones(1))
+    Path("results/a", name).write_bytes(b"another's")
+    assert f"results/a holds {name} without the run that made it" in refused(capsys)
+    assert Path("results/a", name).read_bytes() == b"another's"
     assert train.main([*FLAGS, "--overwrite"]) == 0
     assert len(torch.load("results/a/x_syn.pt")) == 6
 

@@ -206,6 +206,9 @@ def test_table_4_measures_what_it_prints(tmp_path, monkeypatch):
     checkpoint.save(torch.zeros(4, 3, 64, 64), place / "x_syn.pt")
     checkpoint.save(torch.zeros(4, 5), place / "y_syn.pt")
     sets = table.present_sets()
+    # Plain noise trains nothing ahead: a set of it beside the others is not its cells'.
+    shutil.copytree(place, tmp_path / "tinyimagenet/gaussian")
+    assert table.present_sets() == sets
     assert sets.keys() == {"scratch", "random_features"} and len(set(sets.values())) == 1
     other = KernelTable(TablesFlags(table="2", synthetic_data_dir=tmp_path))
     assert "scratch" not in other.present_sets()
@@ -525,6 +528,8 @@ def test_a_set_of_a_shortened_distillation_does_not_stand_for_a_whole_one(small_
         assert sets.is_missing("frepo") == missing
     (sets.path("frepo") / "y_syn.pt").write_bytes(b"")
     assert not sets.is_missing("frepo")  # damaged: its measurement says so
+    made.save(sets.path("kip").with_suffix(".safetensors"), "safetensors")
+    assert not sets.is_missing("kip")  # in one file, where test.py finds it, too
 
 
 @pytest.mark.parametrize("method", ["krr_st", "frepo", "kip", "dm", "dsa", "mtt"])

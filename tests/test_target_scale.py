@@ -253,6 +253,7 @@ def test_best_is_krr_st_on_blended_views(tiny, capsys):
     found = SyntheticSet.load("results/best")
     assert found.training.targets is not None and found.training.mixup is None
     assert found.views.each == 50 and found.views.partners is not None
+    assert found.made_by == "KRR_ST"
     assert train.main(["--recipe", "best", "--data_name", "tiny", "--img_size", "8", "--dry_run"]) == 0
     shown = capsys.readouterr().out
     for line in ('"method": "KRR_ST"', '"outer_iteration": 1800', '"target_scale": "std"'):

@@ -32,6 +32,7 @@ from trajectory.experts import ExpertFlags
 from trajectory.mkdt import MKDT, MKDTFlags
 from trajectory.mtt import MTT, MTTFlags
 from trajectory.published import published
+from utils.device import LAYOUTS
 from utils.run_folder import claim_run
 
 STUDENT = "convnet_4_in"
@@ -274,6 +275,13 @@ def test_matching_one_segment_again_and_again_lowers_the_loss(tiny):
     own = make_mtt(unroll="checkpoint", inner_momentum=0.9, inner_wd=1e-3, distance="layer", **settings)
     found = [float(own.step()["loss"]) for _ in range(15)]
     assert found[-1] < found[0]
+
+
+def test_the_student_has_the_layout_of_the_flag(tiny):
+    make_experts()
+    for name, kind in LAYOUTS.items():
+        weights = [w for w in make_mtt(layout=name).student_network.parameters() if w.dim() == 4]
+        assert weights and all(w.is_contiguous(memory_format=kind) for w in weights)
 
 
 def test_every_expert_takes_its_turn(tiny):

@@ -175,7 +175,7 @@ class TrajectoryMatching(Distiller):
         with local_seed(0):  # only its form matters: the weights are the experts'
             network = get_model(flags.train_model, problem.image_set.img_shape, self.width)
         network = twice_differentiable(network)
-        self.student_network = arranged(network, device)
+        self.student_network = arranged(network, device, flags.layout)
         shapes = [p.shape for p in network.parameters()]
         self.experts = Experts(flags.buffer_dir, shapes, device, flags.experts_at(0))
         self.strategy = flags.dsa_strategy

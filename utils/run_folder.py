@@ -32,7 +32,8 @@ START_FILE = "x_start.pt"  # the set's images before the first step: m×C×H×W 
 _PLACES = ("data_dir", "save_dir", "exp_name", "target_ckpt")
 _STALE = ("results.json", "state.pt", "state.prev.pt", "log.jsonl", START_FILE)
 # Removed by --overwrite: no set may lie beside the configuration of another run.
-_ARTEFACTS = ("x_syn.pt", "y_syn.pt", SET_FILE, "training.safetensors", "x_syn.png", "loss.png", "curves.png")
+_SET = ("x_syn.pt", "y_syn.pt", SET_FILE, "training.safetensors")
+_ARTEFACTS = (*_SET, "x_syn.png", "loss.png", "curves.png")
 
 
 def write_json(path: Path | str, value: Any) -> None:
@@ -206,7 +207,7 @@ class RunFolder:
         flags = _plain(flags)
         old = None if overwrite else self._read_config()
         self.resumed = old is not None
-        sets = [name for name in ("x_syn.pt", "y_syn.pt") if (self.path / name).exists()]
+        sets = [name for name in _SET if (self.path / name).exists()]
         if sets and not self.resumed and not overwrite:
             raise UserError(
                 f"{self.path} holds {' and '.join(sets)} without the run that made it; choose another "

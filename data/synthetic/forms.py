@@ -235,6 +235,7 @@ def _read_safetensors(path: Path, stats: Stats | None, experiment: int) -> Field
         run, path = _run_fields(path), path / SET_FILE
     tensors, metadata = read_safetensors(path)
     fields = run | _parse_description(parse_json(metadata.get("synthetic_set", "{}"), path), path)
+    fields["info"] = run.get("info", {}) | fields.get("info", {})
     fields["training"] = TrainingSettings.unpack(tensors, metadata.get("training", "{}"), path)
     if "compact" in metadata:
         return fields | decode(tensors, parse_json(metadata["compact"], path), fields.get("stats"), path)
