@@ -70,7 +70,7 @@ def prepare_command(folder: str, size: int, data_dir: Path | str) -> str:
     if find_row(folder) is None:
         flags = ["--from_folder", "PATH", *flags]
     else:
-        from data.prepare.torchvision_sets import TORCHVISION_SETS  # torchvision is slow to import
+        from data.prepare.torchvision_sets import TORCHVISION_SETS  # imports this module
 
         flags += ["--download"] * (folder in TORCHVISION_SETS)
     return shlex.join(["python", "-m", "data.prepare", *flags])

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
 import sys
 import test, test_scratch, test_kd, validate, train_original_models, krr_st.kd_teacher
-import train, krr_st.target, krr_st.baselines, krr_st.tables, clom.tables
+import train, krr_st.target, krr_st.baselines, krr_st.tables, clom.tables, data.prepare.__main__
 print(*{"torchvision", "transformers", "kornia", "sklearn", "matplotlib"} & set(sys.modules))
 """
 

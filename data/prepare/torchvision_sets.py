@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torchvision import datasets
 
 from data.prepare.raw import Part, Source, check_data_files, file_source, require_pictures
 from utils.checkpoint import check_files
@@ -20,7 +19,7 @@ class TorchvisionSet:
 
     name: str
     inside: str  # what torchvision's root folder has to hold
-    build: Callable[..., Any]  # torchvision's class
+    build: Callable[..., Any]  # gives torchvision's object
     # Its options for our splits; several of its own may make up our training split.
     train: tuple[dict[str, Any], ...] = ({"split": "train"},)
     test: dict[str, Any] = field(default_factory=lambda: {"split": "test"})
@@ -96,11 +95,22 @@ def _listed(dataset: Any) -> list[tuple[str, int]]:
     return list(zip(dataset._image_files, map(int, dataset._labels), strict=True))
 
 
+def _of(name: str) -> Callable[..., Any]:
+    """What builds an object of one of torchvision's classes."""
+
+    def build(root: Path, **options: Any) -> Any:
+        from torchvision import datasets  # slow to import, and only reading such a set needs it
+
+        return getattr(datasets, name)(root, **options)
+
+    return build
+
+
 def _imagenette(root: Path, *, split: str, download: bool) -> Any:
     """The largest of the three releases that is there; --download takes the 320-pixel one."""
     sizes = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
     size = next((size for size, inside in sizes.items() if (root / inside).is_dir()), "320px")
-    return datasets.Imagenette(root, split, size, download=download)
+    return _of("Imagenette")(root, split=split, size=size, download=download)
 
 
 _BY_FLAG = {"train": ({"train": True},), "test": {"train": False}}
@@ -108,18 +118,18 @@ _DIGITS = tuple("0123456789")
 
 # By the name of the prepared folder.
 TORCHVISION_SETS = {
-    "mnist": TorchvisionSet("MNIST", "MNIST", datasets.MNIST, **_BY_FLAG, class_names=_DIGITS),
-    "fashionmnist": TorchvisionSet("FashionMNIST", "FashionMNIST", datasets.FashionMNIST, **_BY_FLAG),
-    "svhn": TorchvisionSet("SVHN", "train_32x32.mat and test_32x32.mat", datasets.SVHN, class_names=_DIGITS),
-    "cifar10": TorchvisionSet("CIFAR-10", "cifar-10-batches-py", datasets.CIFAR10, **_BY_FLAG),
-    "cifar100": TorchvisionSet("CIFAR-100", "cifar-100-python", datasets.CIFAR100, **_BY_FLAG),
+    "mnist": TorchvisionSet("MNIST", "MNIST", _of("MNIST"), **_BY_FLAG, class_names=_DIGITS),
+    "fashionmnist": TorchvisionSet("FashionMNIST", "FashionMNIST", _of("FashionMNIST"), **_BY_FLAG),
+    "svhn": TorchvisionSet("SVHN", "train_32x32.mat and test_32x32.mat", _of("SVHN"), class_names=_DIGITS),
+    "cifar10": TorchvisionSet("CIFAR-10", "cifar-10-batches-py", _of("CIFAR10"), **_BY_FLAG),
+    "cifar100": TorchvisionSet("CIFAR-100", "cifar-100-python", _of("CIFAR100"), **_BY_FLAG),
     # 6667 pictures of train and val together, as usual for this benchmark; 3333 for test.
     "aircraft": TorchvisionSet(
-        "FGVC-Aircraft", "fgvc-aircraft-2013b", datasets.FGVCAircraft, train=({"split": "trainval"},)
+        "FGVC-Aircraft", "fgvc-aircraft-2013b", _of("FGVCAircraft"), train=({"split": "trainval"},)
     ),
     # 1020 + 1020 pictures of train and val together, 6149 for test.
     "flowers": TorchvisionSet(
-        "Flowers-102", "flowers-102", datasets.Flowers102, train=({"split": "train"}, {"split": "val"})
+        "Flowers-102", "flowers-102", _of("Flowers102"), train=({"split": "train"}, {"split": "val"})
     ),
     "imagenette": TorchvisionSet("Imagenette", "imagenette2-320", _imagenette, test={"split": "val"}),
 }
