@@ -24,6 +24,11 @@ LONGEST_NAME = 150  # characters of a default run folder's name
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 
 
+_EVAL_MODES = (
+    "S the network itself without BatchNorm, SS as it is, M several architectures, B some with BatchNorm, "
+    "W, D, A, P, N ConvNets of several widths, depths, activations, poolings, norms"
+)
+
 # Flags without effect where there is no CLoM.
 CLOM_FLAGS = (
     *("CLoM_distance", "CLoM_ce_form", "alphas", "models_pool", "model_num", "epoch", "CLoM_batch_size"),
@@ -105,7 +110,7 @@ class DistillFlags(CellFlags, RunFlags, CommonFlags):
         instead_of="ipc",
     )
     num_exp: int = how(1, "experiments with different draws", minimum=1)
-    eval_mode: str = flag("S", "networks of the evaluations (see models)", choices=EVAL_MODES)
+    eval_mode: str = flag("S", f"networks of the evaluations: {_EVAL_MODES}", choices=EVAL_MODES)
     eval_interval: int = flag(500, "iterations between evaluations (eval_mode S, SS)", minimum=1)
     lr_net: float = flag(0.01, "learning rate of the networks", above=0)
     batch_train: int = flag(256, "batch size of network training", minimum=1)
@@ -189,7 +194,7 @@ class ValidateFlags(TrainingFlags):
         "run folder; default: the run folder of --method, --dataset, --model, --ipc",
     )
     experiment: int = flag(0, "which experiment of a res file", minimum=0)
-    eval_mode: str | None = flag(None, "networks (see models); default: only --model", choices=EVAL_MODES)
+    eval_mode: str | None = flag(None, f"networks: {_EVAL_MODES}; default: only --model", choices=EVAL_MODES)
     num_eval: int = flag(3, "networks with different seeds, for mean and std", minimum=1)
     epochs: int = same_flag(TrainingFlags, "epochs", default=1000)
     lr: float | None = flag(None, "learning rate; default: the one learned with the set, else 0.01", above=0)

@@ -100,7 +100,13 @@ class SetSetup(Setup):
 
     knobs = "lower --num_images, or use --precision bf16"
     length = "outer_iteration"
-    shorter = "lower --num_images, a smaller --train_model, --precision bf16"
+
+    @property
+    def shorter(self) -> str:
+        """Flags that shorten the run; most CPUs compute slower in bf16."""
+        found = "lower --num_images, a smaller --train_model"
+        with_bf16 = self.device.type == "cuda" and self.flags.precision == "fp32"
+        return f"{found}, --precision bf16" if with_bf16 else found
 
     @classmethod
     def resolve(cls, method: Method, flags: SetFlags) -> SetFlags:

@@ -24,6 +24,7 @@ from data.synthetic.forms import FOLDER_MARKS, find_set
 from data.untrusted import check_regular, read_json
 from evaluation.nearest import EXPLAINED, Pictures, describe, find_nearest, near_training, read_pictures
 from evaluation.ranking import SCORES, titled
+from evaluation.transfer import EXPLAINED as JUDGED
 from utils import checkpoint
 from utils.cli import flag
 from utils.errors import UserError
@@ -116,6 +117,7 @@ class Run:
         with self.noting():
             if (place := find_set(path)) is not None:
                 self.synthetic = SyntheticSet.load(place)
+        self.damaged = bool(self.notes)
         flags = self.config.get("flags")
         self.flags: dict[str, Any] = flags if isinstance(flags, dict) else {}
         self.scores: list[dict[str, Any]] = []  # evaluations of the set, a row each
@@ -141,7 +143,7 @@ class Run:
         if self.results:
             return "finished"
         if not self.flags:
-            return "damaged" if self.notes else "set only: no run is beside it"
+            return "damaged" if self.damaged else "set only: no run is beside it"
         done = self.log[-1] if self.log else {}
         step = done.get("iteration", done.get("step", 0))
         steps = self.flags.get("outer_iteration", self.flags.get("Iteration"))
@@ -243,6 +245,7 @@ def report(folder: Path, flags: ReportFlags | None = None) -> Path:
         curves=curves,
         charts=_CHARTS,
         explained=EXPLAINED,
+        judged=JUDGED,
     )
     path = folder / "report.html"
     checkpoint.write_text(path, page.encode("utf-8", "replace").decode())  # no half pairs of surrogates
@@ -340,7 +343,8 @@ def summary(run: Run) -> dict[str, Value]:
     side = "" if run.synthetic is None else f", {run.synthetic.images.shape[-1]} px"
     put("data set", f"{spec.folder if spec else run.data_name}{side}")
     if run.synthetic is not None:
-        put("images", len(run.synthetic))
+        count, each = len(run.synthetic.plain()), run.synthetic.views_each
+        put("images", count, f"{count}, {each} views each" if each > 1 else "")
     if found := accuracy(run):
         values, what = found
         put("accuracy, %", mean_std(values)[0], format_mean_std(values))
@@ -435,6 +439,7 @@ def find_source(run: Run, data_dir: Path | None, read: Read) -> Pictures:
     folder = spec.folder if spec else name
     given = [Path(p) for key in ("data_dir", "data_path") if isinstance(p := run.facts.get(key), str)]
     given += [p.parent for p in given if p.name == folder]
+    given += [parent / "data" for parent in run.path.resolve().parents[:3]]  # of `python -m distillation`
     places = [*given, Path("./data") / name, Path("./datasets")] if data_dir is None else [data_dir]
     for place in places:
         if (place / folder / file_name("X", "train", size)).exists():

@@ -93,6 +93,13 @@ class TestFlags(PretrainFlags, ScratchFlags):
     __test__ = False  # not a pytest class
 
 
+EXPLAINED_ERROR = (
+    "The error is that of the networks' outputs, in variances of the target model's features (1: predicting "
+    "their mean)."
+)
+EXPLAINED = f"Labels: accuracy of a linear classifier on the frozen network. {EXPLAINED_ERROR}"
+
+
 @dataclass(frozen=True)
 class Measure:
     """What is measured of a pre-trained network: one column of the table."""

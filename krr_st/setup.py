@@ -85,7 +85,7 @@ class KRRSTSetup(KernelSetup):
     @property
     def shorter(self) -> str:
         """Flags that shorten the run."""
-        return "--recipe best, " * (self.flags.recipe != "best") + SetSetup.shorter
+        return "--recipe best, " * (self.flags.recipe != "best") + super().shorter
 
     def measure(self) -> Cost:
         """As any, with targets computed at every step: a table would have to be filled first."""

@@ -132,7 +132,7 @@ class StudyFlags(JobFlags):
     target_epochs: int = flag(15, "epochs of the target model", minimum=1)
     num_images: int = flag(100, "images in each set", minimum=1)
     curve: tuple[int, ...] = flag((50, 100, 200, 500, 1000, 2000), "numbers of random real images", minimum=1)
-    levers: tuple[str, ...] = flag(("krr_st",), f"of: {', '.join(LEVERS)}, all, or none")
+    levers: tuple[str, ...] = flag(("krr_st",), f"of: {'; '.join(LEVERS)}; or all, or none")
     seeds: int = flag(3, "repetitions, each with sets, networks and labels of its own", minimum=1)
     outer_iteration: int = flag(3000, "outer steps", minimum=1)
     outer_lr: float = flag(1e-2, "learning rate of X_s and Y_s", above=0)

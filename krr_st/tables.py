@@ -65,7 +65,9 @@ class TablesFlags(JobFlags, DeviceFlags):
     log_dir: Path = flag(Path("./test_log"), "folder of the cells; the table is written there")
     synthetic_data_dir: Path = flag(Path("./synthetic_data"), "where the synthetic sets are")
     kd_bn: str = flag("running", f"table 4: {KD_BN}", choices=("batch", "running"))
-    published: Path | None = flag(None, "JSON file of published numbers to print beside ours")
+    published: Path | None = flag(
+        None, "JSON file of published numbers to print beside ours: {table: {row: {column: [mean, std]}}}"
+    )
     num_test: int = flag(3, "seeds per cell", minimum=1)
     seed: int = flag(0, "first seed", **SEED)
     steps_scale: float = flag(1.0, "factor on training lengths with --run; marked †", above=0)

@@ -148,7 +148,7 @@ def plan_views(
     shown = f"{rows} views x {dim} are {size / 1e9:.2f} GB as {str(dtype)[6:]}"
     fits = size <= free // 2
     if mode == "online":
-        return "online", "--target_views online"
+        return "online", "computed at every step"
     if keep:
         return "file", f"{shown}, kept on disk"
     if mode == "exact":

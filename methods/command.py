@@ -44,6 +44,7 @@ def parse(
     if peeked.method is not None and name.lower() in offered:
         options["prog"] = f"{options['prog']} --method {name}"  # whose flags --help lists
     names = tuple(r.name for r in offered.values()) if among else tuple(offered)
+    default = offered[default].name if among else default
     about = "\n".join(f"  {known:8} {r.about}" for known, r in offered.items())
     parsed = cli.parse(
         row.flags,

@@ -35,7 +35,15 @@ from evaluation.measure import CellStore, grouped
 from evaluation.presets import resolve_preset
 from evaluation.recipes import Recipe
 from evaluation.target import Representation
-from evaluation.transfer import TARGET_ERROR, Measure, ScratchFlags, TestFlags, Transfer
+from evaluation.transfer import (
+    EXPLAINED,
+    EXPLAINED_ERROR,
+    TARGET_ERROR,
+    Measure,
+    ScratchFlags,
+    TestFlags,
+    Transfer,
+)
 from krr_st.config import BaselineFlags, TargetFlags
 from krr_st.target import target_trainer
 from methods.command import parse
@@ -62,12 +70,6 @@ ENOUGH_TARGET, ENOUGH_DISTIL = 200, 500
 MOST_EPOCHS, MOST_STEPS = 1000, 160000
 # So many seeds judge if each can have so many steps of pre-training; below the shortest it says nothing.
 SEEDS, LEAST_PRETRAINING, SHORTEST_PRETRAINING = 3, 200, 20
-
-EXPLAINED_ERROR = (
-    "The error is that of the networks' outputs, in variances of the target model's features (1: predicting "
-    "their mean)."
-)
-EXPLAINED = f"Labels: accuracy of a linear classifier on the frozen network. {EXPLAINED_ERROR}"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -415,6 +417,19 @@ def test_errors_as_a_process(tmp_path):
     wrong = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "--no_such_flag" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_a_closed_pipe_ends_a_command_quietly():
+    """As `| head -1` does."""
+    read, write = os.pipe()
+    os.close(read)
+    script = (
+        "import sys; from utils.errors import entry_point\n"
+        "sys.exit(entry_point(lambda argv: print(1, flush=True))())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert done.returncode == 128 + signal.SIGPIPE and done.stderr == b""
 
 
 def test_demo_runs_ordinary_commands(tmp_path, capfd):

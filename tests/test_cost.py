@@ -1,6 +1,7 @@
 """What runs are expected to take: time, memory and disk."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import test_scratch
 import train
 import train_original_models
 from data.load import load_set
+from distillation.one_set import SetSetup
 from krr_st import target
 from trajectory import experts
 from utils.cost import LONG, Forecast, round_down, tensor_bytes
@@ -48,6 +50,14 @@ def test_other_work_is_left_out_of_the_rate(clock, capsys):
         clock[0] += 1000.0
     run_steps(forecast, clock, [1.0, 1.0])
     assert "about 40 s" in capsys.readouterr().out
+
+
+def test_bf16_is_no_advice_where_it_is_slower():
+    """As on most CPUs, or where it is on already."""
+    setup = object.__new__(SetSetup)
+    for device, precision, told in (("cpu", "fp32", False), ("cuda", "fp32", True), ("cuda", "bf16", False)):
+        setup.device, setup.flags = torch.device(device), SimpleNamespace(precision=precision)
+        assert ("--precision bf16" in setup.shorter) is told
 
 
 def test_a_long_run_is_told_how_to_be_shorter(clock, capsys):

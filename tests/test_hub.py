@@ -104,7 +104,14 @@ def test_datasets_reads_it_as_the_card_says(soft, tmp_path, monkeypatch):
 def test_the_card_tells_the_run(tmp_path):
     make().save(tmp_path / "run")
     command = "python train.py --data_dir '/home/me/my data' --ipc 2"
-    flags = {"method": "DM", "target_model": None, "pre_lr": 0.5, "data_dir": "/home/me", "ipc": 2}
+    flags = {
+        "method": "DM",
+        "target_model": None,
+        "pre_lr": 0.5,
+        "pre_mixup": False,
+        "data_dir": "/home/me",
+        "ipc": 2,
+    }
     (tmp_path / "run/config.json").write_text(json.dumps({"seed": 7, "command": command, "flags": flags}))
     numbers = {"loss": 0.25, "networks": [{"network": "ConvNet", "mean": 0.5}]}
     (tmp_path / "run/results.json").write_text(json.dumps(numbers))
@@ -136,7 +143,7 @@ def test_the_card_tells_the_run(tmp_path):
         "To compare, herding:\n\n| a |\n|---|\n| other |\n\nnote",
         "python test.py --source_data_name toy --synthetic_path FOLDER --method dm",
         "python validate.py --normalize_data --dsa --dataset toy --method DM --synthesis_data_path FOLDER",
-        "evaluation.export",
+        "--method dm --pre_lr 0.5 --no-pre_mixup --out ENCODER",
         "```\npython train.py --data_dir 'my data' --ipc 2\n```",
     ):
         assert line in body, line

@@ -18,7 +18,8 @@ from PIL import Image
 
 import train
 from data.specs import Stats
-from data.synthetic import SyntheticSet
+from data.synthetic import SyntheticSet, save_compact
+from data.synthetic.views import ViewFlags
 from distillation.run import repeating, resolved
 from evaluation.nearest import find_nearest, unseen_distances
 from evaluation.report import Run, accuracy, shared_series
@@ -200,6 +201,25 @@ def test_many_runs_on_one_page(workspace, capsys):
     assert "results/damaged/log.jsonl holds entries" in page and "results/b$^$/x_syn.pt" in page
     assert "results/damaged/config.json does not hold readable JSON" in page
     assert decoded(page)["curves of all runs"].shape[2] == 4
+
+
+def test_a_sound_set_without_its_data_is_not_damaged(workspace):
+    """It finds the data of `python -m distillation` in the folder that encloses it."""
+    stats, views = Stats((0.5,) * 3, (0.5,) * 3), ViewFlags(views=4).draw(2, 8, True, seed=0)
+    x = torch.zeros(2, 3, 8, 8)
+    SyntheticSet(x, torch.zeros(2, 3), stats, "pics").save("results/pics/random")
+    many = SyntheticSet(views.images(x, stats), torch.zeros(8, 3), stats, "pics", views=views)
+    save_compact(many, "results/pics/more/set.safetensors")
+
+    def rows():
+        return Path("results/report.html").read_text().split("</thead>")[1].split("</tbody>")[0]
+
+    assert report.main(["results"]) == 0
+    assert rows().count("set only (see below)") == 2 and "damaged" not in rows()
+    assert ">2<" in rows() and "2, 4 views each" in rows()
+    write_set("results/pics/data", "pics")
+    assert report.main(["results"]) == 0
+    assert "see below" not in rows()
 
 
 def test_the_command_of_a_run_gives_its_flags(workspace, monkeypatch):

@@ -2,6 +2,8 @@
 
 import functools
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -37,6 +39,16 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
     return table[name]
 
 
+def _nobody_reads() -> bool:
+    """Whether the output went into a pipe that was closed (`| head`); what is left of it is dropped."""
+    poll = select.poll()
+    poll.register(1)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return True
+
+
 def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2.
 
@@ -54,6 +66,8 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
             code, line = 2, f"error: {' '.join(str(error).split())}"
             speaks = speaks or isinstance(error, LostProcess)
         except OSError as error:  # a name too long, a full disk, a folder that may not be read
+            if isinstance(error, BrokenPipeError) and _nobody_reads():
+                return 128 + signal.SIGPIPE
             if error.strerror is None:
                 raise
             code, line = 2, f"error: {error.filename or 'a file'}: {error.strerror}"

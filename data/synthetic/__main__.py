@@ -51,7 +51,9 @@ def summarize(synthetic: SyntheticSet) -> list[str]:
         lines.append(f"stats    mean {synthetic.stats.mean}, std {synthetic.stats.std}")
         lines.append(f"pixels   {outside:.2%} outside [0, 1] after de-normalising")
     lines.append(f"data     {synthetic.data_name or 'unknown'}")
-    lines += [f"training {key}: {value}" for key, value in synthetic.training.record().items()]
+    told = {"whitening": "of all images", "targets": "networks learn them standardised"}
+    record = synthetic.training.record()
+    lines += [f"training {key}: {told.get(key, value)}" for key, value in record.items()]
     return lines + [f"info     {key}: {json.dumps(value)}" for key, value in synthetic.info.items()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from data.synthetic.set import SyntheticSet
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_IN_WORDS = {"epoch": "epochs", "iteration": "steps", "opt": "optimizer"}  # of the flags
 _SIZES = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K"}  # in the Hub's words
 
 
@@ -69,7 +71,8 @@ def write_card(synthetic: SyntheticSet, source: Path | None = None, flags: CardF
         "source": synthetic.data_name,
         "target model": _shared(settings.get("target_model")),
         "seed": run.get("seed", synthetic.info.get("seed")),
-        "images": len(synthetic),
+        "images": len(synthetic.plain()),
+        "views of each": None if synthetic.views is None else synthetic.views.each,
         "licence": flags.license,
     }
     facts = {name: _line(value) for name, value in facts.items() if value is not None}
@@ -134,7 +137,7 @@ def _how_to_train(
 ) -> dict[str, Any]:
     """What the set says itself, over the recipe it was measured with, or else that of its run."""
     loss = "mean squared error to the targets" if synthetic.soft else "cross-entropy with the labels"
-    of_run = {k.removeprefix("pre_"): v for k, v in settings.items() if k.startswith("pre_")}
+    of_run = {_IN_WORDS.get(k, k): v for k, v in _of_pretraining(settings).items()}
     found = recipes[0] if recipes else {"loss": loss, **of_run}
     training = synthetic.training
     found = {k: v for k, v in found.items() if v not in (None, 0, [], "none")} | training.record()
@@ -143,6 +146,11 @@ def _how_to_train(
     if training.targets is not None:
         found["targets"] = "are learned as (y - mean) / std, and the network's outputs brought back"
     return found
+
+
+def _of_pretraining(settings: dict[str, Any]) -> dict[str, Any]:
+    """What the flags of a run say of training on its set, without their prefix."""
+    return {k[4:]: v for k, v in settings.items() if re.fullmatch(r"pre_\w+", k) and v is not None}
 
 
 def _commands(synthetic: SyntheticSet, facts: dict[str, str], settings: dict[str, Any]) -> list[str]:
@@ -157,6 +165,11 @@ def _commands(synthetic: SyntheticSet, facts: dict[str, str], settings: dict[str
     listed = source.lower() if source.lower() in KRR_SPECS else source  # the other family writes CIFAR10
     use = ["--source_data_name", listed, "--synthetic_path", "FOLDER", *size]
     use += [*known["test_model"], "--method", method.lower() if "method" in facts else method]
+    for name, value in _of_pretraining(settings).items():
+        if isinstance(value, bool):
+            use.append(f"--pre_{name}" if value else f"--no-pre_{name}")
+        elif isinstance(value, (str, int, float)):
+            use += [f"--pre_{name}", _line(value)]
     commands = [["test.py", *use], ["-m", "evaluation.export", *use, "--out", "ENCODER"]]
     if not synthetic.soft:
         flags = ["--normalize_data", "--dsa", "--dataset", source, *size, *known["model"], "--method", method]

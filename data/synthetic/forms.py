@@ -340,7 +340,9 @@ def _write_png(synthetic: SyntheticSet, path: Path) -> None:
 def _new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path`, which is absent or empty, if the block succeeds."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"cannot write {path}: it exists and is not an empty folder")
+        raise UserError(
+            f"cannot write {path}: it exists and is not an empty folder; remove it or choose another"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
