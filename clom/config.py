@@ -29,12 +29,6 @@ _EVAL_MODES = (
     "W, D, A, P, N ConvNets of several widths, depths, activations, poolings, norms"
 )
 
-# Flags without effect where there is no CLoM.
-CLOM_FLAGS = (
-    *("CLoM_distance", "CLoM_ce_form", "alphas", "models_pool", "model_num", "epoch", "CLoM_batch_size"),
-    "CLoM_teacher_stats",
-)
-
 
 @dataclass(frozen=True)
 class SourceFlags(DeviceFlags):
@@ -82,18 +76,21 @@ class CellFlags(SourceFlags):
     save_every: Every = how(Every(100), "iterations between saves of the run, or seconds such as 300s")
 
     models_pool: tuple[str, ...] = flag(
-        ("ConvNet",), "pre-trained models: DC zoo, or hf:NAME_OR_FOLDER (cos)"
+        ("ConvNet",), "pre-trained models: DC zoo, or hf:NAME_OR_FOLDER (cos)", needs="CLoM"
     )
-    model_num: int = flag(1, "pre-trained models of each architecture", minimum=1)
-    epoch: int = flag(150, "epoch after which the pre-trained models were saved", minimum=0)
-    source_dataset: str | None = flag(None, "data set of the pre-trained models; default: dataset")
+    model_num: int = flag(1, "pre-trained models of each architecture", minimum=1, needs="CLoM")
+    epoch: int = flag(150, "epoch after which the pre-trained models were saved", minimum=0, needs="CLoM")
+    source_dataset: str | None = flag(
+        None, "data set of the pre-trained models; default: dataset", needs="CLoM"
+    )
     pretrained_path: Path = flag(Path("./pretrained_model"), "folder of the pre-trained models")
-    CLoM_batch_size: int = flag(8196, "real images of CLoM per step", minimum=1)
+    CLoM_batch_size: int = flag(8196, "real images of CLoM per step", minimum=1, needs="CLoM")
     CLoM_teacher_stats: str = flag(
         "own",
         "how images for the pre-trained models are normalised: as in their training (own), or as dataset, "
         "like the released code (target); always own for hf: models",
         choices=("own", "target"),
+        needs="CLoM",
     )
 
 
@@ -137,14 +134,17 @@ class DistillFlags(CellFlags, RunFlags, CommonFlags):
 
     CLoM: bool = flag(False, "add the CLoM loss")
     CLoM_distance: str = flag(
-        "ce", "CLoM by cross-entropy (ce) or by cosine distance (cos)", choices=DISTANCES
+        "ce", "CLoM by cross-entropy (ce) or by cosine distance (cos)", choices=DISTANCES, needs="CLoM"
     )
     CLoM_ce_form: str = flag(
         "contrastive",
         "cross-entropy of CLoM: contrastive as in the paper, or classification as in the released code",
         choices=CE_FORMS,
+        needs="CLoM",
     )
-    alphas: tuple[float, ...] = flag((1000.0,), "weight of CLoM: one, or one per architecture", minimum=0)
+    alphas: tuple[float, ...] = flag(
+        (1000.0,), "weight of CLoM: one, or one per architecture", minimum=0, needs="CLoM"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from clom.config import CLOM_FLAGS, DistillFlags, default_run_folder, loops, pair_pool, result_name
+from clom.config import DistillFlags, default_run_folder, loops, pair_pool, result_name
 from clom.loss import CLoM
 from clom.pool import RealFeatures, load_pool, pool_fingerprint
 from clom.source import count_classes, find_data_dir, load_data, network_factory, set_folder, to_space
@@ -71,8 +71,6 @@ class MatchingSetup(Setup):
         """Fill in what the method, the data set and ipc decide; a UserError if flags do not fit."""
         if flags.CLoM:
             pair_pool(flags)
-        elif unused := [name for name in CLOM_FLAGS if getattr(flags, name) != getattr(DistillFlags, name)]:
-            print(f"not used without --CLoM: --{', --'.join(unused)}")
         eval_pool(flags.eval_mode, flags.model)
         if flags.num_images is not None:
             ipc, rest = divmod(flags.num_images, classes := count_classes(flags))

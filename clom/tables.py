@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clom.config import CLOM_FLAGS, PREFIX, CellFlags, DistillFlags
+from clom.config import PREFIX, CellFlags, DistillFlags
 from clom.pool import find_checkpoints
 from clom.published import FULL_DATA, PUBLISHED, RANDOM
 from clom.setup import evaluation_recipe
@@ -145,11 +145,10 @@ class Spot:
 
         A UserError for flags that do not fit together.
         """
-        method, names = find_method(self.method), {f.name for f in dataclasses.fields(CellFlags)}
-        variant = VARIANTS[self.variant.name]
-        if not variant["CLoM"]:  # what is not used must not make another cell
-            names -= {*CLOM_FLAGS, "source_dataset"}
-        shared = {name: getattr(self.flags, name) for name in names}
+        method, variant = find_method(self.method), VARIANTS[self.variant.name]
+        # What is not used must not make another cell.
+        used = [f for f in dataclasses.fields(CellFlags) if variant["CLoM"] or f.metadata["needs"] != "CLoM"]
+        shared = {f.name: getattr(self.flags, f.name) for f in used}
         if variant.get("CLoM_distance") == "ce":
             shared["source_dataset"] = self.dataset
         shared |= {k: v for k, v in self.published.items() if shared.get(k) is None}

@@ -83,7 +83,7 @@ class TrainFlags(ViewFlags, FeatureFlags):
         "pre-training, too; default: no",
     )
     view_batch: int = flag(
-        256, "with --views: views of the set per outer step, and per step of a pool network", minimum=1
+        256, "views of the set per outer step, and per step of a pool network", minimum=1, needs="views"
     )
     pool_reset: str = flag(
         "paper",
@@ -171,7 +171,9 @@ class KIPFlags(ClassFlags):
     lr_transform: float = flag(5e-5, "learning rate of a linear map of all images; 0: no map", minimum=0)
     learn_label: bool | None = flag(None, "learn the label vectors; default: yes")
     platt: bool = flag(False, "cross-entropy with a learned temperature in place of the squared error")
-    lr_temperature: float = flag(1e-2, "learning rate of the logarithm of this temperature", above=0)
+    lr_temperature: float = flag(
+        1e-2, "learning rate of the logarithm of this temperature", above=0, needs="platt"
+    )
     zca: bool | None = flag(None, ZCA)
 
 

@@ -515,7 +515,7 @@ def test_flags_of_clom_without_the_switch_are_said_not_crashed(tiny, capsys):
     given = ["--CLoM_distance", "cos", "--alphas", "7", "--models_pool", "ConvNet"]
     assert main.main([*DISTILL, *given, "--dry_run"]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "not used" in line]
-    assert said == ["not used without --CLoM: --CLoM_distance, --alphas"]
+    assert said == ["not used without --CLoM: --models_pool, --CLoM_distance, --alphas"]
     assert listing(tiny) == before
 
 

@@ -260,6 +260,17 @@ def test_best_is_krr_st_on_blended_views(tiny, capsys):
         assert line in shown
 
 
+def test_a_flag_that_needs_another_is_told(tiny, capsys):
+    """By what was typed: a recipe may set both, or the one that is needed."""
+    argv = ["--data_name", "tiny", "--img_size", "8", "--dry_run", "--view_batch", "4"]
+    for more, told in (([], True), (["--views", "3"], False), (["--recipe", "best"], False)):
+        assert train.main([*argv, *more]) == 0
+        printed = capsys.readouterr().out
+        assert (
+            "not used without --views: --view_batch\n" in printed
+        ) is told and '"view_batch": 4' in printed
+
+
 def test_a_recipe_chooses_the_method_that_has_it(tiny, capsys):
     short = ["--data_name", "tiny", "--img_size", "8", "--dry_run"]
     assert train.main(["--recipe", "datm", *short]) == 0

@@ -29,15 +29,17 @@ def flag(
     also: tuple[str, ...] = (),
     identity: bool = True,
     instead_of: str | None = None,
+    needs: str | None = None,
 ) -> Any:
     """Declare one flag of a config dataclass; `help` says meaning and unit, `also` are further names.
 
     A default of None means "resolved later" (preset, autodetect). `identity` is False for what only
     says where, how fast or how verbosely the same thing is computed: runs that differ in it are one.
-    `instead_of` names the flag whose place this one takes: both together are refused.
+    `instead_of` names the flag whose place this one takes: both together are refused. `needs` names the
+    one without which this one is not used, as a line then says.
     """
-    limits = dict(minimum=minimum, above=above, maximum=maximum)
-    metadata = dict(help=help, choices=choices, also=also, identity=identity, instead_of=instead_of, **limits)
+    metadata = dict(help=help, choices=choices, also=also, identity=identity, instead_of=instead_of)
+    metadata |= dict(needs=needs, minimum=minimum, above=above, maximum=maximum)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -186,11 +188,11 @@ def parse(
     add_flags(parser, config_class, choices, defaults, turned_on)
     for name, why in no_effect.items():
         parser.add_argument(f"--{name}", nargs="?", default=argparse.SUPPRESS, help=f"no effect: {why}")
-    given = vars(parser.parse_args(argv))
+    given, fields = vars(parser.parse_args(argv)), config_class.__dataclass_fields__
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(fields))))
     if recipes is not None:
         # A flag of the recipe that takes another's place yields where the other was typed.
-        places = {f.name: f.metadata["instead_of"] for f in dataclasses.fields(config_class)}
-        typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(places))))
+        places = {name: field.metadata["instead_of"] for name, field in fields.items()}
         recipe = recipes[given["recipe"]].items()
         recipe = {k: v for k, v in recipe if places[k] is None or typed[places[k]] is None}
         parser.set_defaults(**recipe)
@@ -199,6 +201,12 @@ def parse(
         if name in given:
             print(f"--{name} has no effect: {why}")
             del given[name]
+    idle: dict[str, list[str]] = {}
+    for name, other in ((name, field.metadata["needs"]) for name, field in fields.items()):
+        if typed[name] is not None and other in fields and given[other] == fields[other].default:
+            idle.setdefault(other, []).append(f"--{name}")
+    for other, names in idle.items():
+        print(f"not used without --{other}: {', '.join(names)}")
     return take(config_class, given)
 
 
