@@ -244,9 +244,9 @@ class SetSetup(Setup):
         they hold the images as they are, set.safetensors holds all.
         """
         synthetic = distiller.synthetic()
+        write_training(synthetic.training, self.folder / TRAINING_FILE)
         if synthetic.views is not None:
             save_compact(synthetic, self.folder / SET_FILE)
         plain = synthetic.plain()
         checkpoint.save(plain.images.cpu(), self.folder / "x_syn.pt")
         checkpoint.save(plain.targets.cpu(), self.folder / "y_syn.pt")
-        write_training(synthetic.training, self.folder / TRAINING_FILE)

@@ -1,6 +1,7 @@
 """Jobs for what a table or study lacks: they run cheapest first, and a restart skips what is there."""
 
 import re
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,11 +56,19 @@ def run_missing(missing: Callable[[], list[Job]]) -> list[str]:
 _NOISE = ("srun: ", "submitit ")  # lines of a log that say nothing about the job
 
 
-def last_line(*logs: Path) -> str:
+def last_line(*logs: Path, otherwise: str = "it wrote no log") -> str:
     """What a job, or the scheduler about it, wrote last, in the first of the logs that has any; and where."""
     for path in logs:
         text = path.read_text(errors="replace") if path.exists() else ""
         lines = [line.strip() for line in text.splitlines() if not line.startswith(_NOISE)]
         if lines := [line for line in lines if line]:
             return f"{lines[-1]} ({path})"
-    return "it wrote no log: was it cancelled in the queue?"
+    return otherwise
+
+
+def why_failed(exit_code: int, log: Path) -> str:
+    """The signal that killed a process, or else what it wrote last."""
+    if exit_code < 0:
+        number = signal.Signals(-exit_code)
+        return f"killed by {number.name}{', perhaps out of memory' * (number == signal.SIGKILL)} ({log})"
+    return last_line(log)

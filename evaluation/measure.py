@@ -75,11 +75,26 @@ class CellStore:
         """The cell of `key`, finished or what `compute` gives, with its seconds; prints it as `shown`."""
         cell, kept = self.get(key), " (kept)"
         if cell is None:
+            self._check_writable()
             began, kept = time.perf_counter(), ""
             found = compute()
-            cell = self.add(key, **found, seconds=time.perf_counter() - began)
+            cell = self._keep(key, found | {"seconds": time.perf_counter() - began}, shown)
         print(f"{shown(cell)}{kept}", flush=True)
         return cell
+
+    def _check_writable(self) -> None:
+        """Raise a UserError now rather than after hours of work, where the file could not be written."""
+        place = next(p for p in (self.path, *self.path.parents) if p.exists())
+        if not os.access(place, os.W_OK):
+            raise UserError(f"cannot write {self.path}: no permission in {place}")
+
+    def _keep(self, key: dict[str, Any], found: dict[str, Any], shown: Callable[[Cell], str]) -> Cell:
+        """`add`; what cannot be written is printed."""
+        try:
+            return self.add(key, **found)
+        except UserError:
+            print(f"{shown({**key, **found})} (not kept)", flush=True)
+            raise
 
     def measure_all(
         self,
@@ -90,9 +105,11 @@ class CellStore:
     ) -> list[Cell]:
         """`measure` for several keys with tasks of `in_parallel`; those in `again`, finished or not."""
         missing = [(key, task) for key, task in tasks if key in again or self.get(key) is None]
+        if missing:
+            self._check_writable()
         results = in_parallel([task for _, task in missing], device)
         for (key, _), found in zip(missing, results, strict=True):
-            print(shown(self.add(key, **found)), flush=True)
+            print(shown(self._keep(key, found, shown)), flush=True)
         return [self.get(key) for key, _ in tasks]
 
 

@@ -30,7 +30,6 @@ from evaluation.measure import CellStore
 from evaluation.workers import run_in_workers
 from utils import checkpoint, cli
 from utils.cli import how
-from utils.distributed import launched
 from utils.errors import UserError
 from utils.stop import TIME_LIMIT, Stopped, terminable
 
@@ -74,8 +73,6 @@ def run_jobs(jobs: Jobs, flags: JobFlags, folder: Path) -> list[str]:
     Raises:
         UserError: flags that do not fit, no cluster here, or it refuses the jobs.
     """
-    if launched():  # the runs of several jobs would take each other for one
-        raise UserError("torchrun is for one run; jobs run at the same time with --workers N")
     if flags.slurm is None:
         if flags.detach:
             raise UserError("--detach needs --slurm PARTITION")
@@ -208,7 +205,8 @@ class Cluster:
                 lacking = self._lacking()
             for name in ended:
                 if name in lacking:
-                    self.failed[name] = last_line(*self._logs(record.pop(name)[0]))
+                    logs, otherwise = self._logs(record.pop(name)[0]), "was it cancelled in the queue?"
+                    self.failed[name] = last_line(*logs, otherwise=f"it wrote no log: {otherwise}")
                 else:
                     record[name] = [None, self.owner]
             new = [n for n in lacking if n not in queued and n not in self.failed]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from evaluation.jobs import Job, file_name, last_line
+from evaluation.jobs import Job, file_name, why_failed
 from utils.stop import stop_with_parent
 
 PROCESSES = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
@@ -52,7 +52,7 @@ def run_in_workers(
                     del running[number]
                     process.join()
                     if process.exitcode:
-                        failed.append(f"{name}: {last_line(_log(folder, name))}")
+                        failed.append(f"{name}: {why_failed(process.exitcode, _log(folder, name))}")
                     print(f"failed: {failed[-1]}" if process.exitcode else f"done: {name}", flush=True)
     finally:
         for _, process in running.values():

@@ -321,7 +321,7 @@ class Study:
     def make_set(self, seed: int, method: str, count: int, more: dict[str, Any]) -> None:
         """One set of `krr_st.baselines`, where it is missing."""
         place = self.set_folder(seed, method, count, more)
-        if not (place if more else place / "y_syn.pt").exists():
+        if not (place if more else place / "x_syn.pt").exists():
             which = dict(method=method, num_images=count, seed=seed, student=self.student, **more)
             if self.suffix and PRETRAIN[method].loss == "mse":
                 which |= dict(target_scale=self.flags.target_scale)

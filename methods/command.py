@@ -53,6 +53,7 @@ def parse(
         recipes=row.recipes or None,
         choices={"method": names, "recipe": tuple(row.recipes) or ("published",)},
         defaults={**defaults, "method": default},
+        torchrun=True,
         **options,
     )
     return find_method(parsed.method), dataclasses.replace(parsed, method=row.name)

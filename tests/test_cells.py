@@ -1,6 +1,7 @@
 """Finished cells on disk, and the tables made of them."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -57,6 +58,23 @@ def test_a_measurement_that_fails_leaves_no_cell(tmp_path):
         store.measure(KEY, lambda: {"accuracy": 1 / 0}, str)
     assert store.get(KEY) is None
     assert store.measure(KEY, lambda: {"accuracy": 2.0}, str)["accuracy"] == 2.0
+
+
+def test_what_cannot_be_kept_is_printed_and_what_could_not_is_not_begun(tmp_path, monkeypatch, capsys):
+    store = CellStore(tmp_path / "log" / "r.jsonl")
+    shown = lambda cell: f"{cell['accuracy']:g} % of seed {cell['seed']}"  # noqa: E731
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left"):
+            store.measure({**KEY, "seed": 3}, lambda: {"accuracy": 2.5}, shown)
+    assert capsys.readouterr().out == "2.5 % of seed 3 (not kept)\n"
+    monkeypatch.setattr(os, "access", lambda place, how: False)
+    with pytest.raises(UserError, match="no permission in"):
+        store.measure({**KEY, "seed": 4}, lambda: pytest.fail("measured in vain"), shown)
 
 
 def test_of_several_cells_the_missing_ones_are_measured(tmp_path, capsys):

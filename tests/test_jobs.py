@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from evaluation.jobs import Job, file_name, run_missing
+from evaluation.jobs import Job, file_name, run_missing, why_failed
 from evaluation.measure import CellStore
 from evaluation.tables import Entry, Place, crossed, to_csv, to_latex, with_published_file
 from utils.errors import UserError
@@ -96,6 +96,15 @@ def test_jobs_run_cheapest_first_and_once(capsys):
     ]
     assert "skipped: no data" in printed and " left" in printed.split("dear")[1]
     assert printed.endswith("could not be run:\nbad: no data\n\n")
+
+
+def test_why_a_process_failed(tmp_path):
+    log = tmp_path / "a.log"
+    assert why_failed(1, log) == "it wrote no log"
+    log.write_text("iteration 0: 35 %\n\n")
+    assert why_failed(1, log) == f"iteration 0: 35 % ({log})"
+    assert why_failed(-9, log) == f"killed by SIGKILL, perhaps out of memory ({log})"
+    assert why_failed(-11, log) == f"killed by SIGSEGV ({log})"
 
 
 def test_names_and_durations():

@@ -1,7 +1,9 @@
 """What a command stands on: its run folder, flags, seeds, device and error lines."""
 
+import io
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,6 +237,24 @@ def test_entry_point(capsys):
     assert fail(KeyboardInterrupt())([]) == 130
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
         fail(ZeroDivisionError())([])
+
+
+def test_a_terminal_without_all_signs(monkeypatch):
+    """Tables print ± and †; what it lacks is spelt out."""
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="latin1"))
+    assert entry_point(lambda argv: print("1 ± 2†", flush=True))([]) == 0
+    assert out.getvalue() == b"1 \xb1 2\\u2020\n"
+
+
+def test_what_runs_in_one_process_refuses_torchrun(monkeypatch):
+    given = dict(prog="python a.py", description="")
+    assert cli.parse(Flags, [], **given) == Flags()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"^python a\.py runs in one process; start it without torchrun$"):
+        cli.parse(Flags, [], **given)
+    assert cli.parse(Flags, [], **given, torchrun=True) == Flags()
 
 
 def test_pick():

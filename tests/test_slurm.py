@@ -236,7 +236,8 @@ def test_what_is_needed_is_named(cluster, monkeypatch, capsys):
         torchrun.setenv("RANK", "0")
         torchrun.setenv("WORLD_SIZE", "2")
         assert krr_tables.main(["--run"]) == 2
-    assert capsys.readouterr().err.startswith("error: torchrun is for one run; ")
+    said = "error: python -m krr_st.tables runs in one process; start it without torchrun\n"
+    assert capsys.readouterr().err == said
     assert krr_tables.main(["--detach"]) == 2
     assert capsys.readouterr().err == "error: --detach needs --slurm PARTITION\n"
     argv = ["--table", "1", "--slurm", "day"]

@@ -28,7 +28,7 @@ from utils.seed import local_seed
 from utils.stop import Stopped, StopRequest, terminable
 
 NET = "convnet_4_bn"
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 TINY = "--data_name tiny --img_size 8 --device cpu --seed 4"
 DC = "--dataset CIFAR10 --img_size 8 --model ConvNetD1 --device cpu --seed 4"
 # Command, its flags (saves are rarer than the run is long), what a step of it is, what it makes.
@@ -97,7 +97,8 @@ def inputs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "number"), [*((name, signal.SIGTERM) for name in COMMANDS), ("train", signal.SIGINT)]
+    ("name", "number"),
+    [*((name, signal.SIGTERM) for name in COMMANDS), ("train", signal.SIGINT), ("train", signal.SIGHUP)],
 )
 def test_a_stopped_run_saves_and_goes_on(inputs, monkeypatch, capsys, name, number):
     command, flags, step, made = COMMANDS[name]
@@ -115,6 +116,17 @@ def test_a_stopped_run_saves_and_goes_on(inputs, monkeypatch, capsys, name, numb
     assert "resuming after" in capsys.readouterr().out  # though --save_every was far away
     first, second = (plain(checkpoint.load(inputs / f / made)) for f in ("whole", "stopped"))
     assert first == second
+
+
+def test_nohup_is_respected():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        for block in (terminable(), StopRequest()):
+            with block:
+                assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+                assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("call", [1, 2])  # after 4 steps, after the last one

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +55,19 @@ def test_casts_detaches_and_reports():
     assert s.targets.dtype == torch.int64 and not s.soft and len(s) == 4
     assert SyntheticSet(x, torch.zeros(4, 1).half()).soft
     assert torch.equal(SyntheticSet(x.float(), s.targets).images, x.float())
+
+
+def test_what_gives_a_set_away_is_written_last(tmp_path, monkeypatch):
+    """A killed write leaves nothing that would count as a set without what lies beside it."""
+    written, real = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, to: written.append(Path(to).name) or real(self, to))
+    made = make(training=TrainingSettings(lr=0.5))
+    made.save(tmp_path / "pair")
+    assert sorted(written) == ["training.safetensors", "x_syn.json", "x_syn.pt", "y_syn.pt"]
+    assert written[-1] == "x_syn.pt"
+    del written[:]
+    made.save(tmp_path / "res_DM.pt", "res")
+    assert len(written) == 3 and written[-1] == "res_DM.pt"
 
 
 def test_to_pixels_by_hand():

@@ -28,7 +28,7 @@ from data.load import ImageSet, load_set
 from data.target_scale import TARGET_SCALES, TargetScale
 from data.whitening import Whitening
 from evaluation.fit import Trainer, outputs, real_loader
-from evaluation.jobs import last_line
+from evaluation.jobs import why_failed
 from evaluation.parallel import in_parallel
 from evaluation.presets import Preset, resolve_preset
 from evaluation.recipes import DSA_STRATEGY, Recipe
@@ -307,7 +307,8 @@ def made_beside(flags: ExpertFlags, device: torch.device, precision: str) -> Ite
         if not is_claimed(folder):  # it has ended, or is about to
             process.join(10)
         if process.exitcode:
-            raise UserError(f"{error}; the process that trains them: {last_line(log)}") from None
+            why = why_failed(process.exitcode, log)
+            raise UserError(f"{error}; the process that trains them: {why}") from None
         raise
     finally:
         process.terminate()

@@ -13,7 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
-from utils.errors import entry_point
+from utils.distributed import launched
+from utils.errors import UserError, entry_point
 
 C = TypeVar("C")
 
@@ -175,13 +176,17 @@ def parse(
     choices: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     defaults: Mapping[str, Any] = MappingProxyType({}),
     no_effect: Mapping[str, str] = MappingProxyType({}),
+    torchrun: bool = False,
 ) -> C:
     """Parse `argv` (default: the process's) into one frozen `config_class`.
 
     `prog` and `description` are for --help. `recipes` are what each value of `--recipe` puts in place
     of other flags' defaults; `choices` and `defaults` belong to flags whose declaration cannot know
-    them; `no_effect` are flags of published command lines that change nothing here, and why.
+    them; `no_effect` are flags of published command lines that change nothing here, and why. `torchrun`
+    says that the command may run in several processes; a UserError where it does, and may not.
     """
+    if launched() and not torchrun:
+        raise UserError(f"{prog} runs in one process; start it without torchrun")
     plain_help = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog=prog, description=description, allow_abbrev=False, formatter_class=plain_help)
     turned_on = {k for recipe in (recipes or {}).values() for k, v in recipe.items() if v is True}

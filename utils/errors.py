@@ -1,6 +1,7 @@
 """Errors that a user can fix, and the one place that turns them into an exit code."""
 
 import functools
+import io
 import os
 import select
 import signal
@@ -59,6 +60,8 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> int:
         speaks = os.environ.get("RANK", "0") == "0"
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack what tables print (± and †)
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with terminable():
                 return main(argv) or 0

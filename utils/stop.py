@@ -1,6 +1,6 @@
-"""SIGTERM, SIGUSR2 and Ctrl-C as a request: the loop saves first, then the command ends.
+"""SIGTERM, SIGHUP, SIGUSR2 and Ctrl-C as a request: the loop saves first, then the command ends.
 
-SIGUSR2 is what schedulers are commonly told to send before a time limit.
+SIGUSR2 is what schedulers are commonly told to send before a time limit, SIGHUP comes of a closed terminal.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 TIME_LIMIT = getattr(signal, "SIGUSR2", signal.SIGTERM)  # Windows has none
+HANG_UP = getattr(signal, "SIGHUP", signal.SIGTERM)
 
 
 class Stopped(BaseException):
@@ -32,7 +33,9 @@ def _handled(handler: Callable[[int, FrameType | None], None], *numbers: int) ->
     """Within the block `handler` takes the signals; Python allows it in the main thread alone."""
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, handler) for number in numbers}
+        if signal.getsignal(HANG_UP) is not signal.SIG_IGN:  # as under nohup
+            numbers += (HANG_UP,)
+        before = {number: signal.signal(number, handler) for number in dict.fromkeys(numbers)}
     try:
         yield
     finally:
@@ -64,7 +67,7 @@ def _when_parent_ends(act: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Within the block SIGTERM and SIGUSR2 raise `Stopped`.
+    """Within the block SIGTERM, SIGHUP and SIGUSR2 raise `Stopped`.
 
     Loops that can save take over with a StopRequest.
     """
@@ -77,7 +80,7 @@ def terminable() -> Iterator[None]:
 
 
 class StopRequest:
-    """Within `with StopRequest() as stop:` SIGTERM, SIGUSR2 or a first Ctrl-C only sets `stop.number`.
+    """Within `with StopRequest() as stop:` a signal, or the first Ctrl-C, only sets `stop.number`.
 
     A loop asks `if stop:` where it can save, and then calls `leave`. A second Ctrl-C ends the
     process at once. Outside the main thread nothing changes.

@@ -153,11 +153,11 @@ def _run_fields(folder: Path) -> Fields:
 
 
 def _write_pair(synthetic: SyntheticSet, path: Path) -> None:
-    """Write a pair; each file is whole or not at all, the three together are not."""
+    """Write a pair; each file is whole or not at all. What gives a new one away comes last."""
     folder = path.parent if path.name in ("x_syn.pt", "y_syn.pt") else path
-    checkpoint.save(_stored(synthetic.images), folder / "x_syn.pt")
-    checkpoint.save(_stored(synthetic.targets), folder / "y_syn.pt")
     _write_beside(synthetic, folder / "x_syn.json")
+    checkpoint.save(_stored(synthetic.targets), folder / "y_syn.pt")
+    checkpoint.save(_stored(synthetic.images), folder / FOLDER_MARKS["pair"])
 
 
 def _read_res(path: Path, stats: Stats | None, experiment: int) -> Fields:
@@ -211,8 +211,8 @@ def save_experiments(
         )
     data = [[_stored(synthetic.images), _stored(synthetic.targets)] for synthetic in sets]
     scores = {name: [float(a) for a in values] for name, values in accuracies.items()}
-    checkpoint.save({"data": data, "accs_all_exps": scores}, path)
     _write_beside(sets[0], *_same_name(path))
+    checkpoint.save({"data": data, "accs_all_exps": scores}, path)
 
 
 def _write_res(synthetic: SyntheticSet, path: Path) -> None:
