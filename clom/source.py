@@ -40,7 +40,7 @@ def count_classes(flags: CommonFlags) -> int:
     size = flags.img_size or default_size(flags.dataset, data_dir, "dc")
     classes = labelled_classes(flags.dataset, data_dir, size, "dc")
     if classes is None:
-        folder = data_dir / flags.dataset
+        folder = data_dir / set_folder(flags.dataset)
         raise UserError(f"--num_images: {folder} has no labelled training images of size {size}")
     return classes
 

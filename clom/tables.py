@@ -238,7 +238,7 @@ def data_facts(dataset: str, data_path: Path | None, img_size: int | None) -> tu
     """Fingerprint, (C, H, W) and number of classes; a set is read once."""
     image_set = load_data(DistillFlags(dataset=dataset, data_path=data_path, img_size=img_size))
     digest = image_set.fingerprint
-    if dataset in DC_SPECS:  # its row says the rest
+    if dataset in DC_SPECS and image_set.size in DC_SPECS[dataset].stats:  # its row says the rest
         splits = [s for s in (image_set.train, image_set.test) if s is not None]
         digest = checkpoint.fingerprint(*(t for s in splits for t in (s.images, s.labels)))
     return digest, image_set.img_shape, image_set.num_classes

@@ -179,13 +179,14 @@ def _check_labels(labels: Tensor, path: Path, count: int, num_classes: int | Non
 
 
 def labelled_classes(name: str, data_dir: Path | str, size: int, family: str = "krr") -> int | None:
-    """Classes of a set of a family, read from its files where no row says it; None: unlabelled.
+    """Classes of a set of a family, by its row, or else read from its files; None: unlabelled.
 
     A UserError for a set that is neither listed nor prepared at that size, or damaged.
     """
     spec, folder = find_spec(name, data_dir, family), Path(data_dir) / name
     if spec is not None:
-        return spec.num_classes
+        x_path, y_path = (Path(data_dir) / spec.folder / file_name(kind, "train", size) for kind in "XY")
+        return None if x_path.exists() and not y_path.exists() else spec.num_classes
     train, test = (read_split(folder, split, size, None) for split in SPLITS)
     if train is None:
         path, command = folder / file_name("X", "train", size), prepare_command(name, size, data_dir)

@@ -248,5 +248,5 @@ class SetSetup(Setup):
         if synthetic.views is not None:
             save_compact(synthetic, self.folder / SET_FILE)
         plain = synthetic.plain()
-        checkpoint.save(plain.images.cpu(), self.folder / "x_syn.pt")
         checkpoint.save(plain.targets.cpu(), self.folder / "y_syn.pt")
+        checkpoint.save(plain.images.cpu(), self.folder / "x_syn.pt")

@@ -70,5 +70,5 @@ def why_failed(exit_code: int, log: Path) -> str:
     """The signal that killed a process, or else what it wrote last."""
     if exit_code < 0:
         number = signal.Signals(-exit_code)
-        return f"killed by {number.name}{', perhaps out of memory' * (number == signal.SIGKILL)} ({log})"
+        return f"killed by {number.name}{', perhaps out of memory' * (number.name == 'SIGKILL')} ({log})"
     return last_line(log)

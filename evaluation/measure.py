@@ -108,8 +108,14 @@ class CellStore:
         if missing:
             self._check_writable()
         results = in_parallel([task for _, task in missing], device)
+        failed: list[UserError] = []
         for (key, _), found in zip(missing, results, strict=True):
-            print(shown(self._keep(key, found, shown)), flush=True)
+            try:
+                print(shown(self._keep(key, found, shown)), flush=True)
+            except UserError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
         return [self.get(key) for key, _ in tasks]
 
 

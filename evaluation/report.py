@@ -25,6 +25,7 @@ from data.untrusted import check_regular, read_json
 from evaluation.nearest import EXPLAINED, Pictures, describe, find_nearest, near_training, read_pictures
 from evaluation.ranking import SCORES, titled
 from evaluation.transfer import EXPLAINED as JUDGED
+from evaluation.transfer import EXPLAINED_ERROR
 from utils import checkpoint
 from utils.cli import flag
 from utils.errors import UserError
@@ -155,6 +156,11 @@ class Run:
         return list(dict.fromkeys(name for row in self.scores for name in row))
 
     @property
+    def judged(self) -> str:
+        """What the columns of `python -m distillation` are."""
+        return JUDGED if any("label" in name for name in self.score_names) else EXPLAINED_ERROR
+
+    @property
     def strip(self) -> list[Card]:
         """The set in the table: a few images, evenly spaced."""
         return [self.cards[i] for i in spaced(len(self.cards), _STRIP).tolist()]
@@ -245,7 +251,6 @@ def report(folder: Path, flags: ReportFlags | None = None) -> Path:
         curves=curves,
         charts=_CHARTS,
         explained=EXPLAINED,
-        judged=JUDGED,
     )
     path = folder / "report.html"
     checkpoint.write_text(path, page.encode("utf-8", "replace").decode())  # no half pairs of surrogates

@@ -230,7 +230,9 @@ class Sets:
         folder = self.folder(row)
         pair = folder if issubclass(row.flags, SetFlags) else folder / "pair"
         made, facts = SyntheticSet.load(pair), {"method": row.name, "steps_scale": self.flags.steps_scale}
-        replace(made, info={**made.info, **facts}).save(self.path(row.name.lower()))
+        place = self.path(row.name.lower())
+        form = "safetensors" if place.suffix == ".safetensors" else "pair"
+        replace(made, info={**made.info, **facts}).save(place, form)
 
 
 # Of a recipe, what the set itself may say.

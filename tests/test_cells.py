@@ -71,7 +71,11 @@ def test_what_cannot_be_kept_is_printed_and_what_could_not_is_not_begun(tmp_path
         disk.setattr(os, "fsync", full)
         with pytest.raises(UserError, match="No space left"):
             store.measure({**KEY, "seed": 3}, lambda: {"accuracy": 2.5}, shown)
-    assert capsys.readouterr().out == "2.5 % of seed 3 (not kept)\n"
+        tasks = [({**KEY, "seed": n}, lambda ready, n=n: {"accuracy": float(n)}) for n in (5, 6)]
+        with pytest.raises(UserError, match="No space left"):
+            store.measure_all(tasks, torch.device("cpu"), shown)
+    kept = [f"{a:g} % of seed {n} (not kept)" for a, n in ((2.5, 3), (5, 5), (6, 6))]
+    assert capsys.readouterr().out.splitlines() == kept
     monkeypatch.setattr(os, "access", lambda place, how: False)
     with pytest.raises(UserError, match="no permission in"):
         store.measure({**KEY, "seed": 4}, lambda: pytest.fail("measured in vain"), shown)

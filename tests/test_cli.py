@@ -425,11 +425,14 @@ def test_a_closed_pipe_ends_a_command_quietly():
     os.close(read)
     script = (
         "import sys; from utils.errors import entry_point\n"
-        "sys.exit(entry_point(lambda argv: print(1, flush=True))())"
+        "sys.exit(entry_point(lambda argv: print(1, flush=sys.argv[1] == 'now'))())"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=write, stderr=subprocess.PIPE)
+    here = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for when in ("now", "at the end"):
+        command = [sys.executable, "-c", script, when]
+        done = subprocess.run(command, cwd=ROOT, env=here, stdout=write, stderr=subprocess.PIPE, check=False)
+        assert done.returncode == 128 + signal.SIGPIPE and done.stderr == b""
     os.close(write)
-    assert done.returncode == 128 + signal.SIGPIPE and done.stderr == b""
 
 
 def test_demo_runs_ordinary_commands(tmp_path, capfd):

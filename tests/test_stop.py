@@ -25,10 +25,10 @@ from utils.errors import entry_point
 from utils.progress import LossWindow
 from utils.run_folder import is_claimed
 from utils.seed import local_seed
-from utils.stop import Stopped, StopRequest, terminable
+from utils.stop import HANG_UP, Stopped, StopRequest, terminable
 
 NET = "convnet_4_bn"
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, HANG_UP: 128 + HANG_UP}
 TINY = "--data_name tiny --img_size 8 --device cpu --seed 4"
 DC = "--dataset CIFAR10 --img_size 8 --model ConvNetD1 --device cpu --seed 4"
 # Command, its flags (saves are rarer than the run is long), what a step of it is, what it makes.
@@ -98,7 +98,7 @@ def inputs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    [*((name, signal.SIGTERM) for name in COMMANDS), ("train", signal.SIGINT), ("train", signal.SIGHUP)],
+    [*((name, signal.SIGTERM) for name in COMMANDS), ("train", signal.SIGINT), ("train", HANG_UP)],
 )
 def test_a_stopped_run_saves_and_goes_on(inputs, monkeypatch, capsys, name, number):
     command, flags, step, made = COMMANDS[name]
@@ -119,14 +119,14 @@ def test_a_stopped_run_saves_and_goes_on(inputs, monkeypatch, capsys, name, numb
 
 
 def test_nohup_is_respected():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(HANG_UP, signal.SIG_IGN)
     try:
         for block in (terminable(), StopRequest()):
             with block:
-                assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+                assert signal.getsignal(HANG_UP) is signal.SIG_IGN
                 assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(HANG_UP, before)
 
 
 @pytest.mark.parametrize("call", [1, 2])  # after 4 steps, after the last one

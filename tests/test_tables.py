@@ -532,6 +532,18 @@ def test_a_set_of_a_shortened_distillation_does_not_stand_for_a_whole_one(small_
     assert not sets.is_missing("kip")  # in one file, where test.py finds it, too
 
 
+def test_a_shortened_set_in_one_file_is_replaced_in_its_place(small_source):
+    sets = KernelTable(TablesFlags(table="probe_cifar10_1", steps_scale=1e-5, device="cpu")).sets
+    place = sets.path("dm").with_suffix(".safetensors")
+    place.parent.mkdir(parents=True)
+    short = SyntheticSet(torch.zeros(10, 3, 8, 8), torch.arange(10), info={"steps_scale": 1e-9})
+    short.save(place, "safetensors")
+    assert sets.is_missing("dm")
+    sets.distil(METHODS["dm"])
+    assert not sets.is_missing("dm") and sets.path("dm") == place
+    assert SyntheticSet.load(place).made_by == "DM"
+
+
 @pytest.mark.parametrize("method", ["krr_st", "frepo", "kip", "dm", "dsa", "mtt"])
 def test_costs_grow_with_the_length(small_source, method):
     write_target("cifar10")

@@ -1,15 +1,15 @@
 """Errors that a user can fix, and the one place that turns them into an exit code."""
 
+import contextlib
 import functools
 import io
 import os
-import select
 import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from utils.stop import Stopped, terminable
+from utils.stop import Stopped, drop_if_closed, terminable
 
 T = TypeVar("T")
 
@@ -40,16 +40,6 @@ def pick(table: Mapping[str, T], name: str, what: str) -> T:
     return table[name]
 
 
-def _nobody_reads() -> bool:
-    """Whether the output went into a pipe that was closed (`| head`); what is left of it is dropped."""
-    poll = select.poll()
-    poll.register(1)
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return True
-
-
 def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
     """Wrap a command's `main(argv)`: a UserError becomes one line on stderr and exit code 2.
 
@@ -64,12 +54,14 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with terminable():
-                return main(argv) or 0
+                code = main(argv) or 0
+                sys.stdout.flush()  # a pipe that was closed shows here, not when Python ends
+                return code
         except UserError as error:
             code, line = 2, f"error: {' '.join(str(error).split())}"
             speaks = speaks or isinstance(error, LostProcess)
         except OSError as error:  # a name too long, a full disk, a folder that may not be read
-            if isinstance(error, BrokenPipeError) and _nobody_reads():
+            if isinstance(error, BrokenPipeError) and drop_if_closed(1):
                 return 128 + signal.SIGPIPE
             if error.strerror is None:
                 raise
@@ -79,7 +71,8 @@ def entry_point(main: Callable[..., int | None]) -> Callable[..., int]:
         except KeyboardInterrupt:
             code, line = 130, "interrupted"
         if speaks:
-            print(line, file=sys.stderr)
+            with contextlib.suppress(OSError):  # a closed terminal
+                print(line, file=sys.stderr)
         return code
 
     return wrapped

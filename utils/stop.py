@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing.connection
 import os
+import select
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -15,6 +16,18 @@ from types import FrameType
 
 TIME_LIMIT = getattr(signal, "SIGUSR2", signal.SIGTERM)  # Windows has none
 HANG_UP = getattr(signal, "SIGHUP", signal.SIGTERM)
+
+
+def drop_if_closed(output: int) -> bool:
+    """Whether nobody is left at the other end of a file descriptor; what is written there is dropped then."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 class Stopped(BaseException):
@@ -31,11 +44,18 @@ class Stopped(BaseException):
 @contextlib.contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
     """Within the block `handler` takes the signals; Python allows it in the main thread alone."""
+
+    def hung_up(number: int, frame: FrameType | None) -> None:
+        for output in (1, 2):  # of a closed terminal: printing would fail before the save
+            drop_if_closed(output)
+        handler(number, frame)
+
     before = {}
     if threading.current_thread() is threading.main_thread():
+        handlers = dict.fromkeys(numbers, handler)
         if signal.getsignal(HANG_UP) is not signal.SIG_IGN:  # as under nohup
-            numbers += (HANG_UP,)
-        before = {number: signal.signal(number, handler) for number in dict.fromkeys(numbers)}
+            handlers[HANG_UP] = hung_up
+        before = {number: signal.signal(number, act) for number, act in handlers.items()}
     try:
         yield
     finally:
