@@ -81,7 +81,7 @@ def load_set(
     first = "train" if "train" in splits else "test"
     path = folder / file_name("X", first, size)
     if family == "dc" and not path.exists() and find_row(folder.name) is not None:
-        from data.prepare.__main__ import PrepareFlags, prepare  # imports this module
+        from data.prepare.__main__ import PrepareFlags, prepare  # a first use alone needs it
 
         print(f"{folder.name} at size {size} is not prepared in {data_dir}: preparing it now")
         prepare(PrepareFlags(folder.name, size, Path(data_dir), download=True))

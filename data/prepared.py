@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.meta import checksum, read_meta
+from data.prepare.torchvision_sets import TORCHVISION_SETS
 from data.specs import DC_SPECS, KRR_SPECS, DatasetSpec, find_row
 from utils import checkpoint
 from utils.errors import UserError
@@ -70,8 +71,6 @@ def prepare_command(folder: str, size: int, data_dir: Path | str) -> str:
     if find_row(folder) is None:
         flags = ["--from_folder", "PATH", *flags]
     else:
-        from data.prepare.torchvision_sets import TORCHVISION_SETS  # imports this module
-
         flags += ["--download"] * (folder in TORCHVISION_SETS)
     return shlex.join(["python", "-m", "data.prepare", *flags])
 

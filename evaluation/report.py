@@ -24,8 +24,7 @@ from data.synthetic.forms import FOLDER_MARKS, find_set
 from data.untrusted import check_regular, read_json
 from evaluation.nearest import EXPLAINED, Pictures, describe, find_nearest, near_training, read_pictures
 from evaluation.ranking import SCORES, titled
-from evaluation.transfer import EXPLAINED as JUDGED
-from evaluation.transfer import EXPLAINED_ERROR
+from evaluation.transfer import JUDGED, JUDGED_ERROR
 from utils import checkpoint
 from utils.cli import flag
 from utils.errors import UserError
@@ -158,7 +157,7 @@ class Run:
     @property
     def judged(self) -> str:
         """What the columns of `python -m distillation` are."""
-        return JUDGED if any("label" in name for name in self.score_names) else EXPLAINED_ERROR
+        return JUDGED if any("label" in name for name in self.score_names) else JUDGED_ERROR
 
     @property
     def strip(self) -> list[Card]:

@@ -93,11 +93,11 @@ class TestFlags(PretrainFlags, ScratchFlags):
     __test__ = False  # not a pytest class
 
 
-EXPLAINED_ERROR = (
+JUDGED_ERROR = (
     "The error is that of the networks' outputs, in variances of the target model's features (1: predicting "
     "their mean)."
 )
-EXPLAINED = f"Labels: accuracy of a linear classifier on the frozen network. {EXPLAINED_ERROR}"
+JUDGED = f"Labels: accuracy of a linear classifier on the frozen network. {JUDGED_ERROR}"
 
 
 @dataclass(frozen=True)

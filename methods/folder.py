@@ -35,15 +35,7 @@ from evaluation.measure import CellStore, grouped
 from evaluation.presets import resolve_preset
 from evaluation.recipes import Recipe
 from evaluation.target import Representation
-from evaluation.transfer import (
-    EXPLAINED,
-    EXPLAINED_ERROR,
-    TARGET_ERROR,
-    Measure,
-    ScratchFlags,
-    TestFlags,
-    Transfer,
-)
+from evaluation.transfer import JUDGED, JUDGED_ERROR, TARGET_ERROR, Measure, ScratchFlags, TestFlags, Transfer
 from krr_st.config import BaselineFlags, TargetFlags
 from krr_st.target import target_trainer
 from methods.command import parse
@@ -473,7 +465,7 @@ class FolderRun:
         print(
             f"\nWhat networks are worth, judged on {unseen}:\n\n"
             f"{markdown(list(table[0]), [list(row.values()) for row in table])}\n\n"
-            f"{EXPLAINED if self.labelled else EXPLAINED_ERROR}\n\n"
+            f"{JUDGED if self.labelled else JUDGED_ERROR}\n\n"
             f"{advice}"
             f"set:    {out}/x_syn.pt, y_syn.pt; pictures: {out}/x_syn.png\n"
             f"report: {out}/report.html\n"
